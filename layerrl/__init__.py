@@ -1,0 +1,48 @@
+"""Reinforcement learning on chosen transformer layers: select, train, save and merge them.
+
+Names are loaded on first use, so that `import layerrl` costs nothing and `trl` is imported only
+by who asks for a trainer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerMaskedGRPOTrainer",
+    "LayerMaskedMixin",
+    "LayerRLError",
+    "LayerSelection",
+    "load_delta",
+    "merge_delta",
+    "save_delta",
+    "select_layers",
+]
+
+if TYPE_CHECKING:
+    from layerrl.delta import load_delta, merge_delta, save_delta
+    from layerrl.errors import LayerRLError
+    from layerrl.selection import LayerSelection, select_layers
+    from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
+else:
+    _MODULE = {
+        "LayerMaskedGRPOTrainer": "trainer",
+        "LayerMaskedMixin": "trainer",
+        "LayerRLError": "errors",
+        "LayerSelection": "selection",
+        "load_delta": "delta",
+        "merge_delta": "delta",
+        "save_delta": "delta",
+        "select_layers": "selection",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE:
+            raise AttributeError(f"module 'layerrl' has no attribute {name!r}; it has {__all__}")
+        value = getattr(import_module(f"layerrl.{_MODULE[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,172 @@
+"""Where a model keeps its decoder layers.
+
+Layer = one decoder block (attention, MLP and their norms); index 0 is nearest the embedding. The
+layers are found by structure, never by matching names: `layers.1` is not `layers.10`, and an
+expert's index is not a layer's.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import device, nn
+
+from layerrl.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Modules that wrap a whole model, or one submodule, under these names: torch.compile, DDP and
+# DataParallel, FSDP1, activation-checkpoint wrappers.
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPER_IN_NAME = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The decoder layers of one model."""
+
+    path: str
+    """Dotted name of the layer list in the unwrapped model, `"model.layers"` for a Llama."""
+    modules: tuple[nn.Module, ...]
+    """One module per layer, 0 nearest the embedding."""
+
+    def named_parameters(self, layer: int) -> Iterator[tuple[str, nn.Parameter]]:
+        """Tensors of one layer by their name inside the block (`"mlp.down_proj.weight"`)."""
+        for name, parameter in self.modules[layer].named_parameters():
+            yield plain_name(name), parameter
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, DeepSpeed, `torch.compile` and PEFT wrappers."""
+    while True:
+        if is_peft(model):
+            model = model.get_base_model()  # pyright: ignore[reportCallIssue]
+            continue
+        inner = next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether the model is wrapped by PEFT."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the parts that wrappers around submodules put into it."""
+    return _WRAPPER_IN_NAME.sub("", name)
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """The one stack of decoder layers in a model; of a vision-language model, the text stack.
+
+    A stack is an `nn.ModuleList` that lies in no other. Where there are several, transformers'
+    own `get_decoder()` says which part holds the text, and the config how many layers it has.
+
+    Args:
+        model: A transformers model on any device, `meta` included, wrapped or not. Not changed.
+
+    Returns:
+        The layers and where they are.
+
+    Raises:
+        ModelError: If there is no such stack, if several are left, or if the model is an
+            encoder-decoder, where "layer 3" could mean either side.
+    """
+    base = unwrap(model)
+    stacks = dict(_outermost_lists(base))
+    described = ", ".join(f"{path!r} ({len(stack)})" for path, stack in stacks.items()) or "none"
+    config = getattr(base, "config", None)
+    name = type(base).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder: layer numbers could mean either stack. Stacks of "
+            f"layers found: {described}. layerrl selects layers of decoder-only models."
+        )
+    if not stacks:
+        raise ModelError(
+            f"{name} has no decoder layers: none of its {sum(1 for _ in base.modules())} modules "
+            "is an nn.ModuleList of blocks. Expected a decoder-only transformers model, such as "
+            "AutoModelForCausalLM.from_pretrained(...) gives."
+        )
+    if len(stacks) > 1:
+        stacks = _text_stacks(base, stacks)
+    if len(stacks) != 1:
+        raise ModelError(
+            f"{name} has no unambiguous stack of decoder layers. Candidates (layers): {described}. "
+            "Pass the submodule that holds the one you mean."
+        )
+    [(path, stack)] = stacks.items()
+    return Blocks(path=path, modules=tuple(stack))
+
+
+def count_layers(config: Any) -> int:  # noqa: ANN401 - transformers is not imported for a type
+    """Number of decoder layers that a transformers config describes.
+
+    Args:
+        config: A transformers config; of a composite one (vision-language), the text part counts.
+
+    Returns:
+        The number of decoder layers, at least 1.
+
+    Raises:
+        ModelError: If it is no config, describes an encoder-decoder, or no layers.
+    """
+    name = type(config).__name__
+    if not hasattr(config, "get_text_config"):
+        raise ModelError(
+            f"expected a transformers model or config, got {name}. "
+            "Load one first: AutoConfig.from_pretrained(...) is enough, no weights are needed."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} describes an encoder-decoder: layer numbers could mean either stack. "
+            "layerrl selects layers of decoder-only models."
+        )
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise ModelError(
+            f"{name} has no decoder layers: its num_hidden_layers is {num_layers!r}, expected "
+            "a positive integer."
+        )
+    return num_layers
+
+
+def meta_model(config: Any) -> nn.Module:  # noqa: ANN401
+    """The model a config describes, on the `meta` device: every name and shape, no weights."""
+    import transformers
+
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    with device("meta"):
+        for model_class in filter(None, named):
+            return model_class._from_config(config)
+        if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+            return transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def _outermost_lists(
+    module: nn.Module, prefix: str = ""
+) -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            if len(child):
+                yield plain_name(prefix + name), child
+        else:
+            yield from _outermost_lists(child, f"{prefix}{name}.")
+
+
+def _text_stacks(
+    base: nn.Module, stacks: dict[str, nn.ModuleList]
+) -> dict[str, nn.ModuleList]:
+    if hasattr(base, "get_decoder"):
+        decoder_modules = set(base.get_decoder().modules())  # pyright: ignore[reportCallIssue]
+        stacks = {path: stack for path, stack in stacks.items() if stack in decoder_modules}
+    if len(stacks) > 1 and hasattr(base, "config"):
+        num_layers = count_layers(base.config)
+        stacks = {path: stack for path, stack in stacks.items() if len(stack) == num_layers}
+    return stacks

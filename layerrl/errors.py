@@ -1,0 +1,21 @@
+"""The errors layerrl raises. Each message says what was given, what was expected and what to do."""
+
+
+class LayerRLError(Exception):
+    """Root of every error that layerrl raises on purpose."""
+
+
+class ModelError(LayerRLError, TypeError):
+    """The model has no decoder layers that can be told apart from everything else in it."""
+
+
+class SelectionError(LayerRLError, ValueError):
+    """A selection that does not fit the model, or that says something impossible."""
+
+
+class FrozenTensorError(LayerRLError, RuntimeError):
+    """A tensor outside the selection changed, although nothing was allowed to train it."""
+
+
+class DeltaError(LayerRLError, ValueError):
+    """A delta that cannot be written, or that does not fit what it is applied to."""

@@ -1,0 +1,437 @@
+"""Which layers train, and how fast: a small frozen value that everything else derives from."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+from layerrl.blocks import Blocks, count_layers, find_blocks, meta_model, plain_name, unwrap
+from layerrl.errors import SelectionError
+
+_WORDS = (
+    '"all" (every block), "full" (every parameter), "middle", "middle:K", "first:K", "last:K", '
+    '"LO%:HI%"'
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSelection:
+    """Which decoder layers of a model train, and how fast. Made by `select_layers`.
+
+    Equal selections are equal values: frozen, hashable, and the same after a JSON round trip.
+    """
+
+    num_layers: int
+    """Decoder layers of the model it was made for."""
+    layers: tuple[int, ...]
+    """Layers that train, ascending, 0 nearest the embedding."""
+    learning_rate_scale: tuple[float, ...] = ()
+    """Factor on the learning rate, one per entry of `layers`. Left out: 1.0 for each."""
+    modules: tuple[str, ...] | None = None
+    """Globs inside the block; only tensors that match one train. None: the whole block."""
+    full: bool = False
+    """Every parameter trains, embeddings, final norm and head included."""
+
+    def __post_init__(self) -> None:
+        scales = self.learning_rate_scale or (1.0,) * len(self.layers)
+        object.__setattr__(self, "learning_rate_scale", scales)
+        last = _integer(self.num_layers) - 1
+        given = [_integer(layer) for layer in self.layers]
+        if not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
+            raise SelectionError(
+                f"layers={self.layers!r}: expected at least one, ascending, without duplicates, "
+                f"from 0 to {last}"
+            )
+        if len(scales) != len(self.layers) or not all(_is_scale(scale) for scale in scales):
+            raise SelectionError(
+                f"learning_rate_scale needs one positive finite factor for each of "
+                f"{len(self.layers)} layers, got {scales!r}"
+            )
+        if self.full and (len(self.layers) != self.num_layers or self.modules is not None):
+            raise SelectionError('"full" trains every parameter: it takes no layers or modules')
+
+    def __str__(self) -> str:
+        which = f"layers {_ranges(self.layers)}" if len(self.layers) > 1 else f"layer {self.first}"
+        text = f"every parameter ({self.num_layers} layers)" if self.full else (
+            f"{which} of {self.num_layers}"
+        )
+        if self.modules is not None:
+            text += f", modules {', '.join(self.modules)}"
+        boosted = {k: s for k, s in zip(self.layers, self.learning_rate_scale, strict=True) if s != 1}
+        return text + (f", learning rate scaled by {boosted}" if boosted else "")
+
+    @property
+    def first(self) -> int:
+        """Lowest layer that trains."""
+        return self.layers[0]
+
+    @property
+    def frozen_prefix(self) -> range:
+        """Layers below the first that trains: what they compute never changes. Empty for "full"."""
+        return range(0 if self.full else self.first)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The tensors that train, by name, in the model's own order.
+
+        Args:
+            model: A model with `num_layers` decoder layers, wrapped or not, on any device.
+
+        Returns:
+            Name in the unwrapped model to parameter; a tensor shared by two modules appears once.
+
+        Raises:
+            SelectionError: If the model has another number of layers, a glob matches nothing in
+                them, a tensor cannot take gradients, or one also belongs to something frozen.
+            ModelError: If the model's layers cannot be found.
+        """
+        base = unwrap(model)
+        blocks = find_blocks(base)
+        self._check_num_layers(len(blocks.modules), _described(base, blocks))
+        if self.full:
+            chosen = {id(parameter) for parameter in base.parameters()}
+        else:
+            chosen = {id(parameter) for parameter in self._in_blocks(base, blocks)}
+            self._check_not_shared(base, blocks, chosen)
+        trained = {
+            plain_name(name): parameter
+            for name, parameter in base.named_parameters()
+            if id(parameter) in chosen
+        }
+        unfit = [
+            f"{name} ({parameter.dtype})"
+            for name, parameter in trained.items()
+            if not (parameter.is_floating_point() or parameter.is_complex())
+        ]
+        if unfit:
+            raise SelectionError(
+                f"{len(unfit)} selected tensors hold integers and cannot be trained, the first is "
+                f"{unfit[0]}. Leave the selected layers out of the quantisation."
+            )
+        return trained
+
+    @contextmanager
+    def masked(self, model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+        """Let only the selected tensors train; afterwards every flag is as it was found.
+
+        Args:
+            model: As for `parameters`. Its `requires_grad` flags are set on entry and restored on
+                exit, also after an exception.
+
+        Yields:
+            The tensors that train, by name.
+
+        Raises:
+            SelectionError: As `parameters` does, before anything is changed.
+            ModelError: As `parameters` does, before anything is changed.
+        """
+        trained = self.parameters(model)
+        chosen = {id(parameter) for parameter in trained.values()}
+        found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            for parameter, _ in found:
+                parameter.requires_grad_(id(parameter) in chosen)
+            yield trained
+        finally:
+            for parameter, required in found:
+                parameter.requires_grad_(required)
+
+    def to_json(self) -> str:
+        """One line of JSON that `from_json` turns back into an equal selection."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerSelection:
+        """The selection that `to_json` wrote.
+
+        Args:
+            text: What `to_json` returned.
+
+        Returns:
+            A selection equal to the one that was written.
+
+        Raises:
+            SelectionError: If the text is not JSON, has other fields, or says something impossible.
+        """
+        names = {field.name for field in fields(cls)}
+        try:
+            data = json.loads(text)
+            if set(data) != names:
+                raise ValueError(f"fields {sorted(data)}, expected {sorted(names)}")
+            data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, SelectionError):
+                raise
+            raise SelectionError(f"not the JSON of a LayerSelection: {error}") from error
+
+    def _check_num_layers(self, num_layers: int, described: str) -> None:
+        if num_layers != self.num_layers:
+            raise SelectionError(
+                f"the selection was made for {self.num_layers} decoder layers, but {described}. "
+                "Make a new one with select_layers(model, ...)."
+            )
+
+    def _in_blocks(self, base: nn.Module, blocks: Blocks) -> list[nn.Parameter]:
+        chosen: list[nn.Parameter] = []
+        matched: set[str] = set()
+        without: list[int] = []
+        for layer in self.layers:
+            before = len(chosen)
+            for name, parameter in blocks.named_parameters(layer):
+                hits = {glob for glob in self.modules or ("*",) if _matches(name, glob)}
+                matched |= hits
+                if hits:
+                    chosen.append(parameter)
+            if len(chosen) == before:
+                without.append(layer)
+        for glob in self.modules or ():
+            if glob not in matched:
+                raise SelectionError(self._explain_unmatched(glob, base, blocks))
+        if without:
+            raise SelectionError(
+                f"layers {without} hold no tensor that modules={list(self.modules or ())} match: "
+                f"they would not train. Layer {without[0]} holds {_inner_names(blocks, without[0])}"
+            )
+        return chosen
+
+    def _explain_unmatched(self, glob: str, base: nn.Module, blocks: Blocks) -> str:
+        names = [plain_name(name) for name, _ in base.named_parameters()]
+        inside = blocks.path + "."
+        outside = [n for n in names if not n.startswith(inside) and _matches(n, glob)]
+        text = f"modules glob {glob!r} matches no tensor inside {self}"
+        if outside:
+            text += f"; outside the blocks it matches {outside[0]!r}, which only \"full\" trains"
+        elif glob.startswith(inside) or any(_matches(n, glob) for n in names):
+            text += "; globs are relative to the block, leave out the path to it"
+        return f"{text}. Layer {self.first} holds {_inner_names(blocks, self.first)}"
+
+    def _check_not_shared(self, base: nn.Module, blocks: Blocks, chosen: set[int]) -> None:
+        selected = tuple(f"{blocks.path}.{layer}." for layer in self.layers)
+        for name, parameter in base.named_parameters(remove_duplicate=False):
+            if id(parameter) in chosen and not plain_name(name).startswith(selected):
+                raise SelectionError(
+                    f"a tensor of the selected layers is shared with {plain_name(name)!r}, which "
+                    "is frozen: training one trains the other. Select both, or \"full\"."
+                )
+
+
+def select_layers(
+    model: Any,  # noqa: ANN401 - a model or a config
+    layers: int | Iterable[int] | slice | str | LayerSelection,
+    *,
+    modules: str | Iterable[str] | None = None,
+    boost: Mapping[int, float] | None = None,
+) -> LayerSelection:
+    r"""Choose which decoder layers train, and how fast.
+
+    Mid-K of arXiv:2607.01232 is `"middle:K"`: layers $\lfloor L/2 - K/2 \rfloor$ to
+    $\lfloor L/2 + K/2 \rfloor - 1$. Its Boost is `"full"` with `boost=`.
+
+    Args:
+        model: A transformers model (any device, `meta` included) or config. Not changed; no weight
+            is read. With `modules` and a config, its names come from a model on `meta`.
+        layers: A layer or several, negative ones counted from the end; a `range` or `slice`;
+            `"all"` (every block), `"full"` (every parameter: embeddings, final norm and head too),
+            `"middle"`, `"middle:K"`, `"first:K"`, `"last:K"`; `"LO%:HI%"`, the layers k with
+            LO <= 100 k / L < HI, so that neighbouring ranges never share a layer; or a selection.
+        modules: Globs of tensors or modules inside the block: `"self_attn.*"`,
+            `"mlp.down_proj.weight"`. Everything else in the block stays frozen.
+        boost: Learning-rate factor of some of the chosen layers, `{10: 2.0}`.
+
+    Returns:
+        The selection. Except for `"full"`, nothing outside the blocks is in it.
+
+    Raises:
+        SelectionError: If a layer does not exist, is given twice or is no integer; if nothing is
+            selected; if a glob matches nothing; if a boost is not a positive finite number or
+            belongs to a layer that does not train. Nothing is clipped or skipped.
+        ModelError: If the model's layers cannot be found.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(num_hidden_layers=28)
+        >>> select_layers(config, "middle:5").layers
+        (11, 12, 13, 14, 15)
+        >>> print(select_layers(config, [-1, 10], boost={10: 2.0}))
+        layers 10, 27 of 28, learning rate scaled by {10: 2.0}
+    """
+    if isinstance(model, nn.Module):
+        base = unwrap(model)
+        blocks = find_blocks(base)
+        num_layers, described = len(blocks.modules), _described(base, blocks)
+    else:
+        num_layers = count_layers(model)
+        described = f"{type(model).__name__} has {_counted(num_layers)}"
+    if isinstance(layers, LayerSelection):
+        layers._check_num_layers(num_layers, described)
+        chosen, full = layers.layers, layers.full
+        modules = layers.modules if modules is None else modules
+        boost = dict(zip(chosen, layers.learning_rate_scale, strict=True)) if boost is None else boost
+    else:
+        chosen, full = _resolve(layers, num_layers, described), layers == "full"
+    selection = LayerSelection(
+        num_layers=num_layers,
+        layers=chosen,
+        learning_rate_scale=_scales(boost, chosen, num_layers, described),
+        modules=_globs(modules, full=full),
+        full=full,
+    )
+    if isinstance(model, nn.Module):
+        selection.parameters(model)
+    elif modules is not None:
+        selection.parameters(meta_model(model))
+    return selection
+
+
+def _resolve(layers: object, num_layers: int, described: str) -> tuple[int, ...]:
+    if isinstance(layers, str):
+        return tuple(_resolve_word(layers, num_layers, described))
+    if isinstance(layers, slice):
+        for bound in (layers.start, layers.stop):
+            if bound is not None and not -num_layers <= _integer(bound) <= num_layers:
+                raise SelectionError(f"{layers} reaches outside the model: {described}")
+        layers = range(num_layers)[layers]
+    elif isinstance(layers, Iterable) and not isinstance(layers, Mapping):
+        layers = list(layers)
+    else:
+        layers = [layers]
+    given = [_integer(layer) for layer in layers]
+    if not given:
+        raise SelectionError(f"no layers given: expected at least one; {described}")
+    missing = [layer for layer in given if not -num_layers <= layer < num_layers]
+    if missing:
+        which, do = ("layers", "do") if len(missing) > 1 else ("layer", "does")
+        shown = missing if len(missing) > 1 else missing[0]
+        raise SelectionError(f"{which} {shown} {do} not exist: {described}")
+    chosen = sorted(layer % num_layers for layer in given)
+    twice = sorted({layer for layer in chosen if chosen.count(layer) > 1})
+    if twice:
+        raise SelectionError(
+            f"layers {twice} are given more than once in {given} (negative ones count from the "
+            "end). Give each layer once."
+        )
+    return tuple(chosen)
+
+
+def _resolve_word(word: str, num_layers: int, described: str) -> range:
+    if word in ("all", "full"):
+        return range(num_layers)
+    if match := re.fullmatch(r"(middle|first|last)(?::(-?\d+))?", word):
+        kind, count = match[1], match[2]
+        if count is not None or kind == "middle":
+            k = int(count or 1)
+            if not 1 <= k <= num_layers:
+                raise SelectionError(
+                    f"{word!r} asks for {k} layers, expected 1 to {num_layers}: {described}"
+                )
+            start = {"first": 0, "last": num_layers - k, "middle": (num_layers - k) // 2}[kind]
+            return range(start, start + k)
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%:(\d+(?:\.\d+)?)%", word):
+        low, high = (Fraction(percent) / 100 for percent in match.groups())
+        chosen = range(math.ceil(low * num_layers), math.ceil(high * num_layers))
+        if not 0 <= low < high <= 1:
+            raise SelectionError(f"{word!r} is no range of depth: expected 0 <= LO < HI <= 100")
+        if not chosen:
+            raise SelectionError(
+                f"{word!r} holds no layer: {described}, {100 / num_layers:.3g} % of depth each"
+            )
+        return chosen
+    raise SelectionError(
+        f"{word!r} does not name layers. Expected integers, a range or slice, or one of {_WORDS}."
+    )
+
+
+def _integer(layer: object) -> int:
+    if not isinstance(layer, bool):
+        try:
+            return operator.index(layer)  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            pass
+    raise SelectionError(
+        f"{layer!r} is no layer: expected an integer, got {type(layer).__name__}. "
+        f"Otherwise use a range or slice, or one of {_WORDS}."
+    )
+
+
+def _scales(
+    boost: Mapping[int, float] | None, layers: tuple[int, ...], num_layers: int, described: str
+) -> tuple[float, ...]:
+    if boost is None:
+        return ()
+    if not isinstance(boost, Mapping):
+        raise SelectionError(
+            f"boost maps layers to learning-rate factors, as {{10: 2.0}}; got {boost!r}"
+        )
+    scales = dict.fromkeys(layers, 1.0)
+    for key, scale in boost.items():
+        layer = _integer(key)
+        if not -num_layers <= layer < num_layers:
+            raise SelectionError(f"boost of layer {layer}, which does not exist: {described}")
+        layer %= num_layers
+        if layer not in scales:
+            raise SelectionError(
+                f"boost of layer {layer}, which does not train. Selected: {_ranges(layers)}."
+            )
+        if not _is_scale(scale):
+            raise SelectionError(
+                f"boost of layer {layer} is {scale!r}, expected a positive finite factor on the "
+                "learning rate. To keep a layer from training, leave it out of the selection."
+            )
+        scales[layer] = float(scale)
+    return tuple(scales.values())
+
+
+def _is_scale(scale: object) -> bool:
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    return number and math.isfinite(scale) and scale > 0
+
+
+def _globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...] | None:
+    if modules is None:
+        return None
+    globs = (modules,) if isinstance(modules, str) else tuple(modules)
+    if full:
+        raise SelectionError('"full" trains every parameter: use "all" to give modules inside blocks')
+    if not globs or not all(isinstance(glob, str) and glob for glob in globs):
+        raise SelectionError(
+            f"modules are globs inside the block, such as 'self_attn.*'; got {modules!r}"
+        )
+    return tuple(dict.fromkeys(globs))
+
+
+def _matches(name: str, glob: str) -> bool:
+    """A glob names a tensor, or a module and so everything in it."""
+    return fnmatchcase(name, glob) or fnmatchcase(name, glob + ".*")
+
+
+def _inner_names(blocks: Blocks, layer: int) -> str:
+    return ", ".join(name for name, _ in blocks.named_parameters(layer))
+
+
+def _counted(num_layers: int) -> str:
+    return f"{num_layers} decoder layers (0 to {num_layers - 1})"
+
+
+def _described(base: nn.Module, blocks: Blocks) -> str:
+    return f"{type(base).__name__} has {_counted(len(blocks.modules))} under {blocks.path!r}"
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """`(3, 4, 5, 9)` as `"3-5, 9"`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
