@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 # Modules that wrap a whole model, or one submodule, under these names: torch.compile, DDP and
 # DataParallel, FSDP1, activation-checkpoint wrappers.
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_WRAPPER_IN_NAME = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPER_IN_NAME = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +151,7 @@ def meta_model(config: Any) -> nn.Module:  # noqa: ANN401
         return transformers.AutoModelForImageTextToText.from_config(config)
 
 
-def _outermost_lists(
-    module: nn.Module, prefix: str = ""
-) -> Iterator[tuple[str, nn.ModuleList]]:
+def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             if len(child):
@@ -160,9 +160,7 @@ def _outermost_lists(
             yield from _outermost_lists(child, f"{prefix}{name}.")
 
 
-def _text_stacks(
-    base: nn.Module, stacks: dict[str, nn.ModuleList]
-) -> dict[str, nn.ModuleList]:
+def _text_stacks(base: nn.Module, stacks: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     if hasattr(base, "get_decoder"):
         decoder_modules = set(base.get_decoder().modules())  # pyright: ignore[reportCallIssue]
         stacks = {path: stack for path, stack in stacks.items() if stack in decoder_modules}

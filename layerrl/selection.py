@@ -62,12 +62,16 @@ class LayerSelection:
 
     def __str__(self) -> str:
         which = f"layers {_ranges(self.layers)}" if len(self.layers) > 1 else f"layer {self.first}"
-        text = f"every parameter ({self.num_layers} layers)" if self.full else (
-            f"{which} of {self.num_layers}"
+        text = (
+            f"every parameter ({self.num_layers} layers)"
+            if self.full
+            else (f"{which} of {self.num_layers}")
         )
         if self.modules is not None:
             text += f", modules {', '.join(self.modules)}"
-        boosted = {k: s for k, s in zip(self.layers, self.learning_rate_scale, strict=True) if s != 1}
+        boosted = {
+            k: s for k, s in zip(self.layers, self.learning_rate_scale, strict=True) if s != 1
+        }
         return text + (f", learning rate scaled by {boosted}" if boosted else "")
 
     @property
@@ -210,7 +214,7 @@ class LayerSelection:
         outside = [n for n in names if not n.startswith(inside) and _matches(n, glob)]
         text = f"modules glob {glob!r} matches no tensor inside {self}"
         if outside:
-            text += f"; outside the blocks it matches {outside[0]!r}, which only \"full\" trains"
+            text += f'; outside the blocks it matches {outside[0]!r}, which only "full" trains'
         elif glob.startswith(inside) or any(_matches(n, glob) for n in names):
             text += "; globs are relative to the block, leave out the path to it"
         return f"{text}. Layer {self.first} holds {_inner_names(blocks, self.first)}"
@@ -221,7 +225,7 @@ class LayerSelection:
             if id(parameter) in chosen and not plain_name(name).startswith(selected):
                 raise SelectionError(
                     f"a tensor of the selected layers is shared with {plain_name(name)!r}, which "
-                    "is frozen: training one trains the other. Select both, or \"full\"."
+                    'is frozen: training one trains the other. Select both, or "full".'
                 )
 
 
@@ -276,7 +280,9 @@ def select_layers(
         layers._check_num_layers(num_layers, described)
         chosen, full = layers.layers, layers.full
         modules = layers.modules if modules is None else modules
-        boost = dict(zip(chosen, layers.learning_rate_scale, strict=True)) if boost is None else boost
+        boost = (
+            dict(zip(chosen, layers.learning_rate_scale, strict=True)) if boost is None else boost
+        )
     else:
         chosen, full = _resolve(layers, num_layers, described), layers == "full"
     selection = LayerSelection(
@@ -401,7 +407,9 @@ def _globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...
         return None
     globs = (modules,) if isinstance(modules, str) else tuple(modules)
     if full:
-        raise SelectionError('"full" trains every parameter: use "all" to give modules inside blocks')
+        raise SelectionError(
+            '"full" trains every parameter: use "all" to give modules inside blocks'
+        )
     if not globs or not all(isinstance(glob, str) and glob for glob in globs):
         raise SelectionError(
             f"modules are globs inside the block, such as 'self_attn.*'; got {modules!r}"

@@ -1,0 +1,418 @@
+"""The trained layers' weights on disk: save them, load them, merge them into a whole model.
+
+A delta is a slice of a checkpoint. Its tensors carry the names and shapes that `save_pretrained`
+gives them (experts apart, prefixes as on disk), so that merging needs no model in memory, and each
+remembers the base tensor it replaces, so that it fits that base and no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from layerrl.blocks import unwrap
+from layerrl.errors import DeltaError, SelectionError
+from layerrl.masking import fingerprints
+from layerrl.selection import LayerSelection
+
+FORMAT_VERSION = 1
+_TENSORS, _META = "delta.safetensors", "delta.json"
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaBase:
+    """What a delta has to know of the model it will be applied to, taken before training."""
+
+    name: str | None
+    """Hub id or folder that the base came from, where its config says so."""
+    revision: str | None
+    """Commit of that hub id."""
+    model_type: str | None
+    """The config's architecture, `"llama"`."""
+    dtypes: dict[str, str]
+    """Checkpoint name to dtype of each tensor that the delta replaces."""
+    fingerprints: dict[str, str]
+    """Checkpoint name to fingerprint of each tensor that the delta replaces."""
+
+    @classmethod
+    def of(cls, model: nn.Module, selection: LayerSelection) -> DeltaBase:
+        """Record a model as it is now: call it before training.
+
+        Args:
+            model: The model that will be trained. Not changed.
+            selection: What will train.
+
+        Returns:
+            The record that `save_delta` takes as `base`.
+        """
+        config = getattr(unwrap(model), "config", None)
+        tensors = checkpoint_form(model, selection.parameters(model))
+        return cls(
+            name=getattr(config, "_name_or_path", None) or None,
+            revision=getattr(config, "_commit_hash", None),
+            model_type=getattr(config, "model_type", None),
+            dtypes={name: _dtype_name(tensor) for name, tensor in tensors.items()},
+            fingerprints=fingerprints(tensors),
+        )
+
+
+def save_delta(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    selection: LayerSelection,
+    base: DeltaBase | nn.Module,
+) -> Path:
+    """Write the selected tensors of a trained model, and what they replace, to a new folder.
+
+    Args:
+        model: The trained model. Not changed.
+        path: Folder to make. It is written under another name and renamed when complete.
+        selection: What was trained.
+        base: The model before training: `DeltaBase.of(model, selection)` taken then, or another
+            instance that still is what `model` was.
+
+    Returns:
+        The folder, with `delta.safetensors` (the tensors, in the model's dtype) and `delta.json`.
+
+    Raises:
+        DeltaError: If the folder exists or cannot be written, or `base` is a different model.
+        SelectionError: If the selection does not fit the model.
+    """
+    tensors = checkpoint_form(model, selection.parameters(model))
+    if isinstance(base, nn.Module):
+        base = DeltaBase.of(base, selection)
+    if set(tensors) != set(base.fingerprints):
+        raise DeltaError(
+            f"the base has other tensors than the model to save: "
+            f"{_difference(tensors, base.fingerprints)}. Take DeltaBase.of(model, selection) from "
+            "this model, with this selection, before training."
+        )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    now = fingerprints(tensors)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "model_type": base.model_type,
+        "selection": json.loads(selection.to_json()),
+        "tensors": {
+            name: {
+                "dtype": _dtype_name(tensor),
+                "shape": list(tensor.shape),
+                "fingerprint": now[name],
+                "base_dtype": base.dtypes[name],
+                "base_fingerprint": base.fingerprints[name],
+            }
+            for name, tensor in tensors.items()
+        },
+    }
+    with _new_folder(path) as folder:
+        save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+        text = json.dumps({**meta, "sha256": _digest(meta)}, indent=1)
+        (folder / _META).write_text(text + "\n")
+    return Path(path)
+
+
+def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection:
+    """Put a delta's weights into the model it was made from.
+
+    Args:
+        model: The base, in any floating-point dtype that holds what the delta was made from. Its
+            selected tensors are overwritten (converted to its dtype), after every check passed.
+        path: A delta's folder.
+
+    Returns:
+        The selection the delta was trained with.
+
+    Raises:
+        DeltaError: If the folder is missing, damaged, or of a newer format; if the model has
+            another architecture, other tensors or shapes; or if one of the tensors to replace is
+            not the one the delta was made from. The model is then as it was.
+    """
+    meta, tensors = _read(Path(path))
+    selection = LayerSelection.from_json(json.dumps(meta["selection"]))
+    _check_model_type(meta, getattr(unwrap(model), "config", None), path)
+    try:
+        trained = selection.parameters(model)
+    except SelectionError as error:
+        raise DeltaError(f"the delta at {path} does not fit the model: {error}") from error
+    current = checkpoint_form(model, trained)
+    if set(current) != set(tensors):
+        raise DeltaError(
+            f"the delta at {path} does not fit {type(unwrap(model)).__name__}: "
+            f"{_difference(tensors, current)}"
+        )
+    for name, tensor in current.items():
+        _check_base(name, tensor, meta, path)
+    _write(model, trained, tensors)
+    return selection
+
+
+def merge_delta(
+    base: str | os.PathLike[str], path: str | os.PathLike[str], out: str | os.PathLike[str]
+) -> Path:
+    """Write the base with a delta in it: a whole model that plain transformers loads.
+
+    Shards are copied as files and only the bytes of the delta's tensors are replaced, so memory
+    holds one tensor at a time and everything else stays bit for bit what it was.
+
+    Args:
+        base: Folder of the base's safetensors checkpoint, or its hub id.
+        path: A delta's folder.
+        out: Folder to make. It is written under another name and renamed when complete.
+
+    Returns:
+        The folder: weights in the base's dtypes, with its config and tokenizer files.
+
+    Raises:
+        DeltaError: If either input is missing or damaged, the base is not the one the delta was
+            made from, or `out` exists or cannot be written. Nothing is left half-written.
+    """
+    meta, tensors = _read(Path(path))
+    made_from = os.fspath(base) == meta["base_model"]
+    folder = _checkpoint_folder(base, meta["base_revision"] if made_from else None)
+    _check_model_type(meta, _config(folder), path)
+    shard_of = _shard_of(folder)
+    if absent := sorted(set(tensors) - set(shard_of)):
+        raise DeltaError(
+            f"the base {base} has no tensor {absent[0]!r}, which the delta at {path} replaces "
+            f"({len(absent)} of {len(tensors)} are missing). Is it the model it was made from?"
+        )
+    for name in tensors:
+        with safe_open(folder / shard_of[name], framework="pt") as shard:
+            _check_base(name, shard.get_tensor(name), meta, path)
+    with _new_folder(out) as made:
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.suffix not in _OTHER_WEIGHTS:
+                shutil.copyfile(file, made / file.name)
+        if (folder / "additional_chat_templates").is_dir():
+            shutil.copytree(
+                folder / "additional_chat_templates", made / "additional_chat_templates"
+            )
+        for name, tensor in tensors.items():
+            _replace_bytes(made / shard_of[name], name, tensor)
+    return Path(out)
+
+
+def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names, and in the shapes, that `model.save_pretrained` would give them.
+
+    Args:
+        model: The model they belong to.
+        tensors: Name in the model to tensor.
+
+    Returns:
+        Name in a checkpoint to tensor. The same tensors for most models; mixtures of experts are
+        split into one tensor per expert.
+    """
+    base = unwrap(model)
+    if not hasattr(base, "save_pretrained"):
+        return dict(tensors)
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.no_grad():
+        return dict(revert_weight_conversion(base, dict(tensors)))  # pyright: ignore[reportArgumentType]
+
+
+def _write(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Undo `checkpoint_form`: it only moves elements, so follow each one's position through it."""
+    sizes = [parameter.numel() for parameter in trained.values()]
+    positions = torch.arange(sum(sizes)).split(sizes)
+    form = checkpoint_form(
+        model,
+        {
+            name: position.view(parameter.shape)
+            for (name, parameter), position in zip(trained.items(), positions, strict=True)
+        },
+    )
+    if sum(position.numel() for position in form.values()) != sum(sizes):
+        raise DeltaError(
+            f"{type(unwrap(model)).__name__} drops or repeats elements of its layers when it is "
+            "saved: a delta cannot be loaded into it. Use merge_delta and load the merged model."
+        )
+    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    flat = torch.empty(sum(sizes), dtype=widest)
+    for name, position in form.items():
+        flat[position.reshape(-1)] = tensors[name].reshape(-1).to(flat.dtype)
+    with torch.no_grad():
+        for parameter, values in zip(trained.values(), flat.split(sizes), strict=True):
+            parameter.copy_(values.view(parameter.shape))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A delta's description and tensors, checked against each other."""
+    for file in (path / _META, path / _TENSORS):
+        if not file.is_file():
+            raise DeltaError(
+                f"no delta at {path}: {file.name} is missing (expected {_META} and {_TENSORS})"
+            )
+    try:
+        meta = json.loads((path / _META).read_text())
+        version = meta["format_version"]
+        if version > FORMAT_VERSION:
+            raise DeltaError(
+                f"the delta at {path} has format version {version}; this layerrl reads up to "
+                f"{FORMAT_VERSION}. Upgrade layerrl."
+            )
+        if meta.pop("sha256") != _digest(meta):
+            raise DeltaError(f"{path / _META} was changed after it was written: checksum differs")
+        described = meta["tensors"]
+        tensors = load_file(path / _TENSORS)
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DeltaError(f"{path / _META} is damaged: {type(error).__name__}: {error}") from error
+    except SafetensorError as error:
+        raise DeltaError(f"{path / _TENSORS} is damaged: {error}") from error
+    if set(tensors) != set(described):
+        raise DeltaError(f"{path / _TENSORS} is damaged: {_difference(tensors, described)}")
+    now = fingerprints(tensors)
+    for name, tensor in tensors.items():
+        expected = described[name]
+        found = {
+            "dtype": _dtype_name(tensor),
+            "shape": list(tensor.shape),
+            "fingerprint": now[name],
+        }
+        for key, value in found.items():
+            if value != expected[key]:
+                raise DeltaError(
+                    f"{path / _TENSORS} is damaged: {key} of {name!r} is {value}, written was "
+                    f"{expected[key]}"
+                )
+    return meta, tensors
+
+
+def _check_base(name: str, tensor: Tensor, meta: Mapping[str, Any], path: object) -> None:
+    """`tensor` must be what the delta's `name` replaces, in a dtype at least as wide."""
+    expected = meta["tensors"][name]
+    if list(tensor.shape) != expected["shape"]:
+        raise DeltaError(
+            f"{name!r} has shape {list(tensor.shape)}, in the delta at {path} it is "
+            f"{expected['shape']}: another base"
+        )
+    as_recorded = tensor.detach().to(getattr(torch, expected["base_dtype"]))
+    found = fingerprints({name: as_recorded})[name]
+    if found == expected["base_fingerprint"]:
+        return
+    source = meta["base_model"] or "an unnamed model"
+    if fingerprints({name: tensor.detach()})[name] == expected["fingerprint"]:
+        raise DeltaError(f"the delta at {path} is already in this model ({name!r} holds it)")
+    raise DeltaError(
+        f"{name!r} is not the tensor that the delta at {path} was made from: fingerprint {found}, "
+        f"expected {expected['base_fingerprint']}. Its base is {source}"
+        f"{' at ' + meta['base_revision'] if meta['base_revision'] else ''} "
+        f"in {expected['base_dtype']}; other weights, or the same rounded to fewer bits, are refused."
+    )
+
+
+def _check_model_type(meta: Mapping[str, Any], config: Any, path: object) -> None:  # noqa: ANN401
+    found = (
+        config.get("model_type")
+        if isinstance(config, dict)
+        else getattr(config, "model_type", None)
+    )
+    if found != meta["model_type"]:
+        raise DeltaError(
+            f"the delta at {path} was made from a {meta['model_type']!r} model, this one is {found!r}"
+        )
+
+
+def _checkpoint_folder(base: str | os.PathLike[str], revision: str | None) -> Path:
+    folder = Path(base)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(os.fspath(base), revision=revision))
+    except Exception as error:  # whatever the hub client raises, the sentence is the same
+        raise DeltaError(
+            f"base {os.fspath(base)!r} is no folder here and no model the hub gives: {error}"
+        ) from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DeltaError(f"no transformers model at {folder}: config.json: {error}") from error
+
+
+def _shard_of(folder: Path) -> dict[str, str]:
+    """Tensor name to the file of a checkpoint that holds it."""
+    if (folder / _INDEX).is_file():
+        return json.loads((folder / _INDEX).read_text())["weight_map"]
+    if not (folder / _SINGLE).is_file():
+        raise DeltaError(
+            f"no safetensors checkpoint at {folder}: neither {_INDEX} nor {_SINGLE}. Write one "
+            "with model.save_pretrained(...); pickled and GGUF weights are not read."
+        )
+    with safe_open(folder / _SINGLE, framework="pt") as shard:
+        return dict.fromkeys(shard.keys(), _SINGLE)
+
+
+def _replace_bytes(file: Path, name: str, tensor: Tensor) -> None:
+    """Overwrite one tensor in a safetensors file, in the dtype it has there."""
+    with safe_open(file, framework="pt") as shard:
+        dtype = shard.get_tensor(name).dtype
+    with file.open("r+b") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        begin, end = json.loads(stream.read(header_size))[name]["data_offsets"]
+        data = tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        if len(data) != end - begin:
+            raise DeltaError(
+                f"{name!r} takes {len(data)} bytes, {file.name} has {end - begin} for it"
+            )
+        stream.seek(8 + header_size + begin)
+        stream.write(data)
+
+
+@contextmanager
+def _new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder that appears under its name only when the block ended well."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        if path.exists() or path.is_symlink():
+            raise DeltaError(f"{path} exists already: choose another folder or remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise DeltaError(f"cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _difference(given: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    return (
+        f"missing tensors {missing[:3]} ({len(missing)}), extra tensors {extra[:3]} ({len(extra)})"
+    )

@@ -1,0 +1,201 @@
+"""Keep frozen what is frozen, and hand the rest to the optimizer layer by layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from layerrl.blocks import find_blocks, plain_name, unwrap
+from layerrl.errors import FrozenTensorError, SelectionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch.optim import Optimizer
+
+    from layerrl.selection import LayerSelection
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 20
+_ODD_MULTIPLIER = 0x1E3779B97F4A7C15
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    r"""A 64-bit checksum of each tensor's bits, computed where the tensor lies.
+
+    With the bits read as integers $b_i$ and fixed odd weights $w_i$, the checksum is
+    $\sum_i w_i b_i \bmod 2^{64}$. One changed element always changes it, as an odd weight has an
+    inverse; several do unless they cancel (about one chance in $2^{64}$). It is no defence against
+    somebody who wants a collision.
+
+    Args:
+        tensors: Name to tensor of any dtype and device. Not changed; `meta` tensors are left out.
+
+    Returns:
+        Name to 16 hexadecimal digits: the same on every device, another one for other bits.
+    """
+    weights: dict[torch.device, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        device = tensor.device
+        if device.type == "meta":
+            continue
+        if device not in weights:
+            positions = torch.arange(_CHUNK, dtype=torch.int64, device=device)
+            weights[device] = (positions * _ODD_MULTIPLIER) * 2 + 1
+        sums[name] = _checksum(tensor.detach(), weights[device])
+    return {name: f"{int(total) % (1 << 64):016x}" for name, total in sums.items()}
+
+
+def _checksum(tensor: Tensor, weights: Tensor) -> Tensor:
+    flat = tensor.contiguous().view(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).view(-1)
+    bits = flat.view(_INTEGER_OF_SIZE[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for chunk in bits.split(_CHUNK):
+        total = total * _ODD_MULTIPLIER + (chunk.long() * weights[: len(chunk)]).sum()
+    return total
+
+
+def frozen_tensors(model: nn.Module, selection: LayerSelection) -> dict[str, Tensor]:
+    """Everything in a model's state that must not move while the selection trains.
+
+    Args:
+        model: The model the selection fits, wrapped or not.
+        selection: What trains.
+
+    Returns:
+        Name to tensor: parameters outside the selection and all persistent buffers, those of
+        trained blocks too (a moved router bias would be missing from the delta). Buffers that are
+        not saved with the model, such as rotary caches, may be recomputed and are left out. Empty
+        for `"full"`, the plain trainer's own case.
+    """
+    if selection.full:
+        return {}
+    base = unwrap(model)
+    chosen = {id(parameter) for parameter in selection.parameters(model).values()}
+    frozen: dict[str, Tensor] = {
+        plain_name(name): parameter
+        for name, parameter in base.named_parameters()
+        if id(parameter) not in chosen
+    }
+    for prefix, module in base.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                frozen[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer
+    return frozen
+
+
+def check_frozen(model: nn.Module, selection: LayerSelection, recorded: Mapping[str, str]) -> None:
+    """Compare a model's frozen tensors with the fingerprints taken when they were frozen.
+
+    Args:
+        model: The model, not changed.
+        selection: What trains.
+        recorded: `fingerprints(frozen_tensors(model, selection))` from then.
+
+    Raises:
+        FrozenTensorError: If a frozen parameter or buffer has other bits, or is new, or is gone.
+    """
+    now = fingerprints(frozen_tensors(model, selection))
+    changed = sorted(name for name in {*now, *recorded} if now.get(name) != recorded.get(name))
+    if changed:
+        shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+        raise FrozenTensorError(
+            f"{len(changed)} of {len(recorded)} frozen tensors are not what they were when the "
+            f"model was masked: {shown}. Only {selection} may change. Something else writes to "
+            "them: a callback, a module's buffer update, another base's checkpoint or weights "
+            "loaded after the trainer was made."
+        )
+
+
+def parameters_by_layer(
+    model: nn.Module, selection: LayerSelection
+) -> dict[int, list[nn.Parameter]]:
+    """The trained tensors of each selected layer, in the order of the layers."""
+    chosen = {id(parameter) for parameter in selection.parameters(model).values()}
+    blocks = find_blocks(model)
+    return {
+        layer: [p for _, p in blocks.named_parameters(layer) if id(p) in chosen]
+        for layer in selection.layers
+    }
+
+
+def scale_learning_rates(optimizer: Optimizer, model: nn.Module, selection: LayerSelection) -> None:
+    """Split an optimizer's parameter groups by the layers' learning-rate scales.
+
+    Every group keeps its own options (weight decay above all); schedulers made afterwards see the
+    scaled rates as their base rates. Groups stay as they are where every scale is 1.
+
+    Args:
+        optimizer: A new optimizer without state. Its groups are replaced.
+        model: The model whose parameters it holds.
+        selection: The layers and their scales; parameters outside the blocks have scale 1.
+
+    Raises:
+        SelectionError: If the optimizer sets its own learning rate, so that none can be scaled.
+    """
+    if set(selection.learning_rate_scale) == {1.0}:
+        return
+    scale_of = {
+        id(parameter): scale
+        for parameters, scale in zip(
+            parameters_by_layer(model, selection).values(),
+            selection.learning_rate_scale,
+            strict=True,
+        )
+        for parameter in parameters
+    }
+    groups = list(optimizer.param_groups)
+    if any(group.get("lr") is None for group in groups):
+        raise SelectionError(
+            f"{type(optimizer).__name__} sets its own learning rate (lr=None): the selection's "
+            f"scales {set(selection.learning_rate_scale)} cannot apply. Use an optimizer with a "
+            "learning rate, or a selection without boost."
+        )
+    optimizer.param_groups.clear()
+    for group in groups:
+        by_scale: dict[float, list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            by_scale[scale_of.get(id(parameter), 1.0)].append(parameter)
+        for scale in sorted(by_scale, key=lambda scale: (scale != 1.0, scale)):
+            optimizer.add_param_group(
+                {**group, "params": by_scale[scale], "lr": group["lr"] * scale}
+            )
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module, selection: LayerSelection) -> None:
+    """Make sure that an optimizer holds the trained tensors and nothing else.
+
+    Args:
+        optimizer: The optimizer that will train the model.
+        model: The model.
+        selection: What trains.
+
+    Raises:
+        SelectionError: If it misses a trained tensor or holds a frozen one.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = selection.parameters(model)
+    names = {id(p): plain_name(name) for name, p in unwrap(model).named_parameters()}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    extra = sorted(
+        names.get(i, "a tensor of no parameter") for i in held - {id(p) for p in trained.values()}
+    )
+    if missing or extra:
+        problem = f"misses trained {missing[0]!r}" if missing else f"holds frozen {extra[0]!r}"
+        raise SelectionError(
+            f"the {type(optimizer).__name__} {problem} ({len(missing)} missing, {len(extra)} too "
+            f"many; {selection} trains {len(trained)} tensors). Build it from "
+            "selection.parameters(model).values(), or let the trainer build it from its args."
+        )
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over all elements of several tensors, in float32 on their device."""
+    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
