@@ -148,7 +148,8 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
     """
     meta, tensors = _read(Path(path))
     selection = LayerSelection.from_json(json.dumps(meta["selection"]))
-    _check_model_type(meta, getattr(unwrap(model), "config", None), path)
+    config = getattr(unwrap(model), "config", None)
+    _check_model_type(meta, getattr(config, "model_type", None), path)
     try:
         trained = selection.parameters(model)
     except SelectionError as error:
@@ -188,7 +189,7 @@ def merge_delta(
     meta, tensors = _read(Path(path))
     made_from = os.fspath(base) == meta["base_model"]
     folder = _checkpoint_folder(base, meta["base_revision"] if made_from else None)
-    _check_model_type(meta, _config(folder), path)
+    _check_model_type(meta, _config(folder).get("model_type"), path)
     shard_of = _shard_of(folder)
     if absent := sorted(set(tensors) - set(shard_of)):
         raise DeltaError(
@@ -312,26 +313,22 @@ def _check_base(name: str, tensor: Tensor, meta: Mapping[str, Any], path: object
     found = fingerprints({name: as_recorded})[name]
     if found == expected["base_fingerprint"]:
         return
-    source = meta["base_model"] or "an unnamed model"
     if fingerprints({name: tensor.detach()})[name] == expected["fingerprint"]:
         raise DeltaError(f"the delta at {path} is already in this model ({name!r} holds it)")
+    revision = f" at {meta['base_revision']}" if meta["base_revision"] else ""
     raise DeltaError(
         f"{name!r} is not the tensor that the delta at {path} was made from: fingerprint {found}, "
-        f"expected {expected['base_fingerprint']}. Its base is {source}"
-        f"{' at ' + meta['base_revision'] if meta['base_revision'] else ''} "
-        f"in {expected['base_dtype']}; other weights, or the same rounded to fewer bits, are refused."
+        f"expected {expected['base_fingerprint']}. Its base is "
+        f"{meta['base_model'] or 'an unnamed model'}{revision}, in {expected['base_dtype']}; other "
+        "weights, or the same rounded to fewer bits, are refused."
     )
 
 
-def _check_model_type(meta: Mapping[str, Any], config: Any, path: object) -> None:  # noqa: ANN401
-    found = (
-        config.get("model_type")
-        if isinstance(config, dict)
-        else getattr(config, "model_type", None)
-    )
+def _check_model_type(meta: Mapping[str, Any], found: str | None, path: object) -> None:
     if found != meta["model_type"]:
         raise DeltaError(
-            f"the delta at {path} was made from a {meta['model_type']!r} model, this one is {found!r}"
+            f"the delta at {path} was made from a model of type {meta['model_type']!r}, this one "
+            f"is {found!r}"
         )
 
 

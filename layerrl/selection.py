@@ -43,8 +43,9 @@ class LayerSelection:
     """Every parameter trains, embeddings, final norm and head included."""
 
     def __post_init__(self) -> None:
-        scales = self.learning_rate_scale or (1.0,) * len(self.layers)
-        object.__setattr__(self, "learning_rate_scale", scales)
+        for name, value in (("layers", self.layers), ("modules", self.modules or ())):
+            if not isinstance(value, tuple):
+                raise SelectionError(f"{name} of a selection is a tuple, got {value!r}")
         last = _integer(self.num_layers) - 1
         given = [_integer(layer) for layer in self.layers]
         if not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
@@ -52,12 +53,15 @@ class LayerSelection:
                 f"layers={self.layers!r}: expected at least one, ascending, without duplicates, "
                 f"from 0 to {last}"
             )
-        if len(scales) != len(self.layers) or not all(_is_scale(scale) for scale in scales):
+        scales = self.learning_rate_scale or (1.0,) * len(given)
+        fits = isinstance(scales, tuple) and len(scales) == len(given)
+        if not fits or not all(map(_is_scale, scales)):
             raise SelectionError(
-                f"learning_rate_scale needs one positive finite factor for each of "
-                f"{len(self.layers)} layers, got {scales!r}"
+                f"learning_rate_scale needs one positive finite factor for each of {len(given)} "
+                f"layers, got {scales!r}"
             )
-        if self.full and (len(self.layers) != self.num_layers or self.modules is not None):
+        object.__setattr__(self, "learning_rate_scale", scales)
+        if self.full and (len(given) != self.num_layers or self.modules is not None):
             raise SelectionError('"full" trains every parameter: it takes no layers or modules')
 
     def __str__(self) -> str:
@@ -169,14 +173,17 @@ class LayerSelection:
         names = {field.name for field in fields(cls)}
         try:
             data = json.loads(text)
-            if set(data) != names:
-                raise ValueError(f"fields {sorted(data)}, expected {sorted(names)}")
-            data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-            return cls(**data)
         except (TypeError, ValueError) as error:
-            if isinstance(error, SelectionError):
-                raise
             raise SelectionError(f"not the JSON of a LayerSelection: {error}") from error
+        if not isinstance(data, dict) or set(data) != names:
+            raise SelectionError(
+                f"not the JSON of a LayerSelection: expected the fields {sorted(names)}, got "
+                f"{sorted(data) if isinstance(data, dict) else data!r}"
+            )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return cls(**values)
 
     def _check_num_layers(self, num_layers: int, described: str) -> None:
         if num_layers != self.num_layers:
@@ -397,7 +404,7 @@ def _scales(
     return tuple(scales.values())
 
 
-def _is_scale(scale: object) -> bool:
+def _is_scale(scale: Any) -> bool:  # noqa: ANN401 - whatever was given
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     return number and math.isfinite(scale) and scale > 0
 

