@@ -37,7 +37,7 @@ class Blocks:
 
     def named_parameters(self, layer: int) -> Iterator[tuple[str, nn.Parameter]]:
         """Tensors of one layer by their name inside the block (`"mlp.down_proj.weight"`)."""
-        for name, parameter in self.modules[layer].named_parameters():
+        for name, parameter in self.modules[layer].named_parameters(remove_duplicate=False):
             yield plain_name(name), parameter
 
 
@@ -95,12 +95,14 @@ def find_blocks(model: nn.Module) -> Blocks:
             "is an nn.ModuleList of blocks. Expected a decoder-only transformers model, such as "
             "AutoModelForCausalLM.from_pretrained(...) gives."
         )
+    if config is not None:
+        count_layers(config)
     if len(stacks) > 1:
         stacks = _text_stacks(base, stacks)
     if len(stacks) != 1:
         raise ModelError(
             f"{name} has no unambiguous stack of decoder layers. Candidates (layers): {described}. "
-            "Pass the submodule that holds the one you mean."
+            "Pass the submodule that has the one you mean as its only stack."
         )
     [(path, stack)] = stacks.items()
     return Blocks(path=path, modules=tuple(stack))
@@ -119,9 +121,9 @@ def count_layers(config: Any) -> int:  # noqa: ANN401 - transformers is not impo
         ModelError: If it is no config, describes an encoder-decoder, or no layers.
     """
     name = type(config).__name__
-    if not hasattr(config, "get_text_config"):
+    if not hasattr(config, "get_text_config") or isinstance(config, type):
         raise ModelError(
-            f"expected a transformers model or config, got {name}. "
+            f"expected a transformers model or config, got {name} {config!r:.80}. "
             "Load one first: AutoConfig.from_pretrained(...) is enough, no weights are needed."
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -139,16 +141,30 @@ def count_layers(config: Any) -> int:  # noqa: ANN401 - transformers is not impo
 
 
 def meta_model(config: Any) -> nn.Module:  # noqa: ANN401
-    """The model a config describes, on the `meta` device: every name and shape, no weights."""
+    """The model a config describes, on the `meta` device: every name and shape, no weights.
+
+    Args:
+        config: A transformers config.
+
+    Returns:
+        The model of the class that the config names, or of the one made for text generation.
+
+    Raises:
+        ModelError: If transformers has no such class.
+    """
     import transformers
 
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    with device("meta"):
-        for model_class in filter(None, named):
-            return model_class._from_config(config)
-        if type(config) in transformers.AutoModelForCausalLM._model_mapping:
-            return transformers.AutoModelForCausalLM.from_config(config)
-        return transformers.AutoModelForImageTextToText.from_config(config)
+    auto_classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    classes = [getattr(transformers, name, None) for name in config.architectures or ()]
+    classes += [auto._model_mapping.get(type(config), None) for auto in auto_classes]
+    for model_class in classes:
+        if model_class is not None:
+            with device("meta"):
+                return model_class._from_config(config)
+    raise ModelError(
+        f"transformers has no language model for {type(config).__name__} alone. Give the model, "
+        "or the whole model's config."
+    )
 
 
 def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:

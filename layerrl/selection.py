@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -43,9 +44,12 @@ class LayerSelection:
     """Every parameter trains, embeddings, final norm and head included."""
 
     def __post_init__(self) -> None:
-        for name, value in (("layers", self.layers), ("modules", self.modules or ())):
-            if not isinstance(value, tuple):
-                raise SelectionError(f"{name} of a selection is a tuple, got {value!r}")
+        if not isinstance(self.layers, tuple):
+            raise SelectionError(f"layers of a selection is a tuple, got {self.layers!r}")
+        if self.modules is not None and not _are_globs(self.modules):
+            raise SelectionError(f"modules is None or a tuple of globs, got {self.modules!r}")
+        if not isinstance(self.full, bool):
+            raise SelectionError(f"full is True or False, got {self.full!r}")
         last = _integer(self.num_layers) - 1
         given = [_integer(layer) for layer in self.layers]
         if not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
@@ -105,16 +109,16 @@ class LayerSelection:
         base = unwrap(model)
         blocks = find_blocks(base)
         self._check_num_layers(len(blocks.modules), _described(base, blocks))
-        if self.full:
-            chosen = {id(parameter) for parameter in base.parameters()}
-        else:
-            chosen = {id(parameter) for parameter in self._in_blocks(base, blocks)}
-            self._check_not_shared(base, blocks, chosen)
-        trained = {
-            plain_name(name): parameter
-            for name, parameter in base.named_parameters()
-            if id(parameter) in chosen
-        }
+        trained = {plain_name(name): parameter for name, parameter in base.named_parameters()}
+        if not self.full:
+            names = self._names_in_blocks(base, blocks)
+            chosen = {
+                id(parameter)
+                for name, parameter in base.named_parameters(remove_duplicate=False)
+                if plain_name(name) in names
+            }
+            self._check_not_shared(base, names, chosen)
+            trained = {name: p for name, p in trained.items() if id(p) in chosen}
         unfit = [
             f"{name} ({parameter.dtype})"
             for name, parameter in trained.items()
@@ -192,17 +196,17 @@ class LayerSelection:
                 "Make a new one with select_layers(model, ...)."
             )
 
-    def _in_blocks(self, base: nn.Module, blocks: Blocks) -> list[nn.Parameter]:
-        chosen: list[nn.Parameter] = []
+    def _names_in_blocks(self, base: nn.Module, blocks: Blocks) -> set[str]:
+        chosen: set[str] = set()
         matched: set[str] = set()
         without: list[int] = []
         for layer in self.layers:
             before = len(chosen)
-            for name, parameter in blocks.named_parameters(layer):
+            for name, _ in blocks.named_parameters(layer):
                 hits = {glob for glob in self.modules or ("*",) if _matches(name, glob)}
                 matched |= hits
                 if hits:
-                    chosen.append(parameter)
+                    chosen.add(f"{blocks.path}.{layer}.{name}")
             if len(chosen) == before:
                 without.append(layer)
         for glob in self.modules or ():
@@ -226,13 +230,12 @@ class LayerSelection:
             text += "; globs are relative to the block, leave out the path to it"
         return f"{text}. Layer {self.first} holds {_inner_names(blocks, self.first)}"
 
-    def _check_not_shared(self, base: nn.Module, blocks: Blocks, chosen: set[int]) -> None:
-        selected = tuple(f"{blocks.path}.{layer}." for layer in self.layers)
+    def _check_not_shared(self, base: nn.Module, names: set[str], chosen: set[int]) -> None:
         for name, parameter in base.named_parameters(remove_duplicate=False):
-            if id(parameter) in chosen and not plain_name(name).startswith(selected):
+            if id(parameter) in chosen and plain_name(name) not in names:
                 raise SelectionError(
-                    f"a tensor of the selected layers is shared with {plain_name(name)!r}, which "
-                    'is frozen: training one trains the other. Select both, or "full".'
+                    f"a tensor of {self} is shared with {plain_name(name)!r}, which is frozen: "
+                    'training one trains the other. Select both, or "full".'
                 )
 
 
@@ -291,7 +294,8 @@ def select_layers(
             dict(zip(chosen, layers.learning_rate_scale, strict=True)) if boost is None else boost
         )
     else:
-        chosen, full = _resolve(layers, num_layers, described), layers == "full"
+        chosen = _resolve(layers, num_layers, described)
+        full = isinstance(layers, str) and layers == "full"
     selection = LayerSelection(
         num_layers=num_layers,
         layers=chosen,
@@ -306,19 +310,14 @@ def select_layers(
     return selection
 
 
-def _resolve(layers: object, num_layers: int, described: str) -> tuple[int, ...]:
+def _resolve(layers: Any, num_layers: int, described: str) -> tuple[int, ...]:  # noqa: ANN401
     if isinstance(layers, str):
         return tuple(_resolve_word(layers, num_layers, described))
     if isinstance(layers, slice):
-        for bound in (layers.start, layers.stop):
-            if bound is not None and not -num_layers <= _integer(bound) <= num_layers:
-                raise SelectionError(f"{layers} reaches outside the model: {described}")
-        layers = range(num_layers)[layers]
-    elif isinstance(layers, Iterable) and not isinstance(layers, Mapping):
-        layers = list(layers)
-    else:
-        layers = [layers]
-    given = [_integer(layer) for layer in layers]
+        layers = range(num_layers)[_checked(layers, num_layers, described)]
+    layers = _plain(layers)
+    several = isinstance(layers, Iterable) and not isinstance(layers, Mapping | bytes)
+    given = [_integer(layer) for layer in (layers if several else [layers])]
     if not given:
         raise SelectionError(f"no layers given: expected at least one; {described}")
     missing = [layer for layer in given if not -num_layers <= layer < num_layers]
@@ -364,14 +363,30 @@ def _resolve_word(word: str, num_layers: int, described: str) -> range:
     )
 
 
+def _checked(given: slice, num_layers: int, described: str) -> slice:
+    """A slice of integers that clips nothing."""
+    for bound in (given.start, given.stop):
+        if bound is not None and not -num_layers <= _integer(bound) <= num_layers:
+            raise SelectionError(f"{given} reaches outside the model: {described}")
+    if given.step is not None and _integer(given.step) == 0:
+        raise SelectionError(f"{given} has a step of 0, expected another integer")
+    return given
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Python's own numbers and lists for those of numpy and torch."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _integer(layer: object) -> int:
-    if not isinstance(layer, bool):
+    plain = _plain(layer)
+    if not isinstance(plain, bool):
         try:
-            return operator.index(layer)  # pyright: ignore[reportArgumentType]
+            return operator.index(plain)
         except TypeError:
             pass
     raise SelectionError(
-        f"{layer!r} is no layer: expected an integer, got {type(layer).__name__}. "
+        f"{plain!r} is no layer: expected an integer, got {type(plain).__name__}. "
         f"Otherwise use a range or slice, or one of {_WORDS}."
     )
 
@@ -386,11 +401,15 @@ def _scales(
             f"boost maps layers to learning-rate factors, as {{10: 2.0}}; got {boost!r}"
         )
     scales = dict.fromkeys(layers, 1.0)
+    boosted: set[int] = set()
     for key, scale in boost.items():
         layer = _integer(key)
         if not -num_layers <= layer < num_layers:
             raise SelectionError(f"boost of layer {layer}, which does not exist: {described}")
         layer %= num_layers
+        if layer in boosted:
+            raise SelectionError(f"boost of layer {layer} is given twice in {dict(boost)}")
+        boosted.add(layer)
         if layer not in scales:
             raise SelectionError(
                 f"boost of layer {layer}, which does not train. Selected: {_ranges(layers)}."
@@ -404,24 +423,34 @@ def _scales(
     return tuple(scales.values())
 
 
-def _is_scale(scale: Any) -> bool:  # noqa: ANN401 - whatever was given
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    return number and math.isfinite(scale) and scale > 0
+def _is_scale(scale: object) -> bool:
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        return False
+    try:
+        return 0 < float(scale) < math.inf
+    except OverflowError:
+        return False
 
 
 def _globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...] | None:
     if modules is None:
         return None
-    globs = (modules,) if isinstance(modules, str) else tuple(modules)
     if full:
         raise SelectionError(
             '"full" trains every parameter: use "all" to give modules inside blocks'
         )
-    if not globs or not all(isinstance(glob, str) and glob for glob in globs):
+    globs = (modules,) if isinstance(modules, str) else modules
+    globs = tuple(dict.fromkeys(globs)) if isinstance(globs, Iterable) else ()
+    if not _are_globs(globs):
         raise SelectionError(
             f"modules are globs inside the block, such as 'self_attn.*'; got {modules!r}"
         )
-    return tuple(dict.fromkeys(globs))
+    return globs
+
+
+def _are_globs(globs: object) -> bool:
+    given = globs if isinstance(globs, tuple) else ()
+    return bool(given) and all(isinstance(glob, str) and glob for glob in given)
 
 
 def _matches(name: str, glob: str) -> bool:

@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from layerrl import LayerMaskedGRPOTrainer
+
+# Tensors this small only wait for a second thread, most of all where tests share the cores.
+torch.set_num_threads(1)
 
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]  # the ids that tests/models.py gives its models
 _LETTERS = [chr(ord("0") + i) for i in range(64 - len(_SPECIAL))]

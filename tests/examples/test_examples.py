@@ -53,7 +53,11 @@ def test_example_shows_the_sentence_of_a_bad_selection(
 ) -> None:
     ended = run(example, "--model", model_folder, "--layers", "99", "--output", tmp_path / "out")
     assert ended.returncode != 0
-    assert ended.stderr.strip().splitlines()[-1].endswith(
-        "layer 99 does not exist: LlamaForCausalLM has 3 decoder layers (0 to 2) under "
-        "'model.layers'"
+    assert (
+        ended.stderr.strip()
+        .splitlines()[-1]
+        .endswith(
+            "layer 99 does not exist: LlamaForCausalLM has 3 decoder layers (0 to 2) under "
+            "'model.layers'"
+        )
     )

@@ -102,28 +102,27 @@ def test_layers_are_the_ones_meant(num_layers, layers, expected):
     assert selection.full is (layers == "full")
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [
-        np.int64(2),
-        [np.int32(2)],
-        np.array([2]),
-        torch.tensor(2),
-        torch.tensor([2]),
-        iter([2]),
-        deque([2]),
-        {2: "two"}.keys(),
-        range(2, 3),
-        slice(2, 3),
-        slice(np.int64(2), np.int64(3)),
-    ],
-    ids=lambda layers: f"{type(layers).__module__}.{type(layers).__name__} {layers}"[:40],
-)
+LAYER_2 = {
+    "numpy integer": np.int64(2),
+    "numpy integers": [np.int32(2)],
+    "numpy array": np.array([2]),
+    "tensor without axes": torch.tensor(2),
+    "tensor": torch.tensor([2]),
+    "generator": (layer for layer in [2]),
+    "deque": deque([2]),
+    "keys": {2: "two"}.keys(),
+    "range": range(2, 3),
+    "slice": slice(2, 3),
+    "slice of numpy integers": slice(np.int64(2), np.int64(3)),
+}
+
+
+@pytest.mark.parametrize("layers", LAYER_2.values(), ids=LAYER_2)
 def test_layer_numbers_come_as_any_integer_or_iterable(layers):
     selection = select_layers(config(4), layers)
-    assert selection == select_layers(config(4), 2)
+    assert selection == LayerSelection(num_layers=4, layers=(2,))
     assert [type(layer) for layer in selection.layers] == [int]
-    assert selection.full is False
+    assert LayerSelection.from_json(selection.to_json()) == selection
 
 
 @pytest.mark.parametrize("several", [np.array, torch.tensor], ids=["numpy", "torch"])
@@ -164,9 +163,9 @@ def test_config_real_model_and_meta_model_give_equal_selections(family):
         ({1: 2.0}, "{1: 2.0} is no layer: expected an integer, got dict"),
         (True, "True is no layer: expected an integer, got bool"),
         ([0, False], "False is no layer"),
-        (np.True_, "np.True_ is no layer"),
-        (np.array([False, True]), "np.False_ is no layer"),
-        (torch.tensor([False, True]), "tensor(False) is no layer"),
+        (np.True_, "True is no layer"),
+        (np.array([False, True]), "False is no layer"),
+        (torch.tensor([False, True]), "False is no layer"),
         (slice(0, 29), f"slice(0, 29, None) reaches outside the model: {L28}"),
         (slice(-29, None), f"slice(-29, None, None) reaches outside the model: {L28}"),
         (slice(40, 50), "slice(40, 50, None) reaches outside"),
@@ -335,6 +334,8 @@ def test_modules_are_kept_as_given_without_repeats():
             ],
         ),
         (["mlp.*", "attn"], ["glob 'attn' matches no tensor"]),
+        ("mlp.gate", ["'mlp.gate' matches no tensor"]),
+        ("self_attn.q_proj.weigh", ["'self_attn.q_proj.weigh' matches no tensor"]),
         (
             "lm_head",
             [
@@ -525,6 +526,9 @@ def test_full_model_of_any_depth_has_no_frozen_prefix():
             "layers=(-1,): expected at least one, ascending, without duplicates, from 0 to 3",
         ),
         ({"layers": (4,)}, "layers=(4,)"),
+        ({"layers": [1]}, "layers of a selection is a tuple, got [1]"),
+        ({"modules": ["mlp"]}, "modules is None or a tuple of globs, got ['mlp']"),
+        ({"learning_rate_scale": [2.0]}, "got [2.0]"),
         ({"layers": (True,)}, "True is no layer"),
         ({"layers": (1.0,)}, "1.0 is no layer"),
         ({"num_layers": 2.0}, "2.0 is no layer"),
@@ -559,11 +563,11 @@ VALID = {
     [
         ("", "not the JSON of a LayerSelection"),
         ("{", "not the JSON of a LayerSelection"),
-        ("3", "not the JSON of a LayerSelection"),
-        ("null", "not the JSON of a LayerSelection"),
-        ('"layers"', "not the JSON of a LayerSelection"),
-        ("[1, 2]", "fields [1, 2]"),
-        ("{}", "fields [], expected ['full', 'layers', "),
+        ("3", "got 3"),
+        ("null", "got None"),
+        ('"layers"', "got 'layers'"),
+        ("[1, 2]", "got [1, 2]"),
+        ("{}", "expected the fields ['full', 'layers', "),
     ],
 )
 def test_text_that_is_no_selection_is_refused(text, message):
@@ -579,21 +583,22 @@ def test_text_that_is_no_selection_is_refused(text, message):
         ({"layers": []}, "layers=()"),
         ({"layers": [1, 4]}, "layers=(1, 4)"),
         ({"layers": [1, "2"]}, "'2' is no layer"),
-        ({"layers": "12"}, "'1' is no layer"),
-        ({"layers": None}, "not the JSON of a LayerSelection"),
-        ({"layers": 1}, "not the JSON of a LayerSelection"),
+        ({"layers": "12"}, "layers of a selection is a tuple, got '12'"),
+        ({"layers": None}, "layers of a selection is a tuple, got None"),
+        ({"layers": 1}, "layers of a selection is a tuple, got 1"),
         ({"num_layers": "4"}, "'4' is no layer"),
         ({"learning_rate_scale": [1.0]}, "got (1.0,)"),
         ({"learning_rate_scale": [1.0, -2.0]}, "got (1.0, -2.0)"),
         ({"learning_rate_scale": [1.0, math.nan]}, "got (1.0, nan)"),
         ({"learning_rate_scale": [1.0, "2"]}, "got (1.0, '2')"),
         ({"learning_rate_scale": [1.0, 10**400]}, "10000"),
-        ({"learning_rate_scale": 2.0}, "not the JSON of a LayerSelection"),
-        ({"modules": "mlp"}, "mlp"),
+        ({"learning_rate_scale": 2.0}, "got 2.0"),
+        ({"modules": "mlp"}, "modules is None or a tuple of globs, got 'mlp'"),
+        ({"modules": ""}, "modules"),
         ({"modules": [5]}, "5"),
         ({"modules": []}, "modules"),
         ({"full": True}, '"full" trains every parameter'),
-        ({"full": "no"}, "'no'"),
+        ({"layers": [0, 1, 2, 3], "learning_rate_scale": [], "full": "no"}, "'no'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -671,11 +676,30 @@ def test_tensor_shared_with_a_frozen_layer_is_refused_by_name(layers, modules, n
     assert flags(model) == before
 
 
+def test_tensor_of_layer_1_shared_with_layer_10_is_refused():
+    model = tiny("llama", 12)
+    share(model, "model.layers.1.mlp.up_proj.weight", "model.layers.10.mlp.up_proj.weight")
+    with pytest.raises(SelectionError, match=r"'model\.layers\.10\.mlp\.up_proj\.weight'"):
+        select_layers(model, 1)
+    assert select_layers(model, [1, 10]).layers == (1, 10)
+
+
 def test_tensor_shared_with_something_outside_the_blocks_is_refused_by_name():
     model = tiny("llama", intermediate_size=64)
     share(model, "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(SelectionError, match=r"shared with 'model\.embed_tokens\.weight'"):
         select_layers(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("modules", "frozen"), [("mlp.up_proj", "gate_proj"), ("mlp.gate_proj", "up_proj")]
+)
+def test_tensor_shared_with_one_that_the_modules_leave_out_is_refused(modules, frozen):
+    model = tiny("llama")
+    share(model, "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(SelectionError, match=rf"'model\.layers\.1\.mlp\.{frozen}\.weight'"):
+        select_layers(model, 1, modules=modules)
+    assert select_layers(model, 1, modules=["mlp.up_proj", "mlp.gate_proj"]).layers == (1,)
 
 
 def test_tensor_shared_by_selected_layers_trains_once():
