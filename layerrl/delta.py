@@ -166,6 +166,34 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
     return selection
 
 
+def restore_delta(
+    model: nn.Module, path: str | os.PathLike[str], *, selection: LayerSelection, base: DeltaBase
+) -> None:
+    """Put a delta back into the run it came from, whatever its model holds now.
+
+    Args:
+        model: A model that was `base` and trained `selection` since. Overwritten after the checks.
+        path: A delta's folder.
+        selection: What the run trains; the delta must have trained the same.
+        base: The model before training.
+
+    Raises:
+        DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
+    """
+    meta, tensors = _read(Path(path))
+    trained_before = LayerSelection.from_json(json.dumps(meta["selection"]))
+    if trained_before != selection:
+        raise DeltaError(f"{path} trained {trained_before}; this run trains {selection}")
+    for name, described in meta["tensors"].items():
+        found = base.fingerprints.get(name)
+        if found != described["base_fingerprint"]:
+            raise DeltaError(
+                f"{path} was made from another base than this run's: the fingerprint of {name!r} "
+                f"is {found}, expected {described['base_fingerprint']}"
+            )
+    _write(model, selection.parameters(model), tensors)
+
+
 def merge_delta(
     base: str | os.PathLike[str], path: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> Path:

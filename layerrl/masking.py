@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from layerrl.blocks import find_blocks, plain_name, unwrap
 from layerrl.errors import FrozenTensorError, SelectionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20
 _ODD_MULTIPLIER = 0x1E3779B97F4A7C15
+_FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be checkpointed
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -199,3 +201,64 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Euclidean norm over all elements of several tensors, in float32 on their device."""
     norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+@contextmanager
+def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> Iterator[None]:
+    """Let the backward end at the first trained layer; afterwards all is as it was found.
+
+    With activation checkpointing, transformers makes the embedding's output require a gradient, so
+    that everything above it is recomputed and visited even when it is frozen. Here that hook is
+    removed and no layer of the frozen prefix is checkpointed; the trained tensors get the same
+    gradients. Reentrant checkpointing needs an input with a gradient: there, the one of the first
+    trained layer gets it.
+
+    Args:
+        model: The model, after checkpointing has been enabled.
+        selection: What trains; `"full"` changes nothing.
+    """
+    if selection.full:
+        yield
+        return
+    base, blocks = unwrap(model), find_blocks(model)
+    flagged = [
+        module
+        for layer in selection.frozen_prefix
+        for module in blocks.modules[layer].modules()
+        if getattr(module, _FLAG, False)
+    ]
+    first = blocks.modules[selection.first]
+    hook = None
+    if getattr(base, "_require_grads_hooks", None):
+        base.disable_input_require_grads()  # pyright: ignore[reportCallIssue]
+    if _checkpoints_reentrantly(first):
+        hook = first.register_forward_pre_hook(_require_input_grad, with_kwargs=True)
+    try:
+        for module in flagged:
+            setattr(module, _FLAG, False)
+        yield
+    finally:
+        for module in flagged:
+            setattr(module, _FLAG, True)
+        if hook is not None:
+            hook.remove()
+
+
+def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+    if not getattr(layer, _FLAG, False):
+        return False
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    # torch's own default where a partial does not say: reentrant unless told otherwise
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+
+
+def _require_input_grad(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+        args, kwargs = (
+            ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        )
+    return args, kwargs

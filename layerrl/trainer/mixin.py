@@ -1,21 +1,24 @@
-"""Layer-selective training in TRL's trainers: the only module that imports trl."""
+"""The mixin that puts a selection into a TRL trainer."""
 
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+import shutil
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
-from trl import GRPOTrainer
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from layerrl.blocks import is_peft
-from layerrl.delta import DeltaBase, save_delta
-from layerrl.errors import SelectionError
+from layerrl.delta import DeltaBase, restore_delta, save_delta
+from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import (
+    backward_from_first_trained,
     check_frozen,
     check_optimizer,
     fingerprints,
@@ -24,16 +27,19 @@ from layerrl.masking import (
     parameters_by_layer,
     scale_learning_rates,
 )
-from layerrl.selection import select_layers
+from layerrl.reference import ReferenceModel
+from layerrl.replay import PrefixReplay
+from layerrl.selection import LayerSelection, select_layers
+from layerrl.trainer.callbacks import SyncReference, TrainingEvents
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
 
     from torch.optim import Optimizer
 
-    from layerrl.selection import LayerSelection
+_ROWS = "layerrl_rows"
+_DELTA, _REFERENCE = "delta", "reference.safetensors"
 
 
 def _with_selection(cls: type) -> inspect.Signature:
@@ -47,22 +53,33 @@ def _with_selection(cls: type) -> inspect.Signature:
 
 
 class LayerMaskedMixin:
-    """Put in front of a TRL trainer, trains only the layers of a selection.
+    """Put in front of a TRL trainer, trains only the layers of a selection and pays only for them.
 
-    `class MyTrainer(LayerMaskedMixin, GRPOTrainer)` takes one keyword more than the trainer it
+    `class MyTrainer(LayerMaskedMixin, GRPOTrainer)` takes a few keywords more than the trainer it
     wraps. Everything outside the selection is frozen when the trainer has been made, compared with
     its fingerprint at train start, at every save and at train end, and never reaches the optimizer.
     If making the trainer or training fails, every `requires_grad` flag is what it was before.
 
+    The backward ends at the first trained layer, and only layers from there up are checkpointed.
+    The reference (`beta > 0`) is the model that was passed, kept as the trained tensors' initial
+    values. What enters the first trained layer is recorded in the first pass over a batch of
+    completions and replayed in the others. None of this changes a result; with `selection="full"`
+    there is nothing to save, and the trainer is the plain one.
+
     Logged with the trainer's own metrics: `layerrl/trained_parameters`, the number of elements that
     train; `layerrl/grad_norm/layer_<k>`, the layer's share of `grad_norm`, before clipping;
-    `layerrl/relative_update/layer_<k>`, the norm of the layer's change since `train()` was first
-    called over its norm then (not for `"full"`, which would need a second copy of the model).
+    `layerrl/relative_update/layer_<k>`, the norm of the layer's change since the trainer was made
+    over its norm then (not for `"full"`, which would need a second copy of the model).
 
     Args:
         *args: The trainer's own arguments.
         selection: What trains: a `LayerSelection` or anything `select_layers` takes, resolved
             against the trainer's model.
+        prefix_cache_bytes: Most memory the recorded hidden states of one batch may take, on the
+            device; a larger batch is not recorded. 0: never record.
+        checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
+            and the trainer's state, and resume on the same base; `"full"`: whole models, as the
+            trainer's own. `save_model()` writes a whole model either way.
         **kwargs: The trainer's own arguments.
 
     Raises:
@@ -76,8 +93,13 @@ class LayerMaskedMixin:
 
     if TYPE_CHECKING:
         model: Any
+        ref_model: Any
         optimizer: Any
         accelerator: Any
+        args: Any
+        state: Any
+        add_callback: Any
+        _save: Any
     else:
 
         def __init_subclass__(cls, **kwargs: object) -> None:
@@ -90,33 +112,38 @@ class LayerMaskedMixin:
         self,
         *args: Any,
         selection: LayerSelection | int | Iterable[int] | slice | str,
+        prefix_cache_bytes: int = 2 * 2**30,
+        checkpoint_format: Literal["delta", "full"] = "delta",
         **kwargs: Any,
     ) -> None:
         given = _bound(super().__init__, args, kwargs)
         model = given.get("model")
-        if given.get("peft_config") is not None or (
-            isinstance(model, nn.Module) and is_peft(model)
-        ):
-            what = "peft_config" if given.get("peft_config") is not None else "a PEFT model"
+        _refuse_peft(selection, model, given.get("peft_config"))
+        if checkpoint_format not in ("delta", "full"):
             raise SelectionError(
-                f"selection={selection!r} was given together with {what}: two ways of choosing "
-                "what trains. Leave out one of them (PEFT's own layers_to_transform restricts an "
-                "adapter to layers)."
+                f'checkpoint_format is {checkpoint_format!r}, expected "delta" or "full"'
             )
         if isinstance(model, nn.Module):
             selection = select_layers(model, selection)
-        super().__init__(*args, **kwargs)
+        full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
+        takes_reference = hasattr(self, "_generate_and_score_completions") and not full
+        with _without_reference_model(given.get("args") if takes_reference else None) as beta:
+            super().__init__(*args, **kwargs)
         self.selection = select_layers(self.model, selection)
+        self.checkpoint_format = "full" if full else checkpoint_format
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
         self._base = DeltaBase.of(self.model, self.selection)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
-        self._initial: dict[int, list[Tensor]] = {}
+        self._replay = PrefixReplay(self.model, self.selection, prefix_cache_bytes)
+        self._initial = {} if full else {n: p.detach().clone() for n, p in self._trained.items()}
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
-        self._mask = ExitStack()
+        self._mask, self._in_training = ExitStack(), ExitStack()
+        self.add_callback(TrainingEvents(self._begin_training, self.check_frozen))
+        if beta:
+            self._set_reference(beta)
         self._mask_model()
-        self.add_callback(_FrozenCheck(self))  # pyright: ignore[reportAttributeAccessIssue]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Train the selected layers; the wrapped trainer's arguments and result.
@@ -132,29 +159,39 @@ class LayerMaskedMixin:
             FrozenTensorError: If a frozen tensor changed, at train start, at a save or at the end.
         """
         self._mask_model()
-        if not self._initial and not self.selection.full:
-            self._initial = {
-                layer: [parameter.detach().clone() for parameter in parameters]
-                for layer, parameters in self._by_layer.items()
-            }
         try:
             return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         except BaseException:
             self._mask.close()
             raise
+        finally:
+            self._in_training.close()
+            self._replay.clear()
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model, after checking that only the selection changed.
 
         Args:
-            *args: The trainer's own arguments.
-            **kwargs: The trainer's own arguments.
+            output_dir: Folder, by default the args' `output_dir`.
+            _internal_call: Transformers says so when it writes a checkpoint: that holds a delta
+                where `checkpoint_format` is `"delta"`.
 
         Raises:
             FrozenTensorError: If a frozen tensor changed. Nothing is written then.
         """
         self.check_frozen()
-        super().save_model(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if not _internal_call or self.checkpoint_format == "full":
+            super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # An empty state dict writes everything that goes with a model; its weights go again.
+        self._save(str(folder), state_dict={})
+        remove_dummy_checkpoint(self.args.should_save, str(folder), [SAFE_WEIGHTS_NAME])
+        if self.args.should_save:
+            shutil.rmtree(folder / _DELTA, ignore_errors=True)
+            save_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
+            if isinstance(self.ref_model, ReferenceModel):
+                save_file(dict(self.ref_model.tensors), folder / _REFERENCE)
 
     def save_delta(self, path: str | os.PathLike[str]) -> Path | None:
         """Save only what was trained, as a delta on the model the trainer was made with.
@@ -231,6 +268,54 @@ class LayerMaskedMixin:
         self._mask.close()
         self._mask.enter_context(self.selection.masked(self.model))
 
+    def _begin_training(self) -> None:
+        self.check_frozen()
+        self._in_training.enter_context(backward_from_first_trained(self.model, self.selection))
+
+    def _set_reference(self, beta: float) -> None:
+        self.beta = beta
+        self.ref_model = ReferenceModel(self.model, self._trained)
+        if self.args.sync_ref_model:
+            self.add_callback(SyncReference(self.ref_model, self.accelerator))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
+        folder = Path(resume_from_checkpoint)
+        if not (folder / _DELTA).is_dir():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        restore_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
+        if isinstance(self.ref_model, ReferenceModel):
+            if not (folder / _REFERENCE).is_file():
+                raise DeltaError(f"the checkpoint {folder} holds no reference: it had beta = 0")
+            self.ref_model.load_tensors(load_file(folder / _REFERENCE))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if (Path(best) / _DELTA).is_dir():
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Mark each row of a new batch, so that its recording is found after shuffling."""
+        with self._replay.generating():
+            batch = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._replay.recorded:
+            ids = batch["completion_ids"]
+            batch[_ROWS] = torch.arange(len(ids), device=ids.device)
+        return batch
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Every pass that scores completions goes through here."""
+        compute = super()._get_per_token_logps_and_entropies  # pyright: ignore[reportAttributeAccessIssue]
+        return self._replay.run(lambda: compute(model, input_ids, *args, **kwargs), len(input_ids))
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:  # noqa: ANN401
+        with self._replay.rows(inputs.get(_ROWS)):
+            return super()._compute_loss(model, inputs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401
         """Transformers calls this between clipping and the step: note each layer's share."""
         total = super()._get_grad_norm(model, grad_norm=grad_norm)  # pyright: ignore[reportAttributeAccessIssue]
@@ -248,39 +333,45 @@ class LayerMaskedMixin:
         }
         for layer, value in self._grad_norms.items():
             metrics[f"layerrl/grad_norm/layer_{layer}"] = value.item()
-        for layer, initial in self._initial.items():
-            moved = norm(p - start for p, start in zip(self._by_layer[layer], initial, strict=True))
-            metrics[f"layerrl/relative_update/layer_{layer}"] = (moved / norm(initial)).item()
+        if self._initial:
+            start = {id(p): self._initial[name] for name, p in self._trained.items()}
+            for layer, parameters in self._by_layer.items():
+                moved = norm(p - start[id(p)] for p in parameters)
+                size = norm(start[id(p)] for p in parameters)
+                metrics[f"layerrl/relative_update/layer_{layer}"] = (moved / size).item()
         return metrics
 
 
-class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):
-    """TRL's `GRPOTrainer`, training only the layers of a selection.
+def _refuse_peft(selection: object, model: object, peft_config: object) -> None:
+    if isinstance(model, nn.Module) and is_peft(model):
+        given = "a PEFT model"
+    elif peft_config is not None:
+        given = "peft_config"
+    else:
+        return
+    raise SelectionError(
+        f"selection={selection!r} was given together with {given}: two ways of choosing what "
+        "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
+        "layers)."
+    )
 
-    Takes what `GRPOTrainer` takes and the keyword `selection`; see `LayerMaskedMixin`.
 
-    Example:
-        ```python
-        trainer = LayerMaskedGRPOTrainer(
-            model, reward, args=GRPOConfig(...), train_dataset=data, selection=10
-        )
-        trainer.train()
-        trainer.save_delta("out/layer-10")
-        ```
+@contextmanager
+def _without_reference_model(args: Any) -> Iterator[float]:  # noqa: ANN401
+    """Let a trainer be made as if `beta` were 0, so that it loads no second model.
+
+    Yields:
+        The `beta` that the args had and have again afterwards.
     """
-
-
-class _FrozenCheck(TrainerCallback):
-    """Checks when a checkpoint has been loaded, before the first step, and after the last."""
-
-    def __init__(self, trainer: LayerMaskedMixin) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        self._trainer.check_frozen()
-
-    def on_train_end(self, *args: object, **kwargs: object) -> None:
-        self._trainer.check_frozen()
+    beta, sync = getattr(args, "beta", 0.0), getattr(args, "sync_ref_model", False)
+    if not beta:
+        yield 0.0
+        return
+    args.beta, args.sync_ref_model = 0.0, False
+    try:
+        yield beta
+    finally:
+        args.beta, args.sync_ref_model = beta, sync
 
 
 def _bound(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401

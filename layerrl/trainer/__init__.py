@@ -1,0 +1,24 @@
+"""Layer-selective training in TRL's trainers: the only place that imports trl."""
+
+from trl import GRPOTrainer
+
+from layerrl.trainer.mixin import LayerMaskedMixin
+
+
+class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):
+    """TRL's `GRPOTrainer`, training only the layers of a selection.
+
+    Takes what `GRPOTrainer` takes and the keywords of `LayerMaskedMixin`, `selection` above all.
+
+    Example:
+        ```python
+        trainer = LayerMaskedGRPOTrainer(
+            model, reward, args=GRPOConfig(...), train_dataset=data, selection=10
+        )
+        trainer.train()
+        trainer.save_delta("out/layer-10")
+        ```
+    """
+
+
+__all__ = ["LayerMaskedGRPOTrainer", "LayerMaskedMixin"]
