@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import TrainerCallback
@@ -11,27 +11,29 @@ from trl.trainer.callbacks import SyncRefModelCallback
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from layerrl.reference import ReferenceModel
 
-class TrainingEvents(TrainerCallback):
-    """Calls back when a checkpoint is loaded and the first step comes next, and after the last."""
 
-    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
-        self._begin, self._end = begin, end
+class FrozenCheck(TrainerCallback):
+    """Checks before the first step, when a checkpoint has been loaded, and after the last one."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
 
     def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        """Transformers calls this after loading a checkpoint and enabling checkpointing."""
-        self._begin()
+        """Transformers calls this after loading a checkpoint."""
+        self._check()
 
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         """Transformers calls this after loading the best model."""
-        self._end()
+        self._check()
 
 
 class SyncReference(SyncRefModelCallback):
     """TRL's callback and its arithmetic, on the trained tensors alone."""
 
     def sync_target_model(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, model: nn.Module, target_model: Any, alpha: float
+        self, model: nn.Module, target_model: ReferenceModel, alpha: float
     ) -> None:
         """Mix the policy's trained tensors into a `ReferenceModel`.
 

@@ -30,7 +30,7 @@ from layerrl.masking import (
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
-from layerrl.trainer.callbacks import SyncReference, TrainingEvents
+from layerrl.trainer.callbacks import FrozenCheck, SyncReference
 
 if TYPE_CHECKING:
     import os
@@ -139,8 +139,8 @@ class LayerMaskedMixin:
         self._initial = {} if full else {n: p.detach().clone() for n, p in self._trained.items()}
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
-        self._mask, self._in_training = ExitStack(), ExitStack()
-        self.add_callback(TrainingEvents(self._begin_training, self.check_frozen))
+        self._mask = ExitStack()
+        self.add_callback(FrozenCheck(self.check_frozen))
         if beta:
             self._set_reference(beta)
         self._mask_model()
@@ -165,7 +165,6 @@ class LayerMaskedMixin:
             self._mask.close()
             raise
         finally:
-            self._in_training.close()
             self._replay.clear()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -252,6 +251,20 @@ class LayerMaskedMixin:
             check_optimizer(optimizer, self.model, self.selection)
         return optimizer
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """The wrapped trainer's loss, whose backward ends at the first trained layer.
+
+        Args:
+            *args: The trainer's own arguments.
+            **kwargs: The trainer's own arguments.
+
+        Returns:
+            What the wrapped trainer returns.
+        """
+        # Here and not once for the run: TRL enables checkpointing anew after every generation.
+        with backward_from_first_trained(self.model, self.selection):
+            return super().compute_loss(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the layers' metrics beside those of a training step.
 
@@ -267,10 +280,6 @@ class LayerMaskedMixin:
     def _mask_model(self) -> None:
         self._mask.close()
         self._mask.enter_context(self.selection.masked(self.model))
-
-    def _begin_training(self) -> None:
-        self.check_frozen()
-        self._in_training.enter_context(backward_from_first_trained(self.model, self.selection))
 
     def _set_reference(self, beta: float) -> None:
         self.beta = beta
