@@ -12,12 +12,16 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from layerrl.blocks import Blocks, count_layers, find_blocks, meta_model, plain_name, unwrap
 from layerrl.errors import SelectionError
+from layerrl.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    import torch
 
 _WORDS = (
     '"all" (every block), "full" (every parameter), "middle", "middle:K", "first:K", "last:K", '
@@ -156,6 +160,56 @@ class LayerSelection:
         finally:
             for parameter, required in found:
                 parameter.requires_grad_(required)
+
+    def plan(
+        self,
+        model: Any,  # noqa: ANN401 - a model or a config
+        *,
+        dtype: torch.dtype | None = None,
+        optimizer_bytes: int = 8,
+        beta: float = 0.0,
+        num_iterations: int = 1,
+    ) -> Plan:
+        """What training this selection takes, before anything is loaded.
+
+        Args:
+            model: A model, or a config: its names and shapes then come from a model on `meta`.
+            dtype: The weights' dtype; None: each tensor's own (of a config, what it names).
+            optimizer_bytes: Bytes of optimizer state per trained element; AdamW in float32 has 8.
+            beta: As in the trainer's args. Above 0, there is a reference policy.
+            num_iterations: As in the trainer's args: policy passes over a batch.
+
+        Returns:
+            Bytes of weights, gradients, optimizer, reference and checkpoint, and the cost of a
+            step relative to full training. Activations are left out: they depend on the batch.
+
+        Raises:
+            SelectionError: If the selection does not fit the model, or `num_iterations` is not
+                positive.
+            ModelError: If the model's layers cannot be found.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(num_hidden_layers=32)
+            >>> plan = select_layers(config, 16).plan(config, beta=0.04)
+            >>> plan.reference * 33 < plan.full.reference
+            True
+        """
+        if num_iterations < 1 or beta < 0:
+            raise SelectionError(
+                f"num_iterations={num_iterations!r}, beta={beta!r}: expected at least 1, and 0 or "
+                "more"
+            )
+        base = model if isinstance(model, nn.Module) else meta_model(model)
+        return make_plan(
+            base,
+            self.parameters(base),
+            self.first,
+            dtype=dtype,
+            optimizer_bytes=optimizer_bytes,
+            beta=beta,
+            num_iterations=num_iterations,
+        )
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` turns back into an equal selection."""
