@@ -6,10 +6,11 @@ INSTALLED := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint types layers docs docstrings clean
+.PHONY: help demo bench test test-slow check lint types layers docs docstrings clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
+	@echo "make bench      time a training step against TRL and PEFT, about an hour (options in ARGS)"
 	@echo "make test       run the tests (pytest options in ARGS)"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
@@ -26,6 +27,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/train_step.py $(ARGS)
 
 # No test may depend on a model hub.
 test test-slow: export HF_HUB_OFFLINE := 1
