@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -123,8 +124,10 @@ class LayerMaskedMixin:
             raise SelectionError(
                 f'checkpoint_format is {checkpoint_format!r}, expected "delta" or "full"'
             )
-        if isinstance(model, nn.Module):
-            selection = select_layers(model, selection)
+        # A path's config will do, so that a typo is not found after minutes of loading weights.
+        known = model if isinstance(model, nn.Module) else _config_at(model, given.get("args"))
+        if known is not None:
+            selection = select_layers(known, selection)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
         takes_reference = hasattr(self, "_generate_and_score_completions") and not full
         with _without_reference_model(given.get("args") if takes_reference else None) as beta:
@@ -363,6 +366,16 @@ def _refuse_peft(selection: object, model: object, peft_config: object) -> None:
         "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
         "layers)."
     )
+
+
+def _config_at(path: Any, args: Any) -> Any:  # noqa: ANN401
+    """The config of a model id or path; None where the trainer itself has to say what is wrong."""
+    options = dict(getattr(args, "model_init_kwargs", None) or {})
+    options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    try:
+        return AutoConfig.from_pretrained(path, **options)
+    except (OSError, TypeError, ValueError):
+        return None
 
 
 @contextmanager
