@@ -152,6 +152,7 @@ def meta_model(config: Any) -> nn.Module:  # noqa: ANN401
     Raises:
         ModelError: If transformers has no such class.
     """
+    count_layers(config)
     import transformers
 
     auto_classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,7 +96,17 @@ def save_delta(
         DeltaError: If the folder exists or cannot be written, or `base` is a different model.
         SelectionError: If the selection does not fit the model.
     """
+    if not isinstance(selection, LayerSelection):
+        raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
+    if base is model or not isinstance(base, DeltaBase | nn.Module):
+        given = "the trained model itself" if base is model else repr(base)
+        raise DeltaError(
+            f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
+            "taken then, or another instance that was not trained"
+        )
     tensors = checkpoint_form(model, selection.parameters(model))
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise DeltaError("the model is on the meta device: it has no weights to save")
     if isinstance(base, nn.Module):
         base = DeltaBase.of(base, selection)
     if set(tensors) != set(base.fingerprints):
@@ -146,6 +157,11 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
             another architecture, other tensors or shapes; or if one of the tensors to replace is
             not the one the delta was made from. The model is then as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise DeltaError(
+            f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
+            "checkpoint from folders, use merge_delta(base, path, out)."
+        )
     meta, tensors = _read(Path(path))
     selection = LayerSelection.from_json(json.dumps(meta["selection"]))
     config = getattr(unwrap(model), "config", None)
@@ -161,6 +177,8 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
             f"{_difference(tensors, current)}"
         )
     for name, tensor in current.items():
+        if tensor.is_meta:
+            raise DeltaError(f"{name!r} is on the meta device: load the model's weights first")
         _check_base(name, tensor, meta, path)
     _write(model, trained, tensors)
     return selection
@@ -217,19 +235,32 @@ def merge_delta(
     meta, tensors = _read(Path(path))
     made_from = os.fspath(base) == meta["base_model"]
     folder = _checkpoint_folder(base, meta["base_revision"] if made_from else None)
-    _check_model_type(meta, _config(folder).get("model_type"), path)
+    _check_model_type(meta, _json_object(folder / "config.json").get("model_type"), path)
     shard_of = _shard_of(folder)
     if absent := sorted(set(tensors) - set(shard_of)):
         raise DeltaError(
             f"the base {base} has no tensor {absent[0]!r}, which the delta at {path} replaces "
             f"({len(absent)} of {len(tensors)} are missing). Is it the model it was made from?"
         )
-    for name in tensors:
-        with safe_open(folder / shard_of[name], framework="pt") as shard:
-            _check_base(name, shard.get_tensor(name), meta, path)
+    lost = 0
+    for name, tensor in tensors.items():
+        with _readable(folder / shard_of[name]) as shard:
+            replaced = shard.get_tensor(name)
+        _check_base(name, replaced, meta, path)
+        lost += int(((tensor.to(replaced.dtype) == replaced) & (tensor != replaced)).sum())
+    if lost:
+        trained = sum(tensor.numel() for tensor in tensors.values())
+        warnings.warn(
+            f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "
+            f"can hold: in {out} they are as before training. Merge onto a float32 copy of the "
+            "base to keep them.",
+            stacklevel=2,
+        )
+    kept = {*shard_of.values(), _INDEX} if (folder / _INDEX).is_file() else {*shard_of.values()}
     with _new_folder(out) as made:
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.suffix not in _OTHER_WEIGHTS:
+            weights = file.suffix in _OTHER_WEIGHTS or ".safetensors" in file.name
+            if file.is_file() and (file.name in kept or not weights):
                 shutil.copyfile(file, made / file.name)
         if (folder / "additional_chat_templates").is_dir():
             shutil.copytree(
@@ -367,31 +398,50 @@ def _checkpoint_folder(base: str | os.PathLike[str], revision: str | None) -> Pa
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(os.fspath(base), revision=revision))
+        patterns = ["*.safetensors", _INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+        return Path(snapshot_download(os.fspath(base), revision=revision, allow_patterns=patterns))
     except Exception as error:  # whatever the hub client raises, the sentence is the same
         raise DeltaError(
             f"base {os.fspath(base)!r} is no folder here and no model the hub gives: {error}"
         ) from error
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _json_object(file: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text())
+        data = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise DeltaError(f"no transformers model at {folder}: config.json: {error}") from error
+        raise DeltaError(f"no transformers model at {file.parent}: {file.name}: {error}") from error
+    if not isinstance(data, dict):
+        raise DeltaError(f"{file} is damaged: expected a JSON object, got {data!r:.80}")
+    return data
 
 
 def _shard_of(folder: Path) -> dict[str, str]:
-    """Tensor name to the file of a checkpoint that holds it."""
-    if (folder / _INDEX).is_file():
-        return json.loads((folder / _INDEX).read_text())["weight_map"]
-    if not (folder / _SINGLE).is_file():
+    """Tensor name to the file of a checkpoint that holds it; the single file first, as upstream."""
+    if (folder / _SINGLE).is_file():
+        with _readable(folder / _SINGLE) as shard:
+            return dict.fromkeys(shard.keys(), _SINGLE)
+    if not (folder / _INDEX).is_file():
         raise DeltaError(
             f"no safetensors checkpoint at {folder}: neither {_INDEX} nor {_SINGLE}. Write one "
             "with model.save_pretrained(...); pickled and GGUF weights are not read."
         )
-    with safe_open(folder / _SINGLE, framework="pt") as shard:
-        return dict.fromkeys(shard.keys(), _SINGLE)
+    shard_of = _json_object(folder / _INDEX).get("weight_map")
+    if not isinstance(shard_of, dict):
+        raise DeltaError(f"{folder / _INDEX} is damaged: it has no weight_map")
+    for file in sorted(set(shard_of.values())):
+        with _readable(folder / file):
+            pass
+    return shard_of
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except (OSError, SafetensorError) as error:
+        raise DeltaError(f"the base's {file} is missing or damaged: {error}") from error
 
 
 def _replace_bytes(file: Path, name: str, tensor: Tensor) -> None:
@@ -413,7 +463,7 @@ def _replace_bytes(file: Path, name: str, tensor: Tensor) -> None:
 @contextmanager
 def _new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name only when the block ended well."""
-    path = Path(path)
+    path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         if path.exists() or path.is_symlink():

@@ -205,13 +205,14 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
 
 @contextmanager
 def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> Iterator[None]:
-    """Let the backward end at the first trained layer; afterwards all is as it was found.
+    """Let the backward of what is computed inside end at the first trained layer.
 
     With activation checkpointing, transformers makes the embedding's output require a gradient, so
     that everything above it is recomputed and visited even when it is frozen. Here that hook is
     removed and no layer of the frozen prefix is checkpointed; the trained tensors get the same
     gradients. Reentrant checkpointing needs an input with a gradient: there, the one of the first
-    trained layer gets it.
+    trained layer gets it. Flags are restored; the hook comes back when checkpointing is enabled
+    anew.
 
     Args:
         model: The model, after checkpointing has been enabled.

@@ -32,7 +32,8 @@ class Plan:
     optimizer: int
     """Bytes of the optimizer's state: trained tensors only."""
     reference: int
-    """Bytes of the reference policy: 0 without one."""
+    """Bytes of the trained tensors' initial values, which are the reference policy if `beta > 0`.
+    In full training: of a second model, or 0 where `beta` is 0."""
     checkpoint: int
     """Bytes of a checkpoint: trained weights, the reference's values, optimizer state."""
     step: float
@@ -101,8 +102,8 @@ def make_plan(
             sum(size[name] for name in names),
             sum(p.numel() for p in names.values()),
         )
-        reference = 0 if not beta else sum(size.values()) if second_model else weights
-        kept = 0 if second_model else reference
+        reference = weights if beta or not second_model else 0
+        kept = weights if beta and not second_model else 0
         return Plan(
             weights=sum(size.values()),
             gradients=weights,

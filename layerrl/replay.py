@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,13 +32,37 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _TOLERANCE_16_BIT = 2e-2
 
 
+@dataclass(slots=True)
+class Recording:
+    """What left the frozen prefix in one pass over a batch."""
+
+    tokens_BT2: Tensor | None = None
+    """Token ids and attention mask of the batch, to know its rows again."""
+    hidden_BTH: Tensor | None = None
+    """The hidden states; None where they were not recorded."""
+    num_rows: int = 0
+    """Rows recorded so far."""
+
+    def holds(self, rows_B: Tensor | None, tokens_BT2: Tensor) -> bool:
+        """Whether these rows of the recording are exactly those tokens."""
+        if self.tokens_BT2 is None or self.num_rows < len(self.tokens_BT2):
+            return False
+        if rows_B is None:
+            return torch.equal(self.tokens_BT2, tokens_BT2)
+        return bool((rows_B < self.num_rows).all()) and torch.equal(
+            self.tokens_BT2[rows_B], tokens_BT2
+        )
+
+
 class PrefixReplay:
     """Recordings of the hidden states that leave a model's frozen prefix.
 
-    Passes run through `run`. Inside `generating`, the first one over the batch is recorded and the
-    others replay it; inside `rows`, a pass over some of its rows replays those. The first such pass
-    also runs plainly and is compared: if they differ, or the replay fails, nothing is ever replayed
-    again and one warning says why.
+    Passes run through `run`. Inside `generating`, the first one over the batch is recorded; inside
+    `rows`, a pass over some of its rows replays those, if their tokens are what was recorded. The
+    first time, it runs plainly too and everything it returns is compared: if that differs, or the
+    replay fails, nothing is ever replayed again and one warning says why. Once it has matched, the
+    other passes inside `generating` are replayed as well. Batches for training and for evaluation
+    have recordings, and first times, of their own.
 
     Args:
         model: The model whose prefix is replayed.
@@ -49,31 +74,32 @@ class PrefixReplay:
         blocks = find_blocks(model)
         self._prefix = [blocks.modules[layer] for layer in selection.frozen_prefix]
         self._max_bytes = max_bytes
-        self._hidden_BTH: Tensor | None = None
-        self._num_recorded = 0
         self._extras: list[tuple[None, ...] | None] = [None] * len(self._prefix)
         self._generating = False
         self._rows_B: Tensor | None = None
-        self._verified = False
+        self._recordings: dict[bool, Recording] = {}
+        self._verified: set[bool] = set()
         self.enabled = bool(self._prefix) and max_bytes > 0
         """Whether passes are recorded at all; False for good once a replay did not match."""
 
-    @property
-    def recorded(self) -> bool:
-        """Whether a whole batch is recorded."""
-        return self._hidden_BTH is not None and self._num_recorded == len(self._hidden_BTH)
-
     def clear(self) -> None:
-        """Forget the recording."""
-        self._hidden_BTH, self._num_recorded = None, 0
+        """Forget all recordings."""
+        self._recordings.clear()
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Passes inside run over a whole new batch, always in the same order of rows."""
-        self.clear()
+    def generating(self, *, training: bool) -> Iterator[Recording]:
+        """Passes inside run over a whole new batch, always in the same order of rows.
+
+        Args:
+            training: Whether the batch is for training or for evaluation.
+
+        Yields:
+            The recording, filled by the first pass.
+        """
+        self._recordings[training] = Recording()
         self._generating = True
         try:
-            yield
+            yield self._recordings[training]
         finally:
             self._generating = False
 
@@ -86,43 +112,50 @@ class PrefixReplay:
         finally:
             self._rows_B = None
 
-    def run(self, compute: Compute, num_rows: int) -> tuple[Any, ...]:
+    def run(self, compute: Compute, *, tokens_BT2: Tensor, training: bool) -> tuple[Any, ...]:
         """The result of `compute`, with the prefix recorded or replayed where that is possible.
 
         Args:
-            compute: Runs the model over a batch, in one or more forward passes, and returns the
-                log-probabilities first.
-            num_rows: Rows of that batch.
+            compute: Runs the model over a batch, in one or more forward passes.
+            tokens_BT2: Token ids and attention mask of that batch.
+            training: Whether the batch is for training or for evaluation.
 
         Returns:
             What `compute` returns.
         """
-        if not self.enabled:
+        recording = self._recordings.get(training)
+        if not self.enabled or recording is None:
             return compute()
-        if self._generating:
-            with self._replaying(None) if self.recorded else self._recording(num_rows):
+        rows_B = self._rows_B
+        if self._generating and recording.tokens_BT2 is None:
+            recording.tokens_BT2 = tokens_BT2
+            with self._recording(recording):
                 return compute()
-        if self._rows_B is None or not self.recorded:
+        if not (self._generating or rows_B is not None) or not recording.holds(rows_B, tokens_BT2):
             return compute()
-        if not self._verified:
-            return self._verify(compute, self._rows_B)
-        with self._replaying(self._rows_B):
-            return compute()
+        if training in self._verified:
+            with self._replaying(recording, rows_B):
+                return compute()
+        return compute() if self._generating else self._verify(compute, recording, rows_B, training)
 
-    def _verify(self, compute: Compute, rows_B: Tensor) -> tuple[Any, ...]:
+    def _verify(
+        self, compute: Compute, recording: Recording, rows_B: Tensor | None, training: bool
+    ) -> tuple[Any, ...]:
         plain = compute()
         try:
-            with torch.no_grad(), torch.random.fork_rng(), self._replaying(rows_B):
+            with torch.no_grad(), torch.random.fork_rng(), self._replaying(recording, rows_B):
                 replayed = compute()
-            difference = (plain[0].detach() - replayed[0]).abs().max().item()
-            tolerance = _TOLERANCE.get(self._dtype, _TOLERANCE_16_BIT)
+            pairs = [p for p in zip(plain, replayed, strict=True) if isinstance(p[0], Tensor)]
+            difference = max((a.detach() - b).abs().max().item() for a, b in pairs)
+            assert recording.hidden_BTH is not None
+            tolerance = _TOLERANCE.get(recording.hidden_BTH.dtype, _TOLERANCE_16_BIT)
             problem = None
             if not difference <= tolerance:
-                problem = f"log-probabilities differ by {difference:.3g} (at most {tolerance:.0e})"
+                problem = f"results differ by {difference:.3g} (at most {tolerance:.0e})"
         except Exception as error:  # whatever a model does with a shortened stack, training goes on
             problem = f"the model cannot run on it: {type(error).__name__}: {error}"
         if problem is None:
-            self._verified = True
+            self._verified.add(training)
         else:
             self.enabled = False
             self.clear()
@@ -134,39 +167,35 @@ class PrefixReplay:
             )
         return plain
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float32 if self._hidden_BTH is None else self._hidden_BTH.dtype
-
-    def _recording(self, num_rows: int) -> Any:  # noqa: ANN401 - a context manager
+    def _recording(self, recording: Recording) -> Any:  # noqa: ANN401 - a context manager
         last = len(self._prefix) - 1
-        self.clear()
 
-        def recording(index: int, forward: Forward) -> Forward:
+        def record(index: int, forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
                 output = forward(*args, **kwargs)
                 hidden, *extra = output if isinstance(output, tuple) else (output,)
                 self._extras[index] = (None,) * len(extra) if isinstance(output, tuple) else None
                 if index == last:
-                    self._store(hidden.detach(), num_rows)
+                    self._store(hidden.detach(), recording)
                 return output
 
             return run
 
-        return self._patched(recording)
+        return self._patched(record)
 
-    def _store(self, hidden_BTH: Tensor, num_rows: int) -> None:
-        if self._num_recorded == 0:
-            if num_rows * hidden_BTH[0].nbytes > self._max_bytes:
-                return
-            self._hidden_BTH = hidden_BTH.new_empty((num_rows, *hidden_BTH.shape[1:]))
-        if self._hidden_BTH is not None:
-            end = self._num_recorded + len(hidden_BTH)
-            self._hidden_BTH[self._num_recorded : end] = hidden_BTH
-            self._num_recorded = end
+    def _store(self, hidden_BTH: Tensor, recording: Recording) -> None:
+        assert recording.tokens_BT2 is not None
+        num_rows = len(recording.tokens_BT2)
+        if recording.num_rows == 0 and num_rows * hidden_BTH[0].nbytes <= self._max_bytes:
+            recording.hidden_BTH = hidden_BTH.new_empty((num_rows, *hidden_BTH.shape[1:]))
+        if recording.hidden_BTH is not None:
+            end = recording.num_rows + len(hidden_BTH)
+            recording.hidden_BTH[recording.num_rows : end] = hidden_BTH
+            recording.num_rows = end
 
-    def _replaying(self, rows_B: Tensor | None) -> Any:  # noqa: ANN401 - a context manager
-        recorded_BTH = self._hidden_BTH
+    def _replaying(self, recording: Recording, rows_B: Tensor | None) -> Any:  # noqa: ANN401
+        hidden_BTH = recording.hidden_BTH
+        assert hidden_BTH is not None
         last = len(self._prefix) - 1
         passed = 0
 
@@ -177,7 +206,9 @@ class PrefixReplay:
                 if index == last:
                     chosen = slice(passed, passed + len(hidden))
                     passed += len(hidden)
-                    hidden = recorded_BTH[chosen if rows_B is None else rows_B[chosen]]  # pyright: ignore[reportOptionalSubscript]
+                    # A copy either way: what comes after may work in place.
+                    picked = chosen if rows_B is None else rows_B[chosen]
+                    hidden = hidden_BTH[picked].clone()
                 extra = self._extras[index]
                 return hidden if extra is None else (hidden, *extra)
 

@@ -6,8 +6,8 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -135,31 +135,18 @@ class LayerSelection:
             )
         return trained
 
-    @contextmanager
-    def masked(self, model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    def masked(self, model: nn.Module) -> AbstractContextManager[dict[str, nn.Parameter]]:
         """Let only the selected tensors train; afterwards every flag is as it was found.
 
         Args:
             model: As for `parameters`. Its `requires_grad` flags are set on entry and restored on
                 exit, also after an exception.
 
-        Yields:
-            The tensors that train, by name.
-
-        Raises:
-            SelectionError: As `parameters` does, before anything is changed.
-            ModelError: As `parameters` does, before anything is changed.
+        Returns:
+            A context manager that gives the tensors that train, by name. Entering it raises what
+            `parameters` raises, before anything is changed.
         """
-        trained = self.parameters(model)
-        chosen = {id(parameter) for parameter in trained.values()}
-        found = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            for parameter, _ in found:
-                parameter.requires_grad_(id(parameter) in chosen)
-            yield trained
-        finally:
-            for parameter, required in found:
-                parameter.requires_grad_(required)
+        return _Masked(self, model)
 
     def plan(
         self,
@@ -195,10 +182,10 @@ class LayerSelection:
             >>> plan.reference * 33 < plan.full.reference
             True
         """
-        if num_iterations < 1 or beta < 0:
+        if _integer(num_iterations) < 1 or not 0 <= beta < math.inf or optimizer_bytes < 0:
             raise SelectionError(
-                f"num_iterations={num_iterations!r}, beta={beta!r}: expected at least 1, and 0 or "
-                "more"
+                f"num_iterations={num_iterations!r}, beta={beta!r}, optimizer_bytes="
+                f"{optimizer_bytes!r}: expected at least 1, and two finite numbers from 0 up"
             )
         base = model if isinstance(model, nn.Module) else meta_model(model)
         return make_plan(
@@ -277,7 +264,7 @@ class LayerSelection:
         names = [plain_name(name) for name, _ in base.named_parameters()]
         inside = blocks.path + "."
         outside = [n for n in names if not n.startswith(inside) and _matches(n, glob)]
-        text = f"modules glob {glob!r} matches no tensor inside {self}"
+        text = f"modules glob {glob!r} matches no tensor inside layers {_ranges(self.layers)}"
         if outside:
             text += f'; outside the blocks it matches {outside[0]!r}, which only "full" trains'
         elif glob.startswith(inside) or any(_matches(n, glob) for n in names):
@@ -291,6 +278,25 @@ class LayerSelection:
                     f"a tensor of {self} is shared with {plain_name(name)!r}, which is frozen: "
                     'training one trains the other. Select both, or "full".'
                 )
+
+
+class _Masked(AbstractContextManager[dict[str, nn.Parameter]]):
+    """A class and no generator: one that is dropped while suspended would restore the flags."""
+
+    def __init__(self, selection: LayerSelection, model: nn.Module) -> None:
+        self._selection, self._model = selection, model
+
+    def __enter__(self) -> dict[str, nn.Parameter]:
+        trained = self._selection.parameters(self._model)
+        chosen = {id(parameter) for parameter in trained.values()}
+        self._found = [(p, p.requires_grad) for p in self._model.parameters()]
+        for parameter, _ in self._found:
+            parameter.requires_grad_(id(parameter) in chosen)
+        return trained
+
+    def __exit__(self, *exception: object) -> None:
+        for parameter, required in self._found:
+            parameter.requires_grad_(required)
 
 
 def select_layers(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layerrl.blocks import is_peft
 from layerrl.delta import DeltaBase, restore_delta, save_delta
@@ -35,7 +36,7 @@ from layerrl.trainer.callbacks import FrozenCheck, SyncReference
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -44,13 +45,19 @@ _DELTA, _REFERENCE = "delta", "reference.safetensors"
 
 
 def _with_selection(cls: type) -> inspect.Signature:
-    """The signature of the class behind the mixin, with `selection`."""
+    """The signature of the class behind the mixin, with the mixin's own keywords."""
     after = cls.__mro__[cls.__mro__.index(LayerMaskedMixin) + 1]
+    if after is object:
+        raise TypeError(
+            f"{cls.__name__}: LayerMaskedMixin goes in front of the trainer class, as in "
+            "class MyTrainer(LayerMaskedMixin, GRPOTrainer)"
+        )
     parameters = list(inspect.signature(after).parameters.values())
-    selection = inspect.Parameter("selection", inspect.Parameter.KEYWORD_ONLY)
+    own = inspect.signature(LayerMaskedMixin.__init__).parameters.values()
+    added = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
     keep = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    return inspect.Signature([*keep, selection, *rest])
+    return inspect.Signature([*keep, *added, *rest])
 
 
 class LayerMaskedMixin:
@@ -120,6 +127,8 @@ class LayerMaskedMixin:
         given = _bound(super().__init__, args, kwargs)
         model = given.get("model")
         _refuse_peft(selection, model, given.get("peft_config"))
+        if isinstance(prefix_cache_bytes, bool) or not isinstance(prefix_cache_bytes, int):
+            raise SelectionError(f"prefix_cache_bytes is {prefix_cache_bytes!r}, expected an int")
         if checkpoint_format not in ("delta", "full"):
             raise SelectionError(
                 f'checkpoint_format is {checkpoint_format!r}, expected "delta" or "full"'
@@ -139,13 +148,17 @@ class LayerMaskedMixin:
         self._base = DeltaBase.of(self.model, self.selection)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
         self._replay = PrefixReplay(self.model, self.selection, prefix_cache_bytes)
-        self._initial = {} if full else {n: p.detach().clone() for n, p in self._trained.items()}
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
         self._mask = ExitStack()
         self.add_callback(FrozenCheck(self.check_frozen))
+        self._initial: Mapping[str, Tensor] = {}
         if beta:
             self._set_reference(beta)
+            if not self.args.sync_ref_model:
+                self._initial = self.ref_model.tensors
+        if not self._initial and not full:
+            self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
         self._mask_model()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -190,9 +203,11 @@ class LayerMaskedMixin:
         self._save(str(folder), state_dict={})
         remove_dummy_checkpoint(self.args.should_save, str(folder), [SAFE_WEIGHTS_NAME])
         if self.args.should_save:
+            for stale in (_REFERENCE, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+                (folder / stale).unlink(missing_ok=True)
             shutil.rmtree(folder / _DELTA, ignore_errors=True)
             save_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
-            if isinstance(self.ref_model, ReferenceModel):
+            if isinstance(getattr(self, "ref_model", None), ReferenceModel):
                 save_file(dict(self.ref_model.tensors), folder / _REFERENCE)
 
     def save_delta(self, path: str | os.PathLike[str]) -> Path | None:
@@ -295,11 +310,18 @@ class LayerMaskedMixin:
         if not (folder / _DELTA).is_dir():
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
             return
+        reference = {}
+        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+            try:
+                reference = load_file(folder / _REFERENCE)
+            except (OSError, SafetensorError) as error:
+                raise DeltaError(
+                    f"the checkpoint {folder} holds no readable reference, which beta="
+                    f"{self.beta} needs ({error}). Was it written with beta=0?"
+                ) from error
         restore_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
-        if isinstance(self.ref_model, ReferenceModel):
-            if not (folder / _REFERENCE).is_file():
-                raise DeltaError(f"the checkpoint {folder} holds no reference: it had beta = 0")
-            self.ref_model.load_tensors(load_file(folder / _REFERENCE))
+        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+            self.ref_model.load_tensors(reference)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -310,23 +332,27 @@ class LayerMaskedMixin:
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
         """Mark each row of a new batch, so that its recording is found after shuffling."""
-        with self._replay.generating():
+        with self._replay.generating(training=self.model.training) as recording:
             batch = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
-        if self._replay.recorded:
-            ids = batch["completion_ids"]
+        ids = batch["completion_ids"]
+        if recording.num_rows == len(ids):
             batch[_ROWS] = torch.arange(len(ids), device=ids.device)
         return batch
 
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, input_ids: Tensor, *args: Any, **kwargs: Any
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...]:
         """Every pass that scores completions goes through here."""
-        compute = super()._get_per_token_logps_and_entropies  # pyright: ignore[reportAttributeAccessIssue]
-        return self._replay.run(lambda: compute(model, input_ids, *args, **kwargs), len(input_ids))
+        score = super()._get_per_token_logps_and_entropies  # pyright: ignore[reportAttributeAccessIssue]
+        return self._replay.run(
+            lambda: score(model, input_ids, attention_mask, *args, **kwargs),
+            tokens_BT2=torch.stack([input_ids, attention_mask], dim=-1),
+            training=self.model.training,
+        )
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         with self._replay.rows(inputs.get(_ROWS)):
-            return super()._compute_loss(model, inputs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super()._compute_loss(model, inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401
         """Transformers calls this between clipping and the step: note each layer's share."""
