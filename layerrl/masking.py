@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from layerrl.selection import LayerSelection
 
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORD_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _CHUNK = 1 << 20
 _ODD_MULTIPLIER = 0x1E3779B97F4A7C15
 _FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be checkpointed
@@ -28,10 +28,10 @@ _FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     r"""A 64-bit checksum of each tensor's bits, computed where the tensor lies.
 
-    With the bits read as integers $b_i$ and fixed odd weights $w_i$, the checksum is
-    $\sum_i w_i b_i \bmod 2^{64}$. One changed element always changes it, as an odd weight has an
-    inverse; several do unless they cancel (about one chance in $2^{64}$). It is no defence against
-    somebody who wants a collision.
+    With the bits read as integers $b_i$ of at most 32 bits and fixed odd weights $w_i$ without a
+    pattern, the checksum is $\sum_i w_i b_i \bmod 2^{64}$. One changed element always changes it,
+    as an odd weight has an inverse; several do unless they cancel by chance. It is no defence
+    against somebody who wants a collision.
 
     Args:
         tensors: Name to tensor of any dtype and device. Not changed; `meta` tensors are left out.
@@ -46,19 +46,27 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if device.type == "meta":
             continue
         if device not in weights:
-            positions = torch.arange(_CHUNK, dtype=torch.int64, device=device)
-            weights[device] = (positions * _ODD_MULTIPLIER) * 2 + 1
+            weights[device] = _weights(device)
         sums[name] = _checksum(tensor.detach(), weights[device])
     return {name: f"{int(total) % (1 << 64):016x}" for name, total in sums.items()}
 
 
+def _weights(device: torch.device) -> Tensor:
+    """Fixed odd 64-bit numbers without a pattern: positions, mixed as in splitmix64."""
+    mixed = torch.arange(1, _CHUNK + 1, dtype=torch.int64, device=device) * _ODD_MULTIPLIER
+    for shift, multiplier in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
+        logical = (mixed >> shift) & ((1 << (64 - shift)) - 1)
+        mixed = (mixed ^ logical) * multiplier
+    return (mixed ^ ((mixed >> 31) & ((1 << 33) - 1))) | 1
+
+
 def _checksum(tensor: Tensor, weights: Tensor) -> Tensor:
-    flat = tensor.contiguous().view(-1)
+    flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).view(-1)
-    bits = flat.view(_INTEGER_OF_SIZE[flat.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(_CHUNK):
+    words = flat.view(_WORD_OF_SIZE[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for chunk in words.split(_CHUNK):
         total = total * _ODD_MULTIPLIER + (chunk.long() * weights[: len(chunk)]).sum()
     return total
 

@@ -113,7 +113,7 @@ class LayerMaskedMixin:
         def __init_subclass__(cls, **kwargs: object) -> None:
             """Show the wrapped trainer's arguments, and `selection`, in `help` and editors."""
             super().__init_subclass__(**kwargs)
-            own = "__init__" in vars(cls)
+            own = cls.__init__ is not LayerMaskedMixin.__init__
             cls.__signature__ = None if own else _with_selection(cls)
 
     def __init__(
@@ -124,7 +124,7 @@ class LayerMaskedMixin:
         checkpoint_format: Literal["delta", "full"] = "delta",
         **kwargs: Any,
     ) -> None:
-        given = _bound(super().__init__, args, kwargs)
+        given = _bound(type(self), args, kwargs)
         model = given.get("model")
         _refuse_peft(selection, model, given.get("peft_config"))
         if isinstance(prefix_cache_bytes, bool) or not isinstance(prefix_cache_bytes, int):
@@ -254,9 +254,18 @@ class LayerMaskedMixin:
         """
         new = self.optimizer is None
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            self._fit_optimizer(optimizer, new)
+        except SelectionError:
+            if new:
+                self.optimizer = None  # or the next attempt would take it for a good one
+            raise
+        return optimizer
+
+    def _fit_optimizer(self, optimizer: Optimizer, new: bool) -> None:
         layer_wise = isinstance(optimizer, LayerWiseDummyOptimizer)
-        self._optimizer_is_own |= new and not layer_wise
-        if not self._optimizer_is_own and set(self.selection.learning_rate_scale) != {1.0}:
+        own = self._optimizer_is_own or (new and not layer_wise)
+        if not own and set(self.selection.learning_rate_scale) != {1.0}:
             why = "updates layer by layer" if layer_wise else "was passed in ready-made"
             raise SelectionError(
                 f"{self.selection}: the scales cannot be put into {type(optimizer).__name__}, "
@@ -267,7 +276,7 @@ class LayerMaskedMixin:
             scale_learning_rates(optimizer, self.model, self.selection)
         if not layer_wise:
             check_optimizer(optimizer, self.model, self.selection)
-        return optimizer
+        self._optimizer_is_own = own
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """The wrapped trainer's loss, whose backward ends at the first trained layer.
@@ -422,7 +431,10 @@ def _without_reference_model(args: Any) -> Iterator[float]:  # noqa: ANN401
         args.beta, args.sync_ref_model = beta, sync
 
 
-def _bound(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-    """Arguments by name; what does not fit is left for the call itself to complain about."""
-    names = list(inspect.signature(function).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _bound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the names of the first class behind the mixin that spells them out."""
+    for behind in cls.__mro__[cls.__mro__.index(LayerMaskedMixin) + 1 :]:
+        names = list(inspect.signature(behind.__init__).parameters)[1:]
+        if "model" in names:
+            return {**dict(zip(names, args, strict=False)), **kwargs}
+    return kwargs

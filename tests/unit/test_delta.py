@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+import layerrl
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
+from layerrl import delta as delta_module
 from layerrl.delta import DeltaBase, checkpoint_form
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints
@@ -233,6 +235,28 @@ class TestRoundTrip:
             assert form.keys() <= set(saved.keys())
             for name, tensor in form.items():
                 assert_close(tensor, saved.get_tensor(name), rtol=0, atol=0)
+
+    def test_loads_where_the_disk_holds_elements_in_another_order(self, monkeypatch, tmp_path):
+        def transposed(model, tensors):
+            return {name: t.t() if t.ndim == 2 else t.flip(0) for name, t in tensors.items()}
+
+        monkeypatch.setattr(delta_module, "checkpoint_form", transposed)
+        live, fresh = tiny("llama"), tiny("llama")
+        make_delta(live, 1, tmp_path / "delta")
+        assert load_file(tmp_path / "delta" / "delta.safetensors")[WEIGHT].shape == (32, 16)
+        load_delta(fresh, tmp_path / "delta")
+        assert_same(fresh, bits(live))
+
+    @pytest.mark.parametrize("rows", [slice(1), [0, *range(16)]], ids=["drops", "repeats"])
+    def test_refuses_to_load_where_the_disk_holds_other_elements(self, monkeypatch, tmp_path, rows):
+        def other(model, tensors):
+            return {name: t[rows] if t.shape[0] == 16 else t for name, t in tensors.items()}
+
+        monkeypatch.setattr(delta_module, "checkpoint_form", other)
+        make_delta(tiny("llama"), 1, tmp_path / "delta")
+        model = tiny("llama")
+        with refused("LlamaForCausalLM drops or repeats elements", under=tmp_path, model=model):
+            load_delta(model, tmp_path / "delta")
 
     def test_tied_head_follows_the_embedding(self, tmp_path):
         live = tiny("llama", tie_word_embeddings=True)
@@ -736,7 +760,8 @@ except ImportError:
 
 def run(script: str, *arguments: object) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(Path(layerrl.__file__).parents[1])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -745,7 +770,7 @@ def run(script: str, *arguments: object) -> str:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
 def test_merge_holds_less_than_twice_the_largest_shard(tmp_path, made, layers):
     config = type(tiny("llama").config)(
-        num_hidden_layers=8, hidden_size=768, intermediate_size=3072, vocab_size=2048
+        num_hidden_layers=6, hidden_size=768, intermediate_size=3072, vocab_size=2048
     )
     with torch.device("meta"):
         model = type(tiny("llama"))(config)
@@ -761,7 +786,7 @@ def test_merge_holds_less_than_twice_the_largest_shard(tmp_path, made, layers):
             parameter.add_(1)
     save_delta(model, tmp_path / "delta", selection=selection, base=recorded)
     shards = [file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")]
-    assert sum(shards) > 3.5 * max(shards)
+    assert sum(shards) > 3 * max(shards)
     shutil.copytree(made, tmp_path / "small")
     # A process's VmHWM starts from nothing, while its ru_maxrss starts from that of its parent.
     grown = int(run(MERGE_AND_MEASURE, tmp_path / "small", tmp_path))

@@ -1,0 +1,277 @@
+"""What layerrl leans on in transformers, TRL and PyTorch, and what others lean on in its metrics.
+
+A failure here after an upgrade says which part of layerrl to look at before anything else.
+"""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from trl import GRPOConfig, GRPOTrainer
+
+from tests.grpo import make
+from tests.models import FAMILIES, VISION_FAMILIES, tiny
+
+GRAD_NORM = "LayerMaskedMixin._get_grad_norm measures the layers' shares of the clipped gradients"
+OPTIMIZER = "LayerMaskedMixin.create_optimizer masks by requires_grad and regroups what it gets"
+FROZEN = "_FrozenCheck compares the frozen tensors at train start and train end"
+SAVING = "LayerMaskedMixin.save_model refuses before anything of a checkpoint is written"
+LOGGING = "LayerMaskedMixin.log adds the layers' metrics to those of a training step"
+NAMES = "delta.checkpoint_form gives tensors the names that save_pretrained would"
+BLOCKS = "blocks.find_blocks asks a vision-language model for its text stack"
+CONSTRUCTOR = (
+    "LayerMaskedMixin.__init__ reads `model` and `peft_config` from the trainer's arguments"
+)
+BYTES = "delta._replace_bytes writes tensors at the offsets in a safetensors header"
+BUFFERS = "masking.frozen_tensors leaves out buffers that are not saved with the model"
+
+
+def parameters_of(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.fixture
+def model():
+    return tiny("llama", 2)
+
+
+class TestGradNorm:
+    def test_takes_the_model_and_the_norm_from_clipping(self):
+        assert parameters_of(Trainer._get_grad_norm) == ["self", "model", "grad_norm"], GRAD_NORM
+        assert GRPOTrainer._get_grad_norm is Trainer._get_grad_norm, GRAD_NORM
+
+    def test_is_called_once_a_step_after_clipping_and_before_the_step(self, model, tmp_path):
+        events = []
+
+        class Spy(GRPOTrainer):
+            def _get_grad_norm(self, model, grad_norm=None):
+                total = super()._get_grad_norm(model, grad_norm=grad_norm)
+                left = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+                events.append(("norm", self.state.global_step, float(total), left))
+                return total
+
+        class Steps(TrainerCallback):
+            def on_optimizer_step(self, args, state, control, **kwargs):
+                events.append(("step", state.global_step))
+
+        arguments = {"callbacks": [Steps()]}
+        changes = {"max_steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 1e-3}
+        make(model, tmp_path, trainer=Spy, arguments=arguments, **changes).train()
+        assert [event[:2] for event in events] == [
+            ("norm", 0),
+            ("step", 0),
+            ("norm", 1),
+            ("step", 1),
+        ], GRAD_NORM
+        for _, _, total, left in events[::2]:
+            assert total > 1e-2, GRAD_NORM
+            assert left == pytest.approx(1e-3, rel=1e-3), GRAD_NORM
+
+    def test_what_it_returns_is_what_is_logged(self, model, tmp_path):
+        class Fixed(GRPOTrainer):
+            def _get_grad_norm(self, model, grad_norm=None):
+                return 12.5
+
+        trainer = make(model, tmp_path, trainer=Fixed, max_steps=1)
+        trainer.train()
+        assert trainer.state.log_history[0]["grad_norm"] == 12.5, GRAD_NORM
+
+
+class TestOptimizer:
+    def test_holds_only_what_requires_grad_with_and_without_weight_decay(self, model, tmp_path):
+        model.requires_grad_(False)
+        trained = set(model.model.layers[1].requires_grad_(True).parameters())
+        trainer = make(model, tmp_path, weight_decay=0.1)
+        optimizer = trainer.create_optimizer()
+        assert optimizer is trainer.optimizer, OPTIMIZER
+        groups = optimizer.param_groups
+        assert {p for group in groups for p in group["params"]} == trained, OPTIMIZER
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0], OPTIMIZER
+
+    def test_passed_in_is_there_before_it_is_created(self, model, tmp_path):
+        given = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = make(model, tmp_path, arguments={"optimizers": (given, None)})
+        assert trainer.optimizer is given, OPTIMIZER
+        assert trainer.create_optimizer() is given, OPTIMIZER
+        assert make(model, tmp_path).optimizer is None, OPTIMIZER
+
+    def test_is_created_before_the_scheduler(self, model, tmp_path):
+        created = []
+
+        class Spy(GRPOTrainer):
+            def create_optimizer(self, *args, **kwargs):
+                created.append("optimizer")
+                return super().create_optimizer(*args, **kwargs)
+
+            def create_scheduler(self, *args, **kwargs):
+                created.append("scheduler")
+                return super().create_scheduler(*args, **kwargs)
+
+        make(model, tmp_path, trainer=Spy, max_steps=1).train()
+        assert created == ["optimizer", "scheduler"], OPTIMIZER
+
+    def test_layer_wise_ones_are_told_apart_by_their_class(self):
+        assert issubclass(LayerWiseDummyOptimizer, torch.optim.Optimizer), OPTIMIZER
+
+    def test_splitting_groups_keeps_options(self):
+        tensors = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+        optimizer = torch.optim.SGD([{"params": tensors, "weight_decay": 0.1}], lr=1.0)
+        [group] = optimizer.param_groups
+        optimizer.param_groups.clear()
+        for tensor in tensors:
+            optimizer.add_param_group({**group, "params": [tensor], "lr": 2.0})
+        for split, tensor in zip(optimizer.param_groups, tensors, strict=True):
+            assert split == {**group, "params": [tensor], "lr": 2.0}, OPTIMIZER
+
+
+class TestFrozenCheck:
+    def test_train_begins_after_a_checkpoint_was_loaded(self, tmp_path):
+        first = make(tiny("llama", 2), tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+        first.train()
+        seen = []
+
+        class Begin(TrainerCallback):
+            def on_train_begin(self, *args, model, **kwargs):
+                seen.append(model.lm_head.weight.detach().clone())
+
+        model = tiny("llama", 2)
+        before = model.lm_head.weight.detach().clone()
+        resumed = make(model, tmp_path / "second", max_steps=1, arguments={"callbacks": [Begin()]})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        [at_start] = seen
+        assert not torch.equal(at_start, before), FROZEN
+        assert torch.equal(at_start, first.model.lm_head.weight), FROZEN
+
+    def test_train_ends_after_the_best_model_was_loaded(self):
+        source = inspect.getsource(Trainer._finalize_training)
+        assert 0 < source.index("_load_best_model(") < source.index(".on_train_end("), FROZEN
+
+    def test_callbacks_run_in_the_order_they_were_added(self, model, tmp_path):
+        ran = []
+
+        class Named(TrainerCallback):
+            def __init__(self, name):
+                self.name = name
+
+            def on_train_end(self, *args, **kwargs):
+                ran.append(self.name)
+
+        arguments = {"callbacks": [Named("the user's")]}
+        trainer = make(model, tmp_path, max_steps=1, arguments=arguments)
+        trainer.add_callback(Named("added later"))
+        trainer.train()
+        assert ran == ["the user's", "added later"], FROZEN
+
+    def test_errors_in_callbacks_end_training(self, model, tmp_path):
+        class Fails(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs):
+                raise ZeroDivisionError
+
+        trainer = make(model, tmp_path, arguments={"callbacks": [Fails()]})
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        assert trainer.state.global_step == 0, FROZEN
+
+    def test_modules_know_which_buffers_are_not_saved(self, model):
+        module = model.model.rotary_emb
+        assert "inv_freq" in module._non_persistent_buffers_set, BUFFERS
+        assert "inv_freq" not in module.state_dict(), BUFFERS
+
+
+class TestSaving:
+    def test_a_checkpoint_starts_with_save_model(self, model, tmp_path):
+        class Refuses(GRPOTrainer):
+            def save_model(self, *args, **kwargs):
+                raise ZeroDivisionError
+
+        changes = {"save_strategy": "steps", "save_steps": 1}
+        with pytest.raises(ZeroDivisionError):
+            make(model, tmp_path, trainer=Refuses, **changes).train()
+        # TRL's model card is all that may be there.
+        assert {file.name for file in tmp_path.iterdir()} <= {"README.md"}, SAVING
+
+
+class TestLogging:
+    def test_only_training_steps_log_a_loss(self, model, tmp_path):
+        trainer = make(model, tmp_path, max_steps=2)
+        trainer.train()
+        has_loss = ["loss" in entry for entry in trainer.state.log_history]
+        assert has_loss == [True, True, False], LOGGING
+        assert parameters_of(GRPOTrainer.log)[:2] == ["self", "logs"], LOGGING
+
+
+class TestDelta:
+    def test_names_on_disk_come_from_one_function(self):
+        found = parameters_of(revert_weight_conversion)
+        assert found == ["model", "state_dict"], NAMES
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_reverting_gives_what_save_pretrained_writes(self, tmp_path, family):
+        model = tiny(family, 1)
+        model.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "model.safetensors")
+        reverted = revert_weight_conversion(model, dict(model.named_parameters()))
+        assert {name: list(tensor.shape) for name, tensor in reverted.items()}.items() <= {
+            name: list(tensor.shape) for name, tensor in saved.items()
+        }.items(), NAMES
+
+    def test_safetensors_files_are_a_length_a_json_header_and_bytes(self, tmp_path):
+        tensor = torch.arange(6.0).view(2, 3)
+        save_file({"a": torch.zeros(5), "b": tensor}, tmp_path / "file", metadata={"format": "pt"})
+        data = Path(tmp_path / "file").read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        entry = json.loads(data[8 : 8 + size])["b"]
+        begin, end = (8 + size + offset for offset in entry["data_offsets"])
+        assert (entry["dtype"], entry["shape"]) == ("F32", [2, 3]), BYTES
+        assert data[begin:end] == tensor.numpy().tobytes(), BYTES
+
+    def test_models_know_where_they_came_from(self, model, tmp_path):
+        where = "delta.DeltaBase.of records the config's _name_or_path, _commit_hash, model_type"
+        assert not model.config._name_or_path, where
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        assert loaded.config._name_or_path == str(tmp_path), where
+        assert loaded.config.model_type == "llama", where
+        assert getattr(loaded.config, "_commit_hash", None) is None, where
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("family", VISION_FAMILIES)
+    def test_vision_language_models_name_their_text_stack(self, family):
+        model = tiny(family, 3)
+        decoder = model.get_decoder()
+        assert model.get_submodule(FAMILIES[family].path) in set(decoder.modules()), BLOCKS
+        assert model.config.get_text_config(decoder=True).num_hidden_layers == 3, BLOCKS
+
+
+class TestConstructor:
+    def test_has_the_arguments_layerrl_reads(self):
+        found = parameters_of(GRPOTrainer)
+        assert found[0] == "model", CONSTRUCTOR
+        assert "peft_config" in found, CONSTRUCTOR
+        assert "selection" not in found, CONSTRUCTOR
+
+    def test_takes_every_setting_of_its_config(self):
+        # The README promises the user's own GRPOConfig.
+        names = {"optim", "lr_scheduler_type", "max_grad_norm", "weight_decay", "beta"}
+        assert names <= set(parameters_of(GRPOConfig)), CONSTRUCTOR
+
+
+def test_metric_names_are_public(tmp_path):
+    trainer = make(tiny("llama", 3), tmp_path, selection=[0, 2], max_steps=1)
+    trainer.train()
+    logged = [name for name in trainer.state.log_history[0] if name.startswith("layerrl/")]
+    assert logged == [
+        "layerrl/trained_parameters",
+        "layerrl/grad_norm/layer_0",
+        "layerrl/grad_norm/layer_2",
+        "layerrl/relative_update/layer_0",
+        "layerrl/relative_update/layer_2",
+    ]

@@ -1,0 +1,782 @@
+"""The masked trainer trains the selection, says so, and lets nothing else move."""
+
+import inspect
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import Adafactor, TrainerCallback
+from trl import GRPOTrainer, SFTConfig, SFTTrainer
+
+from layerrl import LayerMaskedGRPOTrainer, LayerMaskedMixin, load_delta, select_layers
+from layerrl.errors import DeltaError, FrozenTensorError, ModelError, SelectionError
+from tests.grpo import make, reward, tokenizer
+from tests.models import tiny
+
+UPDATE, GRAD_NORM = "layerrl/relative_update/layer_{}", "layerrl/grad_norm/layer_{}"
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def trainable(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def names_of(model: nn.Module, *layers: int) -> list[str]:
+    inside = tuple(f"model.layers.{layer}." for layer in layers)
+    return [name for name, _ in model.named_parameters() if name.startswith(inside)]
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    return [name for name, tensor in bits(model).items() if not tensor.equal(before[name])]
+
+
+def steps(trainer: GRPOTrainer) -> list[dict[str, float]]:
+    """What was logged at each step, without the summary at the end."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Do(TrainerCallback):
+    """Runs one function at one event, with the event's arguments by name."""
+
+    def __init__(self, **actions):
+        self.__dict__.update(
+            {event: (lambda *args, do=do, **kwargs: do(**kwargs)) for event, do in actions.items()}
+        )
+
+
+@pytest.fixture
+def model():
+    return tiny("llama", 3)
+
+
+@pytest.fixture
+def flags(model) -> dict[str, bool]:
+    """An arrangement of `requires_grad` that nothing in layerrl would choose, set on `model`."""
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 == 0)
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+def flags_of(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+class TestSelection:
+    @pytest.mark.parametrize(
+        ("selection", "layers"),
+        [
+            (1, [1]),
+            (-1, [2]),
+            ([2, 0], [0, 2]),
+            (range(2), [0, 1]),
+            (slice(1, None), [1, 2]),
+            ("middle", [1]),
+            ("last:2", [1, 2]),
+            ("0%:50%", [0, 1]),
+            ("all", [0, 1, 2]),
+        ],
+        ids=str,
+    )
+    def test_takes_what_select_layers_takes(self, model, tmp_path, selection, layers):
+        trainer = make(model, tmp_path, selection=selection)
+        assert trainer.selection == select_layers(model, selection)
+        assert trainable(model) == names_of(model, *layers)
+
+    def test_takes_a_selection_with_modules(self, model, tmp_path):
+        selection = select_layers(model.config, [0, 1], modules="mlp.*")
+        trainer = make(model, tmp_path, selection=selection)
+        assert trainer.selection == selection
+        assert trainable(model) == [n for n in names_of(model, 0, 1) if ".mlp." in n]
+
+    def test_full_trains_everything(self, model, tmp_path):
+        make(model, tmp_path, selection="full")
+        assert trainable(model) == [name for name, _ in model.named_parameters()]
+
+    def test_overrules_flags_set_before(self, model, flags, tmp_path):
+        make(model, tmp_path, selection=1)
+        assert trainable(model) == names_of(model, 1)
+
+    def test_leaves_a_tied_embedding_frozen(self, tmp_path):
+        model = tiny("llama", 2, tie_word_embeddings=True)
+        make(model, tmp_path, selection="all")
+        assert not model.lm_head.weight.requires_grad
+
+    def test_takes_a_model_by_its_path(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "model")
+        trainer = make(str(tmp_path / "model"), tmp_path / "out", selection=-1)
+        assert trainable(trainer.model) == names_of(model, 2)
+        trainer.train()
+        assert changed(trainer.model, bits(model)) == names_of(model, 2)
+        trainer.save_delta(tmp_path / "delta")
+        load_delta(model, tmp_path / "delta")
+        assert_close(bits(model), bits(trainer.model), rtol=0, atol=0)
+
+    def test_is_keyword_only_and_required(self, model):
+        with pytest.raises(TypeError, match="selection"):
+            LayerMaskedGRPOTrainer(model, reward)
+
+    @pytest.mark.parametrize(
+        ("selection", "message"),
+        [
+            (7, "layer 7 does not exist: Llama(ForCausalLM|Config) has 3 decoder layers"),
+            ("middle:9", "'middle:9' asks for 9 layers, expected 1 to 3"),
+            (True, "True is no layer"),
+            ([], "no layers given"),
+        ],
+    )
+    @pytest.mark.parametrize("by_path", [False, True], ids=["instance", "path"])
+    def test_that_does_not_fit_is_refused(self, model, tmp_path, selection, message, by_path):
+        model.save_pretrained(tmp_path / "model")
+        given = str(tmp_path / "model") if by_path else model
+        with pytest.raises(SelectionError, match=message):
+            make(given, tmp_path / "out", selection=selection)
+
+    def test_of_another_depth_is_refused(self, model, tmp_path):
+        with pytest.raises(SelectionError, match=r"made for 5 decoder layers, but .* has 3"):
+            make(model, tmp_path, selection=select_layers(tiny("llama", 5), 1))
+
+    def test_in_a_model_without_layers_is_refused(self, tmp_path):
+        with pytest.raises(ModelError, match="Linear has no decoder layers"):
+            make(nn.Linear(2, 2), tmp_path, selection=1)
+
+    @pytest.mark.parametrize("by_path", [False, True], ids=["instance", "path"])
+    def test_together_with_peft_config_is_refused(self, model, tmp_path, by_path):
+        model.save_pretrained(tmp_path / "model")
+        given = str(tmp_path / "model") if by_path else model
+        message = r"selection=\[1, 2\] was given together with peft_config"
+        with pytest.raises(SelectionError, match=message):
+            make(given, tmp_path, selection=[1, 2], arguments={"peft_config": LoraConfig()})
+
+    def test_together_with_a_peft_model_is_refused(self, model, tmp_path):
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(SelectionError, match="given together with a PEFT model"):
+            make(adapted, tmp_path, selection=1)
+
+    def test_together_with_a_peft_model_is_refused_behind_a_subclass_that_passes_arguments_on(
+        self, model, tmp_path
+    ):
+        class Passing(GRPOTrainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+
+        class Masked(LayerMaskedMixin, Passing):
+            pass
+
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(SelectionError, match="given together with a PEFT model"):
+            make(adapted, tmp_path, selection=1, trainer=Masked)
+
+
+class Interruption(Exception):
+    pass
+
+
+def failing_reward(error: BaseException, calls: int = 1):
+    """Rewards like the usual ones, but call number `calls` raises, once."""
+    count = 0
+
+    def fail(completions, **_):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise error
+        return reward(completions)
+
+    return fail
+
+
+class TestFlagsAreRestored:
+    @pytest.mark.parametrize("selection", [9, "middle:4", "nonsense", [1, 1]])
+    def test_after_a_bad_selection(self, model, flags, tmp_path, selection):
+        with pytest.raises(SelectionError):
+            make(model, tmp_path, selection=selection)
+        assert flags_of(model) == flags
+
+    def test_after_peft_config(self, model, flags, tmp_path):
+        with pytest.raises(SelectionError):
+            make(model, tmp_path, selection=1, arguments={"peft_config": LoraConfig()})
+        assert flags_of(model) == flags
+
+    def test_after_a_peft_model(self, model, tmp_path):
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        before = flags_of(adapted)
+        with pytest.raises(SelectionError):
+            make(adapted, tmp_path, selection=1)
+        assert flags_of(adapted) == before
+        assert any(before.values())
+
+    def test_after_an_error_of_trl(self, model, flags, tmp_path):
+        # Found by TRL near the end of its constructor.
+        with pytest.raises(ValueError, match="sync_ref_model"):
+            make(model, tmp_path, selection=1, sync_ref_model=True, beta=0.0)
+        assert flags_of(model) == flags
+
+    def test_after_wrong_arguments(self, model, flags, tmp_path):
+        with pytest.raises(TypeError, match="no_such_argument"):
+            make(model, tmp_path, selection=1, arguments={"no_such_argument": 1})
+        assert flags_of(model) == flags
+
+    @pytest.mark.parametrize("error", [Interruption(), KeyboardInterrupt()], ids=repr)
+    def test_after_training_raised_in_the_middle(self, model, flags, tmp_path, error):
+        failing = failing_reward(error, calls=3)
+        trainer = make(model, tmp_path, selection=1, arguments={"reward_funcs": failing})
+        with pytest.raises(type(error)):
+            trainer.train()
+        assert trainer.state.global_step == 2
+        assert flags_of(model) == flags
+
+    def test_after_a_frozen_tensor_changed(self, model, flags, tmp_path):
+        def move(model, **_):
+            model.lm_head.weight.data += 1
+
+        callback = Do(on_step_end=move)
+        trainer = make(model, tmp_path, selection=1, arguments={"callbacks": [callback]})
+        with pytest.raises(FrozenTensorError):
+            trainer.train()
+        assert flags_of(model) == flags
+
+    def test_and_training_again_masks_again(self, model, flags, tmp_path):
+        before = bits(model)
+        failing = failing_reward(Interruption(), calls=2)
+        trainer = make(
+            model,
+            tmp_path,
+            selection=select_layers(model, [1, 2], boost={2: 2.0}),
+            arguments={"reward_funcs": failing},
+        )
+        with pytest.raises(Interruption):
+            trainer.train()
+        assert flags_of(model) == flags
+        trainer.train()
+        assert trainer.state.global_step == 3
+        assert trainable(model) == names_of(model, 1, 2)
+        assert changed(model, before) == names_of(model, 1, 2)
+        assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2, 2e-2}
+        # The update counts from the first call, not from the state that the failure left.
+        expected = relative_update(model, before, 1)
+        assert_close(steps(trainer)[-1][UPDATE.format(1)], expected, rtol=1e-5, atol=0)
+
+    def test_not_after_training_ended_well(self, model, flags, tmp_path):
+        # The user may go on with the model as it was trained.
+        make(model, tmp_path, selection=1, max_steps=1).train()
+        assert trainable(model) == names_of(model, 1)
+
+
+def relative_update(model: nn.Module, before: dict[str, Tensor], layer: int) -> float:
+    """Norm of a layer's change over its norm before, in float64."""
+    now = bits(model)
+    names = names_of(model, layer)
+    change = sum((now[name].double() - before[name].double()).square().sum() for name in names)
+    start = sum(before[name].double().square().sum() for name in names)
+    return math.sqrt(change / start)
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("max_grad_norm", [1.0, 1e-3, 0.0], ids=["default", "clipping", "none"])
+    def test_layers_share_the_gradient_norm(self, model, tmp_path, max_grad_norm):
+        trainer = make(model, tmp_path, selection=[0, 2], max_grad_norm=max_grad_norm)
+        trainer.train()
+        assert len(steps(trainer)) == 3
+        for entry in steps(trainer):
+            shares = [entry[GRAD_NORM.format(layer)] for layer in (0, 2)]
+            assert min(shares) > 0
+            assert_close(math.hypot(*shares), entry["grad_norm"], rtol=1e-4, atol=0)
+            assert entry["grad_norm"] > 1e-2
+
+    @pytest.mark.parametrize("max_grad_norm", [1e-3, 0.0], ids=["clipping", "none"])
+    @pytest.mark.parametrize("selection", [[1, 2], "full"], ids=str)
+    def test_gradient_norms_are_those_before_clipping(
+        self, model, tmp_path, selection, max_grad_norm
+    ):
+        seen = []
+
+        def note(model, **_):
+            grads = {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+            squares = {name: grad.square().sum().item() for name, grad in grads.items()}
+            by_layer = {
+                layer: math.sqrt(sum(squares.get(name, 0.0) for name in names_of(model, layer)))
+                for layer in range(3)
+            }
+            seen.append((math.sqrt(sum(squares.values())), by_layer))
+
+        trainer = make(
+            model,
+            tmp_path,
+            selection=selection,
+            max_grad_norm=max_grad_norm,
+            arguments={"callbacks": [Do(on_pre_optimizer_step=note)]},
+        )
+        trainer.train()
+        for entry, (total, by_layer) in zip(steps(trainer), seen, strict=True):
+            factor = entry["grad_norm"] / total
+            assert factor > 50 if max_grad_norm else abs(factor - 1) < 1e-4
+            for layer in trainer.selection.layers:
+                found = entry[GRAD_NORM.format(layer)]
+                assert_close(found, by_layer[layer] * factor, rtol=1e-4, atol=0)
+            if selection == "full":
+                shares = [entry[GRAD_NORM.format(layer)] for layer in range(3)]
+                assert math.hypot(*shares) < 0.99 * entry["grad_norm"]
+
+    def test_without_gradient_are_zero(self, model, tmp_path):
+        constant = {"reward_funcs": lambda completions, **_: [1.0] * len(completions)}
+        trainer = make(model, tmp_path, selection=1, arguments=constant)
+        trainer.train()
+        for entry in steps(trainer):
+            assert entry["grad_norm"] == 0
+            assert entry[GRAD_NORM.format(1)] == 0
+            assert entry[UPDATE.format(1)] == 0
+
+    def test_relative_update_is_the_change_since_the_start(self, model, tmp_path):
+        before = bits(model)
+        expected = []
+
+        def note(model, **_):
+            expected.append({layer: relative_update(model, before, layer) for layer in (1, 2)})
+
+        trainer = make(
+            model,
+            tmp_path,
+            selection=[1, 2],
+            arguments={"callbacks": [Do(on_step_end=note)]},
+        )
+        trainer.train()
+        for entry, values in zip(steps(trainer), expected, strict=True):
+            for layer, value in values.items():
+                assert value > 0
+                assert_close(entry[UPDATE.format(layer)], value, rtol=1e-5, atol=0)
+
+    def test_relative_update_counts_from_when_the_trainer_was_made(self, model, tmp_path):
+        before = bits(model)
+        trainer = make(model, tmp_path, selection=1, max_steps=1)
+        trainer.train()
+        trainer.train()
+        expected = relative_update(model, before, 1)
+        assert_close(steps(trainer)[-1][UPDATE.format(1)], expected, rtol=1e-5, atol=0)
+
+    def test_relative_update_is_not_measured_for_full(self, model, tmp_path):
+        trainer = make(model, tmp_path, selection="full", max_steps=1)
+        trainer.train()
+        logged = {name for name in steps(trainer)[0] if name.startswith("layerrl/")}
+        norms = {GRAD_NORM.format(layer) for layer in range(3)}
+        assert logged == {"layerrl/trained_parameters", *norms}
+
+    @pytest.mark.parametrize(
+        ("selection", "count"),
+        [
+            # A block: q and o 16*16 each, k and v 8*16 each; three matrices 16*32; two norms of 16.
+            (1, 768 + 1536 + 32),
+            ([0, 1], 2 * 2336),
+            ("full", 3 * 2336 + 2 * 64 * 16 + 16),
+        ],
+        ids=str,
+    )
+    def test_count_the_trained_elements(self, model, tmp_path, selection, count):
+        trainer = make(model, tmp_path, selection=selection, max_steps=1)
+        trainer.train()
+        assert steps(trainer)[0]["layerrl/trained_parameters"] == count
+
+    def test_are_in_no_log_but_those_of_steps(self, model, tmp_path):
+        trainer = make(model, tmp_path, selection=1, max_steps=1)
+        trainer.train()
+        trainer.log({"eval_loss": 1.0})
+        for entry in trainer.state.log_history:
+            has = any(name.startswith("layerrl/") for name in entry)
+            assert has == ("loss" in entry)
+
+    def test_can_be_written_as_json(self, model, tmp_path):
+        trainer = make(model, tmp_path, selection=1, max_steps=1)
+        trainer.train()
+        assert all(type(value) is float for k, value in steps(trainer)[0].items() if "layerrl" in k)
+        json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+OPTIMIZERS = ["adamw_torch", "sgd", "adafactor", "rmsprop"]
+SCHEDULERS = ["linear", "cosine", "constant_with_warmup", "reduce_lr_on_plateau"]
+
+
+def scale_of(model: nn.Module, parameter: Tensor, scales: dict[int, float]) -> float:
+    for layer, scale in scales.items():
+        if any(p is parameter for p in model.model.layers[layer].parameters()):
+            return scale
+    return 1.0
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("optim", OPTIMIZERS)
+    def test_boosts_times_weight_decay(self, model, tmp_path, optim):
+        before = bits(model)
+        scales = {0: 2.0, 2: 0.5}
+        selection = select_layers(model, "all", boost=scales)
+        trainer = make(
+            model,
+            tmp_path,
+            selection=selection,
+            optim=optim,
+            weight_decay=0.1,
+            lr_scheduler_type="constant",
+            max_steps=2,
+        )
+        trainer.train()
+        groups = trainer.optimizer.param_groups
+        # Per weight decay first what is not scaled, then the smaller scale.
+        found = [(group["weight_decay"], group["lr"]) for group in groups]
+        rates = (1e-2, 0.5e-2, 2e-2)
+        assert found == [(decay, rate) for decay in (0.1, 0.0) for rate in rates]
+        for group in groups:
+            for parameter in group["params"]:
+                assert group["lr"] == 1e-2 * scale_of(model, parameter, scales)
+                assert (parameter.ndim > 1) == (group["weight_decay"] > 0)
+        assert sum(len(group["params"]) for group in groups) == 27
+        assert changed(model, before) == names_of(model, 0, 1, 2)
+
+    @pytest.mark.parametrize("optim", OPTIMIZERS)
+    def test_holds_no_frozen_tensor_and_no_state_of_one(self, model, tmp_path, optim):
+        trainer = make(model, tmp_path, selection=1, optim=optim, max_steps=1)
+        trainer.train()
+        trained = {id(parameter) for parameter in model.model.layers[1].parameters()}
+        assert {id(p) for g in trainer.optimizer.param_groups for p in g["params"]} == trained
+        assert {id(parameter) for parameter in trainer.optimizer.state} <= trained
+
+    @pytest.mark.parametrize("scheduler", SCHEDULERS)
+    def test_scheduler_moves_every_scaled_rate(self, model, tmp_path, scheduler):
+        factors, changes = [], {}
+        if scheduler == "reduce_lr_on_plateau":
+            # Every evaluation after the first counts as no better: the rate halves each time.
+            plateau = {"factor": 0.5, "patience": 0, "threshold": 1e9, "threshold_mode": "abs"}
+            changes = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_kwargs": plateau}
+        elif scheduler == "constant_with_warmup":
+            changes = {"warmup_steps": 2}
+
+        def note(optimizer, **_):
+            rates = [group["lr"] for group in optimizer.param_groups]
+            assert_close(rates[1], 3.0 * rates[0], rtol=1e-12, atol=0)
+            factors.append(rates[0] / 1e-2)
+
+        prompts = Dataset.from_dict({"prompt": ["abc", "de"]})
+        trainer = make(
+            model,
+            tmp_path,
+            selection=select_layers(model, [1, 2], modules="mlp.*", boost={2: 3.0}),
+            lr_scheduler_type=scheduler,
+            max_steps=4,
+            per_device_eval_batch_size=8,
+            arguments={"callbacks": [Do(on_step_begin=note)], "eval_dataset": prompts},
+            **changes,
+        )
+        trainer.train()
+        expected = {
+            "linear": [1.0, 0.75, 0.5, 0.25],
+            "cosine": [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)],
+            "constant_with_warmup": [0.0, 0.5, 1.0, 1.0],
+            "reduce_lr_on_plateau": [1.0, 1.0, 0.5, 0.25],
+        }
+        assert_close(factors, expected[scheduler], rtol=1e-9, atol=1e-12)
+
+    def test_passed_in_is_used_when_it_holds_the_trained_tensors(self, model, tmp_path):
+        before = bits(model)
+        selection = select_layers(model, 1)
+        optimizer = torch.optim.SGD(selection.parameters(model).values(), lr=0.5)
+        arguments = {"optimizers": (optimizer, None)}
+        trainer = make(model, tmp_path, selection=selection, arguments=arguments)
+        trainer.train()
+        assert trainer.optimizer.optimizer is optimizer
+        assert changed(model, before) == names_of(model, 1)
+
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            (
+                None,
+                r"the SGD holds frozen 'lm_head\.weight' \(0 missing, 21 too many; layer 1 of 3",
+            ),
+            (2, r"the SGD misses trained 'model\.layers\.1\..* \(9 missing, 9 too many"),
+        ],
+        ids=["whole model", "other layer"],
+    )
+    def test_passed_in_with_other_tensors_is_refused_before_the_first_step(
+        self, model, flags, tmp_path, layers, message
+    ):
+        before = bits(model)
+        held = model if layers is None else model.model.layers[layers]
+        arguments = {"optimizers": (torch.optim.SGD(held.parameters(), lr=0.5), None)}
+        trainer = make(model, tmp_path, selection=1, arguments=arguments)
+        with pytest.raises(SelectionError, match=message):
+            trainer.train()
+        assert_close(bits(model), before, rtol=0, atol=0)
+        assert flags_of(model) == flags
+
+    def test_passed_in_cannot_be_boosted(self, model, tmp_path):
+        selection = select_layers(model, 1, boost={1: 2.0})
+        optimizer = torch.optim.SGD(selection.parameters(model).values(), lr=0.5)
+        arguments = {"optimizers": (optimizer, None)}
+        trainer = make(model, tmp_path, selection=selection, arguments=arguments)
+        with pytest.raises(SelectionError, match=r"by \{1: 2\.0\}: .* SGD, which was passed"):
+            trainer.train()
+
+    def test_that_cannot_be_boosted_is_refused_every_time(self, model, tmp_path):
+        class OwnRate(GRPOTrainer):
+            def create_optimizer(self, *args, **kwargs):
+                if self.optimizer is None:
+                    trained = [p for p in self.model.parameters() if p.requires_grad]
+                    self.optimizer = Adafactor(trained)
+                return self.optimizer
+
+        class Masked(LayerMaskedMixin, OwnRate):
+            pass
+
+        before = bits(model)
+        selection = select_layers(model, 1, boost={1: 2.0})
+        trainer = make(model, tmp_path, selection=selection, trainer=Masked)
+        for _ in range(2):
+            with pytest.raises(SelectionError, match=r"Adafactor .*lr=None.*\{2\.0\}"):
+                trainer.train()
+        assert_close(bits(model), before, rtol=0, atol=0)
+
+    def test_is_scaled_once_however_often_it_is_asked_for(self, model, tmp_path):
+        selection = select_layers(model, 1, boost={1: 2.0})
+        trainer = make(
+            model, tmp_path, selection=selection, max_steps=1, lr_scheduler_type="constant"
+        )
+        trainer.create_optimizer()
+        trainer.create_optimizer()
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {2e-2}
+        trainer.train()
+        trainer.train()
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {2e-2}
+
+
+def move(model: nn.Module, name: str) -> None:
+    {**dict(model.named_parameters()), **dict(model.named_buffers())}[name].data.view(-1)[0] += 1
+
+
+class TestFrozenCheck:
+    """Whatever changes a frozen tensor, a callback here, is noticed at the next check."""
+
+    @pytest.fixture(
+        params=["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.counts"]
+    )
+    def name(self, request, model) -> str:
+        model.model.layers[1].mlp.register_buffer("counts", torch.zeros(4))
+        return request.param
+
+    def test_before_the_first_step(self, model, tmp_path, name):
+        callback = Do(on_train_begin=lambda model, **_: move(model, name))
+        trainer = make(model, tmp_path, selection=1, arguments={"callbacks": [callback]})
+        with pytest.raises(FrozenTensorError, match=rf"1 of \d+ frozen tensors .*: {name}\."):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    @pytest.mark.parametrize("event", ["on_step_end", "on_train_end"])
+    def test_at_the_end(self, model, tmp_path, name, event):
+        callback = Do(**{event: lambda model, **_: move(model, name)})
+        trainer = make(
+            model, tmp_path, selection=1, max_steps=1, arguments={"callbacks": [callback]}
+        )
+        with pytest.raises(FrozenTensorError, match=rf"1 of \d+ frozen tensors .*: {name}\."):
+            trainer.train()
+        assert trainer.state.global_step == 1
+
+    def test_at_a_checkpoint_which_is_then_not_written(self, model, tmp_path, name):
+        callback = Do(on_step_end=lambda model, **_: move(model, name))
+        trainer = make(
+            model,
+            tmp_path / "out",
+            selection=1,
+            save_strategy="steps",
+            save_steps=2,
+            arguments={"callbacks": [callback]},
+        )
+        with pytest.raises(FrozenTensorError, match=rf": {name}\."):
+            trainer.train()
+        assert trainer.state.global_step == 2
+        assert not list((tmp_path / "out").rglob("checkpoint-*"))
+        assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+    def test_at_every_way_of_saving_none_of_which_writes(self, model, tmp_path, name):
+        trainer = make(model, tmp_path / "out", selection=1)
+        move(model, name)
+        for save in (trainer.save_model, trainer.save_delta):
+            with pytest.raises(FrozenTensorError, match=rf": {name}\."):
+                save(str(tmp_path / "saved"))
+        assert not (tmp_path / "saved").exists()
+
+    def test_when_a_checkpoint_of_another_base_is_resumed(self, tmp_path):
+        other = make(
+            tiny("llama", 3, seed=1),
+            tmp_path,
+            selection=1,
+            save_strategy="steps",
+            save_steps=2,
+            arguments={"checkpoint_format": "full"},
+        )
+        other.train()
+        trainer = make(tiny("llama", 3), tmp_path / "mine", selection=1)
+        # All but the five norms, which start as ones whatever the seed.
+        with pytest.raises(FrozenTensorError, match="16 of 21 frozen tensors"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert trainer.state.global_step == 2
+
+    def test_accepts_a_checkpoint_of_its_own(self, tmp_path):
+        first = make(tiny("llama", 3), tmp_path, selection=1, save_strategy="steps", save_steps=2)
+        first.train()
+        model = tiny("llama", 3)
+        trainer = make(model, tmp_path / "second", selection=1)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert trainer.state.global_step == 3
+        assert_close(bits(model), bits(first.model), rtol=0, atol=0)
+
+    def test_ignores_everything_under_full(self, model, tmp_path):
+        callback = Do(on_step_end=lambda model, **_: move(model, "lm_head.weight"))
+        make(model, tmp_path, selection="full", arguments={"callbacks": [callback]}).train()
+
+
+class TestSaving:
+    def test_save_model_writes_the_whole_model(self, model, tmp_path):
+        trainer = make(model, tmp_path / "out", selection=1, max_steps=1)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "saved"))
+        assert_close(
+            bits(type(model).from_pretrained(tmp_path / "saved")), bits(model), rtol=0, atol=0
+        )
+
+    def test_save_delta_writes_what_was_trained(self, model, tmp_path):
+        trainer = make(model, tmp_path / "out", selection=[0, 2], max_steps=1)
+        trainer.train()
+        assert trainer.save_delta(tmp_path / "delta") == tmp_path / "delta"
+        assert sorted(load_file(tmp_path / "delta" / "delta.safetensors")) == sorted(
+            names_of(model, 0, 2)
+        )
+        fresh = tiny("llama", 3)
+        assert load_delta(fresh, tmp_path / "delta") == trainer.selection
+        assert_close(bits(fresh), bits(model), rtol=0, atol=0)
+
+    def test_save_delta_is_on_the_model_the_trainer_was_made_with(self, model, tmp_path):
+        # Also after several calls of train and a first delta.
+        trainer = make(model, tmp_path / "out", selection=1, max_steps=1)
+        for i in range(2):
+            trainer.train()
+            trainer.save_delta(tmp_path / f"delta-{i}")
+        fresh = tiny("llama", 3)
+        load_delta(fresh, tmp_path / "delta-1")
+        assert_close(bits(fresh), bits(model), rtol=0, atol=0)
+
+    def test_save_delta_refuses_a_folder_that_exists(self, model, tmp_path):
+        trainer = make(model, tmp_path / "out", selection=1)
+        (tmp_path / "delta").mkdir()
+        with pytest.raises(DeltaError, match=f"{tmp_path / 'delta'} exists already"):
+            trainer.save_delta(tmp_path / "delta")
+
+    def test_save_delta_works_after_training_failed(self, model, tmp_path):
+        failing = failing_reward(Interruption(), calls=3)
+        trainer = make(model, tmp_path, selection=1, arguments={"reward_funcs": failing})
+        with pytest.raises(Interruption):
+            trainer.train()
+        trainer.save_delta(tmp_path / "delta")
+        fresh = tiny("llama", 3)
+        load_delta(fresh, tmp_path / "delta")
+        assert_close(bits(fresh), bits(model), rtol=0, atol=0)
+
+
+class Logging(GRPOTrainer):
+    """A user's own trainer, with its own constructor."""
+
+    def __init__(self, *args, note: str = "none", **kwargs):
+        self.note = note
+        super().__init__(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        super().log({**logs, "note": len(self.note)}, *args, **kwargs)
+
+
+class Mine(LayerMaskedMixin, Logging):
+    def __init__(self, *args, verbose: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.verbose = verbose
+
+
+class TestSubclasses:
+    def test_of_the_users_own_trainer_train_the_selection(self, model, tmp_path):
+        before = bits(model)
+        trainer = make(
+            model,
+            tmp_path,
+            selection=1,
+            trainer=Mine,
+            arguments={"note": "four", "verbose": True},
+        )
+        assert trainer.verbose
+        trainer.train()
+        assert changed(model, before) == names_of(model, 1)
+        assert all(entry["note"] == 4 for entry in trainer.state.log_history)
+        assert UPDATE.format(1) in steps(trainer)[0]
+
+    def test_of_another_trainer_of_trl_train_the_selection(self, model, tmp_path):
+        class MaskedSFTTrainer(LayerMaskedMixin, SFTTrainer):
+            pass
+
+        before = bits(model)
+        config = SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        )
+        texts = Dataset.from_dict({"text": ["abcd", "efgh"] * 4})
+        trainer = MaskedSFTTrainer(
+            model, config, train_dataset=texts, processing_class=tokenizer(), selection=[0, 2]
+        )
+        trainer.train()
+        assert changed(model, before) == names_of(model, 0, 2)
+        shares = [steps(trainer)[0][GRAD_NORM.format(layer)] for layer in (0, 2)]
+        assert_close(math.hypot(*shares), steps(trainer)[0]["grad_norm"], rtol=1e-4, atol=0)
+
+    def test_take_positional_arguments_like_the_trainer_they_wrap(self, model, tmp_path):
+        template = make(tiny("llama", 3), tmp_path, selection=1)
+        trainer = LayerMaskedGRPOTrainer(
+            model, reward, template.args, template.train_dataset, None, template.processing_class,
+            selection=2,
+        )  # fmt: skip
+        assert trainable(trainer.model) == names_of(model, 2)
+
+
+class TestSignature:
+    def test_shows_the_arguments_of_trl_and_the_selection(self):
+        wrapped = inspect.signature(GRPOTrainer).parameters
+        own = inspect.signature(LayerMaskedGRPOTrainer).parameters
+        assert list(own) == [*wrapped, "selection", "prefix_cache_bytes", "checkpoint_format"]
+        assert all(own[name] == wrapped[name] for name in wrapped)
+        assert own["selection"].kind is inspect.Parameter.KEYWORD_ONLY
+        assert own["selection"].default is inspect.Parameter.empty
+
+    def test_of_a_mixed_class_shows_the_wrapped_arguments(self):
+        class Mixed(LayerMaskedMixin, Logging):
+            pass
+
+        own = ["selection", "prefix_cache_bytes", "checkpoint_format"]
+        assert list(inspect.signature(Mixed).parameters) == ["args", "note", *own, "kwargs"]
+
+    def test_of_a_class_with_its_own_constructor_is_its_own(self):
+        assert list(inspect.signature(Mine).parameters) == ["args", "verbose", "kwargs"]
+
+    def test_of_a_subclass_is_inherited(self):
+        class Further(Mine):
+            pass
+
+        assert inspect.signature(Further) == inspect.signature(Mine)
+
+    def test_leaves_the_wrapped_trainer_alone(self):
+        assert "selection" not in inspect.signature(GRPOTrainer).parameters
+        assert "selection" not in inspect.signature(Logging).parameters
