@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
@@ -48,6 +48,8 @@ class DeltaBase:
     """The config's architecture, `"llama"`."""
     dtypes: dict[str, str]
     """Checkpoint name to dtype of each tensor that the delta replaces."""
+    shapes: dict[str, list[int]]
+    """Checkpoint name to shape of each tensor that the delta replaces."""
     fingerprints: dict[str, str]
     """Checkpoint name to fingerprint of each tensor that the delta replaces."""
 
@@ -67,8 +69,9 @@ class DeltaBase:
         return cls(
             name=getattr(config, "_name_or_path", None) or None,
             revision=getattr(config, "_commit_hash", None),
-            model_type=getattr(config, "model_type", None),
+            model_type=_model_type(model),
             dtypes={name: _dtype_name(tensor) for name, tensor in tensors.items()},
+            shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
             fingerprints=fingerprints(tensors),
         )
 
@@ -114,6 +117,16 @@ def save_delta(
             f"the base has other tensors than the model to save: "
             f"{_difference(tensors, base.fingerprints)}. Take DeltaBase.of(model, selection) from "
             "this model, with this selection, before training."
+        )
+    for name, tensor in tensors.items():
+        if list(tensor.shape) != base.shapes[name]:
+            raise DeltaError(
+                f"the base's {name!r} has shape {base.shapes[name]}, the model's "
+                f"{list(tensor.shape)}: another model"
+            )
+    if base.model_type != _model_type(model):
+        raise DeltaError(
+            f"the base is of type {base.model_type!r}, the model to save of {_model_type(model)!r}"
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     now = fingerprints(tensors)
@@ -162,10 +175,10 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
             f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
             "checkpoint from folders, use merge_delta(base, path, out)."
         )
-    meta, tensors = _read(Path(path))
+    meta = _read_meta(Path(path))
+    tensors = {name: _read_tensor(Path(path), name, meta) for name in meta["tensors"]}
     selection = LayerSelection.from_json(json.dumps(meta["selection"]))
-    config = getattr(unwrap(model), "config", None)
-    _check_model_type(meta, getattr(config, "model_type", None), path)
+    _check_model_type(meta["model_type"], _model_type(model), path)
     try:
         trained = selection.parameters(model)
     except SelectionError as error:
@@ -198,7 +211,8 @@ def restore_delta(
     Raises:
         DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
     """
-    meta, tensors = _read(Path(path))
+    meta = _read_meta(Path(path))
+    tensors = {name: _read_tensor(Path(path), name, meta) for name in meta["tensors"]}
     trained_before = LayerSelection.from_json(json.dumps(meta["selection"]))
     if trained_before != selection:
         raise DeltaError(f"{path} trained {trained_before}; this run trains {selection}")
@@ -232,24 +246,28 @@ def merge_delta(
         DeltaError: If either input is missing or damaged, the base is not the one the delta was
             made from, or `out` exists or cannot be written. Nothing is left half-written.
     """
-    meta, tensors = _read(Path(path))
+    meta = _read_meta(Path(path))
     made_from = os.fspath(base) == meta["base_model"]
     folder = _checkpoint_folder(base, meta["base_revision"] if made_from else None)
-    _check_model_type(meta, _json_object(folder / "config.json").get("model_type"), path)
+    found = _json_object(folder / "config.json").get("model_type")
+    _check_model_type(meta["model_type"], found, path)
     shard_of = _shard_of(folder)
-    if absent := sorted(set(tensors) - set(shard_of)):
+    if absent := sorted(set(meta["tensors"]) - set(shard_of)):
         raise DeltaError(
             f"the base {base} has no tensor {absent[0]!r}, which the delta at {path} replaces "
-            f"({len(absent)} of {len(tensors)} are missing). Is it the model it was made from?"
+            f"({len(absent)} of {len(meta['tensors'])} are missing). Is it the model it was made "
+            "from?"
         )
-    lost = 0
-    for name, tensor in tensors.items():
+    lost = trained = 0
+    for name in meta["tensors"]:
+        tensor = _read_tensor(Path(path), name, meta)
+        trained += tensor.numel()
         with _readable(folder / shard_of[name]) as shard:
             replaced = shard.get_tensor(name)
         _check_base(name, replaced, meta, path)
-        lost += int(((tensor.to(replaced.dtype) == replaced) & (tensor != replaced)).sum())
+        if tensor.dtype != replaced.dtype:
+            lost += int(((tensor.to(replaced.dtype) == replaced) & (tensor != replaced)).sum())
     if lost:
-        trained = sum(tensor.numel() for tensor in tensors.values())
         warnings.warn(
             f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "
             f"can hold: in {out} they are as before training. Merge onto a float32 copy of the "
@@ -266,7 +284,8 @@ def merge_delta(
             shutil.copytree(
                 folder / "additional_chat_templates", made / "additional_chat_templates"
             )
-        for name, tensor in tensors.items():
+        for name in meta["tensors"]:
+            tensor = _read_tensor(Path(path), name, meta)
             _replace_bytes(made / shard_of[name], name, tensor)
     return Path(out)
 
@@ -318,8 +337,8 @@ def _write(
             parameter.copy_(values.view(parameter.shape))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A delta's description and tensors, checked against each other."""
+def _read_meta(path: Path) -> dict[str, Any]:
+    """A delta's description, checked against itself and against the tensors' names."""
     for file in (path / _META, path / _TENSORS):
         if not file.is_file():
             raise DeltaError(
@@ -335,29 +354,40 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         if meta.pop("sha256") != _digest(meta):
             raise DeltaError(f"{path / _META} was changed after it was written: checksum differs")
-        described = meta["tensors"]
-        tensors = load_file(path / _TENSORS)
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        with safe_open(path / _TENSORS, framework="pt") as stored:
+            names = dict.fromkeys(stored.keys())
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, DeltaError):
+            raise
         raise DeltaError(f"{path / _META} is damaged: {type(error).__name__}: {error}") from error
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise DeltaError(f"{path / _TENSORS} is damaged: {error}") from error
-    if set(tensors) != set(described):
-        raise DeltaError(f"{path / _TENSORS} is damaged: {_difference(tensors, described)}")
-    now = fingerprints(tensors)
-    for name, tensor in tensors.items():
-        expected = described[name]
-        found = {
-            "dtype": _dtype_name(tensor),
-            "shape": list(tensor.shape),
-            "fingerprint": now[name],
-        }
-        for key, value in found.items():
-            if value != expected[key]:
-                raise DeltaError(
-                    f"{path / _TENSORS} is damaged: {key} of {name!r} is {value}, written was "
-                    f"{expected[key]}"
-                )
-    return meta, tensors
+    if set(names) != set(meta["tensors"]):
+        difference = _difference(names, meta["tensors"])
+        raise DeltaError(f"{path / _TENSORS} is damaged: {difference}")
+    return meta
+
+
+def _read_tensor(path: Path, name: str, meta: Mapping[str, Any]) -> Tensor:
+    """One of a delta's tensors, checked against the delta's description."""
+    try:
+        with safe_open(path / _TENSORS, framework="pt") as stored:
+            tensor = stored.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise DeltaError(f"{path / _TENSORS} is damaged: {error}") from error
+    expected = meta["tensors"][name]
+    found = {
+        "dtype": _dtype_name(tensor),
+        "shape": list(tensor.shape),
+        "fingerprint": fingerprints({name: tensor})[name],
+    }
+    for key, value in found.items():
+        if value != expected[key]:
+            raise DeltaError(
+                f"{path / _TENSORS} is damaged: {key} of {name!r} is {value}, written was "
+                f"{expected[key]}"
+            )
+    return tensor
 
 
 def _check_base(name: str, tensor: Tensor, meta: Mapping[str, Any], path: object) -> None:
@@ -383,11 +413,14 @@ def _check_base(name: str, tensor: Tensor, meta: Mapping[str, Any], path: object
     )
 
 
-def _check_model_type(meta: Mapping[str, Any], found: str | None, path: object) -> None:
-    if found != meta["model_type"]:
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(unwrap(model), "config", None), "model_type", None)
+
+
+def _check_model_type(expected: str | None, found: str | None, path: object) -> None:
+    if found != expected:
         raise DeltaError(
-            f"the delta at {path} was made from a model of type {meta['model_type']!r}, this one "
-            f"is {found!r}"
+            f"the delta at {path} was made from a model of type {expected!r}, this one is {found!r}"
         )
 
 
@@ -463,11 +496,11 @@ def _replace_bytes(file: Path, name: str, tensor: Tensor) -> None:
 @contextmanager
 def _new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name only when the block ended well."""
-    path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    given, path = path, Path(path).absolute()
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         if path.exists() or path.is_symlink():
-            raise DeltaError(f"{path} exists already: choose another folder or remove it")
+            raise DeltaError(f"{given} exists already: choose another folder or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary

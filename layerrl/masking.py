@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
 _WORD_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _ODD_MULTIPLIER = 0x1E3779B97F4A7C15
 _FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be checkpointed
 
@@ -39,18 +40,15 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     Returns:
         Name to 16 hexadecimal digits: the same on every device, another one for other bits.
     """
-    weights: dict[torch.device, Tensor] = {}
-    sums: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        device = tensor.device
-        if device.type == "meta":
-            continue
-        if device not in weights:
-            weights[device] = _weights(device)
-        sums[name] = _checksum(tensor.detach(), weights[device])
+    sums = {
+        name: _checksum(tensor.detach(), _weights(tensor.device))
+        for name, tensor in tensors.items()
+        if not tensor.is_meta
+    }
     return {name: f"{int(total) % (1 << 64):016x}" for name, total in sums.items()}
 
 
+@lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
     """Fixed odd 64-bit numbers without a pattern: positions, mixed as in splitmix64."""
     mixed = torch.arange(1, _CHUNK + 1, dtype=torch.int64, device=device) * _ODD_MULTIPLIER
@@ -219,8 +217,7 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
     that everything above it is recomputed and visited even when it is frozen. Here that hook is
     removed and no layer of the frozen prefix is checkpointed; the trained tensors get the same
     gradients. Reentrant checkpointing needs an input with a gradient: there, the one of the first
-    trained layer gets it. Flags are restored; the hook comes back when checkpointing is enabled
-    anew.
+    trained layer gets it. Flags and hooks are restored, also after an exception.
 
     Args:
         model: The model, after checkpointing has been enabled.
@@ -238,19 +235,36 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
     ]
     first = blocks.modules[selection.first]
     hook = None
-    if getattr(base, "_require_grads_hooks", None):
-        base.disable_input_require_grads()  # pyright: ignore[reportCallIssue]
+    # Not base.disable_input_require_grads(): each time checkpointing is enabled anew, as TRL does
+    # after every generation, transformers adds a hook and forgets the one before.
+    hooked = [
+        (module, module._forward_hooks.copy())
+        for module in base.modules()
+        if any(map(_requires_input_grad, module._forward_hooks.values()))
+    ]
     if _checkpoints_reentrantly(first):
         hook = first.register_forward_pre_hook(_require_input_grad, with_kwargs=True)
     try:
+        for module, hooks in hooked:
+            for key, function in hooks.items():
+                if _requires_input_grad(function):
+                    del module._forward_hooks[key]
         for module in flagged:
             setattr(module, _FLAG, False)
         yield
     finally:
         for module in flagged:
             setattr(module, _FLAG, True)
+        for module, hooks in hooked:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
         if hook is not None:
             hook.remove()
+
+
+def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
+    # The name inside PreTrainedModel.enable_input_require_grads, the only mark it has.
+    return getattr(hook, "__name__", "") == "make_inputs_require_grads"
 
 
 def _checkpoints_reentrantly(layer: nn.Module) -> bool:

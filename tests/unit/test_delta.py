@@ -581,7 +581,9 @@ class TestAnotherBase:
         model = tiny("llama", num_layers=4)
         selection = select_layers(tiny("llama"), 1)
         with pytest.raises(SelectionError, match=r"made for 3 decoder layers, but .* has 4"):
-            save_delta(model, tmp_path / "delta", selection=selection, base=model)
+            save_delta(
+                model, tmp_path / "delta", selection=selection, base=tiny("llama", num_layers=4)
+            )
         assert not any(tmp_path.iterdir())
 
 
@@ -658,7 +660,7 @@ class TestOutput:
                 return merge_delta(made / "base", made / "delta", path)
             model = tiny("llama")
             selection = select_layers(model, 1)
-            return save_delta(model, path, selection=selection, base=model)
+            return save_delta(model, path, selection=selection, base=DeltaBase.of(model, selection))
 
         return write
 
