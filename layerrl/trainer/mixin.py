@@ -195,17 +195,19 @@ class LayerMaskedMixin:
             FrozenTensorError: If a frozen tensor changed. Nothing is written then.
         """
         self.check_frozen()
+        folder = Path(output_dir or self.args.output_dir)
+        if _internal_call and self.args.should_save:
+            # What an earlier run left under this name, in whichever format.
+            for stale in (_REFERENCE, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+                (folder / stale).unlink(missing_ok=True)
+            shutil.rmtree(folder / _DELTA, ignore_errors=True)
         if not _internal_call or self.checkpoint_format == "full":
             super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
             return
-        folder = Path(output_dir or self.args.output_dir)
         # An empty state dict writes everything that goes with a model; its weights go again.
         self._save(str(folder), state_dict={})
         remove_dummy_checkpoint(self.args.should_save, str(folder), [SAFE_WEIGHTS_NAME])
         if self.args.should_save:
-            for stale in (_REFERENCE, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-                (folder / stale).unlink(missing_ok=True)
-            shutil.rmtree(folder / _DELTA, ignore_errors=True)
             save_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
             if isinstance(getattr(self, "ref_model", None), ReferenceModel):
                 save_file(dict(self.ref_model.tensors), folder / _REFERENCE)

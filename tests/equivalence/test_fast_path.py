@@ -1,0 +1,434 @@
+"""The fast path changes no result: bit for bit what plain TRL does with layers frozen by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from trl import RLOOConfig, RLOOTrainer
+
+from layerrl import LayerMaskedMixin
+from layerrl.blocks import find_blocks
+from layerrl.reference import ReferenceModel
+from tests.grpo import make
+from tests.models import tiny
+from tests.runs import (
+    NO_CHECKPOINTING,
+    REENTRANT,
+    Passes,
+    assert_same_run,
+    assert_trained,
+    bits,
+    evaluation,
+    freeze_by_hand,
+    load,
+    metric,
+    pair,
+    saved,
+    shares_keys_and_values,
+    train,
+    trained_pair,
+)
+
+CHECKPOINTING = {"default": {}, "off": NO_CHECKPOINTING, "reentrant": REENTRANT}
+REUSED = {"beta": 0.04, "num_iterations": 2}
+# Halves add up to the very same frozen tensor, which plain TRL mixes with itself as well.
+SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+ROWS = "layerrl_rows"
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SLIDING = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# Family to what its config needs; a window of 3 is shorter than every sequence.
+REPLAYED: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 3},
+    "gemma2": SLIDING,
+    "gemma3_text": SLIDING,
+    "phi3": {},
+    "gpt2": NO_DROPOUT,
+    "gpt_neox": {},
+    "olmo2": {},
+    "falcon": {},
+    "gpt_oss": SLIDING | {"router_aux_loss_coef": 0.0},
+    "qwen3_moe": {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0},
+    "mixtral": {"router_aux_loss_coef": 0.0},
+    "qwen2_5_vl": {},
+    "qwen3_vl": {},
+    "gemma3": SLIDING,
+    "llava": {},
+}
+
+
+# As other families, layer for layer.
+REDUNDANT = {"qwen2", "mistral", "phi3", "olmo2", "llava", "qwen2_5_vl"}
+
+
+class MaskedRLOOTrainer(LayerMaskedMixin, RLOOTrainer):
+    pass
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory):
+    """Folder of the tiny Llama that most runs start from."""
+    return saved(tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture
+def base(llama, tmp_path):
+    """A folder of the same content, with room beside it for what runs write."""
+    (tmp_path / "base").symlink_to(llama)
+    return tmp_path / "base"
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the replay said aloud."""
+    return [r.getMessage() for r in caplog.records if r.name == "layerrl.replay"]
+
+
+def lowest_layer(trainer: Any) -> torch.nn.Module:
+    return find_blocks(trainer.model).modules[0]
+
+
+def batches(trainer: Any) -> list[dict[str, Any]]:
+    """The batches that the trainer computes a loss of, as they come."""
+    seen: list[dict[str, Any]] = []
+    compute = trainer._compute_loss
+
+    def noting(model: Any, inputs: dict[str, Any]) -> Any:
+        seen.append(inputs)
+        return compute(model, inputs)
+
+    trainer._compute_loss = noting
+    return seen
+
+
+class TestEqualsFreezingByHand:
+    @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+    @pytest.mark.parametrize("num_iterations", [1, 2])
+    @pytest.mark.parametrize("beta", [0.0, 0.04])
+    def test_with_and_without_reference_reuse_and_checkpointing(
+        self, base, caplog, beta, num_iterations, checkpointing
+    ):
+        plain, masked = pair(
+            base, beta=beta, num_iterations=num_iterations, **CHECKPOINTING[checkpointing]
+        )
+        before = bits(masked.model)
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        assert_trained(masked, before, [2])
+        assert bool(masked._replay._verified) == (beta > 0 or num_iterations > 1)
+        assert masked._replay.enabled
+        assert warnings(caplog) == []
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            pytest.param({"gradient_accumulation_steps": 2}, id="accumulation"),
+            pytest.param(
+                {"gradient_accumulation_steps": 2, "num_iterations": 2}, id="accumulation-reuse"
+            ),
+            pytest.param({"steps_per_generation": 4}, id="more-steps-than-accumulation"),
+            pytest.param(
+                {
+                    "steps_per_generation": 4,
+                    "gradient_accumulation_steps": 2,
+                    "num_iterations": 3,
+                    "per_device_train_batch_size": 4,
+                },
+                id="everything-at-once",
+            ),
+            pytest.param(SYNCED, id="reference-follows"),
+            pytest.param(
+                {**SYNCED, "ref_model_sync_steps": 1, "num_iterations": 2},
+                id="reference-follows-reuse",
+            ),
+            pytest.param({"num_iterations": 2, "bf16": True}, id="autocast"),
+            pytest.param(
+                {"num_iterations": 2, "top_entropy_quantile": 0.5, "loss_type": "grpo"},
+                id="high-entropy-tokens",
+            ),
+            pytest.param({"num_iterations": 2, "disable_dropout": True}, id="dropout-disabled"),
+            pytest.param({"num_iterations": 2, "cast_lm_head_to_fp32": True}, id="fp32-head"),
+        ],
+    )
+    def test_under_other_settings(self, base, caplog, changes):
+        plain, masked = pair(base, beta=0.04, **changes)
+        before = bits(masked.model)
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        assert_trained(masked, before, [2])
+        assert masked._replay._verified
+        assert masked._replay.enabled
+        assert warnings(caplog) == []
+
+    def test_keeps_frozen_tensors_of_a_following_reference_out_of_its_rounding(self, base):
+        plain, masked = trained_pair(
+            base, beta=0.04, **{**SYNCED, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6}
+        )
+        # TRL computes 0.4 w + 0.6 w of every frozen tensor w, which is w only up to rounding.
+        reference = plain.ref_model.state_dict()
+        drifted = {name for name, w in bits(plain.model).items() if not w.equal(reference[name])}
+        assert any(".0." in name for name in drifted)
+        assert_close(bits(masked.model), bits(plain.model), rtol=0, atol=1e-6)
+        for name, value in masked.ref_model.tensors.items():
+            assert_close(value, reference[name], rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            pytest.param({"beta": 0.0}, id="nothing-reused"),
+            pytest.param({"beta": 0.04}, id="reference"),
+            pytest.param({"beta": 0.04, "num_iterations": 2}, id="between-iterations"),
+            pytest.param({"beta": 0.04, "steps_per_generation": 4}, id="between-slices"),
+            pytest.param({"beta": 0.04, "eval_on_start": True}, id="before-the-first-step"),
+        ],
+    )
+    def test_with_evaluation_between_the_steps(self, base, changes):
+        plain, masked = trained_pair(base, **evaluation(), **changes)
+        assert len(metric(plain, "eval_loss")) >= 5
+        assert_same_run(masked, plain)
+
+    def test_with_an_evaluation_while_a_batch_is_half_used(self, base):
+        plain, masked = pair(base, max_steps=3, beta=0.04, num_iterations=2, **evaluation(100))
+        for trainer in (plain, masked):
+            train(trainer)
+            trainer.evaluate()
+            train(trainer)
+        assert_same_run(masked, plain)
+
+    @pytest.mark.parametrize("layers", [(0,), (3,), (1, 3), (0, 1, 2, 3)], ids=str)
+    def test_whatever_layers_train(self, base, layers):
+        plain, masked = pair(base, layers=layers, **REUSED)
+        before = bits(masked.model)
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        assert_trained(masked, before, layers)
+        assert bool(masked._replay._verified) == (0 not in layers)
+
+    def test_in_rloo(self, base, tmp_path):
+        arguments = {
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "max_steps": 5,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            **REUSED,
+        }
+        trainers = []
+        for trainer, selection in ((RLOOTrainer, None), (MaskedRLOOTrainer, 2)):
+            model = load(base)
+            if selection is None:
+                freeze_by_hand(model, [2])
+            made = make(
+                model,
+                tmp_path,
+                selection=selection,
+                trainer=trainer,
+                arguments={"args": RLOOConfig(output_dir=str(tmp_path), **arguments)},
+            )
+            train(made)
+            trainers.append(made)
+        plain, masked = trainers
+        assert_same_run(masked, plain)
+        assert isinstance(masked.ref_model, ReferenceModel)
+        assert masked._replay._verified
+
+    @pytest.mark.parametrize("fails", ["reward", "backward"])
+    def test_after_an_exception_in_the_middle_of_a_step(self, base, fails):
+        plain, masked = pair(base, **REUSED, **REENTRANT)
+        before = bits(masked.model)
+        for trainer in (plain, masked):
+            owner, name = {
+                "reward": (trainer, "_calculate_rewards"),
+                "backward": (trainer.accelerator, "backward"),
+            }[fails]
+            function, calls = getattr(owner, name), []
+
+            def failing(*args, function=function, calls=calls, **kwargs):
+                calls.append(args)
+                if len(calls) == 2:
+                    raise OSError("the disk is full")
+                return function(*args, **kwargs)
+
+            setattr(owner, name, failing)
+            with pytest.raises(OSError, match="the disk is full"):
+                train(trainer)
+            assert not torch.equal(
+                trainer.model.model.layers[2].mlp.up_proj.weight,
+                before["model.layers.2.mlp.up_proj.weight"],
+            )
+        assert_close(bits(masked.model), bits(plain.model), rtol=0, atol=0)
+        layers = masked.model.model.layers
+        assert not any("forward" in vars(layer) for layer in layers)
+        assert not any(layer._forward_pre_hooks for layer in layers)
+        # Both trainers go on from where they are, with what a failed run leaves in them.
+        train(plain, masked)
+        assert_same_run(masked, plain)
+
+
+class TestOptimisationsOnAndOff:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            pytest.param(REUSED, id="reference-reuse"),
+            pytest.param({"beta": 0.04}, id="reference"),
+            pytest.param({"num_iterations": 2}, id="reuse"),
+        ],
+    )
+    def test_nothing_changes_without_replay(self, base, tmp_path, changes):
+        runs = []
+        for prefix_cache_bytes in (0, 2**30):
+            trainer = make(
+                load(base),
+                tmp_path / "out",
+                selection=2,
+                max_steps=5,
+                arguments={"prefix_cache_bytes": prefix_cache_bytes},
+                **changes,
+            )
+            passes = Passes(trainer, lowest_layer(trainer))
+            train(trainer)
+            runs.append(trainer)
+            assert all(passes.ran) == (prefix_cache_bytes == 0)
+        off, on = runs
+        assert_same_run(on, off)
+
+    def test_nothing_changes_where_a_batch_exceeds_the_budget(self, base, caplog):
+        plain, masked = pair(base, masked={"prefix_cache_bytes": 100}, **REUSED)
+        passes, seen = Passes(masked, lowest_layer(masked)), batches(masked)
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        assert all(passes.ran)
+        assert not any(ROWS in batch for batch in seen)
+        assert warnings(caplog) == []
+
+    def test_full_is_the_plain_trainer(self, base, tmp_path):
+        plain = make(load(base), tmp_path / "plain", max_steps=5, **REUSED)
+        masked = make(load(base), tmp_path / "masked", selection="full", max_steps=5, **REUSED)
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        assert all(norm > 0 for norm in metric(masked, "grad_norm"))
+        assert not isinstance(masked.ref_model, ReferenceModel)
+        assert not masked._replay.enabled
+
+
+class TestReplay:
+    def test_runs_the_prefix_once_per_batch_of_completions(self, base, tmp_path):
+        trainer = make(load(base), tmp_path, selection=2, max_steps=6, **REUSED)
+        passes = Passes(trainer, lowest_layer(trainer))
+        train(trainer)
+        # Three batches, each scored by the old policy, the reference and the policy twice.
+        assert len(passes.ran) == 3 * 4
+        assert passes.ran[4:] == [True, False, False, False] * 2
+
+    def test_runs_the_prefix_once_for_reference_and_policy(self, base, tmp_path):
+        trainer = make(load(base), tmp_path, selection=2, max_steps=4, beta=0.04)
+        passes = Passes(trainer, lowest_layer(trainer))
+        train(trainer)
+        # The first policy pass also ran plainly, to be compared.
+        assert passes.ran == [True, True, *[True, False] * 3]
+
+    def test_is_off_where_a_batch_is_scored_once(self, base, tmp_path):
+        trainer = make(load(base), tmp_path, selection=2, max_steps=3)
+        passes, seen = Passes(trainer, lowest_layer(trainer)), batches(trainer)
+        train(trainer)
+        assert passes.ran == [True] * 3
+        assert not any(ROWS in batch for batch in seen)
+
+    def test_serves_the_evaluation_of_the_loss(self, base, tmp_path):
+        trainer = make(load(base), tmp_path, selection=2, beta=0.04, **evaluation(num_prompts=4))
+        train(trainer)
+        passes = Passes(trainer, lowest_layer(trainer))
+        trainer.evaluate()
+        # Two batches of completions, each scored by the reference and for the loss.
+        assert len(passes.ran) == 4
+        assert passes.ran[2:] == [True, False]
+
+    def test_follows_rows_through_padding_shuffling_and_slicing(self, base):
+        plain, masked = pair(base, beta=0.04, steps_per_generation=4, num_iterations=2, max_steps=8)
+        seen = batches(masked)
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        rows = [batch[ROWS] for batch in seen]
+        assert [len(row) for row in rows] == [8] * 8
+        first_batch = torch.cat(rows[:4])
+        assert sorted(first_batch.tolist()) == list(range(32))
+        assert first_batch.tolist() != list(range(32))
+        assert torch.equal(torch.cat(rows[4:]), first_batch)
+        padding = [(batch["prompt_mask"] == 0).sum(dim=1) for batch in seen]
+        assert len({int(count) for counts in padding for count in counts}) >= 3
+
+    def test_forgets_the_recording_when_training_ends(self, base, tmp_path):
+        trainer = make(load(base), tmp_path, selection=2, **REUSED)
+        train(trainer)
+        assert trainer._replay._verified
+        assert not trainer._replay._recordings
+
+
+class TestFamilies:
+    @pytest.mark.parametrize(
+        "family",
+        [pytest.param(f, marks=[pytest.mark.slow] if f in REDUNDANT else []) for f in REPLAYED],
+    )
+    def test_is_replayed_with_the_same_result(self, tmp_path, caplog, family):
+        folder = saved(tmp_path / "base", tiny(family, 4, **REPLAYED[family]))
+        plain, masked = pair(folder, **REUSED)
+        before = bits(masked.model)
+        passes = Passes(masked, lowest_layer(masked))
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        assert_trained(masked, before, [2])
+        assert warnings(caplog) == []
+        assert masked._replay._verified
+        assert masked._replay.enabled
+        # The second batch of completions and half of the third, four passes each.
+        assert passes.ran[4:] == [True, False, False, False, True, False, False]
+
+    @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+    def test_keeps_the_router_loss_of_frozen_layers(self, tmp_path, caplog, family):
+        experts = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+        folder = saved(tmp_path / "base", tiny(family, 4, **experts))
+        plain, masked = trained_pair(folder, **REUSED)
+        assert all(metric(plain, "aux_loss"))
+        assert_same_run(masked, plain)
+        assert len(warnings(caplog)) == (not masked._replay.enabled)
+
+    @pytest.mark.parametrize("num_iterations", [1, 2])
+    @pytest.mark.parametrize("layer", [2, 3])
+    def test_with_shared_keys_and_values_falls_back(self, tmp_path, caplog, layer, num_iterations):
+        folder = saved(tmp_path / "base", shares_keys_and_values())
+        plain, masked = pair(folder, layers=(layer,), beta=0.04, num_iterations=num_iterations)
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        assert all(norm > 0 for norm in metric(masked, "grad_norm"))
+        assert not masked._replay.enabled
+        [warning] = warnings(caplog)
+        assert "KeyError: 'sliding_attention'" in warning or "'full_attention'" in warning
+
+    @pytest.mark.parametrize("num_iterations", [1, 2])
+    def test_with_dropout_falls_back(self, tmp_path, caplog, num_iterations):
+        folder = saved(tmp_path / "base", tiny("gpt2", 4))
+        plain, masked = trained_pair(folder, beta=0.04, num_iterations=num_iterations)
+        assert_same_run(masked, plain)
+        assert not masked._replay.enabled
+        [warning] = warnings(caplog)
+        assert "differ by 0." in warning
+        assert "2 layers" in warning
+
+    @pytest.mark.parametrize("when", ["eval_on_start", "evaluate"])
+    def test_with_dropout_is_not_fooled_by_an_evaluation(self, tmp_path, caplog, when):
+        folder = saved(tmp_path / "base", tiny("gpt2", 4))
+        changes = evaluation(every=100, eval_on_start=when == "eval_on_start")
+        plain, masked = pair(folder, beta=0.04, **changes)
+        for trainer in (plain, masked):
+            if when == "evaluate":
+                trainer.evaluate()
+            train(trainer)
+        assert_same_run(masked, plain)
+        assert len(warnings(caplog)) == 1
