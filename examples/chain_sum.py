@@ -101,7 +101,7 @@ def evaluate(model: Any, tokenizer: Any, data: Dataset) -> Score:
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     distinct = data.select(sorted(first.values()))
     weights = np.array([keys.count(str(prompt)) for prompt in distinct["prompt"]], dtype=float)
-    completions = _greedy(model, tokenizer, distinct["prompt"])
+    completions = _greedy(model, tokenizer, list(distinct["prompt"]))
     right = np.array(reward(completions, distinct["answer"]))
     draws = np.random.default_rng(0).integers(len(right), size=(10_000, len(right)))
     sampled = (right * weights)[draws].sum(1) / weights[draws].sum(1)
