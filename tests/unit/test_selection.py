@@ -328,7 +328,7 @@ def test_modules_are_kept_as_given_without_repeats():
         (
             "mlp.donw_proj",
             [
-                "'mlp.donw_proj' matches no tensor inside layer 1 of 3",
+                "'mlp.donw_proj' matches no tensor inside layers 1",
                 "Layer 1 holds self_attn.q_proj.weight, ",
                 "mlp.down_proj.weight",
             ],
