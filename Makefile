@@ -6,14 +6,13 @@ INSTALLED := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-slow test-lowest check lint types layers docs docstrings clean
+.PHONY: help demo bench test test-slow check lint types layers docs docstrings clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
 	@echo "make bench      time a training step against TRL and PEFT, about an hour (options in ARGS)"
 	@echo "make test       run the tests (pytest options in ARGS)"
 	@echo "make test-slow  run the tests that take minutes"
-	@echo "make test-lowest  run them with the oldest versions that pyproject.toml allows"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
 	@echo "make docs       build the documentation into site/"
 	@echo "make clean      delete .venv, the built documentation and caches; runs/ stays"
@@ -39,12 +38,6 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not cuda" $(ARGS)
-
-# Of the five dependencies, these two have a lower end below what constraints.txt pins.
-test-lowest: export HF_HUB_OFFLINE := 1
-test-lowest: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/lowest transformers==5.20.0 accelerate==1.10.1
-	PYTHONPATH=.venv/lowest $(BIN)/python -m pytest $(ARGS)
 
 check: lint types layers docs docstrings
 
