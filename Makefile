@@ -10,7 +10,7 @@ ARGS ?=
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
-	@echo "make bench      time a training step against TRL and PEFT, about an hour (options in ARGS)"
+	@echo "make bench      time a training step against TRL and PEFT (options in ARGS)"
 	@echo "make test       run the tests (pytest options in ARGS)"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
