@@ -274,7 +274,9 @@ def merge_delta(
             "base to keep them.",
             stacklevel=2,
         )
-    kept = {*shard_of.values(), _INDEX} if (folder / _INDEX).is_file() else {*shard_of.values()}
+    kept = {*shard_of.values()}
+    if _SINGLE not in kept:
+        kept.add(_INDEX)
     with _new_folder(out) as made:
         for file in sorted(folder.iterdir()):
             weights = file.suffix in _OTHER_WEIGHTS or ".safetensors" in file.name

@@ -195,13 +195,15 @@ class LayerMaskedMixin:
             FrozenTensorError: If a frozen tensor changed. Nothing is written then.
         """
         self.check_frozen()
+        # Pushing to the hub is an internal call too, but names no folder and wants a whole model.
+        is_checkpoint = _internal_call and output_dir is not None
         folder = Path(output_dir or self.args.output_dir)
-        if _internal_call and self.args.should_save:
+        if is_checkpoint and self.args.should_save:
             # What an earlier run left under this name, in whichever format.
             for stale in (_REFERENCE, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
                 (folder / stale).unlink(missing_ok=True)
             shutil.rmtree(folder / _DELTA, ignore_errors=True)
-        if not _internal_call or self.checkpoint_format == "full":
+        if not is_checkpoint or self.checkpoint_format == "full":
             super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
             return
         # An empty state dict writes everything that goes with a model; its weights go again.

@@ -527,3 +527,14 @@ def change(model: Any, selection: Any, by: float) -> None:
     with torch.no_grad():
         for parameter in selection.parameters(model).values():
             parameter.add_(by)
+
+
+def test_pushing_to_the_hub_saves_a_whole_model(base, tmp_path):
+    """Transformers' `push_to_hub` saves by an internal call that names no folder."""
+    trainer = trainer_on(base, tmp_path / "out", save_strategy="no")
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model(_internal_call=True)
+    pushed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_close(bits(pushed), bits(trainer.model), rtol=0, atol=0)
+    assert not (tmp_path / "out" / "delta").exists()

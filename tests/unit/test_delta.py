@@ -805,3 +805,16 @@ def test_merged_model_loads_where_there_is_no_layerrl(tmp_path):
     save_file(expected, tmp_path / "expected.safetensors")
     done = run(LOAD_WITHOUT_LAYERRL, tmp_path / "merged", tmp_path / "expected.safetensors")
     assert done == "loaded"
+
+
+def test_merge_of_a_base_with_a_single_file_and_an_index_follows_transformers(tmp_path):
+    """Transformers loads the single file; an index of shards that are not there goes with none."""
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "base")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    make_delta(model, 1, tmp_path / "delta")
+    merge_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    merged = reload(tmp_path / "out", model)
+    assert_close(dict(merged.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
