@@ -16,7 +16,7 @@ from torch import device, nn
 from layerrl.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 # Modules that wrap a whole model, or one submodule, under these names: torch.compile, DDP and
 # DataParallel, FSDP1, activation-checkpoint wrappers.
@@ -24,6 +24,12 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _WRAPPER_IN_NAME = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+# What vLLM keeps as one module, from the `packed_modules_mapping` of its models.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)
+_FUSED_WITH = {name: group[0] for group in _FUSED for name in group}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +67,33 @@ def is_peft(model: nn.Module) -> bool:
 def plain_name(name: str) -> str:
     """A tensor's name without the parts that wrappers around submodules put into it."""
     return _WRAPPER_IN_NAME.sub("", name)
+
+
+def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[str]:
+    """The tensors that an inference engine has to be sent when some were trained.
+
+    An engine that keeps several projections as one module (q, k and v; gate and up; the experts of
+    a layer) replaces that module as a whole, weights and biases, so they travel together.
+
+    Args:
+        names: Plain names of all parameters of the model.
+        trained: Those of them that were trained.
+
+    Returns:
+        The trained ones and their siblings, in the order of `names`.
+    """
+    modules = {_served_module(name) for name in trained}
+    return [name for name in names if _served_module(name) in modules]
+
+
+def _served_module(name: str) -> str:
+    """The module of an inference engine that holds a parameter."""
+    parts = name.split(".")[:-1]
+    if "experts" in parts:
+        return ".".join(parts[: parts.index("experts") + 1])
+    if parts and parts[-1] in _FUSED_WITH:
+        parts[-1] = _FUSED_WITH[parts[-1]]
+    return ".".join(parts)
 
 
 def find_blocks(model: nn.Module) -> Blocks:
