@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from layerrl.blocks import find_blocks, plain_name, unwrap
 from layerrl.errors import FrozenTensorError, SelectionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch.optim import Optimizer
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 _WORD_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _CHUNK = 1 << 18
 _ODD_MULTIPLIER = 0x1E3779B97F4A7C15
-_FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be checkpointed
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -207,81 +205,3 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Euclidean norm over all elements of several tensors, in float32 on their device."""
     norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in tensors]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-
-
-@contextmanager
-def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> Iterator[None]:
-    """Let the backward of what is computed inside end at the first trained layer.
-
-    With activation checkpointing, transformers makes the embedding's output require a gradient, so
-    that everything above it is recomputed and visited even when it is frozen. Here that hook is
-    removed and no layer of the frozen prefix is checkpointed; the trained tensors get the same
-    gradients. Reentrant checkpointing needs an input with a gradient: there, the one of the first
-    trained layer gets it. Flags and hooks are restored, also after an exception.
-
-    Args:
-        model: The model, after checkpointing has been enabled.
-        selection: What trains; `"full"` changes nothing.
-    """
-    if selection.full:
-        yield
-        return
-    base, blocks = unwrap(model), find_blocks(model)
-    flagged = [
-        module
-        for layer in selection.frozen_prefix
-        for module in blocks.modules[layer].modules()
-        if getattr(module, _FLAG, False)
-    ]
-    first = blocks.modules[selection.first]
-    hook = None
-    # Not base.disable_input_require_grads(): each time checkpointing is enabled anew, as TRL does
-    # after every generation, transformers adds a hook and forgets the one before.
-    hooked = [
-        (module, module._forward_hooks.copy())
-        for module in base.modules()
-        if any(map(_requires_input_grad, module._forward_hooks.values()))
-    ]
-    if _checkpoints_reentrantly(first):
-        hook = first.register_forward_pre_hook(_require_input_grad, with_kwargs=True)
-    try:
-        for module, hooks in hooked:
-            for key, function in hooks.items():
-                if _requires_input_grad(function):
-                    del module._forward_hooks[key]
-        for module in flagged:
-            setattr(module, _FLAG, False)
-        yield
-    finally:
-        for module in flagged:
-            setattr(module, _FLAG, True)
-        for module, hooks in hooked:
-            module._forward_hooks.clear()
-            module._forward_hooks.update(hooks)
-        if hook is not None:
-            hook.remove()
-
-
-def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
-    # The name inside PreTrainedModel.enable_input_require_grads, the only mark it has.
-    return getattr(hook, "__name__", "") == "make_inputs_require_grads"
-
-
-def _checkpoints_reentrantly(layer: nn.Module) -> bool:
-    if not getattr(layer, _FLAG, False):
-        return False
-    function = getattr(layer, "_gradient_checkpointing_func", None)
-    # torch's own default where a partial does not say: reentrant unless told otherwise
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
-
-
-def _require_input_grad(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    if torch.is_grad_enabled() and not hidden.requires_grad:
-        hidden = hidden.detach().requires_grad_()
-        args, kwargs = (
-            ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
-        )
-    return args, kwargs

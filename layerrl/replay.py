@@ -42,6 +42,8 @@ class Recording:
     """The hidden states; None where they were not recorded."""
     num_rows: int = 0
     """Rows recorded so far."""
+    sampled: bool = False
+    """Whether they were recorded while generating."""
 
     def holds(self, rows_B: Tensor | None, tokens_BT2: Tensor) -> bool:
         """Whether these rows of the recording are exactly those tokens."""
@@ -64,13 +66,24 @@ class PrefixReplay:
     other passes inside `generating` are replayed as well. Batches for training and for evaluation
     have recordings, and first times, of their own.
 
+    Inside `sampling`, what leaves the prefix while the model generates can be recorded instead, so
+    that not even the first pass runs it. That is compared, too, and given up alone if it differs.
+
     Args:
         model: The model whose prefix is replayed.
         selection: What trains; nothing is recorded when no whole layer lies below.
         max_bytes: A batch that would take more is not recorded.
+        record_while_generating: Record inside `sampling`.
     """
 
-    def __init__(self, model: nn.Module, selection: LayerSelection, max_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: LayerSelection,
+        max_bytes: int,
+        *,
+        record_while_generating: bool = False,
+    ) -> None:
         blocks = find_blocks(model)
         self._prefix = [blocks.modules[layer] for layer in selection.frozen_prefix]
         self._max_bytes = max_bytes
@@ -78,9 +91,17 @@ class PrefixReplay:
         self._generating = False
         self._rows_B: Tensor | None = None
         self._recordings: dict[bool, Recording] = {}
-        self._verified: set[bool] = set()
+        self._verified: set[tuple[bool, bool]] = set()
+        self._samples = record_while_generating
+        self._sampled: list[Tensor] = []
         self.enabled = bool(self._prefix) and max_bytes > 0
         """Whether passes are recorded at all; False for good once a replay did not match."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the recordings take."""
+        held = (recording.hidden_BTH for recording in self._recordings.values())
+        return sum(hidden.nbytes for hidden in held if hidden is not None)
 
     def clear(self) -> None:
         """Forget all recordings."""
@@ -98,10 +119,52 @@ class PrefixReplay:
         """
         self._recordings[training] = Recording()
         self._generating = True
+        self._sampled = []
         try:
             yield self._recordings[training]
         finally:
             self._generating = False
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The model generates inside: one pass over the prompts, then token by token."""
+        if not (self.enabled and self._samples and self._generating):
+            yield
+            return
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+            hidden, *extra = output if isinstance(output, tuple) else (output,)
+            extras = (None,) * len(extra) if isinstance(output, tuple) else None
+            self._extras = [extras] * len(self._prefix)
+            self._sampled.append(hidden)
+
+        hook = self._prefix[-1].register_forward_hook(record)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def take_sampled(self, recording: Recording, tokens_BT2: Tensor) -> bool:
+        """Make a recording of what was recorded while generating.
+
+        Args:
+            recording: A new recording, filled.
+            tokens_BT2: Token ids and attention mask of the whole batch.
+
+        Returns:
+            Whether there was one, of exactly these tokens' shape and small enough.
+        """
+        num_rows, num_tokens = tokens_BT2.shape[:2]
+        parts, self._sampled = self._sampled, []
+        if not parts or {len(part) for part in parts} != {num_rows}:
+            return False
+        # The last token was sampled but never run; nothing is read from its position.
+        hidden_BTH = torch.cat([*parts, parts[-1][:, -1:]], dim=1)
+        if hidden_BTH.shape[1] != num_tokens or hidden_BTH.nbytes > self._max_bytes:
+            return False
+        recording.tokens_BT2, recording.hidden_BTH = tokens_BT2, hidden_BTH
+        recording.num_rows, recording.sampled = num_rows, True
+        return True
 
     @contextmanager
     def rows(self, rows_B: Tensor | None) -> Iterator[None]:
@@ -128,12 +191,17 @@ class PrefixReplay:
             return compute()
         rows_B = self._rows_B
         if self._generating and recording.tokens_BT2 is None:
+            if self.take_sampled(recording, tokens_BT2):
+                if (training, True) in self._verified:
+                    with self._replaying(recording, None):
+                        return compute()
+                return self._verify(compute, recording, None, training)
             recording.tokens_BT2 = tokens_BT2
             with self._recording(recording):
                 return compute()
         if not (self._generating or rows_B is not None) or not recording.holds(rows_B, tokens_BT2):
             return compute()
-        if training in self._verified:
+        if (training, recording.sampled) in self._verified:
             with self._replaying(recording, rows_B):
                 return compute()
         return compute() if self._generating else self._verify(compute, recording, rows_B, training)
@@ -142,31 +210,56 @@ class PrefixReplay:
         self, compute: Compute, recording: Recording, rows_B: Tensor | None, training: bool
     ) -> tuple[Any, ...]:
         plain = compute()
+        problem = None
         try:
             with torch.no_grad(), torch.random.fork_rng(), self._replaying(recording, rows_B):
                 replayed = compute()
-            pairs = [p for p in zip(plain, replayed, strict=True) if isinstance(p[0], Tensor)]
-            largest = [(a.detach() - b).abs().max().double() for a, b in pairs]
-            difference = torch.stack(largest).max().item()
+            difference = self._difference(plain, replayed, recording, rows_B)
             assert recording.hidden_BTH is not None
             tolerance = _TOLERANCE.get(recording.hidden_BTH.dtype, _TOLERANCE_16_BIT)
-            problem = None
             if not difference <= tolerance:
                 problem = f"results differ by {difference:.3g} (at most {tolerance:.0e})"
         except Exception as error:  # whatever a model does with a shortened stack, training goes on
             problem = f"the model cannot run on it: {type(error).__name__}: {error}"
         if problem is None:
-            self._verified.add(training)
+            self._verified.add((training, recording.sampled))
+            return plain
+        self.clear()
+        if recording.sampled:
+            self._samples = False
+            what = "what was recorded while generating"
         else:
             self.enabled = False
-            self.clear()
-            logger.warning(
-                "The frozen prefix (%d layers) will not be replayed: %s. Training goes on, with "
-                "the same results, and pays for the prefix in every pass.",
-                len(self._prefix),
-                problem,
-            )
+            what = f"the frozen prefix ({len(self._prefix)} layers)"
+        logger.warning(
+            "%s will not be replayed: %s. Training goes on, with the same results, and runs the "
+            "prefix in %s pass.",
+            what[0].upper() + what[1:],
+            problem,
+            "one" if recording.sampled else "every",
+        )
         return plain
+
+    @staticmethod
+    def _difference(
+        plain: tuple[Any, ...],
+        replayed: tuple[Any, ...],
+        recording: Recording,
+        rows_B: Tensor | None,
+    ) -> float:
+        """Largest difference in what was computed for tokens, padding aside."""
+        assert recording.tokens_BT2 is not None
+        mask_BT = (
+            recording.tokens_BT2[..., 1] if rows_B is None else recording.tokens_BT2[rows_B, :, 1]
+        )
+        largest = [0.0]
+        for a, b in zip(plain, replayed, strict=True):
+            if isinstance(a, Tensor):
+                of_tokens = (a.detach() - b).abs().double()
+                if a.dim() == 2:
+                    of_tokens = of_tokens[mask_BT[:, -a.shape[1] :].bool()]
+                largest.append(of_tokens.max().item())
+        return max(largest, key=lambda value: (value != value, value))
 
     def _recording(self, recording: Recording) -> Any:  # noqa: ANN401 - a context manager
         last = len(self._prefix) - 1

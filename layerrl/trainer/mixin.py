@@ -17,10 +17,10 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layerrl.blocks import is_peft
+from layerrl.checkpointing import KeptActivations, backward_from_first_trained
 from layerrl.delta import DeltaBase, restore_delta, save_delta
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import (
-    backward_from_first_trained,
     check_frozen,
     check_optimizer,
     fingerprints,
@@ -29,10 +29,12 @@ from layerrl.masking import (
     parameters_by_layer,
     scale_learning_rates,
 )
+from layerrl.precision import HALF, step_in_float32
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.trainer.callbacks import FrozenCheck, SyncReference
+from layerrl.trainer.sync import WeightSync
 
 if TYPE_CHECKING:
     import os
@@ -71,8 +73,12 @@ class LayerMaskedMixin:
     The backward ends at the first trained layer, and only layers from there up are checkpointed.
     The reference (`beta > 0`) is the model that was passed, kept as the trained tensors' initial
     values. What enters the first trained layer is recorded in the first pass over a batch of
-    completions and replayed in the others. None of this changes a result; with `selection="full"`
-    there is nothing to save, and the trainer is the plain one.
+    completions and replayed in the others. Memory that this frees spares layers the recomputation
+    in the backward. After a first time, vLLM is sent only what was trained. None of this changes a
+    result; with `selection="full"` there is nothing to save, and the trainer is the plain one.
+
+    What does change a result, for the better: trained tensors in bfloat16 or float16 are updated in
+    float32, where small steps are not rounded away.
 
     Logged with the trainer's own metrics: `layerrl/trained_parameters`, the number of elements that
     train; `layerrl/grad_norm/layer_<k>`, the layer's share of `grad_norm`, before clipping;
@@ -85,6 +91,16 @@ class LayerMaskedMixin:
             against the trainer's model.
         prefix_cache_bytes: Most memory the recorded hidden states of one batch may take, on the
             device; a larger batch is not recorded. 0: never record.
+        record_while_generating: Record what enters the first trained layer while transformers'
+            `generate` samples, so that no pass over the batch runs the frozen prefix. Decoding
+            token by token rounds differently from a pass over whole rows, so results change in
+            the last bits; if log-probabilities differ by more, a warning says so and it ends.
+        activation_bytes: Most memory that activations kept for the backward may take, so that fewer
+            layers are recomputed where gradient checkpointing is on. None: as much as a second
+            model for the reference would have taken (nothing for `beta` 0), and on a GPU at most
+            half of what the first step left unused. 0: recompute every layer that is checkpointed.
+        master_weights: Update half-precision trained tensors in float32. The optimizer keeps those
+            values, and its checkpoint holds them.
         checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
             and the trainer's state, and resume on the same base; `"full"`: whole models, as the
             trainer's own. `save_model()` writes a whole model either way.
@@ -102,6 +118,7 @@ class LayerMaskedMixin:
     if TYPE_CHECKING:
         model: Any
         ref_model: Any
+        vllm_generation: Any
         optimizer: Any
         accelerator: Any
         args: Any
@@ -121,14 +138,18 @@ class LayerMaskedMixin:
         *args: Any,
         selection: LayerSelection | int | Iterable[int] | slice | str,
         prefix_cache_bytes: int = 2 * 2**30,
+        record_while_generating: bool = False,
+        activation_bytes: int | None = None,
+        master_weights: bool = True,
         checkpoint_format: Literal["delta", "full"] = "delta",
         **kwargs: Any,
     ) -> None:
         given = _bound(type(self), args, kwargs)
         model = given.get("model")
         _refuse_peft(selection, model, given.get("peft_config"))
-        if isinstance(prefix_cache_bytes, bool) or not isinstance(prefix_cache_bytes, int):
-            raise SelectionError(f"prefix_cache_bytes is {prefix_cache_bytes!r}, expected an int")
+        _check_bytes("prefix_cache_bytes", prefix_cache_bytes)
+        if activation_bytes is not None:
+            _check_bytes("activation_bytes", activation_bytes)
         if checkpoint_format not in ("delta", "full"):
             raise SelectionError(
                 f'checkpoint_format is {checkpoint_format!r}, expected "delta" or "full"'
@@ -147,7 +168,21 @@ class LayerMaskedMixin:
         self._trained = self.selection.parameters(self.model)
         self._base = DeltaBase.of(self.model, self.selection)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
-        self._replay = PrefixReplay(self.model, self.selection, prefix_cache_bytes)
+        self._replay = PrefixReplay(
+            self.model,
+            self.selection,
+            prefix_cache_bytes,
+            record_while_generating=record_while_generating,
+        )
+        if activation_bytes is None:
+            trained = set(map(id, self._trained.values()))
+            frozen = [p for p in self.model.parameters() if id(p) not in trained]
+            activation_bytes = sum(p.nbytes for p in frozen) if beta else 0
+        self._kept = KeptActivations(self.model, self.selection, activation_bytes)
+        self._master_weights = master_weights and not full
+        self._weight_sync = None
+        if hasattr(self, "vllm_generation") and not full:
+            self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
         self._mask = ExitStack()
@@ -280,6 +315,14 @@ class LayerMaskedMixin:
             scale_learning_rates(optimizer, self.model, self.selection)
         if not layer_wise:
             check_optimizer(optimizer, self.model, self.selection)
+        if self._master_weights and any(p.dtype in HALF for p in self._trained.values()):
+            if layer_wise:
+                raise SelectionError(
+                    f"optim={self.args.optim} updates layer by layer and can keep no float32 "
+                    "master weights for tensors in half precision. Choose another optimizer, load "
+                    "the model in float32, or pass master_weights=False and lose small steps."
+                )
+            step_in_float32(optimizer)
         self._optimizer_is_own = own
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -320,6 +363,7 @@ class LayerMaskedMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         folder = Path(resume_from_checkpoint)
+        self._sync_everything()
         if not (folder / _DELTA).is_dir():
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -338,30 +382,47 @@ class LayerMaskedMixin:
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
+        self._sync_everything()
         if (Path(best) / _DELTA).is_dir():
             self._load_from_checkpoint(best)
         else:
             super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _sync_everything(self) -> None:
+        if self._weight_sync is not None:
+            self._weight_sync.reset()
+            self._last_loaded_step = -1  # TRL syncs when this is not the present step
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
         """Mark each row of a new batch, so that its recording is found after shuffling."""
         with self._replay.generating(training=self.model.training) as recording:
             batch = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
         ids = batch["completion_ids"]
+        if recording.tokens_BT2 is None:  # no pass has scored them
+            of = {
+                part: torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1)
+                for part in ("ids", "mask")
+            }
+            self._replay.take_sampled(recording, torch.stack([of["ids"], of["mask"]], dim=-1))
         if recording.num_rows == len(ids):
             batch[_ROWS] = torch.arange(len(ids), device=ids.device)
         return batch
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with self._replay.sampling():
+            return super()._generate_single_turn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...]:
         """Every pass that scores completions goes through here."""
         score = super()._get_per_token_logps_and_entropies  # pyright: ignore[reportAttributeAccessIssue]
-        return self._replay.run(
-            lambda: score(model, input_ids, attention_mask, *args, **kwargs),
-            tokens_BT2=torch.stack([input_ids, attention_mask], dim=-1),
-            training=self.model.training,
-        )
+        with self._kept.during(input_ids.numel(), held=self._replay.num_bytes):
+            return self._replay.run(
+                lambda: score(model, input_ids, attention_mask, *args, **kwargs),
+                tokens_BT2=torch.stack([input_ids, attention_mask], dim=-1),
+                training=self.model.training,
+            )
 
     def _compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         with self._replay.rows(inputs.get(_ROWS)):
@@ -405,6 +466,11 @@ def _refuse_peft(selection: object, model: object, peft_config: object) -> None:
         "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
         "layers)."
     )
+
+
+def _check_bytes(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SelectionError(f"{name} is {value!r}, expected a number of bytes, an int from 0 up")
 
 
 def _config_at(path: Any, args: Any) -> Any:  # noqa: ANN401

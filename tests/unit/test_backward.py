@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from layerrl import select_layers
 from layerrl.blocks import find_blocks
-from layerrl.masking import backward_from_first_trained
+from layerrl.checkpointing import backward_from_first_trained
 from tests.grpo import make
 from tests.models import tiny
 from tests.runs import NO_CHECKPOINTING, REENTRANT, bits, freeze_by_hand, moved

@@ -1,0 +1,203 @@
+"""Recompute, and visit in the backward, only what training needs.
+
+Legend: B rows, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerrl.blocks import find_blocks, unwrap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from layerrl.selection import LayerSelection
+
+_FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be checkpointed
+
+
+@contextmanager
+def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> Iterator[None]:
+    """Let the backward of what is computed inside end at the first trained layer.
+
+    With activation checkpointing, transformers makes the embedding's output require a gradient, so
+    that everything above it is recomputed and visited even when it is frozen. Here that hook is
+    removed and no layer of the frozen prefix is checkpointed; the trained tensors get the same
+    gradients. Reentrant checkpointing needs an input with a gradient: there, the one of the first
+    trained layer gets it. Flags and hooks are restored, also after an exception.
+
+    Args:
+        model: The model, after checkpointing has been enabled.
+        selection: What trains; `"full"` changes nothing.
+    """
+    if selection.full:
+        yield
+        return
+    base, blocks = unwrap(model), find_blocks(model)
+    first = blocks.modules[selection.first]
+    hook = None
+    # Not base.disable_input_require_grads(): each time checkpointing is enabled anew, as TRL does
+    # after every generation, transformers adds a hook and forgets the one before.
+    hooked = [
+        (module, module._forward_hooks.copy())
+        for module in base.modules()
+        if any(map(_requires_input_grad, module._forward_hooks.values()))
+    ]
+    if _checkpoints_reentrantly(first):
+        hook = first.register_forward_pre_hook(_require_input_grad, with_kwargs=True)
+    try:
+        for module, hooks in hooked:
+            for key, function in hooks.items():
+                if _requires_input_grad(function):
+                    del module._forward_hooks[key]
+        with _not_checkpointed(blocks.modules[: selection.first]):
+            yield
+    finally:
+        for module, hooks in hooked:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+        if hook is not None:
+            hook.remove()
+
+
+@contextmanager
+def _not_checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    flagged = [m for layer in layers for m in layer.modules() if getattr(m, _FLAG, False)]
+    try:
+        for module in flagged:
+            setattr(module, _FLAG, False)
+        yield
+    finally:
+        for module in flagged:
+            setattr(module, _FLAG, True)
+
+
+def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
+    # The name inside PreTrainedModel.enable_input_require_grads, the only mark it has.
+    return getattr(hook, "__name__", "") == "make_inputs_require_grads"
+
+
+def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+    if not getattr(layer, _FLAG, False):
+        return False
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    # torch's own default where a partial does not say: reentrant unless told otherwise
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+
+
+def _require_input_grad(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return _with_input_grad(args, kwargs) if torch.is_grad_enabled() else (args, kwargs)
+
+
+def _with_input_grad(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if hidden.requires_grad:
+        return args, kwargs
+    hidden = hidden.detach().requires_grad_()
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+class KeptActivations:
+    """Spends memory on keeping activations, so that fewer layers are recomputed in the backward.
+
+    What a layer keeps is measured, in a pass over a batch that needs no gradient: the bytes that
+    the first trained layer would save for its backward. Where there is no such pass, the first
+    policy pass keeps that one layer's activations and measures there. Layers are spared from the
+    top, as those are the first that the backward is done with. On a GPU, nothing is kept before a
+    first backward has shown the peak, and then at most half of what it left unused.
+
+    Args:
+        model: The model that trains.
+        selection: What trains.
+        max_bytes: Most memory that kept activations may take at once; 0 keeps nothing.
+    """
+
+    def __init__(self, model: nn.Module, selection: LayerSelection, max_bytes: int) -> None:
+        self._layers = find_blocks(model).modules[selection.first :]
+        self._max_bytes = max_bytes
+        self._bytes_per_token = 0.0
+        self._seen_backward = False
+        self._spare: int | None = None
+
+    @contextmanager
+    def during(self, num_tokens: int, *, held: int = 0) -> Iterator[None]:
+        """One pass over a batch, with or without gradient.
+
+        Args:
+            num_tokens: Tokens in it, padding included.
+            held: Bytes already spent on something else.
+        """
+        training = torch.is_grad_enabled()
+        if not self._max_bytes:
+            yield
+        elif training and self._bytes_per_token:
+            num_kept = self._num_kept(num_tokens, held)
+            self._seen_backward = True
+            with _not_checkpointed(self._layers[len(self._layers) - num_kept :]):
+                yield
+        else:
+            self._seen_backward |= training
+            with _not_checkpointed(self._layers[:1]), self._measuring():
+                yield
+
+    def _num_kept(self, num_tokens: int, held: int) -> int:
+        device = next(self._layers[0].parameters()).device
+        budget = self._max_bytes - held
+        if device.type == "cuda":
+            if self._seen_backward and self._spare is None:
+                free, _ = torch.cuda.mem_get_info(device)
+                reserved = torch.cuda.memory_reserved(device)
+                self._spare = (free + reserved - torch.cuda.max_memory_allocated(device)) // 2
+            budget = min(budget, self._spare or 0)
+        return max(0, min(int(budget / (self._bytes_per_token * num_tokens)), len(self._layers)))
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        layer, training = self._layers[0], torch.is_grad_enabled()
+        own = vars(layer).get("forward")
+        forward = layer.forward
+
+        def counting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            args, kwargs = _with_input_grad(args, kwargs)
+            given = [*layer.parameters(), *layer.buffers(), *args, *kwargs.values()]
+            kept_anyway = {_storage(t) for t in given if isinstance(t, Tensor)}
+            saved: dict[int, int] = {}
+
+            def count(tensor: Tensor) -> Tensor:
+                if _storage(tensor) not in kept_anyway:
+                    saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with (
+                torch.enable_grad(),
+                torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+            ):
+                output = forward(*args, **kwargs)
+            several = isinstance(output, tuple)
+            hidden_BTH = output[0] if several else output
+            self._bytes_per_token = sum(saved.values()) / hidden_BTH[..., 0].numel()
+            if training:
+                return output
+            return (hidden_BTH.detach(), *output[1:]) if several else hidden_BTH.detach()
+
+        try:
+            layer.forward = counting
+            yield
+        finally:
+            if own is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = own
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,76 @@
+"""Send vLLM what was trained, once it has everything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from layerrl.blocks import plain_name, with_fused_siblings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from layerrl.selection import LayerSelection
+
+
+class WeightSync:
+    """Takes over `sync_weights` of TRL's `VLLMGeneration`, colocated or server.
+
+    The trained tensors and what vLLM fuses them with are sent; everything is sent the first time,
+    after `reset`, after a sync that failed, where the engine has slept and lost its weights, and
+    where a frozen tensor has been written to since (a delta of other layers was loaded, say). A
+    model sharded by FSDP1 is sent whole every time, as TRL walks its modules.
+
+    Args:
+        generation: The trainer's `VLLMGeneration`. Its `sync_weights` is this object's from now on.
+        model: The model it reads.
+        selection: What trains.
+    """
+
+    def __init__(self, generation: Any, model: nn.Module, selection: LayerSelection) -> None:  # noqa: ANN401
+        parameters = {plain_name(name): p for name, p in model.named_parameters()}
+        trained = selection.parameters(model)
+        self._names = frozenset(with_fused_siblings(parameters, trained))
+        self._frozen = [p for name, p in parameters.items() if name not in trained]
+        self._generation = generation
+        self._metadata: dict[bool, Any] = {}
+        self._sent: list[int] | None = None
+        generation.sync_weights = self.sync_weights
+
+    def reset(self) -> None:
+        """Send everything next time."""
+        self._sent = None
+
+    def sync_weights(self) -> None:
+        """Send what the engine does not have yet."""
+        generation, model = self._generation, self._generation.model
+        written = [p._version for p in self._frozen]  # torch counts in-place writes
+        narrow = (
+            self._sent == written
+            and not getattr(generation, "_llm_weights_sleeping", False)
+            and generation._dist.fsdp_version != 1
+        )
+        self._sent = None
+        # TRL tells the server names and shapes before the first tensor, and keeps that list.
+        generation._weight_metadata = self._metadata.get(narrow)
+        if narrow:
+            generation.model = _Part(model, self._names)
+        try:
+            type(generation).sync_weights(generation)
+        finally:
+            generation.model = model
+        self._metadata[narrow] = generation._weight_metadata
+        self._sent = written
+
+
+class _Part:
+    """A model of which TRL sees some parameters only, so that it gathers no others."""
+
+    def __init__(self, model: nn.Module, names: frozenset[str]) -> None:
+        self._model, self._names = model, names
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self._model.named_parameters():
+            if plain_name(name) in self._names:
+                yield name, parameter
