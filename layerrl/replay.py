@@ -92,7 +92,8 @@ class PrefixReplay:
         self._rows_B: Tensor | None = None
         self._recordings: dict[bool, Recording] = {}
         self._verified: set[tuple[bool, bool]] = set()
-        self._samples = record_while_generating
+        self.samples = record_while_generating
+        """Whether to record inside `sampling`; False for good once that did not match."""
         self._sampled: list[Tensor] = []
         self.enabled = bool(self._prefix) and max_bytes > 0
         """Whether passes are recorded at all; False for good once a replay did not match."""
@@ -128,7 +129,7 @@ class PrefixReplay:
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """The model generates inside: one pass over the prompts, then token by token."""
-        if not (self.enabled and self._samples and self._generating):
+        if not (self.enabled and self.samples and self._generating):
             yield
             return
 
@@ -226,7 +227,7 @@ class PrefixReplay:
             return plain
         self.clear()
         if recording.sampled:
-            self._samples = False
+            self.samples = False
             what = "what was recorded while generating"
         else:
             self.enabled = False

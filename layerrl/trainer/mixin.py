@@ -398,7 +398,7 @@ class LayerMaskedMixin:
         with self._replay.generating(training=self.model.training) as recording:
             batch = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
         ids = batch["completion_ids"]
-        if recording.tokens_BT2 is None:  # no pass has scored them
+        if self._replay.samples and recording.tokens_BT2 is None:  # no pass has scored them
             of = {
                 part: torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1)
                 for part in ("ids", "mask")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from layerrl.blocks import plain_name, with_fused_siblings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from torch import nn
 
     from layerrl.selection import LayerSelection
 
@@ -64,13 +64,15 @@ class WeightSync:
         self._sent = written
 
 
-class _Part:
+class _Part(nn.Module):
     """A model of which TRL sees some parameters only, so that it gathers no others."""
 
     def __init__(self, model: nn.Module, names: frozenset[str]) -> None:
-        self._model, self._names = model, names
+        super().__init__()
+        self._model, self._names = (model,), names
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self._model.named_parameters():
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those parameters, under the names that the model has for them."""
+        for name, parameter in self._model[0].named_parameters(*args, **kwargs):
             if plain_name(name) in self._names:
                 yield name, parameter

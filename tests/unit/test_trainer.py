@@ -21,6 +21,14 @@ from tests.models import tiny
 
 UPDATE, GRAD_NORM = "layerrl/relative_update/layer_{}", "layerrl/grad_norm/layer_{}"
 
+KEYWORDS = [
+    "prefix_cache_bytes",
+    "record_while_generating",
+    "activation_bytes",
+    "master_weights",
+    "checkpoint_format",
+]
+
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -756,7 +764,7 @@ class TestSignature:
     def test_shows_the_arguments_of_trl_and_the_selection(self):
         wrapped = inspect.signature(GRPOTrainer).parameters
         own = inspect.signature(LayerMaskedGRPOTrainer).parameters
-        assert list(own) == [*wrapped, "selection", "prefix_cache_bytes", "checkpoint_format"]
+        assert list(own) == [*wrapped, "selection", *KEYWORDS]
         assert all(own[name] == wrapped[name] for name in wrapped)
         assert own["selection"].kind is inspect.Parameter.KEYWORD_ONLY
         assert own["selection"].default is inspect.Parameter.empty
@@ -765,7 +773,7 @@ class TestSignature:
         class Mixed(LayerMaskedMixin, Logging):
             pass
 
-        own = ["selection", "prefix_cache_bytes", "checkpoint_format"]
+        own = ["selection", *KEYWORDS]
         assert list(inspect.signature(Mixed).parameters) == ["args", "note", *own, "kwargs"]
 
     def test_of_a_class_with_its_own_constructor_is_its_own(self):

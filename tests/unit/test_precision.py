@@ -1,0 +1,201 @@
+"""Half-precision weights are updated in float32, and bit for bit as a float32 run would."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.testing import assert_close
+
+from layerrl.errors import SelectionError
+from layerrl.precision import step_in_float32
+from tests.grpo import make
+from tests.models import tiny
+from tests.runs import bits, optimizer_state, train
+
+SMALL_STEP = 1e-6
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def weights(dtype: torch.dtype) -> nn.Parameter:
+    draws = torch.Generator().manual_seed(0)
+    return nn.Parameter((0.02 * torch.randn(40, 30, generator=draws)).to(dtype))
+
+
+def gradient(step: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(40, 30, generator=torch.Generator().manual_seed(step + 1)).to(dtype)
+
+
+def steps(optimizer: Optimizer, num: int, first: int = 0) -> None:
+    [parameter] = optimizer.param_groups[0]["params"]
+    for step in range(first, first + num):
+        parameter.grad = gradient(step, torch.bfloat16).to(parameter.dtype)
+        optimizer.step()
+
+
+def master(optimizer: Optimizer) -> Tensor:
+    [parameter] = optimizer.param_groups[0]["params"]
+    return optimizer.state[parameter]["master"]
+
+
+def in_float32(parameter: nn.Parameter, cls: Any = AdamW, **options: Any) -> Optimizer:
+    optimizer = cls([parameter], **{"lr": SMALL_STEP, **options})
+    step_in_float32(optimizer)
+    return optimizer
+
+
+class TestStepInFloat32:
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    @pytest.mark.parametrize("cls", [AdamW, SGD, Adafactor])
+    def test_is_the_step_of_a_float32_run(self, cls, dtype):
+        half = weights(dtype)
+        plain = nn.Parameter(half.detach().float())
+        optimizer, expected = in_float32(half, cls), cls([plain], lr=SMALL_STEP)
+        steps(optimizer, 20)
+        steps(expected, 20)
+        assert_close(master(optimizer), plain.data, rtol=0, atol=0)
+        assert_close(half.data, plain.data.to(dtype), rtol=0, atol=0)
+        assert half.grad is not None
+        assert half.grad.dtype == dtype
+
+    def test_keeps_steps_that_rounding_would_lose(self):
+        start = weights(torch.bfloat16).data.clone()
+        lossy, kept = weights(torch.bfloat16), weights(torch.bfloat16)
+        steps(AdamW([lossy], lr=SMALL_STEP), 50)
+        optimizer = in_float32(kept)
+        steps(optimizer, 50)
+        assert (lossy.data == start).float().mean() > 0.9
+        assert (master(optimizer) == start.float()).float().mean() < 0.01
+
+    @pytest.mark.parametrize("cls", [AdamW, SGD])
+    def test_resumes_from_its_state_bit_for_bit(self, cls, tmp_path):
+        through, stopped = weights(torch.bfloat16), weights(torch.bfloat16)
+        steps(in_float32(through, cls), 20)
+        optimizer = in_float32(stopped, cls)
+        steps(optimizer, 10)
+        torch.save(optimizer.state_dict(), tmp_path / "state")
+        resumed = in_float32(nn.Parameter(stopped.detach().clone()), cls)
+        resumed.load_state_dict(torch.load(tmp_path / "state"))
+        steps(resumed, 10, first=10)
+        assert_close(resumed.param_groups[0]["params"][0].data, through.data, rtol=0, atol=0)
+        assert master(resumed).dtype == torch.float32
+
+    def test_a_value_written_by_others_counts(self):
+        parameter = weights(torch.bfloat16)
+        optimizer = in_float32(parameter, SGD, lr=0.0)
+        steps(optimizer, 1)
+        with torch.no_grad():
+            parameter[0] = 0.5
+        steps(optimizer, 1)
+        assert (master(optimizer)[0] == 0.5).all()
+        assert (parameter[0] == 0.5).all()
+
+    def test_a_parameter_without_a_gradient_is_left_alone(self):
+        parameter = weights(torch.bfloat16)
+        optimizer = in_float32(parameter)
+        optimizer.step()
+        assert not optimizer.state[parameter]
+        steps(optimizer, 1)
+        assert "exp_avg" in optimizer.state[parameter]
+
+    def test_float32_needs_no_master(self):
+        parameter = weights(torch.float32)
+        optimizer = in_float32(parameter)
+        steps(optimizer, 2)
+        assert "master" not in optimizer.state[parameter]
+
+    def test_after_an_exception_in_the_step_the_dtype_is_back(self):
+        class Failing(SGD):
+            def step(self, closure=None):
+                super().step()
+                raise OSError("out of cheese")
+
+        parameter = weights(torch.bfloat16)
+        optimizer = in_float32(parameter, Failing)
+        with pytest.raises(OSError, match="cheese"):
+            steps(optimizer, 1)
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.bfloat16
+
+    def test_twice_is_once(self):
+        optimizer = in_float32(weights(torch.bfloat16))
+        cls = type(optimizer)
+        step_in_float32(optimizer)
+        assert type(optimizer) is cls
+        assert isinstance(optimizer, AdamW)
+        assert cls.__name__ == "AdamW"
+
+    def test_with_a_scheduler_a_copy_and_a_closure(self):
+        parameter = weights(torch.bfloat16)
+        optimizer = in_float32(parameter)
+        scheduler = LambdaLR(optimizer, lambda _: 1.0)
+        parameter.grad = gradient(0, torch.bfloat16)
+        assert optimizer.step(lambda: 7.0) == 7.0
+        scheduler.step()
+        steps(copy.deepcopy(optimizer), 1)
+
+
+class TestTrainer:
+    def run(self, folder, dtype: torch.dtype, **changes: Any) -> Any:
+        # Everyone starts from the same, rounded values.
+        model = tiny("llama", 4).to(torch.bfloat16).to(dtype)
+        arguments = {"selection": 2, **changes.pop("arguments", {})}
+        values = {"learning_rate": SMALL_STEP, "max_steps": 10, "lr_scheduler_type": "constant"}
+        return make(model, folder, selection=2, arguments=arguments, **(values | changes))
+
+    def test_tracks_a_float32_run_where_bf16_loses_most_updates(self, tmp_path):
+        runs = {
+            "float32": self.run(tmp_path, torch.float32),
+            "masters": self.run(tmp_path, torch.bfloat16),
+            "lossy": self.run(tmp_path, torch.bfloat16, arguments={"master_weights": False}),
+        }
+        start = {n: p.detach().float().clone() for n, p in runs["masters"]._trained.items()}
+        train(*runs.values())
+        state = runs["masters"].optimizer.optimizer.state
+        moved = {
+            "float32": {n: p.data - start[n] for n, p in runs["float32"]._trained.items()},
+            "masters": {
+                n: state[p]["master"] - start[n] for n, p in runs["masters"]._trained.items()
+            },
+            "lossy": {n: p.float() - start[n] for n, p in runs["lossy"]._trained.items()},
+        }
+        flat = {run: torch.cat([d.flatten() for d in by.values()]) for run, by in moved.items()}
+        assert (flat["lossy"] == 0).float().mean() > 0.9
+        assert (flat["masters"] == 0).float().mean() < 0.1
+        agree = torch.nn.functional.cosine_similarity(flat["masters"], flat["float32"], dim=0)
+        assert agree > 0.9
+        assert flat["masters"].norm() / flat["float32"].norm() == pytest.approx(1, abs=0.1)
+
+    def test_weights_stay_in_half_precision_and_only_the_layer_has_masters(self, tmp_path):
+        trainer = self.run(tmp_path, torch.bfloat16)
+        trainer.train()
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+        state = trainer.optimizer.optimizer.state
+        assert set(state) == set(trainer._trained.values())
+        assert all(held["master"].dtype == torch.float32 for held in state.values())
+
+    def test_resume_is_exact(self, tmp_path):
+        saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "learning_rate": 1e-3}
+        whole = self.run(tmp_path / "whole", torch.bfloat16, **saving)
+        train(whole)
+        resumed = self.run(tmp_path / "resumed", torch.bfloat16, **saving)
+        train(resumed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+        assert_close(bits(resumed.model), bits(whole.model), rtol=0, atol=0)
+        assert_close(optimizer_state(resumed), optimizer_state(whole), rtol=0, atol=0)
+
+    def test_without_masters_is_layers_frozen_by_hand(self, tmp_path):
+        trainer = self.run(tmp_path, torch.bfloat16, arguments={"master_weights": False})
+        trainer.train()
+        assert all("master" not in held for held in trainer.optimizer.optimizer.state.values())
+
+    def test_an_optimizer_that_updates_layer_by_layer_is_refused(self, tmp_path):
+        trainer = self.run(tmp_path, torch.bfloat16)
+        trainer.args.optim = "galore_adamw_layerwise"
+        from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+        with pytest.raises(SelectionError, match="master_weights=False"):
+            trainer._fit_optimizer(LayerWiseDummyOptimizer({}), True)

@@ -1,0 +1,184 @@
+"""What reaches vLLM, with TRL's real `VLLMGeneration` in front of a stand-in for the engine."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from layerrl import LayerMaskedGRPOTrainer, load_delta, save_delta, select_layers
+from layerrl.blocks import with_fused_siblings
+from tests.engines import Client, Engine, in_place_of_vllm
+from tests.grpo import make
+from tests.runs import assert_same_run, evaluation, load, pair, saved, train
+
+MODES = ["colocate", "server"]
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch):
+    with in_place_of_vllm(monkeypatch):
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return saved(tmp_path / "base")
+
+
+def masked(folder, mode: str = "colocate", selection: Any = 2, **changes: Any) -> Any:
+    """A trainer on TRL's vLLM path, three steps by default."""
+    arguments = {"selection": selection} | changes.pop("arguments", {})
+    return make(
+        load(folder),
+        folder.parent / "run",
+        arguments=arguments,
+        trainer=LayerMaskedGRPOTrainer,
+        use_vllm=True,
+        vllm_mode=mode,
+        **changes,
+    )
+
+
+def names(trainer) -> list[str]:
+    return [name for name, _ in trainer.model.named_parameters()]
+
+
+def of_layer(trainer, layer: int) -> list[str]:
+    return [name for name in names(trainer) if f".layers.{layer}." in name]
+
+
+def assert_serves_the_policy(trainer) -> None:
+    trainer.vllm_generation.sync_weights()
+    ids = torch.arange(4, 24).reshape(2, 10)
+    with torch.no_grad():
+        expected = trainer.model.eval()(ids).logits
+        assert_close(Engine.latest.model(ids).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+class TestWhatIsSent:
+    def test_everything_once_then_the_trained_layer(self, folder, mode):
+        trainer = masked(folder, mode)
+        trainer.train()
+        first, *others = Engine.latest.syncs
+        assert first == names(trainer)
+        assert others == [of_layer(trainer, 2)] * 2
+        assert_serves_the_policy(trainer)
+
+    def test_bytes_are_those_of_the_trained_tensors(self, folder, mode):
+        trainer = masked(folder, mode)
+        trainer.train()
+        trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+        assert Engine.latest.num_bytes[1:] == [trained] * 2
+
+    def test_training_is_that_of_trl_with_layers_frozen_by_hand(self, folder, mode):
+        changes = {"use_vllm": True, "vllm_mode": mode, "beta": 0.04, "num_iterations": 2}
+        trainers = pair(folder, **changes)
+        train(*trainers)
+        assert_same_run(*trainers)
+
+    def test_siblings_that_vllm_fuses_travel_together(self, folder, mode):
+        trainer = masked(folder, mode, select_layers(load(folder), 2, modules="*q_proj.weight"))
+        trainer.train()
+        sent = [f"model.layers.2.self_attn.{part}_proj.weight" for part in "qkv"]
+        assert Engine.latest.syncs[1:] == [sent] * 2
+        assert_serves_the_policy(trainer)
+
+    def test_everything_again_after_a_resume(self, folder, mode):
+        changes = {"save_strategy": "steps", "save_steps": 1}
+        trainer = masked(folder, mode, **changes)
+        trainer.train()
+        checkpoint = folder.parent / "run" / "checkpoint-1"
+        before = len(Engine.latest.syncs)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert [len(sync) for sync in Engine.latest.syncs[before:]] == [
+            len(names(trainer)),
+            len(of_layer(trainer, 2)),
+        ]
+        assert_serves_the_policy(trainer)
+
+    def test_everything_again_after_a_delta_of_another_layer(self, folder, mode):
+        other, base = load(folder), load(folder)
+        torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+        save_delta(other, folder.parent / "delta", selection=select_layers(other, 0), base=base)
+        trainer = masked(folder, mode)
+        trainer.train()
+        load_delta(trainer.model, folder.parent / "delta")
+        assert_serves_the_policy(trainer)
+        assert len(Engine.latest.syncs[-1]) == len(names(trainer))
+
+    def test_everything_again_after_a_failure(self, folder, mode):
+        trainer = masked(folder, mode)
+        trainer.train()
+        generation, engine = trainer.vllm_generation, Engine.latest
+        engine.fails = True
+        with pytest.raises(RuntimeError, match="the engine is gone"):
+            generation.sync_weights()
+        assert generation.model is trainer.model
+        engine.fails, engine._sync_open = False, False
+        assert_serves_the_policy(trainer)
+        assert engine.syncs[-1] == names(trainer)
+
+    def test_full_leaves_trl_as_it_is(self, folder, mode):
+        trainer = masked(folder, mode, "full")
+        trainer.train()
+        assert "sync_weights" not in vars(trainer.vllm_generation)
+        assert Engine.latest.syncs == [names(trainer)] * 3
+
+
+def test_an_engine_that_slept_is_sent_everything(folder):
+    trainer = masked(folder, vllm_enable_sleep_mode=True)
+    trainer.train()
+    assert Engine.latest.syncs == [names(trainer)] * 3
+
+
+def test_the_best_model_is_served_after_training(folder):
+    changes = evaluation(save_strategy="steps", save_steps=1, load_best_model_at_end=True)
+    trainer = masked(folder, metric_for_best_model="eval_reward", **changes)
+    trainer.train()
+    before = len(Engine.latest.syncs)
+    trainer.evaluate()
+    assert len(Engine.latest.syncs) == before + 1
+    assert_serves_the_policy(trainer)
+
+
+class TestSiblings:
+    @pytest.mark.parametrize(
+        ("trained", "sent"),
+        [
+            (["a.q_proj.bias"], ["a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight"]),
+            (["a.o_proj.weight"], ["a.o_proj.weight"]),
+            (["b.up_proj.weight"], ["b.gate_proj.weight", "b.up_proj.weight"]),
+            (["b.experts.0.w"], ["b.experts.0.w", "b.experts.1.w"]),
+            ([], []),
+        ],
+    )
+    def test_are_those_in_the_same_served_module(self, trained, sent):
+        all_names = [
+            *("a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight", "a.o_proj.weight"),
+            *("b.gate_proj.weight", "b.up_proj.weight", "b.experts.0.w", "b.experts.1.w"),
+            "other.q_proj.weight",
+        ]
+        assert with_fused_siblings(all_names, trained) == sent
+
+
+class TestStandIn:
+    """The seam is as thin as these signatures."""
+
+    @pytest.mark.parametrize("method", ["update_named_params", "reset_prefix_cache"])
+    def test_client_takes_what_the_real_one_takes(self, method):
+        real, ours = (inspect.signature(getattr(c, method)) for c in (VLLMClient, Client))
+        assert list(real.parameters) == list(ours.parameters)
+
+    def test_trl_reads_the_model_and_keeps_metadata_where_the_sync_expects_it(self):
+        source = inspect.getsource(VLLMGeneration)
+        for part in (
+            "model = self.model",
+            "self._weight_metadata is None",
+            "_llm_weights_sleeping",
+        ):
+            assert part in source, "trainer.sync.WeightSync swaps model and metadata of a sync"
