@@ -1,6 +1,7 @@
 """Plans against bytes that were counted, and the cost model against hand-worked numbers."""
 
 import importlib.util
+import runpy
 from pathlib import Path
 
 import numpy
@@ -328,3 +329,11 @@ def test_layer_10_of_smollm2_takes_what_was_planned(tmp_path, monkeypatch):
     )  # fmt: skip
     assert_within_3_percent(plan, measured)
     assert plan.gradients == 4 * 3_540_096
+
+
+def test_the_figures_in_the_docs_are_what_the_script_prints(capsys):
+    runpy.run_path(str(ROOT / "benchmarks" / "plans.py"), run_name="__main__")
+    page = (ROOT / "docs" / "plans.md").read_text()
+    printed = capsys.readouterr().out.strip("\n").split("\n\n")
+    assert len(printed) == 3
+    assert [block for block in printed if block not in page] == []
