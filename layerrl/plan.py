@@ -5,41 +5,82 @@ token meets (of experts, those it is routed to), $h$ those of the head, $F$ the 
 all layers, $S$ that from the first trained layer up, and $t$ the trained weights. A forward costs
 $F + h$, or $S + h$ where the frozen prefix is replayed; the recomputation of checkpointed layers
 $S$; the backward $S + h + t$. Attention's own products, norms and the optimizer are left out.
+
+Full training runs through everything: $F + h$, $F$ and $2F + 2h$. So does LoRA, whatever layers it
+adapts, but for the weights' gradients: with checkpointing, TRL makes the embedding's output require
+a gradient. Its adapters' $a$ weights come on top, $4a$ in a policy pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from layerrl.blocks import find_blocks, plain_name, unwrap
+import torch
+from torch import nn
+
+from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
+from layerrl.errors import SelectionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from layerrl.blocks import Blocks
+
+_RANK = 16
+_HALF, _FLOAT32 = 2, 4  # bytes
+_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "reference": "reference",
+    "total": "held in all",
+    "checkpoint": "checkpoint",
+    "sync": "weight sync",
+    "step": "step",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Bytes and relative cost of training a selection. Printed as a table beside full training."""
+    """Bytes and relative cost of a run. Printed as a table, beside LoRA and full training.
 
+    LoRA is PEFT's: rank 16 on every linear module of the same layers, adapters in float32. Experts
+    in 3-D tensors are no linear modules: adapters that PEFT can give them are not counted.
+    """
+
+    name: str
+    """What trains, the heading of its column: `"selection"`, `"LoRA r16"` or `"full"`."""
     weights: int
-    """Bytes of the model's weights."""
+    """Bytes of the model's weights; LoRA's adapters included."""
     gradients: int
     """Bytes of the gradients: trained tensors only."""
     optimizer: int
-    """Bytes of the optimizer's state: trained tensors only."""
+    """Bytes of the optimizer's state: trained tensors only. The float32 master copies, which a
+    selection in 16 bits steps on, are part of it; full training in TRL has none."""
     reference: int
     """Bytes of the trained tensors' initial values, which are the reference policy if `beta > 0`.
-    In full training: of a second model, or 0 where `beta` is 0."""
+    In full training: of a second model, or 0 where `beta` is 0. 0 for LoRA, which is switched off
+    instead."""
     checkpoint: int
     """Bytes of a checkpoint: trained weights, the reference's values, optimizer state."""
+    sync: int
+    """Bytes sent to the inference engine after a step, but for the first time: the trained tensors
+    and those the engine fuses them with. For LoRA, which is merged first, and full training: all
+    weights."""
     step: float
     """Cost of scoring and training on one batch of completions, full training = 1."""
+    step_by_layer: tuple[float, ...] = ()
+    """`step` if each layer were trained alone, layer 0 first. Only of the plan that was asked
+    for, not of those in `lora` and `full`."""
+    lora: Plan | None = None
+    """The same for LoRA on the selected layers."""
     full: Plan | None = None
-    """The same for `"full"` as TRL does it; None if this is it."""
+    """The same for `"full"` as TRL does it; None if this is it, and in `lora`."""
 
     @property
     def total(self) -> int:
@@ -47,28 +88,89 @@ class Plan:
         return self.weights + self.gradients + self.optimizer + self.reference
 
     def __str__(self) -> str:
-        rows = [(field.name, field.name) for field in fields(self) if field.name != "full"]
-        rows.insert(-2, ("total", "held in all"))
-        full = self.full or self
-        lines = [f"{'':12}{'selection':>14}{'full':>14}"]
-        for name, label in rows:
-            ours, theirs = getattr(self, name), getattr(full, name)
-            shown = (f"{v:.2f}" if name == "step" else f"{v / 1e9:.3f} GB" for v in (ours, theirs))
-            lines.append(f"{label:12}" + "".join(f"{text:>14}" for text in shown))
-        lines.append(
-            "Without activations. Early layers cost more than late ones: the backward runs from "
-            "the head down to the first trained layer."
-        )
+        columns = [plan for plan in (self, self.lora, self.full) if plan is not None]
+        lines = [" " * 12 + "".join(f"{plan.name:>13}" for plan in columns)]
+        for field, label in _ROWS.items():
+            values = [getattr(plan, field) for plan in columns]
+            shown = [f"{v:.2f}" if field == "step" else in_units(v) for v in values]
+            lines.append(f"{label:12}" + "".join(f"{text:>13}" for text in shown))
+        lines.append("Without activations.")
+        if self.step_by_layer:
+            lines[-1] += (
+                f" Early layers cost more than late ones: layer 0 would cost "
+                f"{self.step_by_layer[0]:.2f} of a full step, this selection {self.step:.2f}, the "
+                f"last layer {self.step_by_layer[-1]:.2f}."
+            )
         return "\n".join(lines)
+
+
+def in_units(num_bytes: int) -> str:
+    """Bytes as people read them: `"16.38 GB"`, `"4.3 MB"`, `"0"`."""
+    if not num_bytes:
+        return "0"
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Costs:
+    """Multiplications per token to score and train on a batch; the symbols are the module's."""
+
+    layers: list[float]
+    head: int
+    num_scored: int
+    """Passes without gradient: the reference, the old log-probabilities."""
+    num_iterations: int
+
+    @property
+    def forward(self) -> float:
+        return sum(self.layers) + self.head
+
+    def selected(self, first: int, trained: float) -> float:
+        above = sum(self.layers[first:]) + self.head
+        scored = [self.forward, *[above] * self.num_scored][: self.num_scored]
+        entered = above if scored else self.forward
+        return sum(scored) + self.num_iterations * (entered + 2 * above - self.head + trained)
+
+    def lora(self, adapters: int) -> float:
+        policy = 3 * self.forward - self.head + 4 * adapters
+        return self.num_scored * self.forward + self.num_iterations * policy
+
+    def full(self) -> float:
+        return self.num_scored * self.forward + self.num_iterations * (4 * self.forward - self.head)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bytes:
+    """Bytes of a model's tensors and of what is kept for them."""
+
+    tensors: Mapping[str, Tensor]
+    dtype: torch.dtype | None
+    optimizer_bytes: int | None
+
+    def weights(self, names: Collection[str]) -> int:
+        return sum(self.tensors[name].numel() * self._itemsize(name) for name in names)
+
+    def optimizer(self, names: Collection[str], *, masters: bool) -> int:
+        total = 0
+        for name in names:
+            master = _FLOAT32 if masters and self._itemsize(name) == _HALF else 0
+            state = self.optimizer_bytes
+            if state is None:
+                state = 2 * (master or self._itemsize(name))
+            total += self.tensors[name].numel() * (master + state)
+        return total
+
+    def _itemsize(self, name: str) -> int:
+        return (self.dtype or self.tensors[name].dtype).itemsize
 
 
 def make_plan(
     model: nn.Module,
     trained: Mapping[str, Tensor],
-    first: int,
+    layers: Collection[int],
     *,
     dtype: torch.dtype | None,
-    optimizer_bytes: int,
+    optimizer_bytes: int | None,
     beta: float,
     num_iterations: int,
 ) -> Plan:
@@ -77,57 +179,104 @@ def make_plan(
     Args:
         model: The model, `meta` or real.
         trained: Name to tensor of what trains.
-        first: Lowest trained layer.
+        layers: The selected layers.
         dtype: The weights' dtype; None: each tensor's own.
-        optimizer_bytes: Bytes of optimizer state per trained element.
+        optimizer_bytes: Bytes of optimizer state per trained element; None: AdamW's.
         beta: KL coefficient; above 0 there is a reference.
         num_iterations: Policy passes over a batch.
 
     Returns:
-        The plan, with that of full training in `full`.
+        The plan, with those of LoRA and full training in it.
+
+    Raises:
+        SelectionError: If `dtype`, `optimizer_bytes`, `beta` or `num_iterations` is impossible.
     """
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    _check("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None")
+    is_size = optimizer_bytes is None or _is_count(optimizer_bytes, at_least=0)
+    _check("optimizer_bytes", optimizer_bytes, is_size, "an int from 0 up or None")
+    is_real = isinstance(beta, Real) and not isinstance(beta, bool)
+    _check("beta", beta, is_real and 0 <= beta < math.inf, "a finite number from 0 up")
+    is_number = _is_count(num_iterations, at_least=1)
+    _check("num_iterations", num_iterations, is_number, "an int from 1 up")
     base, blocks = unwrap(model), find_blocks(model)
     parameters = {plain_name(name): p for name, p in base.named_parameters()}
-    active = _active(base, parameters)
-    per_layer = [
-        sum(count for name, count in active.items() if name.startswith(f"{blocks.path}.{layer}."))
-        for layer in range(len(blocks.modules))
-    ]
-    stack, above = sum(per_layer), sum(per_layer[first:])
-    head = _head(base)
-    size = {name: p.numel() * (dtype or p.dtype).itemsize for name, p in parameters.items()}
-
-    def plan(names: Mapping[str, Tensor], step: float, *, second_model: bool) -> Plan:
-        weights, elements = (
-            sum(size[name] for name in names),
-            sum(p.numel() for p in names.values()),
-        )
-        reference = weights if beta or not second_model else 0
-        kept = weights if beta and not second_model else 0
-        return Plan(
-            weights=sum(size.values()),
-            gradients=weights,
-            optimizer=elements * optimizer_bytes,
-            reference=reference,
-            checkpoint=weights + kept + elements * optimizer_bytes,
-            step=step,
-        )
-
-    scored = (beta > 0) + (num_iterations > 1)
-    full_step = scored * (stack + head) + num_iterations * (4 * stack + 3 * head)
-    everything = len(trained) == len(parameters)
-    entered = above if scored else stack
-    weights_met = sum(active.get(name, 0) for name in trained)
-    step = (stack + head) * min(scored, 1) + (above + head) * max(scored - 1, 0)
-    step += num_iterations * (entered + 2 * above + 2 * head + weights_met)
-    full = plan(parameters, 1.0, second_model=True)
-    if everything:
-        return full
-    ours = plan(trained, step / full_step, second_model=False)
-    return replace(ours, full=full)
+    kept = _Bytes(tensors=parameters, dtype=dtype, optimizer_bytes=optimizer_bytes)
+    met = _met_by_a_token(base, parameters)
+    costs = _Costs(
+        layers=[
+            sum(count for name, count in met.items() if name.startswith(f"{blocks.path}.{layer}."))
+            for layer in range(len(blocks.modules))
+        ],
+        head=_head(base),
+        num_scored=int(beta > 0) + int(num_iterations > 1),
+        num_iterations=num_iterations,
+    )
+    beside = {
+        "step_by_layer": tuple(
+            costs.selected(layer, weights) / costs.full()
+            for layer, weights in enumerate(costs.layers)
+        ),
+        "lora": _lora(kept, costs, _adapter_elements(blocks, layers)),
+    }
+    full = _full(kept, second_model=beta > 0)
+    if len(trained) == len(parameters):
+        return replace(full, **beside)
+    weights, state = kept.weights(trained), kept.optimizer(trained, masters=True)
+    step = costs.selected(min(layers), sum(met.get(name, 0) for name in trained)) / costs.full()
+    return Plan(
+        name="selection",
+        weights=full.weights,
+        gradients=weights,
+        optimizer=state,
+        reference=weights,
+        checkpoint=weights + (weights if beta else 0) + state,
+        sync=kept.weights(with_fused_siblings(parameters, trained)),
+        step=step,
+        full=full,
+        **beside,
+    )
 
 
-def _active(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+def _check(name: str, value: object, fits: bool, expected: str) -> None:
+    if not fits:
+        raise SelectionError(f"{name}={value!r}: expected {expected}")
+
+
+def _is_count(value: object, *, at_least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= at_least
+
+
+def _full(kept: _Bytes, *, second_model: bool) -> Plan:
+    weights, state = kept.weights(kept.tensors), kept.optimizer(kept.tensors, masters=False)
+    return Plan(
+        name="full",
+        weights=weights,
+        gradients=weights,
+        optimizer=state,
+        reference=weights if second_model else 0,
+        checkpoint=weights + state,
+        sync=weights,
+        step=1.0,
+    )
+
+
+def _lora(kept: _Bytes, costs: _Costs, adapters: int) -> Plan:
+    weights, of_adapters = kept.weights(kept.tensors), adapters * _FLOAT32
+    per_element = 2 * _FLOAT32 if kept.optimizer_bytes is None else kept.optimizer_bytes
+    return Plan(
+        name=f"LoRA r{_RANK}",
+        weights=weights + of_adapters,
+        gradients=of_adapters,
+        optimizer=adapters * per_element,
+        reference=0,
+        checkpoint=of_adapters + adapters * per_element,
+        sync=weights,
+        step=costs.lora(adapters) / costs.full(),
+    )
+
+
+def _met_by_a_token(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """Elements of each weight matrix that one token is multiplied with."""
     config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
@@ -138,6 +287,18 @@ def _active(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, floa
         for name, p in parameters.items()
         if p.dim() > 1
     }
+
+
+def _adapter_elements(blocks: Blocks, layers: Collection[int]) -> int:
+    """Elements of a LoRA's two matrices, over PEFT's `"all-linear"` modules of the layers."""
+    from transformers.pytorch_utils import Conv1D
+
+    return _RANK * sum(
+        sum(module.weight.shape)
+        for layer in layers
+        for module in blocks.modules[layer].modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    )
 
 
 def _head(base: nn.Module) -> int:

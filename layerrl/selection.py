@@ -153,7 +153,7 @@ class LayerSelection:
         model: Any,  # noqa: ANN401 - a model or a config
         *,
         dtype: torch.dtype | None = None,
-        optimizer_bytes: int = 8,
+        optimizer_bytes: int | None = None,
         beta: float = 0.0,
         num_iterations: int = 1,
     ) -> Plan:
@@ -162,17 +162,21 @@ class LayerSelection:
         Args:
             model: A model, or a config: its names and shapes then come from a model on `meta`.
             dtype: The weights' dtype; None: each tensor's own (of a config, what it names).
-            optimizer_bytes: Bytes of optimizer state per trained element; AdamW in float32 has 8.
+            optimizer_bytes: Bytes of optimizer state per trained element, without master copies.
+                None: AdamW's two moments, each in the dtype that is stepped on. A selection in 16
+                bits is stepped on in float32, by master copies of 4 more bytes; full training as
+                TRL does it is stepped on in the weights' dtype, LoRA's adapters in float32.
             beta: As in the trainer's args. Above 0, there is a reference policy.
             num_iterations: As in the trainer's args: policy passes over a batch.
 
         Returns:
-            Bytes of weights, gradients, optimizer, reference and checkpoint, and the cost of a
-            step relative to full training. Activations are left out: they depend on the batch.
+            Bytes of weights, gradients, optimizer, reference, checkpoint and weight sync, and the
+            cost of a step relative to full training; the same for LoRA on these layers and for full
+            training. Activations are left out: they depend on the batch.
 
         Raises:
-            SelectionError: If the selection does not fit the model, or `num_iterations` is not
-                positive.
+            SelectionError: If the selection does not fit the model, `dtype` is no floating-point
+                dtype, `optimizer_bytes` or `beta` is negative, or `num_iterations` not positive.
             ModelError: If the model's layers cannot be found.
 
         Example:
@@ -182,16 +186,11 @@ class LayerSelection:
             >>> plan.reference * 33 < plan.full.reference
             True
         """
-        if _integer(num_iterations) < 1 or not 0 <= beta < math.inf or optimizer_bytes < 0:
-            raise SelectionError(
-                f"num_iterations={num_iterations!r}, beta={beta!r}, optimizer_bytes="
-                f"{optimizer_bytes!r}: expected at least 1, and two finite numbers from 0 up"
-            )
         base = model if isinstance(model, nn.Module) else meta_model(model)
         return make_plan(
             base,
             self.parameters(base),
-            self.first,
+            self.layers,
             dtype=dtype,
             optimizer_bytes=optimizer_bytes,
             beta=beta,
