@@ -587,3 +587,105 @@ class TestMismatch:
         assert_close(found, expected, rtol=0, atol=0)
         assert not replay.enabled
         assert len(warnings(caplog)) == 1
+
+
+class TestRecordWhileGenerating:
+    """Rows of one length, sampled with a cache, as transformers' `generate` does for a trainer."""
+
+    def replay(
+        self, model: nn.Module, max_bytes: int = BUDGET, layers: Any = FIRST
+    ) -> PrefixReplay:
+        selection = select_layers(model, layers)
+        return PrefixReplay(model, selection, max_bytes, record_while_generating=True)
+
+    def generate(self, replay: PrefixReplay, model: Any, ids_BT: Tensor, new: int = 3) -> Tensor:
+        with replay.sampling():
+            return model.generate(
+                ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new, do_sample=False,
+                min_new_tokens=new,
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2", "mixtral"])
+    def test_no_pass_runs_the_prefix_once_it_has_matched(self, ids_BT, caplog, family):
+        model = tiny(family, 4).eval()
+        replay = self.replay(model)
+        for first_time in (True, False):
+            with replay.generating(training=True), layers_run(model) as ran:
+                rows = self.generate(replay, model, ids_BT)
+                ran.clear()
+                found = run(replay, model, rows, compute=next_tokens(model, rows))
+                assert (0 in ran) == first_time
+            assert_close(found, next_tokens(model, rows)(), rtol=0, atol=1e-5)
+        assert replay.samples
+        assert not caplog.text
+
+    def test_is_off_unless_asked_for(self, model, ids_BT):
+        replay = replay_of(model)
+        with replay.generating(training=True) as recording:
+            rows = self.generate(replay, model, ids_BT)
+            run(replay, model, rows, compute=next_tokens(model, rows))
+        assert not recording.sampled
+        assert not any(layer._forward_hooks for layer in find_blocks(model).modules)
+
+    def test_serves_the_policy_pass_where_nothing_was_scored(self, model, ids_BT):
+        replay = self.replay(model)
+        for first_time in (True, False):
+            with replay.generating(training=True) as recording:
+                rows = self.generate(replay, model, ids_BT)
+            tokens_BT2 = torch.stack([rows, torch.ones_like(rows)], dim=-1)
+            assert replay.take_sampled(recording, tokens_BT2)
+            with replay.rows(torch.tensor([4, 1])), layers_run(model) as ran:
+                some = rows[[4, 1]]
+                found = run(replay, model, some, compute=next_tokens(model, some))
+            assert (0 in ran) == first_time
+            assert_close(found, next_tokens(model, some)(), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("what", ["two generations", "other rows", "too large"])
+    def test_anything_unexpected_is_recorded_in_a_pass_instead(self, model, ids_BT, what, caplog):
+        replay = self.replay(model, BYTES if what == "too large" else BUDGET)
+        with replay.generating(training=True) as recording:
+            rows = self.generate(replay, model, ids_BT)
+            if what == "two generations":
+                self.generate(replay, model, ids_BT)
+            if what == "other rows":
+                rows = rows[:4]
+            run(replay, model, rows, compute=next_tokens(model, rows))
+        assert not recording.sampled
+        assert (recording.hidden_BTH is None) == (what == "too large")
+        assert not caplog.text
+
+    def test_a_difference_ends_it_alone_with_one_warning(self, ids_BT, caplog):
+        model = tiny("gpt2", 4).eval()
+        replay = self.replay(model)
+        padded = torch.nn.functional.pad(ids_BT, (2, 0))
+        mask = (torch.arange(T + 2) >= 2).long().expand(B, -1)
+        with replay.generating(training=True), replay.sampling():
+            # Learned positions: generate counts them from the first real token, a pass does not.
+            rows = model.generate(padded, attention_mask=mask, max_new_tokens=2, min_new_tokens=2)
+            tokens = torch.stack([rows, torch.nn.functional.pad(mask, (0, 2), value=1)], dim=-1)
+            compute = next_tokens(model, rows, tokens[..., 1])
+            found = replay.run(compute, tokens_BT2=tokens, training=True)
+        assert_close(found, compute(), rtol=0, atol=0)
+        assert caplog.text.count("recorded while generating will not be replayed") == 1
+        assert not replay.samples
+        assert replay.enabled
+
+    def test_after_an_exception_while_generating_no_hook_stays(self, model, ids_BT):
+        replay = self.replay(model)
+        with (
+            replay.generating(training=True),
+            failing(find_blocks(model).modules[3]),
+            pytest.raises(OSError, match="cheese"),
+        ):
+            self.generate(replay, model, ids_BT)
+        assert not any(layer._forward_hooks for layer in find_blocks(model).modules)
+
+
+def next_tokens(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Any:
+    """Log-probabilities of the last three tokens, which are what a trainer scores."""
+
+    def compute() -> Scores:
+        logits = model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, -4:-1].log_softmax(-1)
+        return (logits.gather(-1, ids_BT[:, -3:, None])[..., 0],)
+
+    return compute
