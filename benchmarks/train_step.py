@@ -1,208 +1,268 @@
 """What a training step costs: plain TRL, TRL frozen by hand, PEFT and layerrl on the same rollouts.
 
-    make bench                                          # middle layer, beta 0.04, a short run
-    python benchmarks/train_step.py --depth 0.25 0.5 0.75 --beta 0 0.04 --num-iterations 1 4
+    make bench                                          # middle layer, beta 0.04
+    make bench ARGS="--depth 0.25 0.5 0.75 --beta 0 0.04 --generate --docs docs"
 
-Every measurement runs in a process of its own, so that its peak memory is its own, and the methods
-take turns, so that a slow minute of the machine hits all of them. Completions are given, not
-generated: what is timed is the reference pass, the old log-probabilities and the policy passes with
-their optimizer steps, in TRL's own loop with its default settings. Finished measurements are lines
-of a journal; the same command continues where it was stopped.
+TRL's own loop with its default settings. Completions are given, the same to every method: what is
+timed is the reference pass, the old log-probabilities and the policy passes with their optimizer
+steps. With `--generate`, whole steps with real generation are timed after that. Every measurement
+runs in a process of its own, so that its peak memory is its own, and the methods take turns in a
+shuffled order, so that a slow minute of the machine hits all of them; an idle machine is better
+still. Finished measurements are lines of a journal; the same command continues where it was
+stopped, unless a library or layerrl itself has changed since.
 
-Ratios are against the masked trainer of the same round; their spread is over rounds.
+Ratios compare measurements of the same round; their spread is over rounds. "To the cost
+model" divides the time relative to full parameters by what `LayerSelection.plan` says of it.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import os
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-METHODS = {
-    "full": "TRL, full parameters",
-    "masked-full": 'layerrl, selection="full"',
-    "by-hand": "TRL, requires_grad by hand",
-    "lora": "PEFT LoRA r16 on the layer",
-    "modules-to-save": "PEFT modules_to_save the layer",
-    "masked": "layerrl",
-}
+from step_report import GAP, METHODS, describe, fill, tables, tabulate, write
+
+WHOLE_MODEL = ("full", "masked-full")  # the same at every depth, so measured once a round
 PROMPT = "What is 12 plus 30, and why? " * 4
 ROOT = Path(__file__).parents[1]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure what the journal does not hold yet, then report."""
-    options = parse()
+    options = parse(arguments)
     if options.worker:
         print(json.dumps(measure(json.loads(options.worker))))
         return
-    options.output.mkdir(parents=True, exist_ok=True)
-    journal = options.output / "train_step.jsonl"
-    done = (
-        [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-    )
-    cases = [
-        {
-            "method": method,
-            "depth": depth,
-            "beta": beta,
-            "num_iterations": num_iterations,
-            "round": turn,
-            "cycles": options.cycles,
-            "device": options.device,
-            "model": base(options.model),
-        }
-        for turn, depth, beta, num_iterations, method in itertools.product(
-            range(options.rounds),
-            options.depth,
-            options.beta,
-            options.num_iterations,
-            options.methods,
-        )
-    ]
-    finished = [{key: entry[key] for key in cases[0]} for entry in done]
-    for number, case in enumerate(cases, 1):
-        if case in finished:
+    entries = run_missing(list(cases(options)), options.output / "train_step.jsonl")
+    rows = tabulate(entries)
+    text = describe(options, entries) + "\n\n" + tables(rows)
+    print("\n" + text)
+    write(rows, options.output)
+    if options.docs:
+        write(rows, options.docs)
+        fill(options.docs / "results.md", text)
+
+
+def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Everything to measure, in turns: each round of a setting has its own fixed order."""
+    shared = {name: getattr(options, name) for name in ("rows", "length", "cycles", "generate")}
+    shared |= {"device": options.device, "model": base(options.model), "versions": versions()}
+    turns = itertools.product(range(options.rounds), options.beta, options.num_iterations)
+    for turn, beta, num_iterations in turns:
+        group = [(method, None) for method in options.methods if method in WHOLE_MODEL]
+        others = [method for method in options.methods if method not in WHOLE_MODEL]
+        group += itertools.product(others, options.depth)
+        random.Random(f"{turn} {beta} {num_iterations}").shuffle(group)
+        for method, depth in group:
+            setting = {"beta": beta, "num_iterations": num_iterations, "round": turn}
+            yield {"method": method, "depth": depth} | setting | shared
+
+
+def versions() -> str:
+    """What is measured: the libraries, and layerrl by its files."""
+    files = sorted((ROOT / "layerrl").rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft")]
+    return ", ".join([*libraries, f"layerrl sources {digest}"])
+
+
+def run_missing(todo: list[dict[str, Any]], journal: Path) -> list[dict[str, Any]]:
+    """The journal's entry for each case, measured now where it has none."""
+    done = [json.loads(line) for line in journal.read_text().splitlines()]
+
+    def find(case: dict[str, Any]) -> dict[str, Any] | None:
+        return next((entry for entry in done if case.items() <= entry.items()), None)
+
+    one_gpu = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # or transformers would spread over all
+    for number, case in enumerate(todo, 1):
+        if find(case):
             continue
-        print(f"{number}/{len(cases)}", {k: case[k] for k in list(case)[:5]}, flush=True)
+        print(f"{number}/{len(todo)}", {key: case[key] for key in list(case)[:5]}, flush=True)
         command = [sys.executable, __file__, "--worker", json.dumps(case)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        started = time.perf_counter()
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=one_gpu)
         if ended.returncode:
             raise SystemExit(f"{case} failed:\n{ended.stderr}")
         entry = case | json.loads(ended.stdout.splitlines()[-1])
+        entry["process_seconds"] = time.perf_counter() - started
         done.append(entry)
         with journal.open("a") as stream:
             stream.write(json.dumps(entry) + "\n")
-    report(done, options.output)
+    return [entry for entry in map(find, todo) if entry]
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """One method in this process: seconds per step, peak memory, bytes of a checkpoint."""
+    """One method in this process: seconds of a step, and bytes in memory, on disk and to sync."""
+    import torch
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    from layerrl import select_layers
+    from layerrl.blocks import find_blocks, plain_name, with_fused_siblings
+
+    device = torch.device(case["device"])
+    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32).to(device)
+    layer = int((case["depth"] or 0) * len(find_blocks(model).modules))
+    selection = select_layers(model, "full" if case["method"] in WHOLE_MODEL else layer)
+    plan = selection.plan(model, beta=case["beta"], num_iterations=case["num_iterations"])
+    synced = {plain_name(name): p.nbytes for name, p in model.named_parameters()}
+    if case["method"] == "masked":
+        sent = with_fused_siblings(synced, selection.parameters(model))
+        synced = {name: synced[name] for name in sent}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.steps: list[tuple[Any, Any]] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.begin = mark(device)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.steps.append((self.begin, mark(device)))
+
+        def seconds(self) -> float:  # the first cycle warms up
+            return statistics.mean(elapsed(*step) for step in self.steps[case["num_iterations"] :])
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(case, model, selection, callbacks=[clock], output_dir=folder)
+        loading_peak, held = peak_bytes(device), held_bytes(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer.train()
+        found = {
+            "seconds": clock.seconds(),
+            "step_seconds": None,
+            "model_step": plan.step,
+            "peak_bytes": peak_bytes(device),  # before saving, which is no part of training
+            "loading_peak_bytes": loading_peak,
+            "held_bytes": held,
+            "synced_bytes": sum(synced.values()),
+            "trained_bytes": sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad),
+        }
+        trainer._save_checkpoint(trainer.model, None)
+        [checkpoint] = Path(folder).glob("checkpoint-*")
+        files = [*checkpoint.rglob("*.safetensors"), checkpoint / "optimizer.pt"]
+        found["checkpoint_bytes"] = sum(file.stat().st_size for file in files)
+        if case["generate"]:
+            trainer.rollout_func = None
+            trainer.train()
+            found["step_seconds"] = clock.seconds()
+    cpu = f"{torch.get_num_threads()} CPU threads"
+    return found | {
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    }
+
+
+def make_trainer(
+    case: dict[str, Any], model: Any, selection: Any, *, callbacks: list[Any], output_dir: str
+) -> Any:
+    """The method's trainer: TRL's defaults, and completions that are given."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    from layerrl import LayerMaskedGRPOTrainer, select_layers
+    from layerrl import LayerMaskedGRPOTrainer
 
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    device = torch.device(case["device"])
+    method, length = case["method"], case["length"]
     tokenizer = AutoTokenizer.from_pretrained(case["model"])
-    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32).to(device)
-    num_layers = model.config.get_text_config().num_hidden_layers
-    layer = int(case["depth"] * num_layers)
-    method = case["method"]
-    num_rows, length = 16, 32
+    vocabulary = model.config.get_text_config().vocab_size
 
     def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
         draws = torch.Generator().manual_seed(trainer.state.global_step)
-        ids = torch.randint(1000, 20000, (len(prompts), length), generator=draws)
-        return {
-            "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
-            "completion_ids": ids.tolist(),
-            "logprobs": None,
-        }
+        shape = (len(prompts), length)
+        ids = torch.randint(vocabulary // 8, vocabulary, shape, generator=draws).tolist()
+        prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": None}
 
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(text) % 7) for text in completions]
 
-    class Clock(TrainerCallback):
-        steps: list[float]
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.steps = []
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.started = now(device)
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.steps.append(now(device) - self.started)
-
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments: dict[str, Any] = {
-            "args": GRPOConfig(
-                output_dir=folder,
-                per_device_train_batch_size=num_rows,
-                num_generations=num_rows // 2,
-                max_completion_length=length,
-                beta=case["beta"],
-                num_iterations=case["num_iterations"],
-                max_steps=(1 + case["cycles"]) * case["num_iterations"],
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=device.type == "cpu",
-            ),
-            "train_dataset": Dataset.from_dict(
-                {"prompt": ["What is 12 plus 30, and why? " * 4] * 64}
-            ),
-            "processing_class": tokenizer,
-            "rollout_func": rollouts,
-            "callbacks": [clock],
-        }
-        selection = select_layers(model, "full" if method == "masked-full" else layer)
-        if method.startswith("masked"):
-            trainer = LayerMaskedGRPOTrainer(model, reward, selection=selection, **arguments)
-        else:
-            if method == "by-hand":
-                trained = {id(p) for p in selection.parameters(model).values()}
-                for parameter in model.parameters():
-                    parameter.requires_grad_(id(parameter) in trained)
-            if method in ("lora", "modules-to-save"):
-                arguments["peft_config"] = adapter(method, layer)
-            trainer = GRPOTrainer(model, reward, **arguments)
-        trainer.train()
-        peak = peak_bytes(device)
-        trainer._save_checkpoint(trainer.model, None)
-        [checkpoint] = Path(folder).glob("checkpoint-*")
-        saved = {f.name: f.stat().st_size for f in checkpoint.rglob("*") if f.is_file()}
-    per_cycle = case["num_iterations"]
-    timed = clock.steps[per_cycle:]  # the first cycle warms up
-    return {
-        "seconds": sum(timed) / len(timed),
-        "peak_bytes": peak,
-        "checkpoint_bytes": sum(
-            size
-            for name, size in saved.items()
-            if name.endswith(".safetensors") or name == "optimizer.pt"
+    arguments: dict[str, Any] = {
+        "args": GRPOConfig(
+            output_dir=output_dir,
+            per_device_train_batch_size=case["rows"],
+            num_generations=case["rows"] // 2,
+            max_completion_length=length,
+            generation_kwargs={"min_new_tokens": length},
+            beta=case["beta"],
+            num_iterations=case["num_iterations"],
+            max_steps=(1 + case["cycles"]) * case["num_iterations"],
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=case["device"] == "cpu",
         ),
-        "trained_bytes": sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad),
+        "train_dataset": Dataset.from_dict({"prompt": [PROMPT] * 64}),
+        "processing_class": tokenizer,
+        "rollout_func": rollouts,
+        "callbacks": callbacks,
     }
+    if method in ("masked", "masked-full"):
+        return LayerMaskedGRPOTrainer(model, reward, selection=selection, **arguments)
+    if method == "by-hand":
+        trained = {id(p) for p in selection.parameters(model).values()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+    if method in ("lora", "modules-to-save"):
+        arguments["peft_config"] = adapter(method, selection.first)
+    return GRPOTrainer(model, reward, **arguments)
 
 
 def adapter(method: str, layer: int) -> Any:
-    """LoRA on one layer, or one layer trained whole by way of PEFT."""
+    """LoRA on one layer, or one layer trained whole by way of PEFT, with no LoRA anywhere."""
     from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    if method == "lora":
-        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        return LoraConfig(
-            r=16, target_modules=names, layers_to_transform=[layer], layers_pattern="layers"
-        )
+    if method == "modules-to-save":
+        return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[f"layers.{layer}"])
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return LoraConfig(
-        r=1,
-        target_modules=["q_proj"],
-        layers_to_transform=[0],
-        layers_pattern="layers",
-        modules_to_save=[f"layers.{layer}"],
+        r=16, target_modules=names, layers_to_transform=[layer], layers_pattern="layers"
     )
 
 
-def now(device: Any) -> float:
-    """Seconds, after everything queued on the device has run."""
+def mark(device: Any) -> Any:
+    """A point in time: an event in the GPU's queue, or the clock's seconds."""
+    import torch
+
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed(begin: Any, end: Any) -> float:
+    """Seconds between two marks."""
+    if isinstance(begin, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def held_bytes(device: Any) -> int:
+    """Memory held now: the allocator's on a GPU, resident on a CPU."""
+    import psutil
     import torch
 
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def peak_bytes(device: Any) -> int:
@@ -211,74 +271,8 @@ def peak_bytes(device: Any) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def report(done: list[dict[str, Any]], output: Path) -> None:
-    """Print ratios with their spread, and write them as JSON and as a picture."""
-    keys = ("depth", "beta", "num_iterations")
-    table = []
-    for setting in sorted({tuple(entry[key] for key in keys) for entry in done}):
-        of_setting = [e for e in done if tuple(e[key] for key in keys) == setting]
-        ours = {e["round"]: e for e in of_setting if e["method"] == "masked"}
-        for method, label in METHODS.items():
-            entries = [e for e in of_setting if e["method"] == method and e["round"] in ours]
-            if entries:
-                slower = [e["seconds"] / ours[e["round"]]["seconds"] for e in entries]
-                larger = [e["peak_bytes"] / ours[e["round"]]["peak_bytes"] for e in entries]
-                table.append(
-                    dict(zip(keys, setting, strict=True))
-                    | {
-                        "method": label,
-                        "rounds": len(entries),
-                        "seconds": statistics.median(e["seconds"] for e in entries),
-                        "time_ratio": statistics.median(slower),
-                        "time_ratio_range": [min(slower), max(slower)],
-                        "peak_bytes": statistics.median(e["peak_bytes"] for e in entries),
-                        "peak_ratio": statistics.median(larger),
-                        "checkpoint_bytes": entries[0]["checkpoint_bytes"],
-                        "trained_bytes": entries[0]["trained_bytes"],
-                    }
-                )
-    for row in table:
-        low, high = row["time_ratio_range"]
-        print(
-            f"depth {row['depth']:.2f} beta {row['beta']:<5} num_iterations "
-            f"{row['num_iterations']}  {row['method']:32} {row['seconds']:6.2f} s  "
-            f"{row['time_ratio']:.2f}x [{low:.2f}, {high:.2f}]  peak "
-            f"{row['peak_bytes'] / 1e9:.2f} GB ({row['peak_ratio']:.2f}x)  checkpoint "
-            f"{row['checkpoint_bytes'] / 1e6:.0f} MB"
-        )
-    (output / "train_step.json").write_text(json.dumps(table, indent=1) + "\n")
-    plot(table, output / "train_step.png")
-
-
-def plot(table: list[dict[str, Any]], path: Path) -> None:
-    """Seconds of a step by method, one panel a setting, with the range over rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings = sorted({(r["depth"], r["beta"], r["num_iterations"]) for r in table})
-    figure, panels = plt.subplots(
-        1, len(settings), figsize=(3.2 * len(settings) + 2, 2.6), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axes, setting in zip(panels[0], settings, strict=True):
-        rows = [r for r in table if (r["depth"], r["beta"], r["num_iterations"]) == setting]
-        names = [row["method"] for row in rows]
-        ratios = [row["time_ratio"] for row in rows]
-        low = [row["time_ratio"] - row["time_ratio_range"][0] for row in rows]
-        high = [row["time_ratio_range"][1] - row["time_ratio"] for row in rows]
-        axes.barh(names, ratios, xerr=[low, high], color="tab:blue", height=0.6)
-        axes.axvline(1, color="black", linewidth=1)
-        axes.invert_yaxis() if axes is panels[0][0] else None
-        depth, beta, num_iterations = setting
-        axes.set_title(f"depth {depth}, beta {beta}, {num_iterations} iterations", fontsize=9)
-        axes.set_xlabel("time of a step, layerrl = 1")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def base(model: str) -> str:
@@ -289,20 +283,55 @@ def base(model: str) -> str:
     return base_checkpoint(model, ROOT / "runs")
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="hub id or path")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--depth", nargs="+", type=float, default=[0.5])
-    parser.add_argument("--beta", nargs="+", type=float, default=[0.04])
-    parser.add_argument("--num-iterations", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cycles", type=int, default=2, help="timed generation batches a process")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "bench")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, with everything that can be wrong found before anything is measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="%(prog)s [options]"
+    )
+    add = parser.add_argument
+    add("--model", default="SmolLM2-135M-Instruct", help="hub id or path, of a Llama or alike")
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    add("--depth", nargs="+", type=float, default=[0.5], help="of the layer, 0 to below 1")
+    add("--beta", nargs="+", type=float, default=[0.04])
+    add("--num-iterations", nargs="+", type=int, default=[1, 4])
+    add("--rounds", type=int, default=3, help="measurements of everything")
+    add("--cycles", type=int, default=1, help="timed generation batches, after one to warm up")
+    add("--rows", type=int, default=16, help="completions of a batch, of two prompts")
+    add("--length", type=int, default=32, help="tokens of a completion")
+    add("--generate", action="store_true", help="time whole steps with real generation too")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--output", type=Path, default=ROOT / "runs" / "bench", help="journal and report")
+    add("--docs", type=Path, help="folder whose results.md and pictures get the report too")
+    add("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name, least in {"num_iterations": 1, "rounds": 1, "cycles": 1, "length": 1}.items():
+        value = getattr(options, name)
+        if min(value if isinstance(value, list) else [value]) < least:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+    if not all(0 <= depth < 1 for depth in options.depth):
+        parser.error(f"--depth is {options.depth}, expected 0 (the lowest layer) to below 1")
+    if not all(0 <= beta < math.inf for beta in options.beta):
+        parser.error(f"--beta is {options.beta}, expected numbers from 0 up")
+    if options.rows < 4 or options.rows % 2:
+        parser.error(f"--rows is {options.rows}, expected an even number from 4 up")
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device is cuda, but torch finds no GPU on this machine")
+    if options.worker:
+        return options
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "train_step.jsonl").touch()
+        page = (options.docs / "results.md").read_text() if options.docs else "".join(GAP)
+    except OSError as error:
+        parser.error(f"cannot use {error.filename}: {error.strerror}")
+    if not all(part in page for part in GAP):
+        parser.error(
+            f"{options.docs / 'results.md'} has no place for the report: {' … '.join(GAP)}"
+        )
+    return options
 
 
 if __name__ == "__main__":
