@@ -35,6 +35,7 @@ from typing import Any
 
 from step_report import GAP, METHODS, describe, fill, tables, tabulate, write
 
+ACTIVATION_BYTES = {"masked": None, "masked-lean": 0, "masked-fast": 2**40}
 WHOLE_MODEL = ("full", "masked-full")  # the same at every depth, so measured once a round
 PROMPT = "What is 12 plus 30, and why? " * 4
 ROOT = Path(__file__).parents[1]
@@ -118,7 +119,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     selection = select_layers(model, "full" if case["method"] in WHOLE_MODEL else layer)
     plan = selection.plan(model, beta=case["beta"], num_iterations=case["num_iterations"])
     synced = {plain_name(name): p.nbytes for name, p in model.named_parameters()}
-    if case["method"] == "masked":
+    if case["method"] in ACTIVATION_BYTES:
         sent = with_fused_siblings(synced, selection.parameters(model))
         synced = {name: synced[name] for name in sent}
 
@@ -206,14 +207,18 @@ def make_trainer(
             report_to="none",
             disable_tqdm=True,
             use_cpu=case["device"] == "cpu",
+            bf16=case["device"] != "cpu",  # TRL's default; few CPUs are faster in it
         ),
         "train_dataset": Dataset.from_dict({"prompt": [PROMPT] * 64}),
         "processing_class": tokenizer,
         "rollout_func": rollouts,
         "callbacks": callbacks,
     }
-    if method in ("masked", "masked-full"):
-        return LayerMaskedGRPOTrainer(model, reward, selection=selection, **arguments)
+    if method in ("masked-full", *ACTIVATION_BYTES):
+        spend = ACTIVATION_BYTES.get(method)
+        return LayerMaskedGRPOTrainer(
+            model, reward, selection=selection, activation_bytes=spend, **arguments
+        )
     if method == "by-hand":
         trained = {id(p) for p in selection.parameters(model).values()}
         for parameter in model.parameters():

@@ -24,12 +24,6 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _WRAPPER_IN_NAME = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-# What vLLM keeps as one module, from the `packed_modules_mapping` of its models.
-_FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-)
-_FUSED_WITH = {name: group[0] for group in _FUSED for name in group}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +66,10 @@ def plain_name(name: str) -> str:
 def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[str]:
     """The tensors that an inference engine has to be sent when some were trained.
 
-    An engine that keeps several projections as one module (q, k and v; gate and up; the experts of
-    a layer) replaces that module as a whole, weights and biases, so they travel together.
+    vLLM fuses projections that have one parent (q, k and v; gate and up; an expert's, and the
+    experts of a layer; others in other families), and its server replaces a fused module whole,
+    weights and biases: what does not arrive is undefined. So everything under the same parent
+    travels together, which for whole layers adds nothing.
 
     Args:
         names: Plain names of all parameters of the model.
@@ -82,18 +78,15 @@ def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[st
     Returns:
         The trained ones and their siblings, in the order of `names`.
     """
-    modules = {_served_module(name) for name in trained}
-    return [name for name in names if _served_module(name) in modules]
+    parents = {_parent(name) for name in trained}
+    return [name for name in names if _parent(name) in parents]
 
 
-def _served_module(name: str) -> str:
-    """The module of an inference engine that holds a parameter."""
-    parts = name.split(".")[:-1]
-    if "experts" in parts:
-        return ".".join(parts[: parts.index("experts") + 1])
-    if parts and parts[-1] in _FUSED_WITH:
-        parts[-1] = _FUSED_WITH[parts[-1]]
-    return ".".join(parts)
+def _parent(name: str) -> str:
+    """What holds a parameter's module; for anything of an expert, the experts of its layer."""
+    parts = name.split(".")
+    end = parts.index("experts") + 1 if "experts" in parts else len(parts) - 2
+    return ".".join(parts[:end])
 
 
 def find_blocks(model: nn.Module) -> Blocks:

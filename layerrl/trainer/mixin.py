@@ -96,9 +96,9 @@ class LayerMaskedMixin:
             token by token rounds differently from a pass over whole rows, so results change in
             the last bits; if log-probabilities differ by more, a warning says so and it ends.
         activation_bytes: Most memory that activations kept for the backward may take, so that fewer
-            layers are recomputed where gradient checkpointing is on. None: as much as a second
-            model for the reference would have taken (nothing for `beta` 0), and on a GPU at most
-            half of what the first step left unused. 0: recompute every layer that is checkpointed.
+            layers are recomputed where gradient checkpointing is on. None: a quarter of what a
+            second model for the reference would have taken (nothing for `beta` 0), and on a GPU at
+            most half of what the first step left unused. 0: recompute every checkpointed layer.
         master_weights: Update half-precision trained tensors in float32. The optimizer keeps those
             values, and its checkpoint holds them.
         checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
@@ -177,7 +177,7 @@ class LayerMaskedMixin:
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
             frozen = [p for p in self.model.parameters() if id(p) not in trained]
-            activation_bytes = sum(p.nbytes for p in frozen) if beta else 0
+            activation_bytes = sum(p.nbytes for p in frozen) // 4 if beta else 0
         self._kept = KeptActivations(self.model, self.selection, activation_bytes)
         self._master_weights = master_weights and not full
         self._weight_sync = None

@@ -88,7 +88,7 @@ def test_without_beta_only_the_initial_values_remain_for_the_metrics():
 def test_what_the_engine_fuses_is_sent_together():
     plan = select_layers(CONFIG, 1, modules="self_attn.q_proj").plan(CONFIG)
     assert plan.gradients == 4 * 4 * 4
-    assert plan.sync == 3 * plan.gradients
+    assert plan.sync == 4 * plan.gradients  # q, k, v and o
 
 
 @pytest.mark.parametrize(

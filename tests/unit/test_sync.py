@@ -16,6 +16,7 @@ from tests.grpo import make
 from tests.runs import assert_same_run, evaluation, load, pair, saved, train
 
 MODES = ["colocate", "server"]
+EXPERTS = ["b.experts.0.w2.weight", "b.experts.1.w2.weight", "b.experts.down_proj"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ class TestWhatIsSent:
     def test_siblings_that_vllm_fuses_travel_together(self, folder, mode):
         trainer = masked(folder, mode, select_layers(load(folder), 2, modules="*q_proj.weight"))
         trainer.train()
-        sent = [f"model.layers.2.self_attn.{part}_proj.weight" for part in "qkv"]
+        sent = [f"model.layers.2.self_attn.{part}_proj.weight" for part in "qkvo"]
         assert Engine.latest.syncs[1:] == [sent] * 2
         assert_serves_the_policy(trainer)
 
@@ -151,17 +152,17 @@ class TestSiblings:
         ("trained", "sent"),
         [
             (["a.q_proj.bias"], ["a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight"]),
-            (["a.o_proj.weight"], ["a.o_proj.weight"]),
             (["b.up_proj.weight"], ["b.gate_proj.weight", "b.up_proj.weight"]),
-            (["b.experts.0.w"], ["b.experts.0.w", "b.experts.1.w"]),
+            (["b.experts.0.w2.weight"], EXPERTS),
+            (["b.experts.down_proj"], EXPERTS),
+            (["norm.weight"], ["norm.weight"]),
             ([], []),
         ],
     )
-    def test_are_those_in_the_same_served_module(self, trained, sent):
+    def test_are_all_under_one_parent(self, trained, sent):
         all_names = [
-            *("a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight", "a.o_proj.weight"),
-            *("b.gate_proj.weight", "b.up_proj.weight", "b.experts.0.w", "b.experts.1.w"),
-            "other.q_proj.weight",
+            *("a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight", "norm.weight"),
+            *("b.gate_proj.weight", "b.up_proj.weight", *EXPERTS, "other.q_proj.weight"),
         ]
         assert with_fused_siblings(all_names, trained) == sent
 
