@@ -4,6 +4,7 @@ They start from weights of their own, so that nothing is right before it was sen
 vLLM would have fused must come whole.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from trl.generation import vllm_generation
 
 from tests.models import tiny
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FUSED = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 
 
@@ -25,6 +27,8 @@ class Engine:
 
     def __init__(self, **settings: Any) -> None:
         Engine.latest = self
+        for name in LAUNCHER:  # set for vLLM's processes; accelerate would take them for its own
+            os.environ.pop(name, None)
         self.settings = settings
         self.model = tiny("llama", 4)
         with torch.no_grad():
@@ -128,10 +132,6 @@ class Client:
 def in_place_of_vllm(monkeypatch: Any) -> Iterator[None]:
     """TRL's `VLLMGeneration` works on `Engine` and `Client` inside."""
     with monkeypatch.context() as patch:
-        # Set by VLLMGeneration for vLLM's own processes: gone again afterwards.
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")
-            patch.delenv(name)
         patch.setattr(vllm_generation, "is_vllm_available", lambda: True)
         patch.setattr(vllm_generation, "LLM", Engine, raising=False)
         patch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
