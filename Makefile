@@ -6,13 +6,14 @@ INSTALLED := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-slow check lint types layers docs docstrings clean
+.PHONY: help demo bench test test-slow test-vllm check lint types layers docs docstrings clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
 	@echo "make bench      time a training step against TRL and PEFT (options in ARGS)"
 	@echo "make test       run the tests (pytest options in ARGS)"
 	@echo "make test-slow  run the tests that take minutes"
+	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
 	@echo "make docs       build the documentation into site/"
 	@echo "make clean      delete .venv, the built documentation and caches; runs/ stays"
@@ -39,6 +40,17 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not cuda" $(ARGS)
 
+# Its own environment: vLLM pins an older transformers than layerrl needs, and works with both.
+VLLM := .venv-vllm
+$(VLLM)/.installed: tests/integration/vllm-requirements.txt
+	@echo "Installing vLLM into $(VLLM): a few minutes the first time"
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r $<
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integration/test_vllm_engine.py $(ARGS)
+
 check: lint types layers docs docstrings
 
 lint: $(INSTALLED)
@@ -58,5 +70,5 @@ docstrings: $(INSTALLED)
 	$(BIN)/interrogate layerrl
 
 clean:
-	rm -rf .venv site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(VLLM) site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
