@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContributionReport",
     "LayerMaskedGRPOTrainer",
     "LayerMaskedMixin",
     "LayerRLError",
     "LayerSelection",
     "load_delta",
     "merge_delta",
+    "published_contributions",
     "save_delta",
     "select_layers",
 ]
@@ -23,16 +25,19 @@ __all__ = [
 if TYPE_CHECKING:
     from layerrl.delta import load_delta, merge_delta, save_delta
     from layerrl.errors import LayerRLError
+    from layerrl.report import ContributionReport, published_contributions
     from layerrl.selection import LayerSelection, select_layers
     from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
 else:
     _MODULE = {
+        "ContributionReport": "report",
         "LayerMaskedGRPOTrainer": "trainer",
         "LayerMaskedMixin": "trainer",
         "LayerRLError": "errors",
         "LayerSelection": "selection",
         "load_delta": "delta",
         "merge_delta": "delta",
+        "published_contributions": "report",
         "save_delta": "delta",
         "select_layers": "selection",
     }

@@ -19,3 +19,7 @@ class FrozenTensorError(LayerRLError, RuntimeError):
 
 class DeltaError(LayerRLError, ValueError):
     """A delta that cannot be written, or that does not fit what it is applied to."""
+
+
+class ReportError(LayerRLError, ValueError):
+    """A report that does not hold what is asked of it, or that was never a report."""

@@ -1,0 +1,459 @@
+"""What is known about each layer's contribution, and how well."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from layerrl.errors import ReportError
+from layerrl.published import CITATION, published_table
+from layerrl.scoring import Interval, bootstrap, contribution, interval_of, spearman
+from layerrl.selection import LayerSelection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_VERSION = 1
+Status = Literal["done", "dropped", "missing"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What one run, or one layer in a method without runs, scored."""
+
+    score: float | None = None
+    """Mean over prompts and seeds; None where it is missing."""
+    scores: tuple[tuple[float, ...], ...] | None = None
+    """Each seed's score on each prompt; None where only the mean is known."""
+    contribution: float | None = None
+    """C as somebody published it; None: it follows from the scores."""
+    seconds: float = 0.0
+    """What it took, all seeds together."""
+    steps: int = 0
+    """Optimizer steps, all seeds together."""
+    status: Status = "done"
+    """`"dropped"`: stopped early; `"missing"`: not measured, or not yet."""
+    note: str = ""
+    """Why it was dropped, or what else there is to know."""
+
+    def __post_init__(self) -> None:
+        if self.scores is None:
+            return
+        rows = tuple(tuple(map(float, row)) for row in self.scores)
+        sizes = {len(row) for row in rows}
+        if len(sizes) != 1 or 0 in sizes or not all(math.isfinite(v) for row in rows for v in row):
+            raise ReportError(
+                f"scores of {sorted(sizes)} prompts: expected, for every seed, one finite number "
+                "for each of the same prompts"
+            )
+        object.__setattr__(self, "scores", rows)
+        object.__setattr__(self, "score", sum(map(sum, rows)) / (len(rows) * len(rows[0])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContributionReport:
+    """Every layer's score and contribution, with 95 % intervals where there is something to resample.
+
+    Intervals are bootstrap intervals over evaluation prompts, paired between layers, base and full,
+    and over seeds where a run has several. With one seed they say nothing about another seed.
+    """
+
+    method: str
+    """How the layers were scored, as given to `contribution_probe`."""
+    layers: tuple[Score, ...]
+    """One entry per decoder layer, 0 nearest the embedding."""
+    base: Score | None = None
+    """The model before training; None for methods that do not measure it."""
+    full: Score | None = None
+    """The full-parameter run."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What was run: whatever is needed to run it again. JSON values."""
+    source: str = ""
+    """Whose numbers these are, if not measured here."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.layers)
+
+    @property
+    def partial(self) -> bool:
+        """Whether something is still missing."""
+        return any(entry is not None and entry.status == "missing" for entry in self._runs.values())
+
+    @cached_property
+    def _runs(self) -> dict[str, Score]:
+        runs = {str(layer): entry for layer, entry in enumerate(self.layers)}
+        return runs | {n: s for n, s in (("base", self.base), ("full", self.full)) if s is not None}
+
+    @cached_property
+    def _draws(self) -> dict[str, Tensor]:
+        """Resampled means, shape (D,), of all that was scored prompt by prompt."""
+        runs = {name: run.scores for name, run in self._runs.items() if run.scores is not None}
+        return bootstrap(runs) if runs else {}
+
+    @cached_property
+    def full_gain(self) -> tuple[float, Interval | None] | None:
+        """What full training gained over the base, and its interval; None where not measured."""
+        if self.base is None or self.full is None:
+            return None
+        if self.base.score is None or self.full.score is None:
+            return None
+        gain, draws = self.full.score - self.base.score, self._draws
+        both = "base" in draws and "full" in draws
+        return gain, interval_of(draws["full"] - draws["base"]) if both else None
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Score of each layer that has one."""
+        return {k: s.score for k, s in enumerate(self.layers) if s.score is not None}
+
+    @property
+    def contributions(self) -> dict[int, float]:
+        """C of each layer that has one: its share of the full-parameter gain.
+
+        Raises:
+            ReportError: If base or full were not measured, or the gain between them is not
+                resolved from zero: a share of it would mean nothing.
+        """
+        given = {
+            k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None
+        }
+        if given:
+            return given
+        base, full = self._resolved_gain()
+        return {k: contribution(score, base, full) for k, score in self.scores.items()}
+
+    def _resolved_gain(self) -> tuple[float, float]:
+        if self.full_gain is None:
+            raise ReportError(
+                f"contributions need a score of the base and of a full-parameter run; this "
+                f"{self.method!r} report has none. Its `scores` rank the layers."
+            )
+        gain, interval = self.full_gain
+        assert self.base is not None
+        assert self.full is not None
+        base, full = self.base.score, self.full.score
+        assert base is not None
+        assert full is not None
+        if gain == 0 or (interval is not None and 0 in interval):
+            raise ReportError(
+                f"full training went from {base:.3f} to {full:.3f}, a gain of {gain:+.3f} "
+                f"{interval or ''}, which is not resolved from zero: a layer's share of it is "
+                "undefined. Train longer, tune the full run's learning rate, or evaluate on more "
+                "prompts."
+            )
+        return base, full
+
+    def interval(self, layer: int) -> Interval | None:
+        """95 % interval of a layer's score.
+
+        Args:
+            layer: Its number.
+
+        Returns:
+            The interval; None where only the mean is known.
+        """
+        draws_D = self._draws.get(str(layer))
+        return None if draws_D is None else interval_of(draws_D)
+
+    def contribution_interval(self, layer: int) -> Interval | None:
+        """95 % interval of a layer's contribution.
+
+        Args:
+            layer: Its number.
+
+        Returns:
+            The interval; None where there is nothing to resample.
+
+        Raises:
+            ReportError: If contributions are undefined.
+        """
+        draws = self._draws
+        if {str(layer), "base", "full"} - set(draws):
+            return None
+        self._resolved_gain()
+        gained = draws["full"] - draws["base"]
+        return interval_of((draws[str(layer)] - draws["base"]) / gained)
+
+    def _values(self) -> dict[int, float]:
+        """What layers are ranked by."""
+        given = {
+            k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None
+        }
+        return given or self.scores
+
+    def top(self, k: int) -> LayerSelection:
+        """The k best layers, as a selection for any model with as many layers.
+
+        Warns when the k-th and the next one are not resolved from each other, or when nothing says
+        whether they are.
+
+        Args:
+            k: How many.
+
+        Returns:
+            The selection.
+
+        Raises:
+            ReportError: If fewer layers have a score.
+        """
+        values = self._values()
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(values):
+            raise ReportError(
+                f"top({k!r}): expected a number from 1 to {len(values)}, the layers with a score"
+            )
+        ordered = sorted(values, key=lambda layer: (-values[layer], layer))
+        if k < len(ordered):
+            self._warn_unless_resolved(ordered[k - 1], ordered[k])
+        return LayerSelection(num_layers=self.num_layers, layers=tuple(sorted(ordered[:k])))
+
+    def _warn_unless_resolved(self, last: int, following: int) -> None:
+        draws = self._draws
+        if str(last) not in draws or str(following) not in draws:
+            why = "this report has no intervals"
+        else:
+            difference = interval_of(draws[str(last)] - draws[str(following)])
+            if 0 not in difference:
+                return
+            why = f"95 % interval of the difference in score: {difference:.3f}"
+        warnings.warn(
+            f"layer {last} is in and layer {following} is out, which is not resolved: {why}",
+            stacklevel=3,
+        )
+
+    def spearman(self, other: ContributionReport) -> tuple[float, Interval | None]:
+        """Rank correlation with another report, over the layers that both have.
+
+        Models of different depth are aligned by relative depth, with the shallower one's layers
+        compared to interpolated values of the deeper one.
+
+        Args:
+            other: The other report.
+
+        Returns:
+            The correlation, and its interval by resampling both reports; None where neither has
+            anything to resample.
+
+        Raises:
+            ReportError: If fewer than three layers can be compared.
+        """
+        few, many = sorted((self, other), key=lambda report: report.num_layers)
+        ours, theirs = few._values(), many._values()
+        aligned = {layer: many._at(layer / max(few.num_layers - 1, 1)) for layer in ours}
+        shared = [k for k, weights in aligned.items() if all(n in theirs for n, _ in weights)]
+        if len(shared) < 3:
+            raise ReportError(
+                f"{len(shared)} layers have a value in both reports, expected at least 3"
+            )
+        correlation = spearman(
+            [ours[k] for k in shared],
+            [sum(w * theirs[n] for n, w in aligned[k]) for k in shared],
+        ).item()
+        if not few._draws and not many._draws:
+            return correlation, None
+        ours_DK = torch.stack([few._draws_of(k) for k in shared], dim=-1)
+        theirs_DK = torch.stack(
+            [sum((w * many._draws_of(n) for n, w in aligned[k]), torch.zeros(())) for k in shared],
+            dim=-1,
+        )
+        ours_DK, theirs_DK = torch.broadcast_tensors(ours_DK, theirs_DK)
+        draws_D = spearman(ours_DK, theirs_DK)
+        return correlation, interval_of(draws_D[~draws_D.isnan()])
+
+    def _at(self, depth: float) -> list[tuple[int, float]]:
+        """Layers and weights whose mix lies at a relative depth."""
+        position = depth * (self.num_layers - 1)
+        below = min(int(position), self.num_layers - 1)
+        above = position - below
+        mix = [(below, 1 - above), (min(below + 1, self.num_layers - 1), above)]
+        return [(layer, weight) for layer, weight in mix if weight > 0]
+
+    def _draws_of(self, layer: int) -> Tensor:
+        found = self._draws.get(str(layer))
+        if found is not None:
+            return found
+        return torch.full((1,), self._values()[layer], dtype=torch.double)
+
+    def to_json(self) -> str:
+        """A text that `from_json` makes an equal report of."""
+        return json.dumps({"version": _VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> ContributionReport:
+        """The report that `to_json` wrote.
+
+        Args:
+            text: What `to_json` returned.
+
+        Returns:
+            An equal report.
+
+        Raises:
+            ReportError: If it is no report, or one of a version that this layerrl does not know.
+        """
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ReportError(f"not the JSON of a ContributionReport: {error}") from error
+        names = {f.name for f in fields(cls)} | {"version"}
+        version = data.get("version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > _VERSION:
+            raise ReportError(
+                f"a report of version {version}; this layerrl reads up to {_VERSION}. Update layerrl."
+            )
+        if version != _VERSION or set(data) != names:
+            found = sorted(data) if isinstance(data, dict) else data
+            raise ReportError(
+                f"not the JSON of a ContributionReport: expected the fields {sorted(names)}, got "
+                f"{found!r:.200}"
+            )
+        del data["version"]
+        try:
+            layers = tuple(Score(**entry) for entry in data.pop("layers"))
+            ends = {n: data.pop(n) for n in ("base", "full")}
+            found = {n: None if end is None else Score(**end) for n, end in ends.items()}
+        except TypeError as error:
+            raise ReportError(f"not the JSON of a ContributionReport: {error}") from error
+        return cls(layers=layers, **found, **data)
+
+    def _defined(self) -> dict[int, float]:
+        try:
+            return self.contributions
+        except ReportError:
+            return {}
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table, header first."""
+        defined = self._defined()
+        rows = [("layer", "score", "95 %", "C", "95 %", "steps", "seconds", "status")]
+
+        def cells(name: str, entry: Score, layer: int | None) -> tuple[str, ...]:
+            draws = self._draws.get(name)
+            shown = ["–"] * 4
+            if entry.score is not None:
+                shown[0] = f"{entry.score:.3f}"
+            if draws is not None:
+                shown[1] = f"{interval_of(draws):.3f}"
+            if layer in defined:
+                shown[2] = f"{defined[layer]:.2f}"
+                interval = self.contribution_interval(layer)
+                shown[3] = f"{interval:.2f}" if interval is not None else "–"
+            spent = [str(entry.steps or "–"), f"{entry.seconds:.0f}" if entry.seconds else "–"]
+            state = entry.status + (f": {entry.note}" if entry.note else "")
+            return (name, *shown, *spent, state)
+
+        ends = [(n, s) for n, s in (("base", self.base), ("full", self.full)) if s is not None]
+        rows += [cells(name, entry, None) for name, entry in ends]
+        return rows + [cells(str(k), entry, k) for k, entry in enumerate(self.layers)]
+
+    def _remarks(self) -> list[str]:
+        remarks = [f"partial: {sum(s.status == 'missing' for s in self.layers)} layers missing"]
+        remarks = remarks if self.partial else []
+        try:
+            _ = self.contributions
+        except ReportError as error:
+            remarks.append(f"C: {error}")
+        counts = {len(run.scores) for run in self._runs.values() if run.scores is not None}
+        if counts == {1} and self.method == "train":
+            remarks.append("One seed a run: the intervals say nothing about another seed.")
+        if not self._draws:
+            remarks.append("No intervals: only means are known.")
+        return remarks + ([self.source] if self.source else [])
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([f"Contribution of each layer, method {self.method!r}", *lines, *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._rows()
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        )
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
+
+    def plot(self, ax: Any = None) -> Any:  # noqa: ANN401 - matplotlib's Axes
+        """Contribution against depth, or the score where there is no contribution.
+
+        Filled: the interval excludes the base, 0. Open: it does not, or there is none.
+
+        Args:
+            ax: Matplotlib axes; None makes a figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ReportError: If matplotlib is missing.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ReportError('plotting needs matplotlib: pip install "layerrl[plot]"') from error
+        if ax is None:
+            _, ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+        values = self._defined() or self.scores
+        shares = bool(self._defined())
+        for layer, value in values.items():
+            interval = self.contribution_interval(layer) if shares else self.interval(layer)
+            resolved = interval is not None and (0 not in interval if shares else True)
+            if interval is not None:
+                ax.plot([layer, layer], [interval.low, interval.high], color="tab:blue", lw=1)
+            face = "tab:blue" if resolved else "white"
+            ax.plot(layer, value, "o", color="tab:blue", markerfacecolor=face, markersize=5)
+        if shares:
+            ax.axhline(0, color="black", lw=0.8)
+            ax.axhline(1, color="black", lw=0.8, linestyle="--")
+        ax.set(xlabel="layer", ylabel="contribution C" if shares else "score")
+        ax.set_xlim(-0.7, self.num_layers - 0.3)
+        return ax
+
+
+def published_contributions(name: str) -> ContributionReport:
+    """The contributions that the paper gives for a model (arXiv:2607.01232).
+
+    They are single runs without intervals; of most models only some layers are known.
+
+    Args:
+        name: The paper's name of the model, in any case, with or without its organisation.
+
+    Returns:
+        A report in which missing layers are `"missing"`, with the citation as its `source`.
+
+    Raises:
+        ReportError: If nothing was published for it. Known and close names are listed.
+    """
+    table = published_table(name)
+    scores, metric = table.get("scores", {}), table["metric"]
+    layers = []
+    for layer in range(table["num_layers"]):
+        value = table["contribution"].get(str(layer))
+        layers.append(
+            Score(
+                score=scores.get(str(layer), {}).get(metric),
+                contribution=value,
+                status="missing" if value is None else "done",
+            )
+        )
+    return ContributionReport(
+        method="published",
+        layers=tuple(layers),
+        base=Score(score=table["base_score"]),
+        full=Score(score=table["full_score"]),
+        settings={key: table[key] for key in ("name", "algorithm", "data", "metric")},
+        source=CITATION,
+    )

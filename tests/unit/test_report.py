@@ -1,0 +1,186 @@
+"""Reports keep what is known apart from what is not."""
+
+import json
+import math
+
+import matplotlib as mpl
+import pytest
+
+from layerrl import select_layers
+from layerrl.errors import ReportError
+from layerrl.report import ContributionReport, Score, published_contributions
+from tests.models import tiny_config
+
+mpl.use("Agg")
+NUM_PROMPTS = 40
+
+
+def right(share: float, seeds: int = 1, shift: int = 0) -> tuple[tuple[float, ...], ...]:
+    """Scores of 1 on that share of the prompts, the same ones for a larger share."""
+    row = [float((i * 7 + shift) % NUM_PROMPTS < share * NUM_PROMPTS) for i in range(NUM_PROMPTS)]
+    return (tuple(row),) * seeds
+
+
+def report(*shares: float, base: float = 0.1, full: float = 0.6, **changes) -> ContributionReport:
+    layers = tuple(Score(scores=right(share), steps=5, seconds=2.5) for share in shares)
+    values = {"base": Score(scores=right(base)), "full": Score(scores=right(full), steps=5)}
+    return ContributionReport(**{"method": "train", "layers": layers, **values, **changes})
+
+
+class TestNumbers:
+    def test_contributions_are_shares_of_the_gain(self):
+        found = report(0.1, 0.35, 0.6, 0.85).contributions
+        assert found == pytest.approx({0: 0.0, 1: 0.5, 2: 1.0, 3: 1.5})
+
+    def test_intervals_hold_the_value(self):
+        made = report(0.1, 0.35, 0.6)
+        for layer, value in made.contributions.items():
+            assert value in made.contribution_interval(layer)
+            assert made.scores[layer] in made.interval(layer)
+
+    def test_a_gain_that_is_not_resolved_leaves_contributions_undefined(self):
+        made = report(0.1, 0.3, full=0.125)
+        with pytest.raises(ReportError, match=r"from 0.100 to 0.125, a gain of \+0.025 \[.*not res"):
+            _ = made.contributions
+        assert made.scores == pytest.approx({0: 0.1, 1: 0.3})
+        assert "undefined" in str(made)
+
+    def test_without_a_full_run_there_are_only_scores(self):
+        made = report(0.2, 0.4, full=0.5)
+        alone = ContributionReport(method="gradient", layers=made.layers)
+        with pytest.raises(ReportError, match="this 'gradient' report has none"):
+            _ = alone.contributions
+        assert alone.top(1).layers == (1,)
+
+    def test_missing_layers_are_missing(self):
+        layers = (Score(scores=right(0.4)), Score(status="missing"))
+        made = report(layers=layers)
+        assert made.partial
+        assert list(made.contributions) == [0]
+        assert "partial: 1 layers missing" in str(made)
+
+
+class TestTop:
+    def test_is_a_selection_that_fits_the_model(self):
+        config = tiny_config("llama", 4)
+        selection = report(0.1, 0.9, 0.2, 0.8).top(2)
+        assert select_layers(config, selection) == select_layers(config, [1, 3])
+
+    def test_warns_where_the_next_one_is_not_resolved(self):
+        with pytest.warns(UserWarning, match="layer 1 is in and layer 0 is out, which is not"):
+            report(0.5, 0.525, 0.1).top(1)
+
+    def test_warns_where_nothing_says_how_sure_it_is(self):
+        with pytest.warns(UserWarning, match="no intervals"):
+            published_contributions("Qwen3-1.7B-Base").top(1)
+
+    @pytest.mark.filterwarnings("error")
+    def test_is_silent_where_it_is_resolved(self):
+        assert report(0.1, 0.9, 0.2).top(1).layers == (1,)
+        assert report(0.1, 0.9).top(2).layers == (0, 1)
+
+    @pytest.mark.parametrize("k", [0, 4, -1, True, 1.0])
+    def test_of_more_layers_than_there_are_is_refused(self, k):
+        with pytest.raises(ReportError, match="expected a number from 1 to 3"):
+            report(0.1, 0.9, 0.2).top(k)
+
+
+class TestSpearman:
+    def test_with_itself_is_one(self):
+        made = report(0.1, 0.5, 0.3, 0.9)
+        correlation, interval = made.spearman(made)
+        assert correlation == pytest.approx(1)
+        assert interval is not None
+
+    def test_aligns_depths(self):
+        deep = report(0.1, 0.3, 0.5, 0.7, 0.9)
+        shallow = report(0.1, 0.5, 0.9)
+        assert shallow.spearman(deep)[0] == pytest.approx(1)
+        assert deep.spearman(report(0.9, 0.5, 0.1))[0] == pytest.approx(-1)
+
+    def test_of_published_numbers_has_no_interval(self):
+        made = published_contributions("Qwen3-1.7B-Base")
+        assert made.spearman(made) == (pytest.approx(1), None)
+
+    def test_of_too_few_layers_is_refused(self):
+        with pytest.raises(ReportError, match="2 layers have a value in both"):
+            report(0.1, 0.2).spearman(report(0.1, 0.2))
+
+
+class TestJson:
+    def test_round_trip(self):
+        made = report(0.1, 0.35, settings={"steps": 5})
+        assert ContributionReport.from_json(made.to_json()) == made
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"version": 99}, "version 99; this layerrl reads up to 1"),
+            ({"version": None}, "expected the fields"),
+            ({"other": 1}, "expected the fields"),
+            ({"layers": [{"other": 1}]}, "not the JSON of a ContributionReport"),
+        ],
+    )
+    def test_anything_else_is_refused(self, change, message):
+        data = json.loads(report(0.1, 0.2).to_json())
+        with pytest.raises(ReportError, match=message):
+            ContributionReport.from_json(json.dumps(data | change))
+        with pytest.raises(ReportError, match="not the JSON"):
+            ContributionReport.from_json("no")
+
+    @pytest.mark.parametrize("scores", [((),), ((1.0,), (1.0, 2.0)), ((math.nan,),)])
+    def test_scores_that_are_no_scores_are_refused(self, scores):
+        with pytest.raises(ReportError, match="one finite number for each of the same prompts"):
+            Score(scores=scores)
+
+
+class TestShown:
+    def test_table_has_a_line_for_each_run(self):
+        text = str(report(0.1, 0.35))
+        lines = text.splitlines()
+        assert lines[1].split()[:4] == ["layer", "score", "95", "%"]
+        assert [line.split()[0] for line in lines[2:6]] == ["base", "full", "0", "1"]
+        assert "0.50" in lines[5]
+        assert "One seed a run" in text
+
+    def test_html_has_the_same_cells(self):
+        shown = report(0.1, 0.35)._repr_html_()
+        assert shown.count("<tr>") == 5
+        assert "<td>0.350</td>" in shown
+
+    def test_plot_draws_every_layer(self):
+        axes = report(0.1, 0.35, 0.6).plot()
+        assert axes.get_ylabel() == "contribution C"
+        assert len([line for line in axes.lines if line.get_marker() == "o"]) == 3
+        alone = ContributionReport(method="gradient", layers=report(0.1, 0.2).layers).plot(axes)
+        assert alone is axes
+
+
+class TestPublished:
+    def test_agrees_with_its_own_scores(self):
+        made = published_contributions("Qwen3-1.7B-Base")
+        assert made.num_layers == 28
+        assert not made.partial
+        given = made.contributions
+        for layer, score in made.scores.items():
+            recomputed = (score - made.base.score) / (made.full.score - made.base.score)
+            assert recomputed == pytest.approx(given[layer], abs=0.02)
+        assert len(made.scores) == 28
+
+    def test_what_is_not_known_is_missing(self):
+        made = published_contributions("Qwen3-8B-Base")
+        assert made.partial
+        assert len(made.contributions) == 10
+        assert "2607.01232" in str(made)
+        assert "No intervals" in str(made)
+
+    @pytest.mark.parametrize("name", ["qwen3-1.7b-base", "Qwen/Qwen3-1.7B-Base"])
+    def test_names_are_the_papers_in_any_case(self, name):
+        assert published_contributions(name).settings["name"] == "Qwen3-1.7B-Base"
+
+    @pytest.mark.parametrize(
+        ("name", "hint"), [("Qwen3-1.7B", "Close: Qwen3-1.7B-Base"), ("GPT-9", "Known: Qwen3")]
+    )
+    def test_an_unknown_name_lists_those_known(self, name, hint):
+        with pytest.raises(ReportError, match=hint):
+            published_contributions(name)

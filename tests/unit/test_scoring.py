@@ -1,0 +1,79 @@
+"""Arithmetic on scores, against hand-worked numbers, scipy-free definitions and known truth."""
+
+import pytest
+import torch
+
+from layerrl.scoring import Interval, bootstrap, contribution, interval_of, ranks, spearman
+
+
+class TestContribution:
+    def test_is_the_share_of_the_full_gain(self):
+        assert contribution(0.5, 0.2, 0.8) == pytest.approx(0.5)
+        assert contribution(0.9, 0.2, 0.8) == pytest.approx(7 / 6)
+        assert contribution(0.1, 0.2, 0.8) == pytest.approx(-1 / 6)
+
+
+class TestRanks:
+    def test_by_hand(self):
+        assert ranks([10.0, 30.0, 20.0]).tolist() == [0, 2, 1]
+        assert ranks([5.0, 1.0, 5.0, 9.0]).tolist() == [1.5, 0, 1.5, 3]
+
+    def test_spearman_by_hand(self):
+        # One swap of neighbours among four: 1 - 6 * 2 / (4 * 15).
+        assert spearman([1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0]).item() == pytest.approx(0.8)
+        assert spearman([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]).item() == pytest.approx(-1)
+
+    def test_without_an_order_there_is_no_correlation(self):
+        assert spearman([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]).isnan()
+
+
+class TestBootstrap:
+    def test_is_paired(self):
+        draws = bootstrap({"a": [[0.0, 1.0, 1.0, 0.0]], "b": [[1.0, 2.0, 2.0, 1.0]]})
+        assert (draws["b"] - draws["a"]).tolist() == pytest.approx([1.0] * len(draws["a"]))
+        assert draws["a"].std() > 0.1
+
+    def test_is_the_same_every_time_and_another_with_another_seed(self):
+        runs = {"a": [[0.0, 1.0, 1.0]]}
+        assert torch.equal(bootstrap(runs)["a"], bootstrap(runs)["a"])
+        assert not torch.equal(bootstrap(runs)["a"], bootstrap(runs, seed=1)["a"])
+
+    def test_seeds_that_differ_widen_it_by_what_seeds_vary(self):
+        prompts = 400
+        one = bootstrap({"a": [[0.5] * prompts]})["a"]
+        two = bootstrap({"a": [[0.4] * prompts, [0.6] * prompts]}, num_draws=20_000)["a"]
+        assert one.std() == pytest.approx(0, abs=1e-9)
+        # The standard error of a mean of two that differ by 0.2: their deviation 0.1414 / sqrt(2).
+        assert two.std().item() == pytest.approx(0.1, rel=0.02)
+
+    @pytest.mark.parametrize("scores", [[[]], [[1.0], [1.0, 2.0]]])
+    def test_scores_of_other_prompts_are_refused(self, scores):
+        with pytest.raises(ValueError, match="prompts, expected one number"):
+            bootstrap({"a": scores})
+
+    def test_intervals_cover_the_truth_as_often_as_they_say(self):
+        """Known truth: each prompt is right with its own probability; 1000 evaluations of it."""
+        generator = torch.Generator().manual_seed(0)
+        num_prompts, covered = 100, {"score": 0, "contribution": 0}
+        for trial in range(1000):
+            hard_P = torch.rand(num_prompts, generator=generator)
+            right = {
+                name: (torch.rand(num_prompts, generator=generator) < hard_P ** (1 / skill)).double()
+                for name, skill in (("base", 0.25), ("layer", 1.5), ("full", 2.0))
+            }
+            draws = bootstrap(
+                {name: [of.tolist()] for name, of in right.items()}, num_draws=500, seed=trial
+            )
+            # The mean of u ** (1 / s) over u uniform on [0, 1] is s / (s + 1).
+            truth = {"base": 0.2, "layer": 0.6, "full": 2 / 3}
+            covered["score"] += truth["layer"] in interval_of(draws["layer"])
+            share = (draws["layer"] - draws["base"]) / (draws["full"] - draws["base"])
+            covered["contribution"] += (0.4 / (2 / 3 - 0.2)) in interval_of(share)
+        assert all(930 <= times <= 970 for times in covered.values()), covered
+
+
+def test_interval_says_what_is_in_it():
+    interval = Interval(0.1, 0.25)
+    assert 0.1 in interval
+    assert 0.26 not in interval
+    assert f"{interval:.2f}" == "[0.10, 0.25]"
