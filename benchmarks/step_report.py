@@ -18,6 +18,7 @@ METHODS = {
     "masked-lean": "layerrl, activation_bytes=0",
     "masked-fast": "layerrl, activation_bytes=2**40",
 }
+MODEL = "SmolLM2-135M-Instruct"
 GAP = ("<!-- train_step: written by make bench -->", "<!-- train_step: end -->")
 
 
@@ -99,7 +100,9 @@ def spread(values: Iterable[float]) -> dict[str, float] | None:
 
 def describe(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str:
     """The command, what it ran on and how long it took."""
-    given = []
+    given = [] if options.methods == list(METHODS) else [f"--methods {' '.join(options.methods)}"]
+    if options.model != MODEL:
+        given.append(f"--model {options.model}")
     for name in ("depth", "beta", "num_iterations", "rounds", "cycles", "rows", "length"):
         value = getattr(options, name)
         shown = " ".join(f"{v:g}" for v in (value if isinstance(value, list) else [value]))

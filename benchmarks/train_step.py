@@ -33,7 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from step_report import GAP, METHODS, describe, fill, tables, tabulate, write
+from step_report import GAP, METHODS, MODEL, describe, fill, tables, tabulate, write
 
 ACTIVATION_BYTES = {"masked": None, "masked-lean": 0, "masked-fast": 2**40}
 WHOLE_MODEL = ("full", "masked-full")  # the same at every depth, so measured once a round
@@ -294,7 +294,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], usage="%(prog)s [options]"
     )
     add = parser.add_argument
-    add("--model", default="SmolLM2-135M-Instruct", help="hub id or path, of a Llama or alike")
+    add("--model", default=MODEL, help="hub id or path, of a Llama or alike")
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     add("--depth", nargs="+", type=float, default=[0.5], help="of the layer, 0 to below 1")
     add("--beta", nargs="+", type=float, default=[0.04])

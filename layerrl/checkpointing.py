@@ -5,7 +5,7 @@ Legend: B rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,10 @@ def _not_checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
             setattr(module, _FLAG, True)
 
 
+def _is_checkpointed(layer: nn.Module) -> bool:
+    return any(getattr(module, _FLAG, False) for module in layer.modules())
+
+
 def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
     # The name inside PreTrainedModel.enable_input_require_grads, the only mark it has.
     return getattr(hook, "__name__", "") == "make_inputs_require_grads"
@@ -109,11 +113,13 @@ def _with_input_grad(
 class KeptActivations:
     """Spends memory on keeping activations, so that fewer layers are recomputed in the backward.
 
-    What a layer keeps is measured, in a pass over a batch that needs no gradient: the bytes that
-    the first trained layer would save for its backward. Where there is no such pass, the first
-    policy pass keeps that one layer's activations and measures there. Layers are spared from the
-    top, as those are the first that the backward is done with. On a GPU, nothing is kept before a
-    first backward has shown the peak, and then at most half of what it left unused.
+    What a layer keeps is measured, in a pass over a batch that needs no gradient: the most that any
+    layer from the first trained one up would save for its backward. Where there is no such pass,
+    the first policy pass keeps the first trained layer's activations and measures there. Layers
+    are spared from the top, as those are the first that the backward is done with.
+
+    On a GPU, at most half of what was never used is spent. That is known after a whole step, and
+    again after each batch larger than all before: until then nothing is kept.
 
     Args:
         model: The model that trains.
@@ -125,44 +131,51 @@ class KeptActivations:
         self._layers = find_blocks(model).modules[selection.first :]
         self._max_bytes = max_bytes
         self._bytes_per_token = 0.0
-        self._seen_backward = False
+        self._most_tokens = 0
         self._spare: int | None = None
 
     @contextmanager
-    def during(self, num_tokens: int, *, held: int = 0) -> Iterator[None]:
+    def during(self, num_tokens: int, *, held: int = 0, stepped: bool = True) -> Iterator[None]:
         """One pass over a batch, with or without gradient.
 
         Args:
             num_tokens: Tokens in it, padding included.
-            held: Bytes already spent on something else.
+            held: Bytes of the budget that are already spent on something else.
+            stepped: Whether the optimizer has stepped, and so has all its state.
         """
         training = torch.is_grad_enabled()
-        if not self._max_bytes:
+        if not self._max_bytes or not any(map(_is_checkpointed, self._layers)):
             yield
         elif training and self._bytes_per_token:
-            num_kept = self._num_kept(num_tokens, held)
-            self._seen_backward = True
+            num_kept = self._num_kept(num_tokens, held, stepped)
             with _not_checkpointed(self._layers[len(self._layers) - num_kept :]):
                 yield
         else:
-            self._seen_backward |= training
-            with _not_checkpointed(self._layers[:1]), self._measuring():
+            measured = self._layers[:1] if training else self._layers
+            with _not_checkpointed(measured), ExitStack() as stack:
+                self._bytes_per_token = 0.0
+                for layer in measured:
+                    stack.enter_context(self._measuring(layer))
                 yield
 
-    def _num_kept(self, num_tokens: int, held: int) -> int:
+    def _num_kept(self, num_tokens: int, held: int, stepped: bool) -> int:
         device = next(self._layers[0].parameters()).device
         budget = self._max_bytes - held
         if device.type == "cuda":
-            if self._seen_backward and self._spare is None:
+            if not stepped or num_tokens > self._most_tokens:
+                self._most_tokens = num_tokens if stepped else 0
+                self._spare = None
+                return 0
+            if self._spare is None:
                 free, _ = torch.cuda.mem_get_info(device)
                 reserved = torch.cuda.memory_reserved(device)
                 self._spare = (free + reserved - torch.cuda.max_memory_allocated(device)) // 2
-            budget = min(budget, self._spare or 0)
+            budget = min(budget, self._spare)
         return max(0, min(int(budget / (self._bytes_per_token * num_tokens)), len(self._layers)))
 
     @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        layer, training = self._layers[0], torch.is_grad_enabled()
+    def _measuring(self, layer: nn.Module) -> Iterator[None]:
+        training = torch.is_grad_enabled()
         own = vars(layer).get("forward")
         forward = layer.forward
 
@@ -184,7 +197,8 @@ class KeptActivations:
                 output = forward(*args, **kwargs)
             several = isinstance(output, tuple)
             hidden_BTH = output[0] if several else output
-            self._bytes_per_token = sum(saved.values()) / hidden_BTH[..., 0].numel()
+            per_token = sum(saved.values()) / hidden_BTH[..., 0].numel()
+            self._bytes_per_token = max(self._bytes_per_token, per_token)
             if training:
                 return output
             return (hidden_BTH.detach(), *output[1:]) if several else hidden_BTH.detach()

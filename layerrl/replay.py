@@ -7,6 +7,7 @@ policy, and in every pass over the same rows. Legend: B rows, T tokens, H hidden
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,7 @@ class PrefixReplay:
     def clear(self) -> None:
         """Forget all recordings."""
         self._recordings.clear()
+        self._sampled = []
 
     @contextmanager
     def generating(self, *, training: bool) -> Iterator[Recording]:
@@ -123,6 +125,9 @@ class PrefixReplay:
         self._sampled = []
         try:
             yield self._recordings[training]
+        except BaseException:
+            self._sampled = []
+            raise
         finally:
             self._generating = False
 
@@ -137,7 +142,8 @@ class PrefixReplay:
             hidden, *extra = output if isinstance(output, tuple) else (output,)
             extras = (None,) * len(extra) if isinstance(output, tuple) else None
             self._extras = [extras] * len(self._prefix)
-            self._sampled.append(hidden)
+            if sum(part.nbytes for part in self._sampled) + hidden.nbytes <= self._max_bytes:
+                self._sampled.append(hidden)
 
         hook = self._prefix[-1].register_forward_hook(record)
         try:
@@ -160,9 +166,11 @@ class PrefixReplay:
         if not parts or {len(part) for part in parts} != {num_rows}:
             return False
         # The last token was sampled but never run; nothing is read from its position.
-        hidden_BTH = torch.cat([*parts, parts[-1][:, -1:]], dim=1)
-        if hidden_BTH.shape[1] != num_tokens or hidden_BTH.nbytes > self._max_bytes:
+        parts.append(parts[-1][:, -1:])
+        of_right_length = sum(part.shape[1] for part in parts) == num_tokens
+        if not of_right_length or sum(part.nbytes for part in parts) > self._max_bytes:
             return False
+        hidden_BTH = torch.cat(parts, dim=1)
         recording.tokens_BT2, recording.hidden_BTH = tokens_BT2, hidden_BTH
         recording.num_rows, recording.sampled = num_rows, True
         return True
@@ -216,6 +224,8 @@ class PrefixReplay:
             with torch.no_grad(), torch.random.fork_rng(), self._replaying(recording, rows_B):
                 replayed = compute()
             difference = self._difference(plain, replayed, recording, rows_B)
+            if difference is None:  # nothing but padding: the next pass may tell
+                return plain
             assert recording.hidden_BTH is not None
             tolerance = _TOLERANCE.get(recording.hidden_BTH.dtype, _TOLERANCE_16_BIT)
             if not difference <= tolerance:
@@ -247,20 +257,21 @@ class PrefixReplay:
         replayed: tuple[Any, ...],
         recording: Recording,
         rows_B: Tensor | None,
-    ) -> float:
-        """Largest difference in what was computed for tokens, padding aside."""
+    ) -> float | None:
+        """Largest difference in what was computed for tokens, padding aside; None: no tokens."""
         assert recording.tokens_BT2 is not None
         mask_BT = (
             recording.tokens_BT2[..., 1] if rows_B is None else recording.tokens_BT2[rows_B, :, 1]
         )
-        largest = [0.0]
+        largest = []
         for a, b in zip(plain, replayed, strict=True):
             if isinstance(a, Tensor):
                 of_tokens = (a.detach() - b).abs().double()
                 if a.dim() == 2:
                     of_tokens = of_tokens[mask_BT[:, -a.shape[1] :].bool()]
-                largest.append(of_tokens.max().item())
-        return max(largest, key=lambda value: (value != value, value))
+                if of_tokens.numel():
+                    largest.append(of_tokens.max().item())
+        return max(largest, key=lambda value: (math.isnan(value), value), default=None)
 
     def _recording(self, recording: Recording) -> Any:  # noqa: ANN401 - a context manager
         last = len(self._prefix) - 1

@@ -33,10 +33,10 @@ def saved(folder: Path, model: PreTrainedModel | None = None) -> Path:
     return folder
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """What `saved` wrote, in float32."""
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """What `saved` wrote."""
     [architecture] = AutoConfig.from_pretrained(folder).architectures
-    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
+    return getattr(transformers, architecture).from_pretrained(folder, dtype=dtype)
 
 
 def shares_keys_and_values() -> PreTrainedModel:
@@ -80,16 +80,18 @@ def freeze_by_hand(model: nn.Module, layers: Iterable[int]) -> None:
 def pair(folder: Path, *, layers: Iterable[int] = (2,), **changes: Any) -> tuple[Any, Any]:
     """Two trainers on the model in the folder, five steps each: by hand, and with a selection.
 
-    `masked` holds arguments of the second one alone, other keywords go to both as to `make`.
+    `masked` holds arguments of the second one alone, `dtype` is the weights', other keywords go to
+    both as to `make`.
     """
     changes = {"max_steps": 5, **changes}
+    dtype = changes.pop("dtype", torch.float32)
     only_masked = changes.pop("masked", {})
     arguments = changes.pop("arguments", {})
-    by_hand = load(folder)
+    by_hand = load(folder, dtype)
     freeze_by_hand(by_hand, layers)
     plain = make(by_hand, folder.parent / "plain", arguments=arguments, **changes)
     masked = make(
-        load(folder),
+        load(folder, dtype),
         folder.parent / "masked",
         arguments={"selection": layers, **arguments, **only_masked},
         trainer=LayerMaskedGRPOTrainer,

@@ -29,7 +29,7 @@ from layerrl.masking import (
     parameters_by_layer,
     scale_learning_rates,
 )
-from layerrl.precision import HALF, step_in_float32
+from layerrl.precision import HALF, MASTER, step_in_float32
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
@@ -94,13 +94,14 @@ class LayerMaskedMixin:
         record_while_generating: Record what enters the first trained layer while transformers'
             `generate` samples, so that no pass over the batch runs the frozen prefix. Decoding
             token by token rounds differently from a pass over whole rows, so results change in
-            the last bits; if log-probabilities differ by more, a warning says so and it ends.
+            the last bits. If log-probabilities differ by more, as they do in bfloat16 (autocast,
+            TRL's default, included), a warning says so and batches are recorded in a pass again.
         activation_bytes: Most memory that activations kept for the backward may take, so that fewer
             layers are recomputed where gradient checkpointing is on. None: a quarter of what a
             second model for the reference would have taken (nothing for `beta` 0), and on a GPU at
             most half of what the first step left unused. 0: recompute every checkpointed layer.
         master_weights: Update half-precision trained tensors in float32. The optimizer keeps those
-            values, and its checkpoint holds them.
+            values, and its checkpoint holds them. Not for `"full"`, which is the plain trainer.
         checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
             and the trainer's state, and resume on the same base; `"full"`: whole models, as the
             trainer's own. `save_model()` writes a whole model either way.
@@ -159,10 +160,11 @@ class LayerMaskedMixin:
         if known is not None:
             selection = select_layers(known, selection)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
-        takes_reference = hasattr(self, "_generate_and_score_completions") and not full
+        takes_reference = hasattr(super(), "_generate_and_score_completions") and not full
         with _without_reference_model(given.get("args") if takes_reference else None) as beta:
             super().__init__(*args, **kwargs)
         self.selection = select_layers(self.model, selection)
+        _refuse_cast(self.args, None if full else self.model)
         self.checkpoint_format = "full" if full else checkpoint_format
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
@@ -174,6 +176,7 @@ class LayerMaskedMixin:
             prefix_cache_bytes,
             record_while_generating=record_while_generating,
         )
+        self._spends_freed_memory = activation_bytes is None
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
             frozen = [p for p in self.model.parameters() if id(p) not in trained]
@@ -417,7 +420,9 @@ class LayerMaskedMixin:
     ) -> tuple[Any, ...]:
         """Every pass that scores completions goes through here."""
         score = super()._get_per_token_logps_and_entropies  # pyright: ignore[reportAttributeAccessIssue]
-        with self._kept.during(input_ids.numel(), held=self._replay.num_bytes):
+        held = self._replay.num_bytes if self._spends_freed_memory else 0
+        stepped = self.state.global_step > 0
+        with self._kept.during(input_ids.numel(), held=held, stepped=stepped):
             return self._replay.run(
                 lambda: score(model, input_ids, attention_mask, *args, **kwargs),
                 tokens_BT2=torch.stack([input_ids, attention_mask], dim=-1),
@@ -447,8 +452,14 @@ class LayerMaskedMixin:
             metrics[f"layerrl/grad_norm/layer_{layer}"] = value.item()
         if self._initial:
             start = {id(p): self._initial[name] for name, p in self._trained.items()}
+            state = getattr(self.optimizer, "state", {})
+            masters = {
+                id(p): state[p][MASTER]
+                for p in self._trained.values()
+                if MASTER in state.get(p, {})
+            }
             for layer, parameters in self._by_layer.items():
-                moved = norm(p - start[id(p)] for p in parameters)
+                moved = norm(masters.get(id(p), p) - start[id(p)] for p in parameters)
                 size = norm(start[id(p)] for p in parameters)
                 metrics[f"layerrl/relative_update/layer_{layer}"] = (moved / size).item()
         return metrics
@@ -466,6 +477,21 @@ def _refuse_peft(selection: object, model: object, peft_config: object) -> None:
         "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
         "layers)."
     )
+
+
+def _refuse_cast(args: Any, model: nn.Module | None) -> None:  # noqa: ANN401
+    """TRL casts the whole model, for good, when it generates with continuous batching."""
+    if model is None or not getattr(args, "use_transformers_continuous_batching", False):
+        return
+    cast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    others = {p.dtype for p in model.parameters()} - {cast}
+    if cast is not None and others:
+        raise SelectionError(
+            f"use_transformers_continuous_batching would cast the model from {others.pop()} to "
+            f"{cast} in the first generation, frozen tensors included. Load the model in {cast} "
+            f'(model_init_kwargs={{"dtype": "{str(cast).removeprefix("torch.")}"}}), or switch '
+            "mixed precision off (bf16=False)."
+        )
 
 
 def _check_bytes(name: str, value: object) -> None:

@@ -19,8 +19,9 @@ class WeightSync:
 
     The trained tensors and what vLLM fuses them with are sent; everything is sent the first time,
     after `reset`, after a sync that failed, where the engine has slept and lost its weights, and
-    where a frozen tensor has been written to since (a delta of other layers was loaded, say). A
-    model sharded by FSDP1 is sent whole every time, as TRL walks its modules.
+    where a frozen tensor has been written to in place since (a delta of other layers was loaded,
+    say; writes through `.data` leave no trace) or is another one or of another dtype. A model
+    sharded by FSDP1 is sent whole every time, as TRL walks its modules.
 
     Args:
         generation: The trainer's `VLLMGeneration`. Its `sync_weights` is this object's from now on.
@@ -32,10 +33,10 @@ class WeightSync:
         parameters = {plain_name(name): p for name, p in model.named_parameters()}
         trained = selection.parameters(model)
         self._names = frozenset(with_fused_siblings(parameters, trained))
-        self._frozen = [p for name, p in parameters.items() if name not in trained]
+        self._trained = frozenset(trained)
         self._generation = generation
         self._metadata: dict[bool, Any] = {}
-        self._sent: list[int] | None = None
+        self._sent: list[Any] | None = None
         generation.sync_weights = self.sync_weights
 
     def reset(self) -> None:
@@ -45,7 +46,11 @@ class WeightSync:
     def sync_weights(self) -> None:
         """Send what the engine does not have yet."""
         generation, model = self._generation, self._generation.model
-        written = [p._version for p in self._frozen]  # torch counts in-place writes
+        written = [
+            (id(p), p._version, p.dtype)  # torch counts in-place writes
+            for name, p in model.named_parameters()
+            if plain_name(name) not in self._trained
+        ]
         narrow = (
             self._sent == written
             and not getattr(generation, "_llm_weights_sleeping", False)

@@ -432,3 +432,27 @@ class TestFamilies:
             train(trainer)
         assert_same_run(masked, plain)
         assert len(warnings(caplog)) == 1
+
+
+class TestRecordWhileGenerating:
+    """Not bit for bit, but no pass over a batch runs the prefix once the first has matched."""
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"beta": 0.04, "num_iterations": 2},
+            {"steps_per_generation": 2, "num_iterations": 2, "max_completion_length": 9},
+            evaluation(eval_on_start=True),
+        ],
+        ids=["policy alone", "reference and iterations", "several batches", "evaluation"],
+    )
+    def test_trains_as_recording_in_a_pass_does(self, base, caplog, changes):
+        masked = {"record_while_generating": True}
+        plain, sampling = pair(base, masked=masked, max_steps=6, **changes)
+        passes = Passes(sampling, sampling.model.model.layers[0])
+        train(plain, sampling)
+        assert not any(passes.ran[-3:])
+        assert sampling._replay.samples
+        assert "will not be replayed" not in caplog.text
+        assert_close(bits(sampling.model), bits(plain.model), rtol=1e-3, atol=1e-4)

@@ -149,6 +149,33 @@ class TestTrainer:
         train(*trainers)
         assert_same_run(*trainers)
 
+    @pytest.mark.parametrize(("budget", "expected"), [(0, 0), (PLENTY, 3)])
+    def test_keeps_activations_in_a_real_run(self, tmp_path, budget, expected):
+        arguments = {"activation_bytes": budget}
+        model = load(saved(tmp_path / "base"))
+        trainer = make(
+            model, tmp_path / "run", selection=FIRST, beta=0.04, num_iterations=2,
+            arguments=arguments, max_steps=4,
+        )  # fmt: skip
+        found, score = [], trainer._compute_loss
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            handle = (
+                find_blocks(model)
+                .modules[-1]
+                .register_forward_pre_hook(
+                    lambda *_: found.append(flags(model)[FIRST:].count(False))
+                )
+            )
+            try:
+                return score(*args, **kwargs)
+            finally:
+                handle.remove()
+
+        trainer._compute_loss = noting
+        trainer.train()
+        assert set(found) == {expected}
+
     @pytest.mark.parametrize(("beta", "least", "most"), [(0.0, 0, 0), (0.04, 1, 10**9)])
     def test_by_default_spends_a_quarter_of_a_second_model(self, tmp_path, beta, least, most):
         model = load(saved(tmp_path / "base"))

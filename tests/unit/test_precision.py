@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,7 +15,7 @@ from layerrl.errors import SelectionError
 from layerrl.precision import step_in_float32
 from tests.grpo import make
 from tests.models import tiny
-from tests.runs import bits, optimizer_state, train
+from tests.runs import assert_same_run, bits, metric, optimizer_state, pair, saved, train
 
 SMALL_STEP = 1e-6
 HALVES = [torch.bfloat16, torch.float16]
@@ -121,22 +122,81 @@ class TestStepInFloat32:
         assert parameter.grad is not None
         assert parameter.grad.dtype == torch.bfloat16
 
-    def test_twice_is_once(self):
-        optimizer = in_float32(weights(torch.bfloat16))
-        cls = type(optimizer)
-        step_in_float32(optimizer)
-        assert type(optimizer) is cls
-        assert isinstance(optimizer, AdamW)
-        assert cls.__name__ == "AdamW"
+    def test_a_first_step_that_failed_can_be_tried_again(self):
+        class Failing(AdamW):
+            fails = True
 
-    def test_with_a_scheduler_a_copy_and_a_closure(self):
+            def step(self, closure=None):
+                if self.fails:
+                    raise OSError("out of cheese")
+                return super().step(closure)
+
+        parameter = weights(torch.bfloat16)
+        optimizer = in_float32(parameter, Failing)
+        with pytest.raises(OSError, match="cheese"):
+            steps(optimizer, 1)
+        assert not optimizer.state
+        Failing.fails = False
+        steps(optimizer, 1)
+        assert set(optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq", "master"}
+
+    def test_a_load_that_failed_leaves_the_state(self):
         parameter = weights(torch.bfloat16)
         optimizer = in_float32(parameter)
-        scheduler = LambdaLR(optimizer, lambda _: 1.0)
-        parameter.grad = gradient(0, torch.bfloat16)
-        assert optimizer.step(lambda: 7.0) == 7.0
+        steps(optimizer, 2)
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises((KeyError, ValueError)):
+            optimizer.load_state_dict({"state": {}, "param_groups": []})
+        assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+        assert optimizer.param_groups[0]["params"] == [parameter]
+
+    def test_twice_is_once(self):
+        optimizer = in_float32(weights(torch.bfloat16))
+        step = optimizer.step
+        step_in_float32(optimizer)
+        assert optimizer.step == step
+
+    @pytest.mark.parametrize("scheduler_first", [True, False])
+    def test_with_a_scheduler_made_before_or_after(self, scheduler_first):
+        parameter, start = weights(torch.bfloat16), weights(torch.bfloat16)
+        optimizer = AdamW([parameter], lr=SMALL_STEP)
+        if scheduler_first:
+            scheduler = LambdaLR(optimizer, lambda _: 1.0)
+            step_in_float32(optimizer)
+        else:
+            step_in_float32(optimizer)
+            scheduler = LambdaLR(optimizer, lambda _: 1.0)
+        steps(optimizer, 3)
         scheduler.step()
-        steps(copy.deepcopy(optimizer), 1)
+        assert (master(optimizer) == start.float()).float().mean() < 0.05
+
+    def test_inside_accelerates_wrapper(self):
+        parameter = weights(torch.bfloat16)
+        optimizer = Accelerator(cpu=True).prepare(AdamW([parameter], lr=SMALL_STEP))
+        step_in_float32(optimizer)
+        steps(optimizer, 2)
+        assert master(optimizer).dtype == torch.float32
+
+    def test_hooks_on_steps_run_once(self):
+        optimizer = in_float32(weights(torch.bfloat16))
+        optimizer.load_state_dict(optimizer.state_dict())
+        calls = []
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        steps(optimizer, 3)
+        assert len(calls) == 3
+
+    def test_hooks_on_gradients_stay(self):
+        """DDP's hang on this node; a parameter that changes its dtype gets another one."""
+        parameter = weights(torch.bfloat16)
+        node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+        steps(in_float32(parameter), 1)
+        assert parameter.expand_as(parameter).grad_fn.next_functions[0][0] is node
+
+    def test_a_closure_sees_the_models_own_weights(self):
+        parameter = weights(torch.bfloat16)
+        optimizer = in_float32(parameter)
+        parameter.grad = gradient(0, torch.bfloat16)
+        assert optimizer.step(lambda: parameter.dtype) == torch.bfloat16
 
 
 class TestTrainer:
@@ -188,9 +248,31 @@ class TestTrainer:
         assert_close(optimizer_state(resumed), optimizer_state(whole), rtol=0, atol=0)
 
     def test_without_masters_is_layers_frozen_by_hand(self, tmp_path):
-        trainer = self.run(tmp_path, torch.bfloat16, arguments={"master_weights": False})
+        folder = saved(tmp_path / "base", tiny("llama", 4).to(torch.bfloat16))
+        trainers = pair(folder, dtype=torch.bfloat16, masked={"master_weights": False})
+        train(*trainers)
+        assert_same_run(*trainers)
+
+    def test_a_second_training_steps_in_float32_too(self, tmp_path):
+        trainer = self.run(tmp_path, torch.bfloat16, max_steps=2)
         trainer.train()
-        assert all("master" not in held for held in trainer.optimizer.optimizer.state.values())
+        state = trainer.optimizer.optimizer.state
+        before = {p: held["master"].clone() for p, held in state.items()}
+        trainer.train()
+        state = trainer.optimizer.optimizer.state
+        changed = [(state[p]["master"] != was).float().mean() for p, was in before.items()]
+        assert min(changed) > 0.5
+
+    def test_the_relative_update_is_that_of_the_masters(self, tmp_path):
+        trainer = self.run(tmp_path, torch.bfloat16)
+        trainer.train()
+        [*_, last] = metric(trainer, "layerrl/relative_update/layer_2")
+        state, start = trainer.optimizer.optimizer.state, trainer._initial
+        moved = [state[p]["master"] - start[n] for n, p in trainer._trained.items()]
+        size = torch.cat([t.float().flatten() for t in start.values()]).norm()
+        expected = torch.cat([m.flatten() for m in moved]).norm() / size
+        assert last == pytest.approx(expected.item(), rel=1e-3)
+        assert last > 0
 
     def test_an_optimizer_that_updates_layer_by_layer_is_refused(self, tmp_path):
         trainer = self.run(tmp_path, torch.bfloat16)

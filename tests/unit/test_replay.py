@@ -588,6 +588,19 @@ class TestMismatch:
         assert not replay.enabled
         assert len(warnings(caplog)) == 1
 
+    def test_is_not_looked_for_where_there_is_only_padding(self, model, ids_BT, caplog):
+        replay = replay_of(model)
+        nothing = torch.stack([ids_BT, torch.zeros_like(ids_BT)], dim=-1)
+        compute = next_tokens(model, ids_BT)
+        with replay.generating(training=True):
+            replay.run(compute, tokens_BT2=nothing, training=True)
+        with replay.rows(torch.arange(B)):
+            for _ in range(2):
+                assert_close(replay.run(compute, tokens_BT2=nothing, training=True), compute())
+        assert replay.enabled
+        assert not replay._verified
+        assert not caplog.text
+
 
 class TestRecordWhileGenerating:
     """Rows of one length, sampled with a cache, as transformers' `generate` does for a trainer."""
@@ -669,6 +682,24 @@ class TestRecordWhileGenerating:
         assert caplog.text.count("recorded while generating will not be replayed") == 1
         assert not replay.samples
         assert replay.enabled
+
+    def test_takes_no_more_memory_than_its_budget(self, model, ids_BT):
+        replay = self.replay(model, 2 * B * H * 4)
+        with replay.generating(training=True):
+            self.generate(replay, model, ids_BT)
+            assert sum(part.nbytes for part in replay._sampled) <= 2 * B * H * 4
+
+    def test_after_an_exception_nothing_is_held(self, model, ids_BT):
+        replay = self.replay(model)
+
+        def scoring() -> None:
+            with replay.generating(training=True):
+                self.generate(replay, model, ids_BT)
+                raise OSError("out of cheese")
+
+        with pytest.raises(OSError, match="cheese"):
+            scoring()
+        assert not replay._sampled
 
     def test_after_an_exception_while_generating_no_hook_stays(self, model, ids_BT):
         replay = self.replay(model)

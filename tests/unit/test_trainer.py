@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import Adafactor, TrainerCallback
-from trl import GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, SFTConfig, SFTTrainer
 
 from layerrl import LayerMaskedGRPOTrainer, LayerMaskedMixin, load_delta, select_layers
 from layerrl.errors import DeltaError, FrozenTensorError, ModelError, SelectionError
@@ -157,6 +157,13 @@ class TestSelection:
             make(nn.Linear(2, 2), tmp_path, selection=1)
 
     @pytest.mark.parametrize("by_path", [False, True], ids=["instance", "path"])
+    def test_of_a_model_that_generation_would_cast_is_refused(self, model, tmp_path):
+        changes = {"use_transformers_continuous_batching": True, "bf16": True}
+        with pytest.raises(SelectionError, match="cast the model from torch.float32 to torch.bfl"):
+            make(model, tmp_path, selection=1, **changes)
+        make(model, tmp_path, selection=1, **(changes | {"bf16": False}))
+        make(model.to(torch.bfloat16), tmp_path, selection=1, **changes)
+
     def test_together_with_peft_config_is_refused(self, model, tmp_path, by_path):
         model.save_pretrained(tmp_path / "model")
         given = str(tmp_path / "model") if by_path else model
@@ -750,6 +757,32 @@ class TestSubclasses:
         assert changed(model, before) == names_of(model, 0, 2)
         shares = [steps(trainer)[0][GRAD_NORM.format(layer)] for layer in (0, 2)]
         assert_close(math.hypot(*shares), steps(trainer)[0]["grad_norm"], rtol=1e-4, atol=0)
+
+    def test_of_dpo_keep_the_reference_they_were_given(self, model, tmp_path):
+        class MaskedDPOTrainer(LayerMaskedMixin, DPOTrainer):
+            pass
+
+        other = tiny("llama", 3)
+        with torch.no_grad():
+            other.model.norm.weight.mul_(2)
+        config = DPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        rows = {"prompt": ["ab", "cd"] * 4, "chosen": ["e", "f"] * 4, "rejected": ["g", "h"] * 4}
+        trainer = MaskedDPOTrainer(
+            model, other, args=config, train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer(), selection=1,
+        )  # fmt: skip
+        before = bits(model)
+        trainer.train()
+        assert trainer.accelerator.unwrap_model(trainer.ref_model) is other
+        assert set(changed(model, before)) == set(names_of(model, 1))
 
     def test_take_positional_arguments_like_the_trainer_they_wrap(self, model, tmp_path):
         template = make(tiny("llama", 3), tmp_path, selection=1)
