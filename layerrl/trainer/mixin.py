@@ -142,9 +142,9 @@ class LayerMaskedMixin:
             checkpoint_format=checkpoint_format,
         )
         # A path's config will do, so that a typo is not found after minutes of loading weights.
-        known = (
-            model if isinstance(model, nn.Module) else arguments.config_at(model, given.get("args"))
-        )
+        args_given = given.get("args")
+        is_model = isinstance(model, nn.Module)
+        known = model if is_model else arguments.config_at(model, args_given)
         if known is not None:
             selection = select_layers(known, selection)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
