@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from layerrl.blocks import is_peft
 from layerrl.checkpointing import KeptActivations, backward_from_first_trained
 from layerrl.delta import DeltaBase, restore_delta, save_delta
 from layerrl.errors import DeltaError, SelectionError
@@ -33,33 +30,18 @@ from layerrl.precision import HALF, MASTER, step_in_float32
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
+from layerrl.trainer import arguments
 from layerrl.trainer.callbacks import FrozenCheck, SyncReference
 from layerrl.trainer.sync import WeightSync
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch.optim import Optimizer
 
 _ROWS = "layerrl_rows"
 _DELTA, _REFERENCE = "delta", "reference.safetensors"
-
-
-def _with_selection(cls: type) -> inspect.Signature:
-    """The signature of the class behind the mixin, with the mixin's own keywords."""
-    after = cls.__mro__[cls.__mro__.index(LayerMaskedMixin) + 1]
-    if after is object:
-        raise TypeError(
-            f"{cls.__name__}: LayerMaskedMixin goes in front of the trainer class, as in "
-            "class MyTrainer(LayerMaskedMixin, GRPOTrainer)"
-        )
-    parameters = list(inspect.signature(after).parameters.values())
-    own = inspect.signature(LayerMaskedMixin.__init__).parameters.values()
-    added = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    keep = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    return inspect.Signature([*keep, *added, *rest])
 
 
 class LayerMaskedMixin:
@@ -132,7 +114,7 @@ class LayerMaskedMixin:
             """Show the wrapped trainer's arguments, and `selection`, in `help` and editors."""
             super().__init_subclass__(**kwargs)
             own = cls.__init__ is not LayerMaskedMixin.__init__
-            cls.__signature__ = None if own else _with_selection(cls)
+            cls.__signature__ = None if own else arguments.signature(cls, LayerMaskedMixin)
 
     def __init__(
         self,
@@ -145,26 +127,34 @@ class LayerMaskedMixin:
         checkpoint_format: Literal["delta", "full"] = "delta",
         **kwargs: Any,
     ) -> None:
-        given = _bound(type(self), args, kwargs)
+        given = arguments.by_name(type(self), LayerMaskedMixin, args, kwargs)
         model = given.get("model")
-        _refuse_peft(selection, model, given.get("peft_config"))
-        _check_bytes("prefix_cache_bytes", prefix_cache_bytes)
-        if activation_bytes is not None:
-            _check_bytes("activation_bytes", activation_bytes)
-        if checkpoint_format not in ("delta", "full"):
-            raise SelectionError(
-                f'checkpoint_format is {checkpoint_format!r}, expected "delta" or "full"'
-            )
+        arguments.refuse_peft(selection, model, given.get("peft_config"))
+        arguments.check_keywords(
+            byte_counts={
+                "prefix_cache_bytes": prefix_cache_bytes,
+                "activation_bytes": 0 if activation_bytes is None else activation_bytes,
+            },
+            switches={
+                "record_while_generating": record_while_generating,
+                "master_weights": master_weights,
+            },
+            checkpoint_format=checkpoint_format,
+        )
         # A path's config will do, so that a typo is not found after minutes of loading weights.
-        known = model if isinstance(model, nn.Module) else _config_at(model, given.get("args"))
+        args_given = given.get("args")
+        is_model = isinstance(model, nn.Module)
+        known = model if is_model else arguments.config_at(model, args_given)
         if known is not None:
             selection = select_layers(known, selection)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
-        takes_reference = hasattr(super(), "_generate_and_score_completions") and not full
-        with _without_reference_model(given.get("args") if takes_reference else None) as beta:
+        # Those whose `beta` is that of a reference policy; a distillation's is something else.
+        scores = hasattr(super(), "_generate_and_score_completions")
+        takes_reference = scores and hasattr(args_given, "sync_ref_model") and not full
+        with arguments.without_reference_model(args_given if takes_reference else None) as beta:
             super().__init__(*args, **kwargs)
         self.selection = select_layers(self.model, selection)
-        _refuse_cast(self.args, None if full else self.model)
+        arguments.refuse_cast(self.args, None if full else self.model)
         self.checkpoint_format = "full" if full else checkpoint_format
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
@@ -463,74 +453,3 @@ class LayerMaskedMixin:
                 size = norm(start[id(p)] for p in parameters)
                 metrics[f"layerrl/relative_update/layer_{layer}"] = (moved / size).item()
         return metrics
-
-
-def _refuse_peft(selection: object, model: object, peft_config: object) -> None:
-    if isinstance(model, nn.Module) and is_peft(model):
-        given = "a PEFT model"
-    elif peft_config is not None:
-        given = "peft_config"
-    else:
-        return
-    raise SelectionError(
-        f"selection={selection!r} was given together with {given}: two ways of choosing what "
-        "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
-        "layers)."
-    )
-
-
-def _refuse_cast(args: Any, model: nn.Module | None) -> None:  # noqa: ANN401
-    """TRL casts the whole model, for good, when it generates with continuous batching."""
-    if model is None or not getattr(args, "use_transformers_continuous_batching", False):
-        return
-    cast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    others = {p.dtype for p in model.parameters()} - {cast}
-    if cast is not None and others:
-        raise SelectionError(
-            f"use_transformers_continuous_batching would cast the model from {others.pop()} to "
-            f"{cast} in the first generation, frozen tensors included. Load the model in {cast} "
-            f'(model_init_kwargs={{"dtype": "{str(cast).removeprefix("torch.")}"}}), or switch '
-            "mixed precision off (bf16=False)."
-        )
-
-
-def _check_bytes(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise SelectionError(f"{name} is {value!r}, expected a number of bytes, an int from 0 up")
-
-
-def _config_at(path: Any, args: Any) -> Any:  # noqa: ANN401
-    """The config of a model id or path; None where the trainer itself has to say what is wrong."""
-    options = dict(getattr(args, "model_init_kwargs", None) or {})
-    options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
-    try:
-        return AutoConfig.from_pretrained(path, **options)
-    except (OSError, TypeError, ValueError):
-        return None
-
-
-@contextmanager
-def _without_reference_model(args: Any) -> Iterator[float]:  # noqa: ANN401
-    """Let a trainer be made as if `beta` were 0, so that it loads no second model.
-
-    Yields:
-        The `beta` that the args had and have again afterwards.
-    """
-    beta, sync = getattr(args, "beta", 0.0), getattr(args, "sync_ref_model", False)
-    if not beta:
-        yield 0.0
-        return
-    args.beta, args.sync_ref_model = 0.0, False
-    try:
-        yield beta
-    finally:
-        args.beta, args.sync_ref_model = beta, sync
-
-
-def _bound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by the names of the first class behind the mixin that spells them out."""
-    for behind in cls.__mro__[cls.__mro__.index(LayerMaskedMixin) + 1 :]:
-        names = list(inspect.signature(behind.__init__).parameters)[1:]
-        if "model" in names:
-            return {**dict(zip(names, args, strict=False)), **kwargs}
-    return kwargs

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.grpo import make
 from tests.models import FAMILIES, VISION_FAMILIES, tiny
@@ -30,6 +31,10 @@ CONSTRUCTOR = (
     "LayerMaskedMixin.__init__ reads `model` and `peft_config` from the trainer's arguments"
 )
 BYTES = "delta._replace_bytes writes tensors at the offsets in a safetensors header"
+BACKWARD = "checkpointing.backward_from_first_trained removes that hook and sets that flag"
+SCORING = "replay and kept activations work around each pass that scores completions"
+SYNC = "trainer.sync.WeightSync swaps the model and the metadata of a sync"
+MASTERS = "precision.step_in_float32 replaces two methods of an optimizer"
 BUFFERS = "masking.frozen_tensors leaves out buffers that are not saved with the model"
 
 
@@ -262,6 +267,59 @@ class TestConstructor:
         # The README promises the user's own GRPOConfig.
         names = {"optim", "lr_scheduler_type", "max_grad_norm", "weight_decay", "beta"}
         assert names <= set(parameters_of(GRPOConfig)), CONSTRUCTOR
+
+
+class TestFastPath:
+    def test_checkpointing_has_one_flag_a_layer_and_a_hook_of_that_name(self, model):
+        model.activation_checkpointing_enable()
+        embedding = model.get_input_embeddings()
+        names = [hook.__name__ for hook in embedding._forward_hooks.values()]
+        assert names == ["make_inputs_require_grads"], BACKWARD
+        assert all(layer.gradient_checkpointing for layer in model.model.layers), BACKWARD
+
+    @pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer])
+    def test_completions_are_generated_and_scored_in_these_methods(self, trainer):
+        scored = parameters_of(trainer._get_per_token_logps_and_entropies)
+        assert scored[1:4] == ["model", "input_ids", "attention_mask"], SCORING
+        assert parameters_of(trainer._compute_loss)[1:] == ["model", "inputs"], SCORING
+        for name in ("_generate_and_score_completions", "_generate_single_turn"):
+            assert hasattr(trainer, name), SCORING
+
+    def test_a_batch_has_these_rows(self, model, tmp_path):
+        trainer = make(model, tmp_path)
+        batch = trainer._generate_and_score_completions(list(trainer.train_dataset)[:8])
+        rows = {f"{part}_{of}" for part in ("prompt", "completion") for of in ("ids", "mask")}
+        assert rows <= set(batch), SCORING
+        assert {len(batch[name]) for name in rows} == {8}, SCORING
+
+    def test_continuous_batching_casts_the_model(self):
+        source = inspect.getsource(GRPOTrainer._generate_single_turn)
+        assert "unwrapped_model.to(torch.bfloat16)" in source, (
+            "trainer.arguments.refuse_cast need no longer refuse"
+        )
+
+    def test_sync_walks_the_model_and_keeps_metadata(self):
+        source = inspect.getsource(VLLMGeneration)
+        for part in ("model = self.model", "self._weight_metadata is None", "model.named_param"):
+            assert part in source, SYNC
+        assert parameters_of(VLLMGeneration.sync_weights) == ["self"], SYNC
+
+    def test_torch_counts_writes_in_place(self):
+        parameter = nn.Parameter(torch.zeros(2))
+        before = parameter._version
+        with torch.no_grad():
+            parameter.add_(1)
+        assert parameter._version > before, SYNC
+
+    def test_optimizers_load_state_in_the_parameters_dtype_and_keep_lists(self):
+        parameter = nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([parameter], momentum=0.9)
+        held = optimizer.param_groups[0]["params"]
+        state = {"momentum_buffer": torch.zeros(2, dtype=torch.bfloat16)}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
+        assert optimizer.state[parameter]["momentum_buffer"].dtype == torch.float32, MASTERS
+        assert optimizer.param_groups[0]["params"] is held, MASTERS
 
 
 def test_metric_names_are_public(tmp_path):

@@ -190,3 +190,8 @@ class TestTrainer:
         arguments: dict[str, Any] = {name: value}
         with pytest.raises(SelectionError, match=rf"{name} is .*, expected a number of bytes"):
             make(tiny("llama"), tmp_path, selection=1, arguments=arguments)
+
+    @pytest.mark.parametrize("name", ["master_weights", "record_while_generating"])
+    def test_a_switch_that_is_none_is_refused(self, tmp_path, name):
+        with pytest.raises(SelectionError, match=f"{name} is 'no', expected True or False"):
+            make(tiny("llama"), tmp_path, selection=1, arguments={name: "no"})
