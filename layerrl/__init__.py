@@ -15,6 +15,7 @@ __all__ = [
     "LayerMaskedMixin",
     "LayerRLError",
     "LayerSelection",
+    "contribution_probe",
     "load_delta",
     "merge_delta",
     "published_contributions",
@@ -25,6 +26,7 @@ __all__ = [
 if TYPE_CHECKING:
     from layerrl.delta import load_delta, merge_delta, save_delta
     from layerrl.errors import LayerRLError
+    from layerrl.probe import contribution_probe
     from layerrl.report import ContributionReport, published_contributions
     from layerrl.selection import LayerSelection, select_layers
     from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
@@ -35,6 +37,7 @@ else:
         "LayerMaskedMixin": "trainer",
         "LayerRLError": "errors",
         "LayerSelection": "selection",
+        "contribution_probe": "probe",
         "load_delta": "delta",
         "merge_delta": "delta",
         "published_contributions": "report",

@@ -23,3 +23,11 @@ class DeltaError(LayerRLError, ValueError):
 
 class ReportError(LayerRLError, ValueError):
     """A report that does not hold what is asked of it, or that was never a report."""
+
+
+class JournalError(LayerRLError, RuntimeError):
+    """A journal of finished runs that cannot be read, written, or continued with these settings."""
+
+
+class ProbeError(LayerRLError, ValueError):
+    """A probe that was given something it cannot measure."""

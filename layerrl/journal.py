@@ -1,0 +1,137 @@
+"""Results that survive a killed process: one line of JSON each, in one file of a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerrl.errors import JournalError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+_VERSION = 1
+_ABSENT = "not given"
+
+
+class Journal:
+    """The finished runs of one sweep, and the settings they share.
+
+    Opened as a context manager by one process at a time. A line that was cut off by a kill or a
+    full disk is dropped when the file is opened again.
+
+    Args:
+        folder: Where it lies; made if missing.
+        settings: What every run in it has in common. JSON values.
+
+    Raises:
+        JournalError: If the folder holds a journal of other settings, of a newer layerrl or one
+            that was edited, if another process has it open, or if it cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        self.path = Path(folder) / "journal.jsonl"
+        self._settings = json.loads(json.dumps(settings))
+        self.entries: list[dict[str, Any]] = []
+        """What was recorded, oldest first."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise JournalError(f"cannot use {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise JournalError(
+                f"{self.path} is open in another process. Wait for it, or give each its own folder."
+            ) from error
+        try:
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Record one finished run, on disk when this returns.
+
+        Args:
+            entry: JSON values.
+
+        Raises:
+            JournalError: If it cannot be written; what was there before is unharmed.
+        """
+        self._write(entry)
+        self.entries.append(json.loads(json.dumps(entry)))
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            self._file.truncate(len(whole))
+        lines = whole.splitlines()
+        if not lines:
+            self._write({"version": _VERSION, "settings": self._settings})
+            return
+        parsed = []
+        for number, line in enumerate(lines, 1):
+            try:
+                parsed.append(json.loads(line))
+            except ValueError as error:
+                raise JournalError(
+                    f"line {number} of {self.path} is not JSON ({error}): somebody edited it. "
+                    "Repair the line, delete it to run it again, or give another folder."
+                ) from error
+        head, *self.entries = parsed
+        self._check(head)
+
+    def _check(self, head: Any) -> None:  # noqa: ANN401
+        version = head.get("version") if isinstance(head, dict) else None
+        if version != _VERSION or "settings" not in head:
+            raise JournalError(
+                f"{self.path} starts with {head!r:.80}, expected a journal of version {_VERSION}. "
+                "It is something else's, or a newer layerrl's: update layerrl, or give another "
+                "folder."
+            )
+        found = head["settings"]
+        differing = [
+            f"{name}: {found.get(name, _ABSENT)!r:.60} there, "
+            f"{self._settings.get(name, _ABSENT)!r:.60} here"
+            for name in sorted({*found, *self._settings})
+            if found.get(name, _ABSENT) != self._settings.get(name, _ABSENT)
+        ]
+        if differing:
+            raise JournalError(
+                f"{self.path} holds runs of other settings. {'; '.join(differing)}. Their scores "
+                "cannot be compared: give another folder, or the same settings."
+            )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(end)
+            raise JournalError(
+                f"cannot write to {self.path}: {error.strerror}. Finished runs before this one are "
+                "kept; the same call continues after them."
+            ) from error

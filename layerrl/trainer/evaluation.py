@@ -1,0 +1,86 @@
+"""A model's score on each prompt of a fixed set, by the trainer's own generation and rewards."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerrl.errors import ProbeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from datasets import Dataset
+
+_ROW = "layerrl_row"
+
+
+def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> tuple[float, ...]:  # noqa: ANN401
+    """The mean reward of each prompt's completions.
+
+    Random state is as it was afterwards, and so is the trainer: an evaluation in the middle of a
+    training changes nothing in it.
+
+    Args:
+        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
+        dataset: Prompts, with the columns that the rewards need.
+        greedy: Decode greedily instead of sampling as in training.
+
+    Returns:
+        One number per row, the weighted sum of the rewards as the trainer weighs them, averaged
+        over `num_generations_eval` completions.
+
+    Raises:
+        ProbeError: If a prompt was not scored, or not with a finite number.
+    """
+    found: dict[int, list[float]] = {row: [] for row in range(len(dataset))}
+    rewards_of = trainer._calculate_rewards
+
+    def noting(inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        rewards_BF = rewards_of(inputs, *args, **kwargs)
+        weighted_B = (rewards_BF * trainer.reward_weights.to(rewards_BF.device)).nansum(dim=1)
+        weighted_B[rewards_BF.isnan().all(dim=1)] = torch.nan
+        for example, reward in zip(inputs, weighted_B.tolist(), strict=True):
+            found[example[_ROW]].append(reward)
+        return rewards_BF
+
+    rows = dataset.add_column(_ROW, list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
+    training = [module for module in trainer.model.modules() if module.training]
+    try:
+        trainer._calculate_rewards = noting
+        trainer.model.eval()
+        with torch.random.fork_rng(), _greedy(trainer, greedy):
+            for batch in trainer.get_eval_dataloader(rows):
+                trainer._prepare_inputs(batch)
+    finally:
+        del trainer._calculate_rewards
+        for module in training:
+            module.training = True
+    for row, rewards in found.items():
+        if not rewards or not all(map(math.isfinite, rewards)):
+            raise ProbeError(
+                f"prompt {row} of the evaluation set got the rewards {rewards}, expected finite "
+                f"numbers: {dataset[row]['prompt']!r:.200}. Rewards: "
+                f"{', '.join(trainer.reward_func_names)}"
+            )
+    return tuple(sum(rewards) / len(rewards) for rewards in found.values())
+
+
+@contextmanager
+def _greedy(trainer: Any, greedy: bool) -> Iterator[None]:  # noqa: ANN401
+    if not greedy:
+        yield
+        return
+    vllm = getattr(trainer, "vllm_generation", None)
+    holder, name, value = (
+        (trainer.generation_config, "do_sample", False) if vllm is None else (vllm, "temperature", 0.0)
+    )
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)

@@ -1,0 +1,105 @@
+"""A journal loses at most what was being written, and is never continued with something else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from layerrl.errors import JournalError
+from layerrl.journal import Journal
+
+SETTINGS = {"steps": 5, "base": "abc"}
+
+
+def written(folder, *entries):
+    with Journal(folder, SETTINGS) as journal:
+        for entry in entries:
+            journal.append(entry)
+
+
+def read(folder, settings=SETTINGS):
+    with Journal(folder, settings) as journal:
+        return journal.entries
+
+
+def test_keeps_what_was_appended(tmp_path):
+    written(tmp_path / "new" / "folder", {"run": 1}, {"run": (2, 3)})
+    assert read(tmp_path / "new" / "folder") == [{"run": 1}, {"run": [2, 3]}]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12])
+def test_a_line_that_was_cut_off_is_dropped(tmp_path, cut):
+    written(tmp_path, {"run": 1}, {"run": 2})
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert read(tmp_path) == [{"run": 1}]
+    written(tmp_path, {"run": 3})
+    assert read(tmp_path) == [{"run": 1}, {"run": 3}]
+
+
+def test_a_head_that_was_cut_off_is_written_again(tmp_path):
+    written(tmp_path)
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:7])
+    assert read(tmp_path) == []
+    assert read(tmp_path) == []
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    written(tmp_path)
+    with pytest.raises(JournalError, match="rows: not given there, 3 here.*steps: 5 there, 6 here") as e:
+        read(tmp_path, {"steps": 6, "base": "abc", "rows": 3})
+    assert "base" not in str(e.value)
+
+
+def test_an_edited_line_is_named(tmp_path):
+    written(tmp_path, {"run": 1}, {"run": 2})
+    path = tmp_path / "journal.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = "{nonsense"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(JournalError, match=r"line 2 of .*journal\.jsonl is not JSON"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("head", [{"version": 2, "settings": SETTINGS}, {"other": 1}, [1]])
+def test_something_else_is_refused(tmp_path, head):
+    (tmp_path / "journal.jsonl").write_text(json.dumps(head) + "\n")
+    with pytest.raises(JournalError, match="expected a journal of version 1"):
+        read(tmp_path)
+
+
+def test_two_processes_are_refused(tmp_path):
+    program = (
+        "import sys; from layerrl.journal import Journal\n"
+        f"with Journal(sys.argv[1], {SETTINGS!r}): pass"
+    )
+    with Journal(tmp_path, SETTINGS):
+        other = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert "is open in another process" in other.stderr
+    assert read(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="cannot use"):
+        read(tmp_path / "file" / "folder")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    with Journal(tmp_path, SETTINGS) as journal:
+        journal.append({"run": 1})
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            with pytest.raises(JournalError, match="No space left on device"):
+                journal.append({"run": 2})
+        journal.append({"run": 3})
+    assert read(tmp_path) == [{"run": 1}, {"run": 3}]
