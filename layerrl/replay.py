@@ -138,11 +138,15 @@ class PrefixReplay:
             yield
             return
 
+        left = self._max_bytes - sum(part.nbytes for part in self._sampled)
+
         def record(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
+            nonlocal left
             hidden, *extra = output if isinstance(output, tuple) else (output,)
             extras = (None,) * len(extra) if isinstance(output, tuple) else None
             self._extras = [extras] * len(self._prefix)
-            if sum(part.nbytes for part in self._sampled) + hidden.nbytes <= self._max_bytes:
+            left -= hidden.nbytes
+            if left >= 0:
                 self._sampled.append(hidden)
 
         hook = self._prefix[-1].register_forward_hook(record)

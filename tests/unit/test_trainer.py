@@ -156,7 +156,6 @@ class TestSelection:
         with pytest.raises(ModelError, match="Linear has no decoder layers"):
             make(nn.Linear(2, 2), tmp_path, selection=1)
 
-    @pytest.mark.parametrize("by_path", [False, True], ids=["instance", "path"])
     def test_of_a_model_that_generation_would_cast_is_refused(self, model, tmp_path):
         changes = {"use_transformers_continuous_batching": True, "bf16": True}
         with pytest.raises(
@@ -166,6 +165,7 @@ class TestSelection:
         make(model, tmp_path, selection=1, **(changes | {"bf16": False}))
         make(model.to(torch.bfloat16), tmp_path, selection=1, **changes)
 
+    @pytest.mark.parametrize("by_path", [False, True], ids=["instance", "path"])
     def test_together_with_peft_config_is_refused(self, model, tmp_path, by_path):
         model.save_pretrained(tmp_path / "model")
         given = str(tmp_path / "model") if by_path else model
