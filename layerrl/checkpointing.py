@@ -132,6 +132,7 @@ class KeptActivations:
         self._max_bytes = max_bytes
         self._bytes_per_token = 0.0
         self._most_tokens = 0
+        self._recomputes = True
         self._spare: int | None = None
 
     @contextmanager
@@ -144,7 +145,9 @@ class KeptActivations:
             stepped: Whether the optimizer has stepped, and so has all its state.
         """
         training = torch.is_grad_enabled()
-        if not self._max_bytes or not any(map(_is_checkpointed, self._layers)):
+        if training:  # TRL switches checkpointing off to generate, and on again after scoring
+            self._recomputes = any(map(_is_checkpointed, self._layers))
+        if not self._max_bytes or not self._recomputes:
             yield
         elif training and self._bytes_per_token:
             num_kept = self._num_kept(num_tokens, held, stepped)
