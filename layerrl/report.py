@@ -59,7 +59,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class ContributionReport:
-    """Every layer's score and contribution, with 95 % intervals where there is something to resample.
+    """Every layer's score and contribution, with 95 % intervals where they can be had.
 
     Intervals are bootstrap intervals over evaluation prompts, paired between layers, base and full,
     and over seeds where a run has several. With one seed they say nothing about another seed.
@@ -123,9 +123,7 @@ class ContributionReport:
             ReportError: If base or full were not measured, or the gain between them is not
                 resolved from zero: a share of it would mean nothing.
         """
-        given = {
-            k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None
-        }
+        given = {k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None}
         if given:
             return given
         base, full = self._resolved_gain()
@@ -185,9 +183,7 @@ class ContributionReport:
 
     def _values(self) -> dict[int, float]:
         """What layers are ranked by."""
-        given = {
-            k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None
-        }
+        given = {k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None}
         return given or self.scores
 
     def top(self, k: int) -> LayerSelection:
@@ -307,7 +303,7 @@ class ContributionReport:
         version = data.get("version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > _VERSION:
             raise ReportError(
-                f"a report of version {version}; this layerrl reads up to {_VERSION}. Update layerrl."
+                f"a report of version {version}; this layerrl reads up to {_VERSION}: update it."
             )
         if version != _VERSION or set(data) != names:
             found = sorted(data) if isinstance(data, dict) else data
@@ -337,7 +333,7 @@ class ContributionReport:
 
         def cells(name: str, entry: Score, layer: int | None) -> tuple[str, ...]:
             draws = self._draws.get(name)
-            shown = ["–"] * 4
+            shown = ["-"] * 4
             if entry.score is not None:
                 shown[0] = f"{entry.score:.3f}"
             if draws is not None:
@@ -345,8 +341,8 @@ class ContributionReport:
             if layer in defined:
                 shown[2] = f"{defined[layer]:.2f}"
                 interval = self.contribution_interval(layer)
-                shown[3] = f"{interval:.2f}" if interval is not None else "–"
-            spent = [str(entry.steps or "–"), f"{entry.seconds:.0f}" if entry.seconds else "–"]
+                shown[3] = f"{interval:.2f}" if interval is not None else "-"
+            spent = [str(entry.steps or "-"), f"{entry.seconds:.0f}" if entry.seconds else "-"]
             state = entry.status + (f": {entry.note}" if entry.note else "")
             return (name, *shown, *spent, state)
 
@@ -375,7 +371,9 @@ class ContributionReport:
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        return "\n".join([f"Contribution of each layer, method {self.method!r}", *lines, *self._remarks()])
+        return "\n".join(
+            [f"Contribution of each layer, method {self.method!r}", *lines, *self._remarks()]
+        )
 
     def _repr_html_(self) -> str:
         header, *rows = self._rows()

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,7 +195,9 @@ class Sweep:
             if not torch.equal(tensor, self._base[name]):
                 tensor.copy_(self._base[name])
         found = fingerprints(now)
-        changed = sorted(n for n in {*found, *self._fingerprint} if found.get(n) != self._fingerprint.get(n))
+        changed = sorted(
+            n for n in {*found, *self._fingerprint} if found.get(n) != self._fingerprint.get(n)
+        )
         if changed:
             raise ProbeError(
                 f"after a run, {len(changed)} tensors of the model are not what they were, "
@@ -227,20 +230,17 @@ def _tensors(model: nn.Module, *, copy_them: bool = True) -> dict[str, torch.Ten
     return {name: t.detach().clone() if copy_them else t.detach() for name, t in named}
 
 
-class _as_found:  # noqa: N801 - a context manager
-    """Gives a model's flags and modes back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._modes = [(module, module.training) for module in model.modules()]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for parameter, flag in self._flags:
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Give a model's flags and modes back afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, training in self._modes:
+        for module, training in modes:
             module.training = training
 
 
@@ -250,11 +250,8 @@ def _settings(args: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def digest(dataset: Dataset) -> str:
+    """What tells a data set from another: its number of rows and a hash of them."""
     rows = hashlib.sha256()
-    for row in _rows(dataset):
+    for row in dataset:
         rows.update(json.dumps(row, sort_keys=True, default=str).encode())
     return f"{len(dataset)} rows {rows.hexdigest()[:16]}"
-
-
-def _rows(dataset: Dataset) -> Iterator[Any]:
-    return iter(dataset)

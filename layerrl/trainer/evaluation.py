@@ -76,7 +76,9 @@ def _greedy(trainer: Any, greedy: bool) -> Iterator[None]:  # noqa: ANN401
         return
     vllm = getattr(trainer, "vllm_generation", None)
     holder, name, value = (
-        (trainer.generation_config, "do_sample", False) if vllm is None else (vllm, "temperature", 0.0)
+        (trainer.generation_config, "do_sample", False)
+        if vllm is None
+        else (vllm, "temperature", 0.0)
     )
     before = getattr(holder, name)
     setattr(holder, name, value)

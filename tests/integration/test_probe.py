@@ -139,7 +139,7 @@ class TestJournal:
     def test_other_settings_in_the_folder_are_refused(self, model, tmp_path):
         probe(model, tmp_path, layers=[0])
         args = config(tmp_path / "unused", max_steps=3)
-        with pytest.raises(JournalError, match="args: .*greedy: True there, False here"):
+        with pytest.raises(JournalError, match=r"args: .*greedy: True there, False here"):
             probe(model, tmp_path, layers=[0], args=args, greedy=False)
         with torch.no_grad():
             model.model.norm.weight.add_(1)
@@ -187,7 +187,7 @@ class TestBadInput:
             probe(model, tmp_path, reward_funcs=nothing)
 
     def test_anything_else_is_refused_before_a_run(self, model, tmp_path):
-        with pytest.raises(ProbeError, match='method is \'magic\', expected "train"'):
+        with pytest.raises(ProbeError, match="method is 'magic', expected \"train\""):
             probe(model, tmp_path, method="magic")
         with pytest.raises(ProbeError, match="expected different ints"):
             probe(model, tmp_path, seeds=(1, 1))

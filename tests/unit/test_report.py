@@ -40,7 +40,9 @@ class TestNumbers:
 
     def test_a_gain_that_is_not_resolved_leaves_contributions_undefined(self):
         made = report(0.1, 0.3, full=0.125)
-        with pytest.raises(ReportError, match=r"from 0.100 to 0.125, a gain of \+0.025 \[.*not res"):
+        with pytest.raises(
+            ReportError, match=r"from 0.100 to 0.125, a gain of \+0.025 \[.*not res"
+        ):
             _ = made.contributions
         assert made.scores == pytest.approx({0: 0.1, 1: 0.3})
         assert "undefined" in str(made)
@@ -115,7 +117,7 @@ class TestJson:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"version": 99}, "version 99; this layerrl reads up to 1"),
+            ({"version": 99}, "version 99; this layerrl reads up to 1: update"),
             ({"version": None}, "expected the fields"),
             ({"other": 1}, "expected the fields"),
             ({"layers": [{"other": 1}]}, "not the JSON of a ContributionReport"),

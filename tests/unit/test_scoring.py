@@ -58,7 +58,9 @@ class TestBootstrap:
         for trial in range(1000):
             hard_P = torch.rand(num_prompts, generator=generator)
             right = {
-                name: (torch.rand(num_prompts, generator=generator) < hard_P ** (1 / skill)).double()
+                name: (
+                    torch.rand(num_prompts, generator=generator) < hard_P ** (1 / skill)
+                ).double()
                 for name, skill in (("base", 0.25), ("layer", 1.5), ("full", 2.0))
             }
             draws = bootstrap(
