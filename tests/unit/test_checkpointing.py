@@ -1,5 +1,6 @@
 """Activations are kept within a budget that was measured, and change nothing."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -107,6 +108,26 @@ class TestKeptActivations:
             assert flags(model) == [True, False, True, True]
             model(input_ids=IDS, labels=IDS).loss.backward()
         assert kept_layers(kept, model) == 3
+
+    def test_measuring_holds_on_to_nothing(self, model):
+        def tensors() -> int:
+            return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+        kept = kept_in(model, PLENTY)
+        scored(kept, model)
+        gc.collect()
+        gc.disable()  # a cycle would wait for it
+        try:
+            before = tensors()
+            for _ in range(3):
+                scored(kept, model)
+                kept._bytes_per_token = 0.0
+                with kept.during(IDS.numel()):
+                    model(input_ids=IDS, labels=IDS).loss.backward()
+                model.zero_grad()
+            assert tensors() == before
+        finally:
+            gc.enable()
 
     def test_gradients_are_the_same(self, model):
         def gradients() -> dict[str, torch.Tensor]:
