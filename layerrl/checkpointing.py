@@ -188,10 +188,11 @@ class KeptActivations:
             kept_anyway = {_storage(t) for t in given if isinstance(t, Tensor)}
             saved: dict[int, int] = {}
 
-            def count(tensor: Tensor) -> Tensor:
+            def count(tensor: Tensor) -> Tensor | None:
                 if _storage(tensor) not in kept_anyway:
                     saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
-                return tensor
+                # With its history, a tensor would hold on to the graph that it is saved in.
+                return tensor.detach() if training else None
 
             with (
                 torch.enable_grad(),

@@ -79,9 +79,10 @@ class LayerMaskedMixin:
             the last bits. If log-probabilities differ by more, as they do in bfloat16 (autocast,
             TRL's default, included), a warning says so and batches are recorded in a pass again.
         activation_bytes: Most memory that activations kept for the backward may take, so that fewer
-            layers are recomputed where gradient checkpointing is on. None: a quarter of what a
-            second model for the reference would have taken (nothing for `beta` 0), and on a GPU at
-            most half of what the first step left unused. 0: recompute every checkpointed layer.
+            layers are recomputed where gradient checkpointing is on. None: what a second model for
+            the reference would have taken (nothing for `beta` 0), less what is recorded of the
+            prefix, and on a GPU at most half of what a whole step left unused. 0: recompute every
+            checkpointed layer.
         master_weights: Update half-precision trained tensors in float32. The optimizer keeps those
             values, and its checkpoint holds them. Not for `"full"`, which is the plain trainer.
         checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
@@ -170,7 +171,7 @@ class LayerMaskedMixin:
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
             frozen = [p for p in self.model.parameters() if id(p) not in trained]
-            activation_bytes = sum(p.nbytes for p in frozen) // 4 if beta else 0
+            activation_bytes = sum(p.nbytes for p in frozen) if beta else 0
         self._kept = KeptActivations(self.model, self.selection, activation_bytes)
         self._master_weights = master_weights and not full
         self._weight_sync = None
