@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from typing import Self
 
 _VERSION = 1
-_ABSENT = "not given"
 
 
 class Journal:
@@ -111,10 +110,11 @@ class Journal:
             )
         found = head["settings"]
         differing = [
-            f"{name}: {found.get(name, _ABSENT)!r:.60} there, "
-            f"{self._settings.get(name, _ABSENT)!r:.60} here"
+            f"{name}: {_shown(found, name)} there, {_shown(self._settings, name)} here"
             for name in sorted({*found, *self._settings})
-            if found.get(name, _ABSENT) != self._settings.get(name, _ABSENT)
+            if name not in found
+            or name not in self._settings
+            or found[name] != self._settings[name]
         ]
         if differing:
             raise JournalError(
@@ -135,3 +135,7 @@ class Journal:
                 f"cannot write to {self.path}: {error.strerror}. Finished runs before this one are "
                 "kept; the same call continues after them."
             ) from error
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    return f"{settings[name]!r:.60}" if name in settings else "not given"
