@@ -11,12 +11,15 @@ from layerrl import errors
 
 ROOT = Path(layerrl.__file__).parents[1]
 PUBLIC = [
+    "ContributionReport",
     "LayerMaskedGRPOTrainer",
     "LayerMaskedMixin",
     "LayerRLError",
     "LayerSelection",
+    "contribution_probe",
     "load_delta",
     "merge_delta",
+    "published_contributions",
     "save_delta",
     "select_layers",
 ]
@@ -25,6 +28,9 @@ BUILTIN_BASE = {
     "SelectionError": ValueError,
     "FrozenTensorError": RuntimeError,
     "DeltaError": ValueError,
+    "ReportError": ValueError,
+    "JournalError": RuntimeError,
+    "ProbeError": ValueError,
 }
 
 
@@ -51,6 +57,10 @@ def run_python(code):
         (
             "from layerrl import LayerRLError",
             {"torch", "transformers", "trl", "peft", "matplotlib"},
+        ),
+        (
+            "from layerrl import ContributionReport, published_contributions",
+            {"transformers", "trl", "peft", "matplotlib"},
         ),
     ],
 )
