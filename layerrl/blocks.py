@@ -8,6 +8,7 @@ expert's index is not a layer's.
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import device, nn
 from layerrl.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 # Modules that wrap a whole model, or one submodule, under these names: torch.compile, DDP and
 # DataParallel, FSDP1, activation-checkpoint wrappers.
@@ -61,6 +62,29 @@ def is_peft(model: nn.Module) -> bool:
 def plain_name(name: str) -> str:
     """A tensor's name without the parts that wrappers around submodules put into it."""
     return _WRAPPER_IN_NAME.sub("", name)
+
+
+@contextmanager
+def replaced_forwards(
+    modules: Sequence[nn.Module], wrap: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let modules run something around their `forward`; afterwards each has its own again.
+
+    Args:
+        modules: The modules. A forward that somebody else put on one is wrapped, and put back.
+        wrap: Makes the new forward of an index and the present forward.
+    """
+    own = [vars(module).get("forward") for module in modules]
+    try:
+        for index, module in enumerate(modules):
+            module.forward = wrap(index, module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
 
 
 def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[str]:

@@ -5,16 +5,16 @@ Legend: B rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import find_blocks, unwrap
+from layerrl.blocks import find_blocks, replaced_forwards, unwrap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from layerrl.selection import LayerSelection
 
@@ -155,10 +155,11 @@ class KeptActivations:
                 yield
         else:
             measured = self._layers[:1] if training else self._layers
-            with _not_checkpointed(measured), ExitStack() as stack:
-                self._bytes_per_token = 0.0
-                for layer in measured:
-                    stack.enter_context(self._measuring(layer))
+            self._bytes_per_token = 0.0
+            with (
+                _not_checkpointed(measured),
+                replaced_forwards(measured, lambda i, run: self._measuring(measured[i], run)),
+            ):
                 yield
 
     def _num_kept(self, num_tokens: int, held: int, stepped: bool) -> int:
@@ -176,11 +177,8 @@ class KeptActivations:
             budget = min(budget, self._spare)
         return max(0, min(int(budget / (self._bytes_per_token * num_tokens)), len(self._layers)))
 
-    @contextmanager
-    def _measuring(self, layer: nn.Module) -> Iterator[None]:
+    def _measuring(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         training = torch.is_grad_enabled()
-        own = vars(layer).get("forward")
-        forward = layer.forward
 
         def counting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             args, kwargs = _with_input_grad(args, kwargs)
@@ -207,14 +205,7 @@ class KeptActivations:
                 return output
             return (hidden_BTH.detach(), *output[1:]) if several else hidden_BTH.detach()
 
-        try:
-            layer.forward = counting
-            yield
-        finally:
-            if own is None:
-                vars(layer).pop("forward", None)
-            else:
-                layer.forward = own
+        return counting
 
 
 def _storage(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import find_blocks
+from layerrl.blocks import find_blocks, replaced_forwards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,8 +142,7 @@ class PrefixReplay:
 
         def record(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ANN401
             nonlocal left
-            hidden, *extra = output if isinstance(output, tuple) else (output,)
-            extras = (None,) * len(extra) if isinstance(output, tuple) else None
+            hidden, extras = _parts(output)
             self._extras = [extras] * len(self._prefix)
             left -= hidden.nbytes
             if left >= 0:
@@ -283,15 +282,14 @@ class PrefixReplay:
         def record(index: int, forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
                 output = forward(*args, **kwargs)
-                hidden, *extra = output if isinstance(output, tuple) else (output,)
-                self._extras[index] = (None,) * len(extra) if isinstance(output, tuple) else None
+                hidden, self._extras[index] = _parts(output)
                 if index == last:
                     self._store(hidden.detach(), recording)
                 return output
 
             return run
 
-        return self._patched(record)
+        return replaced_forwards(self._prefix, record)
 
     def _store(self, hidden_BTH: Tensor, recording: Recording) -> None:
         assert recording.tokens_BT2 is not None
@@ -324,18 +322,11 @@ class PrefixReplay:
 
             return run
 
-        return self._patched(replaying)
+        return replaced_forwards(self._prefix, replaying)
 
-    @contextmanager
-    def _patched(self, wrap: Callable[[int, Forward], Forward]) -> Iterator[None]:
-        own = [vars(layer).get("forward") for layer in self._prefix]
-        try:
-            for index, layer in enumerate(self._prefix):
-                layer.forward = wrap(index, layer.forward)
-            yield
-        finally:
-            for layer, forward in zip(self._prefix, own, strict=True):
-                if forward is None:
-                    vars(layer).pop("forward", None)
-                else:
-                    layer.forward = forward
+
+def _parts(output: Any) -> tuple[Tensor, tuple[None, ...] | None]:  # noqa: ANN401
+    """A layer's hidden states, and what stands for the rest of its output; None: there is none."""
+    if isinstance(output, tuple):
+        return output[0], (None,) * (len(output) - 1)
+    return output, None
