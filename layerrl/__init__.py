@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from layerrl.delta import load_delta, merge_delta, save_delta
     from layerrl.errors import LayerRLError
     from layerrl.probe import contribution_probe
-    from layerrl.report import ContributionReport, published_contributions
+    from layerrl.published import published_contributions
+    from layerrl.report import ContributionReport
     from layerrl.selection import LayerSelection, select_layers
     from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
 else:
@@ -40,7 +41,7 @@ else:
         "contribution_probe": "probe",
         "load_delta": "delta",
         "merge_delta": "delta",
-        "published_contributions": "report",
+        "published_contributions": "published",
         "save_delta": "delta",
         "select_layers": "selection",
     }

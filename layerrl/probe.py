@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from layerrl.blocks import find_blocks
 from layerrl.errors import ProbeError
 from layerrl.selection import select_layers
 from layerrl.sweep import Sweep, digest
@@ -58,7 +57,7 @@ def contribution_probe(
         layers: Layers to measure, as `select_layers` takes them.
         modules: Globs inside the block: measure only this part of each layer.
         seeds: Seeds of the runs.
-        greedy: Evaluate greedily instead of sampling as in training.
+        greedy: Evaluate greedily, one completion a prompt, instead of sampling as in training.
         output_dir: Folder of the journal.
         trainer_class: A masked trainer class, or a factory with its arguments.
 
@@ -73,7 +72,6 @@ def contribution_probe(
     if method != "train":
         raise ProbeError(f'method is {method!r}, expected "train"')
     chosen = select_layers(model, layers, modules=modules)
-    wanted = range(len(find_blocks(model).modules)) if chosen.full else chosen.layers
     seeds = tuple(seeds)
     if not seeds or len({*seeds}) != len(seeds) or not all(type(seed) is int for seed in seeds):
         raise ProbeError(f"seeds is {seeds!r}, expected different ints, at least one")
@@ -105,7 +103,7 @@ def contribution_probe(
             "trainer": getattr(trainer_class, "__name__", str(trainer_class)),
         },
     )
-    return sweep.run(wanted, seeds)
+    return sweep.run(chosen.layers, seeds)
 
 
 def _check_prompts(train_dataset: Dataset, eval_dataset: Dataset) -> None:

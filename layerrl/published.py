@@ -1,4 +1,4 @@
-"""The paper's numbers, as data."""
+"""The paper's numbers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from importlib.resources import files
 from typing import Any
 
 from layerrl.errors import ReportError
+from layerrl.report import ContributionReport, Score
 
-CITATION = (
+_CITATION = (
     'Zhang et al., "Is One Layer Enough? Training A Single Transformer Layer Can Match '
     'Full-Parameter RL Training", arXiv:2607.01232 (2026)'
 )
 
 
-def published_table(name: str) -> dict[str, Any]:
-    """What the paper gives for one model.
-
-    Args:
-        name: The paper's name of the model, in any case, such as `"Qwen3-1.7B-Base"`.
-
-    Returns:
-        The model's entry in `data/published_contributions.json`, with its exact `name`.
-
-    Raises:
-        ReportError: If there is no such model.
-    """
+def _table(name: str) -> dict[str, Any]:
+    """The model's entry in the paper's numbers, with its exact `name`."""
     text = (files("layerrl") / "data" / "published_contributions.json").read_text()
     models = json.loads(text)["models"]
     by_lower = {known.lower(): known for known in models}
@@ -38,3 +29,39 @@ def published_table(name: str) -> dict[str, Any]:
             f"no contributions were published for {name!r}. {hint}Known: {', '.join(models)}"
         )
     return {"name": by_lower[wanted], **models[by_lower[wanted]]}
+
+
+def published_contributions(name: str) -> ContributionReport:
+    """The contributions that the paper gives for a model (arXiv:2607.01232).
+
+    They are single runs without intervals; of most models only some layers are known.
+
+    Args:
+        name: The paper's name of the model, in any case, with or without its organisation.
+
+    Returns:
+        A report in which missing layers are `"missing"`, with the citation as its `source`.
+
+    Raises:
+        ReportError: If nothing was published for it. Known and close names are listed.
+    """
+    table = _table(name)
+    scores, metric = table.get("scores", {}), table["metric"]
+    layers = []
+    for layer in range(table["num_layers"]):
+        value = table["contribution"].get(str(layer))
+        layers.append(
+            Score(
+                score=scores.get(str(layer), {}).get(metric),
+                contribution=value,
+                status="missing" if value is None else "done",
+            )
+        )
+    return ContributionReport(
+        method="published",
+        layers=tuple(layers),
+        base=Score(score=table["base_score"]),
+        full=Score(score=table["full_score"]),
+        settings={key: table[key] for key in ("name", "algorithm", "data", "metric")},
+        source=_CITATION,
+    )

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from layerrl.errors import ReportError
-from layerrl.published import CITATION, published_table
 from layerrl.scoring import Interval, bootstrap, contribution, interval_of, spearman
 from layerrl.selection import LayerSelection
 
@@ -86,7 +85,7 @@ class ContributionReport:
     @property
     def partial(self) -> bool:
         """Whether something is still missing."""
-        return any(entry is not None and entry.status == "missing" for entry in self._runs.values())
+        return any(entry.status == "missing" for entry in self._runs.values())
 
     @cached_property
     def _runs(self) -> dict[str, Score]:
@@ -98,17 +97,6 @@ class ContributionReport:
         """Resampled means, shape (D,), of all that was scored prompt by prompt."""
         runs = {name: run.scores for name, run in self._runs.items() if run.scores is not None}
         return bootstrap(runs) if runs else {}
-
-    @cached_property
-    def full_gain(self) -> tuple[float, Interval | None] | None:
-        """What full training gained over the base, and its interval; None where not measured."""
-        if self.base is None or self.full is None:
-            return None
-        if self.base.score is None or self.full.score is None:
-            return None
-        gain, draws = self.full.score - self.base.score, self._draws
-        both = "base" in draws and "full" in draws
-        return gain, interval_of(draws["full"] - draws["base"]) if both else None
 
     @property
     def scores(self) -> dict[int, float]:
@@ -123,30 +111,29 @@ class ContributionReport:
             ReportError: If base or full were not measured, or the gain between them is not
                 resolved from zero: a share of it would mean nothing.
         """
-        given = {k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None}
-        if given:
-            return given
+        if self._published:
+            return self._published
         base, full = self._resolved_gain()
         return {k: contribution(score, base, full) for k, score in self.scores.items()}
 
     def _resolved_gain(self) -> tuple[float, float]:
-        if self.full_gain is None:
+        """Scores of base and full, where the gain between them is not nothing."""
+        base, full = (None if end is None else end.score for end in (self.base, self.full))
+        if base is None or full is None:
             raise ReportError(
                 f"contributions need a score of the base and of a full-parameter run; this "
                 f"{self.method!r} report has none. Its `scores` rank the layers."
             )
-        gain, interval = self.full_gain
-        assert self.base is not None
-        assert self.full is not None
-        base, full = self.base.score, self.full.score
-        assert base is not None
-        assert full is not None
-        if gain == 0 or (interval is not None and 0 in interval):
+        draws, gain, shown = self._draws, full - base, ""
+        resolved = gain != 0
+        if {"base", "full"} <= set(draws):
+            interval = interval_of(draws["full"] - draws["base"])
+            resolved, shown = resolved and 0 not in interval, f" {interval:.3f}"
+        if not resolved:
             raise ReportError(
-                f"full training went from {base:.3f} to {full:.3f}, a gain of {gain:+.3f} "
-                f"{interval or ''}, which is not resolved from zero: a layer's share of it is "
-                "undefined. Train longer, tune the full run's learning rate, or evaluate on more "
-                "prompts."
+                f"full training went from {base:.3f} to {full:.3f}, a gain of {gain:+.3f}{shown}, "
+                "which is not resolved from zero: a layer's share of it is undefined. Train "
+                "longer, tune the full run's learning rate, or evaluate on more prompts."
             )
         return base, full
 
@@ -181,10 +168,13 @@ class ContributionReport:
         gained = draws["full"] - draws["base"]
         return interval_of((draws[str(layer)] - draws["base"]) / gained)
 
+    @property
+    def _published(self) -> dict[int, float]:
+        return {k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None}
+
     def _values(self) -> dict[int, float]:
         """What layers are ranked by."""
-        given = {k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None}
-        return given or self.scores
+        return self._published or self.scores
 
     def top(self, k: int) -> LayerSelection:
         """The k best layers, as a selection for any model with as many layers.
@@ -351,8 +341,8 @@ class ContributionReport:
         return rows + [cells(str(k), entry, k) for k, entry in enumerate(self.layers)]
 
     def _remarks(self) -> list[str]:
-        remarks = [f"partial: {sum(s.status == 'missing' for s in self.layers)} layers missing"]
-        remarks = remarks if self.partial else []
+        missing = [name for name, run in self._runs.items() if run.status == "missing"]
+        remarks = [f"Partial: {len(missing)} of {len(self._runs)} are missing."] if missing else []
         try:
             _ = self.contributions
         except ReportError as error:
@@ -419,39 +409,3 @@ class ContributionReport:
         ax.set(xlabel="layer", ylabel="contribution C" if shares else "score")
         ax.set_xlim(-0.7, self.num_layers - 0.3)
         return ax
-
-
-def published_contributions(name: str) -> ContributionReport:
-    """The contributions that the paper gives for a model (arXiv:2607.01232).
-
-    They are single runs without intervals; of most models only some layers are known.
-
-    Args:
-        name: The paper's name of the model, in any case, with or without its organisation.
-
-    Returns:
-        A report in which missing layers are `"missing"`, with the citation as its `source`.
-
-    Raises:
-        ReportError: If nothing was published for it. Known and close names are listed.
-    """
-    table = published_table(name)
-    scores, metric = table.get("scores", {}), table["metric"]
-    layers = []
-    for layer in range(table["num_layers"]):
-        value = table["contribution"].get(str(layer))
-        layers.append(
-            Score(
-                score=scores.get(str(layer), {}).get(metric),
-                contribution=value,
-                status="missing" if value is None else "done",
-            )
-        )
-    return ContributionReport(
-        method="published",
-        layers=tuple(layers),
-        base=Score(score=table["base_score"]),
-        full=Score(score=table["full_score"]),
-        settings={key: table[key] for key in ("name", "algorithm", "data", "metric")},
-        source=CITATION,
-    )

@@ -8,9 +8,8 @@ import hashlib
 import json
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,19 +38,13 @@ _NOT_SETTINGS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """One training, or the evaluation of the base."""
 
     name: str
     """`"base"`, `"full"` or the layer's number."""
-    seed: int | None = None
+    seed: int | None
     """None for the base."""
-
-    @property
-    def key(self) -> tuple[str, int | None]:
-        """What tells it from the others in a journal."""
-        return self.name, self.seed
 
 
 class Sweep:
@@ -111,12 +104,12 @@ class Sweep:
         Returns:
             The report.
         """
-        todo = [Run("base")] + [
+        todo = [Run("base", None)] + [
             Run(name, seed) for seed in seeds for name in ("full", *map(str, layers))
         ]
         with Journal(self._folder, self.settings) as journal:
             done = {(entry["name"], entry["seed"]) for entry in journal.entries}
-            missing = [run for run in todo if run.key not in done]
+            missing = [run for run in todo if run not in done]
             for run in tqdm(missing, desc="contribution", unit="run", disable=not missing):
                 journal.append({"name": run.name, "seed": run.seed, **self._measure(run)})
             return self.report(journal.entries, seeds)
@@ -133,7 +126,8 @@ class Sweep:
         """
 
         def score(name: str) -> Score:
-            of_run = [e for e in entries if e["name"] == name and e["seed"] in (None, *seeds)]
+            wanted = [(name, seed) for seed in (None, *seeds)]
+            of_run = [e for key in wanted for e in entries if (e["name"], e["seed"]) == key]
             if not of_run:
                 return Score(status="missing")
             return Score(

@@ -27,11 +27,11 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> tuple[floa
     Args:
         trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
         dataset: Prompts, with the columns that the rewards need.
-        greedy: Decode greedily instead of sampling as in training.
+        greedy: Decode greedily, once, instead of sampling as in training.
 
     Returns:
         One number per row, the weighted sum of the rewards as the trainer weighs them, averaged
-        over `num_generations_eval` completions.
+        over the prompt's completions: `num_generations_eval` where they are sampled.
 
     Raises:
         ProbeError: If a prompt was not scored, or not with a finite number.
@@ -75,14 +75,17 @@ def _greedy(trainer: Any, greedy: bool) -> Iterator[None]:  # noqa: ANN401
         yield
         return
     vllm = getattr(trainer, "vllm_generation", None)
-    holder, name, value = (
+    settings: list[tuple[Any, str, Any]] = [
+        (trainer, "num_generations_eval", 1),  # the others would be the same
         (trainer.generation_config, "do_sample", False)
         if vllm is None
-        else (vllm, "temperature", 0.0)
-    )
-    before = getattr(holder, name)
-    setattr(holder, name, value)
+        else (vllm, "temperature", 0.0),
+    ]
+    before = [getattr(holder, name) for holder, name, _ in settings]
     try:
+        for holder, name, value in settings:
+            setattr(holder, name, value)
         yield
     finally:
-        setattr(holder, name, before)
+        for (holder, name, _), value in zip(settings, before, strict=True):
+            setattr(holder, name, value)

@@ -104,6 +104,18 @@ class TestSweep:
         assert step == 1
         assert 0 <= score <= 17
 
+    @pytest.mark.parametrize(("greedy", "times"), [(True, 1), (False, 4)])
+    def test_a_prompt_is_decoded_once_where_it_is_greedy(self, model, tmp_path, greedy, times):
+        evaluated = []
+
+        def counting(prompts, completions, **_):
+            evaluated.extend(prompt for prompt in prompts if prompt in HELD_OUT["prompt"])
+            return reward(completions)
+
+        probe(model, tmp_path, reward_funcs=counting, layers=[0], greedy=greedy)
+        runs_evaluated = 3  # base, full and the layer
+        assert len(evaluated) == runs_evaluated * len(HELD_OUT) * times
+
     def test_several_seeds_and_parts_of_a_layer(self, model, tmp_path):
         report = probe(model, tmp_path, layers=[1], seeds=(3, 4), modules=["mlp.*"])
         assert runs(tmp_path)[1:] == [("full", 3), ("1", 3), ("full", 4), ("1", 4)]

@@ -197,15 +197,12 @@ class TestTrainer:
         trainer.train()
         assert set(found) == {expected}
 
-    @pytest.mark.parametrize(("beta", "least", "most"), [(0.0, 0, 0), (0.04, 1, 10**9)])
-    def test_by_default_spends_what_a_second_model_would_have_taken(
-        self, tmp_path, beta, least, most
-    ):
+    @pytest.mark.parametrize("beta", [0.0, 0.04])
+    def test_by_default_spends_what_a_second_model_would_have_taken(self, tmp_path, beta):
         model = load(saved(tmp_path / "base"))
         trainer = make(model, tmp_path / "run", selection=FIRST, beta=beta)
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         assert trainer._kept._max_bytes == (frozen if beta else 0)
-        assert least <= trainer._kept._max_bytes <= most
 
     @pytest.mark.parametrize("value", [-1, 1.5, True, "1 GB"])
     @pytest.mark.parametrize("name", ["activation_bytes", "prefix_cache_bytes"])

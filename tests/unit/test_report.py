@@ -8,7 +8,8 @@ import pytest
 
 from layerrl import select_layers
 from layerrl.errors import ReportError
-from layerrl.report import ContributionReport, Score, published_contributions
+from layerrl.published import published_contributions
+from layerrl.report import ContributionReport, Score
 from tests.models import tiny_config
 
 mpl.use("Agg")
@@ -59,7 +60,7 @@ class TestNumbers:
         made = report(layers=layers)
         assert made.partial
         assert list(made.contributions) == [0]
-        assert "partial: 1 layers missing" in str(made)
+        assert "Partial: 1 of 4 are missing." in str(made)
 
 
 class TestTop:
