@@ -5,6 +5,7 @@ so the split is by problem: 80 are held out for good, whatever the seed, and 120
 """
 
 import importlib.util
+import json
 import random
 import re
 import shutil
@@ -77,9 +78,29 @@ def problems(seed: int, *, chat: bool) -> Problems:
     )
 
 
+def problems_in(file: Path, *, chat: bool) -> Problems:
+    """Other problems, from JSON lines with a `prompt` and an integer `answer`; a fifth held out."""
+    rows: dict[str, Any] = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            text, answer = str(row["prompt"]), str(int(row["answer"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SystemExit(
+                f'{file}, line {number}: expected {{"prompt": "...", "answer": 12}}, got {line:.80}'
+            ) from error
+        prompt = [{"role": "user", "content": text}] if chat else text
+        rows[text] = {"prompt": prompt, "answer": answer}
+    if len(rows) < 10:
+        raise SystemExit(f"{file} has {len(rows)} different prompts, expected at least 10")
+    held_out = set(random.Random(0).sample(sorted(rows), min(len(rows) // 5, EVALUATED)))
+    kept, out = [[r for t, r in rows.items() if (t in held_out) is k] for k in (False, True)]
+    return Problems(train=Dataset.from_list(kept), held_out=Dataset.from_list(out))
+
+
 def reward(completions: list[Any], answer: list[str], **_: object) -> list[float]:
     """1 where the last integer of the completion is the answer, otherwise 0."""
-    return [float(_last_integer(c) == int(a)) for c, a in zip(completions, answer, strict=True)]
+    return [float(last_integer(c) == int(a)) for c, a in zip(completions, answer, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -98,11 +119,10 @@ def evaluate(model: Any, tokenizer: Any, data: Dataset) -> Score:
     and counted as often as it occurs, and the interval (bootstrap) is over distinct problems.
     """
     keys = [str(prompt) for prompt in data["prompt"]]
-    first = {key: row for row, key in reversed(list(enumerate(keys)))}
-    distinct = data.select(sorted(first.values()))
-    weights = np.array([keys.count(str(prompt)) for prompt in distinct["prompt"]], dtype=float)
-    completions = _greedy(model, tokenizer, list(distinct["prompt"]))
-    right = np.array(reward(completions, distinct["answer"]))
+    once = distinct(data)
+    weights = np.array([keys.count(str(prompt)) for prompt in once["prompt"]], dtype=float)
+    completions = answers(model, tokenizer, once)
+    right = np.array(reward(completions, once["answer"]))
     draws = np.random.default_rng(0).integers(len(right), size=(10_000, len(right)))
     sampled = (right * weights)[draws].sum(1) / weights[draws].sum(1)
     low, high = np.percentile(sampled, [2.5, 97.5])
@@ -113,20 +133,16 @@ def evaluate(model: Any, tokenizer: Any, data: Dataset) -> Score:
     )
 
 
-def _drawn(seed: int, size: int) -> Any:
-    return reasoning_gym.create_dataset(
-        "chain_sum", seed=seed, size=size, min_terms=2, max_terms=2, min_digits=1, max_digits=1
-    )
-
-
-def _last_integer(completion: Any) -> int | None:
-    text = completion if isinstance(completion, str) else completion[-1]["content"]
-    found = re.findall(r"-?\d+", text)
-    return int(found[-1]) if found else None
+def distinct(data: Dataset) -> Dataset:
+    """The first row of each problem."""
+    first = {str(prompt): row for row, prompt in reversed(list(enumerate(data["prompt"])))}
+    return data.select(sorted(first.values()))
 
 
 @torch.no_grad()
-def _greedy(model: Any, tokenizer: Any, prompts: list[Any]) -> list[str]:
+def answers(model: Any, tokenizer: Any, data: Dataset, temperature: float = 0.0) -> list[str]:
+    """What the model writes for each row: greedily, or sampled at a temperature."""
+    prompts = list(data["prompt"])
     chat = not isinstance(prompts[0], str)
     if chat:
         render = {"add_generation_prompt": True, "tokenize": False}
@@ -138,10 +154,26 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[Any]) -> list[str]:
         return_tensors="pt",
         add_special_tokens=not chat,
     )
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     model.eval()
     output = model.generate(
-        **inputs.to(model.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        **inputs.to(model.device),
+        max_new_tokens=MAX_NEW_TOKENS,
+        **(sampled if temperature else {"do_sample": False}),
     )
     return tokenizer.batch_decode(
         output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+
+
+def last_integer(completion: Any) -> int | None:
+    """The answer in a completion; None if there is no integer in it."""
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    found = re.findall(r"-?\d+", text)
+    return int(found[-1]) if found else None
+
+
+def _drawn(seed: int, size: int) -> Any:
+    return reasoning_gym.create_dataset(
+        "chain_sum", seed=seed, size=size, min_terms=2, max_terms=2, min_digits=1, max_digits=1
     )

@@ -24,7 +24,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from layerrl.delta import load_delta, merge_delta, save_delta
+    from layerrl.delta import load_delta, save_delta
+    from layerrl.delta.merging import merge_delta
     from layerrl.errors import LayerRLError
     from layerrl.probe import contribution_probe
     from layerrl.published import published_contributions
@@ -40,7 +41,7 @@ else:
         "LayerSelection": "selection",
         "contribution_probe": "probe",
         "load_delta": "delta",
-        "merge_delta": "delta",
+        "merge_delta": "delta.merging",
         "published_contributions": "published",
         "save_delta": "delta",
         "select_layers": "selection",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 _VERSION = 1
+_ABSENT = object()
 
 
 class Journal:
@@ -41,7 +43,7 @@ class Journal:
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
+            self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
             raise JournalError(f"cannot use {self.path}: {error.strerror}") from error
         try:
@@ -109,13 +111,7 @@ class Journal:
                 "folder."
             )
         found = head["settings"]
-        differing = [
-            f"{name}: {_shown(found, name)} there, {_shown(self._settings, name)} here"
-            for name in sorted({*found, *self._settings})
-            if name not in found
-            or name not in self._settings
-            or found[name] != self._settings[name]
-        ]
+        differing = _differences(found, self._settings)
         if differing:
             raise JournalError(
                 f"{self.path} holds runs of other settings. {'; '.join(differing)}. Their scores "
@@ -126,8 +122,8 @@ class Journal:
         line = json.dumps(entry).encode() + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(line)
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             self._file.truncate(end)
@@ -137,5 +133,36 @@ class Journal:
             ) from error
 
 
-def _shown(settings: dict[str, Any], name: str) -> str:
-    return f"{settings[name]!r:.60}" if name in settings else "not given"
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*there, *here}):
+        values = [settings.get(name, _ABSENT) for settings in (there, here)]
+        if all(isinstance(value, dict) for value in values):
+            found += _differences(*values, prefix=f"{prefix}{name}.")
+        elif values[0] != values[1]:
+            old, new = ("not given" if v is _ABSENT else f"{v!r:.60}" for v in values)
+            found.append(f"{prefix}{name}: {old} there, {new} here")
+    return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that others find either as it was or as it is to be.
+
+    Args:
+        path: Where.
+        text: What.
+
+    Raises:
+        JournalError: If it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise JournalError(
+            f"cannot write {path}: {error.strerror}. The journal beside it has all finished runs; "
+            "the same call continues after them."
+        ) from error

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
+from layerrl.plotting import plot_layers
 from layerrl.scoring import Interval, bootstrap, contribution, interval_of, spearman
 from layerrl.selection import LayerSelection
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 _VERSION = 1
@@ -31,6 +35,8 @@ class Score:
     """Mean over prompts and seeds; None where it is missing."""
     scores: tuple[tuple[float, ...], ...] | None = None
     """Each seed's score on each prompt; None where only the mean is known."""
+    curve: tuple[tuple[int, tuple[tuple[float, ...], ...]], ...] = ()
+    """The same at steps on the way: pairs of a step and `scores`."""
     contribution: float | None = None
     """C as somebody published it; None: it follows from the scores."""
     seconds: float = 0.0
@@ -43,17 +49,24 @@ class Score:
     """Why it was dropped, or what else there is to know."""
 
     def __post_init__(self) -> None:
+        curve = tuple((step, _rows(scores)) for step, scores in self.curve)
+        object.__setattr__(self, "curve", curve)
         if self.scores is None:
             return
-        rows = tuple(tuple(map(float, row)) for row in self.scores)
-        sizes = {len(row) for row in rows}
-        if len(sizes) != 1 or 0 in sizes or not all(math.isfinite(v) for row in rows for v in row):
-            raise ReportError(
-                f"scores of {sorted(sizes)} prompts: expected, for every seed, one finite number "
-                "for each of the same prompts"
-            )
+        rows = _rows(self.scores)
         object.__setattr__(self, "scores", rows)
         object.__setattr__(self, "score", sum(map(sum, rows)) / (len(rows) * len(rows[0])))
+
+
+def _rows(scores: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
+    rows = tuple(tuple(map(float, row)) for row in scores)
+    sizes = {len(row) for row in rows}
+    if len(sizes) != 1 or 0 in sizes or not all(math.isfinite(v) for row in rows for v in row):
+        raise ReportError(
+            f"scores of {sorted(sizes)} prompts: expected, for every seed, one finite number "
+            "for each of the same prompts"
+        )
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +97,18 @@ class ContributionReport:
 
     @property
     def partial(self) -> bool:
-        """Whether something is still missing."""
-        return any(entry.status == "missing" for entry in self._runs.values())
+        """Whether something is still missing: a layer, or one of its seeds."""
+        return bool(self._missing)
+
+    @property
+    def _missing(self) -> str:
+        seeds = len(self.settings.get("seeds", ()))
+        runs = {name: run for name, run in self._runs.items() if name != "base"}
+        missing = [name for name, run in self._runs.items() if run.status == "missing"]
+        fewer = [n for n, run in runs.items() if run.scores and len(run.scores) < seeds]
+        texts = [f"{len(missing)} of {len(self._runs)} are missing"] if missing else []
+        texts += [f"{len(fewer)} have fewer than {seeds} seeds"] if fewer else []
+        return ", ".join(texts)
 
     @cached_property
     def _runs(self) -> dict[str, Score]:
@@ -161,12 +184,11 @@ class ContributionReport:
         Raises:
             ReportError: If contributions are undefined.
         """
-        draws = self._draws
-        if {str(layer), "base", "full"} - set(draws):
+        draws_D = self._draws_at(layer, shares=True)
+        if draws_D is None:
             return None
         self._resolved_gain()
-        gained = draws["full"] - draws["base"]
-        return interval_of((draws[str(layer)] - draws["base"]) / gained)
+        return interval_of(draws_D)
 
     @property
     def _published(self) -> dict[int, float]:
@@ -253,6 +275,40 @@ class ContributionReport:
         ours_DK, theirs_DK = torch.broadcast_tensors(ours_DK, theirs_DK)
         draws_D = spearman(ours_DK, theirs_DK)
         return correlation, interval_of(draws_D[~draws_D.isnan()])
+
+    def compare(self, other: ContributionReport) -> Comparison:
+        """How another report agrees with this one: on the order of the layers, and on each.
+
+        Args:
+            other: The other report, such as that of another task or other seeds.
+
+        Returns:
+            The comparison, which prints as a table.
+
+        Raises:
+            ReportError: If fewer than three layers can be compared.
+        """
+        correlation, interval = self.spearman(other)
+        both = self._defined(), other._defined()
+        shares = all(both)
+        here, there = both if shares else (self._values(), other._values())
+        values, differences = {}, {}
+        if self.num_layers == other.num_layers:
+            values = {layer: (here[layer], there[layer]) for layer in here if layer in there}
+        for layer in values:
+            found = [report._draws_at(layer, shares) for report in (self, other)]
+            known = [draws for draws in found if draws is not None]
+            differences[layer] = interval_of(known[1] - known[0]) if len(known) == 2 else None
+        return Comparison(correlation, interval, "C" if shares else "score", values, differences)
+
+    def _draws_at(self, layer: int, shares: bool) -> Tensor | None:
+        """Resampled values of a layer: contributions, or scores."""
+        draws = self._draws
+        if str(layer) not in draws or not shares:
+            return draws.get(str(layer))
+        if not {"base", "full"} <= set(draws):
+            return None
+        return (draws[str(layer)] - draws["base"]) / (draws["full"] - draws["base"])
 
     def _at(self, depth: float) -> list[tuple[int, float]]:
         """Layers and weights whose mix lies at a relative depth."""
@@ -341,8 +397,7 @@ class ContributionReport:
         return rows + [cells(str(k), entry, k) for k, entry in enumerate(self.layers)]
 
     def _remarks(self) -> list[str]:
-        missing = [name for name, run in self._runs.items() if run.status == "missing"]
-        remarks = [f"Partial: {len(missing)} of {len(self._runs)} are missing."] if missing else []
+        remarks = [f"Partial: {self._missing}."] if self.partial else []
         try:
             _ = self.contributions
         except ReportError as error:
@@ -350,6 +405,13 @@ class ContributionReport:
         counts = {len(run.scores) for run in self._runs.values() if run.scores is not None}
         if counts == {1} and self.method == "train":
             remarks.append("One seed a run: the intervals say nothing about another seed.")
+        rates = [
+            args.get("learning_rate")
+            for name in ("args", "full_args")
+            if isinstance(args := self.settings.get(name), dict)
+        ]
+        if len({*rates}) > 1:
+            remarks.append(f"Learning rate {rates[0]:g} for a layer, {rates[1]:g} for all of it.")
         if not self._draws:
             remarks.append("No intervals: only means are known.")
         return remarks + ([self.source] if self.source else [])
@@ -377,7 +439,7 @@ class ContributionReport:
     def plot(self, ax: Any = None) -> Any:  # noqa: ANN401 - matplotlib's Axes
         """Contribution against depth, or the score where there is no contribution.
 
-        Filled: the interval excludes the base, 0. Open: it does not, or there is none.
+        Filled: the interval excludes the base. Open: it does not, or there is none.
 
         Args:
             ax: Matplotlib axes; None makes a figure.
@@ -388,24 +450,17 @@ class ContributionReport:
         Raises:
             ReportError: If matplotlib is missing.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ReportError('plotting needs matplotlib: pip install "layerrl[plot]"') from error
-        if ax is None:
-            _, ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
-        values = self._defined() or self.scores
-        shares = bool(self._defined())
-        for layer, value in values.items():
-            interval = self.contribution_interval(layer) if shares else self.interval(layer)
-            resolved = interval is not None and (0 not in interval if shares else True)
-            if interval is not None:
-                ax.plot([layer, layer], [interval.low, interval.high], color="tab:blue", lw=1)
-            face = "tab:blue" if resolved else "white"
-            ax.plot(layer, value, "o", color="tab:blue", markerfacecolor=face, markersize=5)
-        if shares:
-            ax.axhline(0, color="black", lw=0.8)
-            ax.axhline(1, color="black", lw=0.8, linestyle="--")
-        ax.set(xlabel="layer", ylabel="contribution C" if shares else "score")
-        ax.set_xlim(-0.7, self.num_layers - 0.3)
-        return ax
+        shares = self._defined()
+        values = shares or self.scores
+        find = self.contribution_interval if shares else self.interval
+        lines = {0.0: "base", 1.0: "full"} if shares else {}
+        if not shares and self.base is not None and self.base.score is not None:
+            lines = {self.base.score: "base"}
+        return plot_layers(
+            values,
+            {layer: find(layer) for layer in values},
+            num_layers=self.num_layers,
+            quantity="contribution C" if shares else "score",
+            lines=lines,
+            ax=ax,
+        )

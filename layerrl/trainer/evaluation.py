@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import random
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from layerrl.errors import ProbeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from datasets import Dataset
 
 _ROW = "layerrl_row"
 
 
-def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> tuple[float, ...]:  # noqa: ANN401
+def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float]:  # noqa: ANN401
     """The mean reward of each prompt's completions.
 
     Random state is as it was afterwards, and so is the trainer: an evaluation in the middle of a
@@ -37,26 +39,19 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> tuple[floa
         ProbeError: If a prompt was not scored, or not with a finite number.
     """
     found: dict[int, list[float]] = {row: [] for row in range(len(dataset))}
-    rewards_of = trainer._calculate_rewards
 
-    def noting(inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        rewards_BF = rewards_of(inputs, *args, **kwargs)
-        weighted_B = (rewards_BF * trainer.reward_weights.to(rewards_BF.device)).nansum(dim=1)
-        weighted_B[rewards_BF.isnan().all(dim=1)] = torch.nan
-        for example, reward in zip(inputs, weighted_B.tolist(), strict=True):
+    def note(inputs: Any, rewards: list[float]) -> None:  # noqa: ANN401
+        for example, reward in zip(inputs, rewards, strict=True):
             found[example[_ROW]].append(reward)
-        return rewards_BF
 
     rows = dataset.add_column(_ROW, list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
     training = [module for module in trainer.model.modules() if module.training]
     try:
-        trainer._calculate_rewards = noting
         trainer.model.eval()
-        with torch.random.fork_rng(), _greedy(trainer, greedy):
+        with _random_state_kept(), _greedy(trainer, greedy), watched_rewards(trainer, note):
             for batch in trainer.get_eval_dataloader(rows):
                 trainer._prepare_inputs(batch)
     finally:
-        del trainer._calculate_rewards
         for module in training:
             module.training = True
     for row, rewards in found.items():
@@ -66,7 +61,49 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> tuple[floa
                 f"numbers: {dataset[row]['prompt']!r:.200}. Rewards: "
                 f"{', '.join(trainer.reward_func_names)}"
             )
-    return tuple(sum(rewards) / len(rewards) for rewards in found.values())
+    return [sum(rewards) / len(rewards) for rewards in found.values()]
+
+
+@contextmanager
+def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> Iterator[None]:  # noqa: ANN401
+    """Show somebody what is rewarded.
+
+    Args:
+        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
+        look: Called with the rows of each rewarded batch, and their rewards as the trainer weighs
+            them; NaN where no function gave one.
+
+    Yields:
+        Nothing.
+    """
+    calculate, own = trainer._calculate_rewards, "_calculate_rewards" in vars(trainer)
+
+    def watched(inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        rewards_BF = calculate(inputs, *args, **kwargs)
+        weighted_B = (rewards_BF * trainer.reward_weights.to(rewards_BF.device)).nansum(dim=1)
+        weighted_B[rewards_BF.isnan().all(dim=1)] = torch.nan
+        look(inputs, weighted_B.tolist())
+        return rewards_BF
+
+    trainer._calculate_rewards = watched
+    try:
+        yield
+    finally:
+        if own:
+            trainer._calculate_rewards = calculate
+        else:
+            del trainer._calculate_rewards
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 @contextmanager

@@ -11,8 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from trl.trainer.utils import RepeatSampler
 
 from layerrl.checkpointing import KeptActivations, backward_from_first_trained
 from layerrl.delta import DeltaBase, restore_delta, save_delta
@@ -179,6 +182,7 @@ class LayerMaskedMixin:
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
+        self._epochs_trained = 0
         self._mask = ExitStack()
         self.add_callback(FrozenCheck(self.check_frozen))
         self._initial: Mapping[str, Tensor] = {}
@@ -204,6 +208,7 @@ class LayerMaskedMixin:
             FrozenTensorError: If a frozen tensor changed, at train start, at a save or at the end.
         """
         self._mask_model()
+        self._epochs_trained = 0
         try:
             return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         except BaseException:
@@ -358,6 +363,8 @@ class LayerMaskedMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         folder = Path(resume_from_checkpoint)
         self._sync_everything()
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        self._epochs_trained = int(state.epoch or 0)
         if not (folder / _DELTA).is_dir():
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -373,6 +380,14 @@ class LayerMaskedMixin:
         restore_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
         if isinstance(getattr(self, "ref_model", None), ReferenceModel):
             self.ref_model.load_tensors(reference)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Go on with this epoch's order of the data: TRL's sampler would repeat the first one's."""
+        sampler = super()._get_train_sampler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(sampler, RepeatSampler):
+            for _ in range(self._epochs_trained):
+                next(iter(sampler), None)  # draws the order of one epoch
+        return sampler
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -30,7 +30,7 @@ BLOCKS = "blocks.find_blocks asks a vision-language model for its text stack"
 CONSTRUCTOR = (
     "LayerMaskedMixin.__init__ reads `model` and `peft_config` from the trainer's arguments"
 )
-BYTES = "delta._replace_bytes writes tensors at the offsets in a safetensors header"
+BYTES = "delta.merging._replace_bytes writes tensors at the offsets in a safetensors header"
 BACKWARD = "checkpointing.backward_from_first_trained removes that hook and sets that flag"
 SCORING = "replay and kept activations work around each pass that scores completions"
 SYNC = "trainer.sync.WeightSync swaps the model and the metadata of a sync"

@@ -25,19 +25,30 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems whose answer a model of random weights hits at times."""
+    file = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    lines = [
+        {"prompt": f"{digit}{letter}", "answer": digit} for digit in range(10) for letter in "abcd"
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
 def run(example: Path, *options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, example, *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
-def test_example_runs_twice_in_the_same_folder(
-    example: Path, model_folder: Path, tmp_path: Path
-) -> None:
+QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
+
+
+def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for layers in ("1", "middle:2"):
         ended = run(
-            example, "--model", model_folder, "--layers", layers, "--steps", 2, "--output", out
+            QUICKSTART, "--model", model_folder, "--layers", layers, "--steps", 2, "--output", out
         )
         assert ended.returncode == 0, ended.stderr
     summary = json.loads((out / "summary.json").read_text())
@@ -47,7 +58,38 @@ def test_example_runs_twice_in_the_same_folder(
     assert left == {"delta", "merged", "reward.png", "summary.json", "trainer"}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_a_sweep_and_the_strategies_that_follow_from_it(
+    model_folder: Path, problems: Path, tmp_path: Path
+) -> None:
+    shared = ["--model", model_folder, "--data", problems, "--steps", 1]
+    sweep = tmp_path / "sweep"
+    ended = run(SWEEP, *shared, "--output", sweep)
+    assert ended.returncode == 0, ended.stderr
+    assert {"journal.jsonl", "report.json", "contributions.png"} <= {
+        f.name for f in sweep.iterdir()
+    }
+    for _ in range(2):
+        options = ["--report", sweep / "report.json", "--k", 1, "--output", tmp_path / "out"]
+        ended = run(STRATEGIES, *shared, *options)
+        assert ended.returncode == 0, ended.stderr
+        names = [line[:10].strip() for line in ended.stdout.splitlines()[2:]]
+        assert names == ["base", "full", "only 1", "boost 1", "middle 1", "worst 1"]
+    assert "only 1:" not in ended.stderr  # nothing is trained again
+
+
+def test_layers_vote(model_folder: Path, problems: Path, tmp_path: Path) -> None:
+    shared = ["--model", model_folder, "--data", problems, "--steps", 1, "--layers", "0,2"]
+    ended = run(VOTE, *shared, "--output", tmp_path / "out")
+    assert ended.returncode == 0, ended.stderr
+    assert "2 layers vote" in ended.stdout
+    assert {f.name for f in (tmp_path / "out").glob("layer-*")} == {
+        "layer-0",
+        "layer-2",
+        "layer-full",
+    }
+
+
+@pytest.mark.parametrize("example", [QUICKSTART, SWEEP, VOTE], ids=lambda file: file.stem)
 def test_example_shows_the_sentence_of_a_bad_selection(
     example: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -61,3 +103,11 @@ def test_example_shows_the_sentence_of_a_bad_selection(
             "'model.layers'"
         )
     )
+
+
+def test_problems_that_cannot_be_read_are_named(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "odd.jsonl"
+    file.write_text('{"prompt": "1", "answer": 1}\n{"prompt": "2"}\n')
+    ended = run(QUICKSTART, "--model", model_folder, "--data", file, "--output", tmp_path / "out")
+    assert ended.returncode != 0
+    assert "line 2: expected" in ended.stderr

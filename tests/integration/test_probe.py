@@ -2,10 +2,14 @@
 
 import json
 import os
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ import torch
 from datasets import Dataset
 from torch.testing import assert_close
 
-from layerrl import LayerMaskedGRPOTrainer, contribution_probe
+from layerrl import ContributionReport, LayerMaskedGRPOTrainer, contribution_probe
 from layerrl.errors import JournalError, ProbeError, ReportError, SelectionError
 from tests.grpo import PROMPTS, config, reward, tokenizer
 from tests.models import tiny
@@ -100,9 +104,9 @@ class TestSweep:
         watched = probe(model, tmp_path / "watched", layers=[2], args=args)
         assert watched.layers[2].scores == plain.layers[2].scores
         [*_, last] = (tmp_path / "watched" / "journal.jsonl").read_text().splitlines()
-        [[step, score]] = json.loads(last)["curve"]
+        [[step, scores]] = json.loads(last)["curve"]
         assert step == 1
-        assert 0 <= score <= 17
+        assert watched.layers[2].curve == ((1, (tuple(scores),)),)
 
     @pytest.mark.parametrize(("greedy", "times"), [(True, 1), (False, 4)])
     def test_a_prompt_is_decoded_once_where_it_is_greedy(self, model, tmp_path, greedy, times):
@@ -139,6 +143,96 @@ class TestSweep:
         assert len(made) == 4
 
 
+class TestHalving:
+    """Eight steps: layers can be dropped after one, two and four."""
+
+    @pytest.fixture
+    def dropping(self, monkeypatch):
+        """Have the worst layer dropped at each rung, sure or not, as long as there are two."""
+
+        def worst(scores):
+            if len(scores) == 1 or not dropping.on:
+                return {}
+            means = {layer: sum(map(sum, rows)) for layer, rows in scores.items()}
+            return {min(means, key=means.__getitem__): "behind"}
+
+        dropping = SimpleNamespace(on=True)
+        monkeypatch.setattr("layerrl.sweep.below_the_cut", worst)
+        return dropping
+
+    def eight(self, folder: Any, **changes: Any) -> dict[str, Any]:
+        return {"args": config(folder / "unused", max_steps=8, **changes), "layers": "all"}
+
+    @pytest.mark.parametrize("num_iterations", [1, 2])
+    def test_the_last_ones_score_is_that_of_a_whole_run(
+        self, model, tmp_path, dropping, num_iterations
+    ):
+        changes = self.eight(tmp_path, num_iterations=num_iterations)
+        whole = probe(model, tmp_path / "whole", **changes)
+        halved = probe(model, tmp_path / "halved", halving=True, **changes)
+        rungs = [1, 2, 4] if num_iterations == 1 else [2, 4]
+        assert halved.settings["rungs"] == rungs
+        [survivor] = halved.scores
+        assert halved.layers[survivor].scores == whole.layers[survivor].scores
+        assert halved.layers[survivor].steps == 8
+        assert sorted(entry.steps for entry in halved.layers) == [*rungs[:2], 8]
+        assert {entry.status for entry in halved.layers} == {"done", "dropped"}
+        assert "behind" in str(halved)
+        assert halved.full.scores == whole.full.scores
+
+    def test_what_was_dropped_can_be_finished(self, model, tmp_path, dropping):
+        changes = self.eight(tmp_path)
+        whole = probe(model, tmp_path / "whole", **changes)
+        probe(model, tmp_path / "halved", halving=True, **changes)
+        finished = probe(model, tmp_path / "halved", **changes)
+        found = [entry.scores for entry in finished.layers]
+        assert found == [entry.scores for entry in whole.layers]
+        assert [entry.steps for entry in finished.layers] == [8, 8, 8]
+        assert not [*(tmp_path / "halved" / "runs").rglob("checkpoint-*")]
+
+    def test_continues_after_it_was_stopped(self, model, tmp_path, dropping):
+        changes = self.eight(tmp_path)
+        undisturbed = probe(model, tmp_path / "undisturbed", halving=True, **changes)
+        calls = []
+
+        def stopping(completions, **_):
+            calls.append(1)
+            if len(calls) in (20, 30, 33):
+                raise KeyboardInterrupt
+            return reward(completions)
+
+        stopping.__name__ = reward.__name__
+        stopped = {"reward_funcs": stopping, "halving": True, **changes}
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                probe(model, tmp_path / "stopped", **stopped)
+        assert numbers(probe(model, tmp_path / "stopped", **stopped)) == numbers(undisturbed)
+
+    def test_lost_checkpoints_cost_steps_but_no_result(self, model, tmp_path, dropping):
+        changes = self.eight(tmp_path)
+        dropping.on = False
+        calls = []
+
+        def losing(completions, **_):
+            calls.append(1)
+            shutil.rmtree(tmp_path / "lost" / "runs", ignore_errors=True)
+            return reward(completions)
+
+        losing.__name__ = reward.__name__
+        whole = probe(model, tmp_path / "whole", halving=True, **changes)
+        lost = probe(model, tmp_path / "lost", halving=True, reward_funcs=losing, **changes)
+        assert [e.scores for e in lost.layers] == [e.scores for e in whole.layers]
+        assert [e.steps for e in lost.layers] == [1 + 2 + 4 + 8] * 3
+
+    def test_a_whole_sweeps_scores_are_not_measured_again(self, model, tmp_path, dropping):
+        changes = self.eight(tmp_path)
+        whole = probe(model, tmp_path, **changes)
+        lines = (tmp_path / "journal.jsonl").read_text()
+        again = probe(model, tmp_path, halving=True, **changes)
+        assert (tmp_path / "journal.jsonl").read_text() == lines
+        assert again.scores == whole.scores
+
+
 class TestJournal:
     def test_the_same_call_continues(self, model, tmp_path):
         undisturbed = probe(model, tmp_path / "undisturbed")
@@ -148,10 +242,28 @@ class TestJournal:
         assert runs(folder) == [("base", None), ("full", 0), ("0", 0), ("2", 0)]
         assert numbers(again) == numbers(undisturbed)
 
+    def test_what_is_there_can_be_read_at_any_time(self, model, tmp_path):
+        calls = []
+
+        def failing(completions, **_):
+            calls.append(1)
+            if len(calls) > 4:
+                raise OSError("out of cheese")
+            return reward(completions)
+
+        with pytest.raises(OSError, match="cheese"):
+            probe(model, tmp_path, reward_funcs=failing)
+        found = ContributionReport.from_json((tmp_path / "report.json").read_text())
+        assert found.full.status == "done"
+        assert found.partial
+        assert "Partial: 3 of 5 are missing." in str(found)
+
     def test_other_settings_in_the_folder_are_refused(self, model, tmp_path):
         probe(model, tmp_path, layers=[0])
         args = config(tmp_path / "unused", max_steps=3)
-        with pytest.raises(JournalError, match=r"args: .*greedy: True there, False here"):
+        with pytest.raises(
+            JournalError, match=r"args.max_steps: 2 there, 3 here; .*greedy: True there"
+        ):
             probe(model, tmp_path, layers=[0], args=args, greedy=False)
         with torch.no_grad():
             model.model.norm.weight.add_(1)
@@ -178,6 +290,47 @@ class TestJournal:
             running.wait()
         assert numbers(probe(tiny("llama", 3), tmp_path / "killed")) == expected
 
+    @pytest.mark.slow
+    def test_killed_at_twenty_random_moments(self, tmp_path):
+        changes = {"halving": True, "layers": "all"}
+        args = {"max_steps": 8}
+        started = time.monotonic()
+        expected = probe(
+            tiny("llama", 3), tmp_path / "whole", args=config(tmp_path / "u", **args), **changes
+        )
+        seconds = time.monotonic() - started
+        program = (
+            "import sys; from pathlib import Path\n"
+            "from tests.integration.test_probe import config, probe, tiny\n"
+            "print('ready', flush=True); folder = Path(sys.argv[1])\n"
+            f"probe(tiny('llama', 3), folder, args=config(folder / 'u', **{args}), **{changes})"
+        )
+        environment = os.environ | {"PYTHONPATH": "."}
+        draw, kills, finished = random.Random(0), 0, 0
+        while kills < 20:
+            folder = tmp_path / str(finished)
+            running = subprocess.Popen(
+                [sys.executable, "-c", program, str(folder)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"ready\n"
+            try:
+                running.wait(timeout=draw.uniform(0, seconds))
+            except subprocess.TimeoutExpired:
+                running.send_signal(signal.SIGKILL)
+                running.wait()
+                kills += 1
+                continue
+            assert running.returncode == 0
+            finished += 1
+            found = ContributionReport.from_json((folder / "report.json").read_text())
+            assert numbers(found) == numbers(expected)
+        found = probe(tiny("llama", 3), folder, args=config(tmp_path / "u", **args), **changes)
+        assert numbers(found) == numbers(expected)
+
 
 class TestBadInput:
     def test_prompts_that_are_trained_on_are_refused(self, model, tmp_path):
@@ -190,19 +343,76 @@ class TestBadInput:
         with pytest.raises(ProbeError, match="expected at least 2"):
             probe(model, tmp_path, eval_dataset=Dataset.from_dict({"prompt": prompts}))
 
-    @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
-    def test_rewards_that_are_no_numbers_are_refused(self, model, tmp_path, value):
+    def test_prompts_that_nothing_rewards_are_refused(self, model, tmp_path):
         def nothing(completions, **_):
-            return [value] * len(completions)
+            return [None] * len(completions)
 
         with pytest.raises(ProbeError, match="prompt 0 of the evaluation set got the rewards"):
             probe(model, tmp_path, reward_funcs=nothing)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", [1.0]])
+    def test_rewards_that_are_no_numbers_are_refused(self, model, tmp_path, value):
+        def odd(completions, **_):
+            return [1.0] * (len(completions) - 1) + [value]
+
+        with pytest.raises(
+            ProbeError, match=r"the reward odd returned .* of the prompt '\w+', exp"
+        ):
+            probe(model, tmp_path, reward_funcs=[reward, odd])
+
+    def test_too_few_rewards_are_refused(self, model, tmp_path):
+        def short(completions, **_):
+            return [1.0] * (len(completions) - 1)
+
+        with pytest.raises(ProbeError, match="the reward short returned 3 rewards for 4 compl"):
+            probe(model, tmp_path, reward_funcs=short)
+
+    def test_a_reward_that_raises_is_named(self, model, tmp_path):
+        def failing(completions, **_):
+            raise OSError("out of cheese")
+
+        with pytest.raises(OSError, match="cheese") as raised:
+            probe(model, tmp_path, reward_funcs=failing)
+        [note] = raised.value.__notes__
+        assert re.fullmatch(
+            r"raised by the reward failing on 4 completions, the first .* for the prompt '\w+'",
+            note,
+        )
+
+    def test_equal_rewards_end_it_early(self, model, tmp_path):
+        calls = []
+
+        def same(completions, **_):
+            calls.append(1)
+            return [1.0] * len(completions)
+
+        args = config(tmp_path / "unused", max_steps=100)
+        with pytest.raises(
+            ProbeError, match=r"in the first 8 generation batches, all 4 .* \(same\)"
+        ):
+            probe(model, tmp_path, reward_funcs=same, args=args)
+        evaluations = 1
+        assert len(calls) == evaluations + 8
+        with pytest.raises(ProbeError, match="in the whole run, all 4 completions"):
+            probe(model, tmp_path / "short", reward_funcs=same)
+
+    def test_rewards_that_are_not_given_are_no_signal(self, model, tmp_path):
+        def rarely(prompts, **_):
+            return [1.0 if prompt in HELD_OUT["prompt"] else None for prompt in prompts]
+
+        with pytest.raises(ProbeError, match="in the whole run, all 4 completions"):
+            probe(model, tmp_path, reward_funcs=rarely)
 
     def test_anything_else_is_refused_before_a_run(self, model, tmp_path):
         with pytest.raises(ProbeError, match="method is 'magic', expected \"train\""):
             probe(model, tmp_path, method="magic")
         with pytest.raises(ProbeError, match="expected different ints"):
             probe(model, tmp_path, seeds=(1, 1))
+        with pytest.raises(ProbeError, match="executor is 'slurm', expected one of serial, ray"):
+            probe(model, tmp_path, executor="slurm")
+        args = config(tmp_path, max_steps=-1, num_train_epochs=1)
+        with pytest.raises(ProbeError, match="max_steps is -1, expected a number above 0"):
+            probe(model, tmp_path, args=args, halving=True)
         with pytest.raises(ProbeError, match='expected a "prompt"'):
             probe(model, tmp_path, eval_dataset=Dataset.from_dict({"text": ["a", "b"]}))
         with pytest.raises(SelectionError):
@@ -210,9 +420,7 @@ class TestBadInput:
         assert not (tmp_path / "journal.jsonl").exists()
 
     def test_no_gain_leaves_contributions_undefined(self, model, tmp_path):
-        def same(completions, **_):
-            return [1.0] * len(completions)
-
-        report = probe(model, tmp_path, reward_funcs=same)
+        args = config(tmp_path / "unused", max_steps=1, learning_rate=1e-12)
+        report = probe(model, tmp_path, args=args)
         with pytest.raises(ReportError, match="not resolved from zero"):
             _ = report.contributions

@@ -225,6 +225,17 @@ class TestResume:
         assert_same_but_summary(resumed, straight)
         assert resumed._replay._verified
 
+    @pytest.mark.parametrize("at", [8, 12])
+    def test_in_a_later_epoch_goes_on_with_its_order_of_the_data(self, base, tmp_path, at):
+        """An epoch is eight steps: once at its end, once in the next one."""
+        changes = {"max_steps": 14, "save_steps": 4}
+        straight = trainer_on(base, tmp_path / "out", **changes)
+        train(straight)
+        resumed = trainer_on(base, tmp_path / "again", **changes)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{at}"))
+        assert resumed.state.epoch > 1
+        assert_same_but_summary(resumed, straight)
+
     def test_with_true_finds_the_last_checkpoint(self, base, tmp_path):
         straight = trainer_on(base, tmp_path / "straight", max_steps=6, save_steps=3)
         train(straight)

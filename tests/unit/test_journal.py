@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from layerrl.errors import JournalError
-from layerrl.journal import Journal
+from layerrl.journal import Journal, write_whole
 
 SETTINGS = {"steps": 5, "base": "abc"}
 
@@ -105,3 +105,28 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
                 journal.append({"run": 2})
         journal.append({"run": 3})
     assert read(tmp_path) == [{"run": 1}, {"run": 3}]
+
+
+def test_a_disk_that_fills_within_a_line_leaves_what_was_there(tmp_path):
+    program = (
+        "import resource, sys; from layerrl.journal import Journal\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))\n"
+        f"with Journal(sys.argv[1], {SETTINGS!r}) as journal:\n"
+        "    journal.append({'run': 1})\n"
+        "    journal.append({'run': 2, 'scores': [0.5] * 100})"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ended.stderr.splitlines()[-1].startswith("layerrl.errors.JournalError: cannot write")
+    assert (tmp_path / "journal.jsonl").read_bytes().endswith(b'{"run": 1}\n')
+    assert read(tmp_path) == [{"run": 1}]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    write_whole(path, "old")
+    (tmp_path / ".report.json.partial").mkdir()
+    with pytest.raises(JournalError, match=r"cannot write .*the same call continues"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"

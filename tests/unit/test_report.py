@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
@@ -62,6 +63,48 @@ class TestNumbers:
         assert list(made.contributions) == [0]
         assert "Partial: 1 of 4 are missing." in str(made)
 
+    def test_fewer_seeds_are_partial(self):
+        layers = (Score(scores=right(0.4, seeds=2)), Score(scores=right(0.5)))
+        full = Score(scores=right(0.6, seeds=2))
+        made = replace(report(settings={"seeds": [0, 1]}), layers=layers, full=full)
+        assert "Partial: 1 have fewer than 2 seeds." in str(made)
+        assert not replace(made, settings={"seeds": [0]}).partial
+
+    def test_both_learning_rates_are_stated(self):
+        rates = {"args": {"learning_rate": 2e-4}, "full_args": {"learning_rate": 3e-5}}
+        assert "Learning rate 0.0002 for a layer, 3e-05 for" in str(report(0.5, settings=rates))
+
+
+class TestCompare:
+    def test_of_the_same_scores_differs_nowhere(self):
+        made = report(0.1, 0.35, 0.6)
+        found = made.compare(made)
+        assert found.correlation == pytest.approx(1)
+        assert found.quantity == "C"
+        assert found.values == {k: (v, v) for k, v in made.contributions.items()}
+        assert found.resolved == []
+        assert "Sure to differ, each layer for itself: none" in str(found)
+
+    def test_finds_the_layer_that_differs(self):
+        found = report(0.1, 0.35, 0.6).compare(report(0.1, 0.35, 0.2))
+        assert found.resolved == [2]
+        difference = found.differences[2]
+        assert difference is not None
+        assert difference.high < 0
+
+    def test_of_scores_where_contributions_are_undefined(self):
+        layers = report(0.1, 0.35, 0.6).layers
+        alone = ContributionReport(method="gradient", layers=layers)
+        found = report(0.1, 0.35, 0.6).compare(alone)
+        assert found.quantity == "score"
+        assert found.resolved == []
+
+    def test_of_other_depths_compares_the_order_alone(self):
+        found = report(0.1, 0.5, 0.9).compare(report(0.1, 0.3, 0.5, 0.7, 0.9))
+        assert found.correlation == pytest.approx(1)
+        assert found.values == {}
+        assert "Models of different depth" in str(found)
+
 
 class TestTop:
     def test_is_a_selection_that_fits_the_model(self):
@@ -113,6 +156,8 @@ class TestSpearman:
 class TestJson:
     def test_round_trip(self):
         made = report(0.1, 0.35, settings={"steps": 5})
+        curve = ((2, right(0.2)), (4, right(0.3)))
+        made = replace(made, layers=(*made.layers, Score(scores=right(0.4), curve=curve)))
         assert ContributionReport.from_json(made.to_json()) == made
 
     @pytest.mark.parametrize(

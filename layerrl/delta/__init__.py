@@ -1,4 +1,4 @@
-"""The trained layers' weights on disk: save them, load them, merge them into a whole model.
+"""The trained layers' weights on disk: save them, load them; `merging` makes whole models of them.
 
 A delta is a slice of a checkpoint. Its tensors carry the names and shapes that `save_pretrained`
 gives them (experts apart, prefixes as on disk), so that merging needs no model in memory, and each
@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from layerrl.selection import LayerSelection
 
 FORMAT_VERSION = 1
 _TENSORS, _META = "delta.safetensors", "delta.json"
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +144,7 @@ def save_delta(
             for name, tensor in tensors.items()
         },
     }
-    with _new_folder(path) as folder:
+    with new_folder(path) as folder:
         save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
         text = json.dumps({**meta, "sha256": _digest(meta)}, indent=1)
         (folder / _META).write_text(text + "\n")
@@ -175,10 +172,10 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
             f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
             "checkpoint from folders, use merge_delta(base, path, out)."
         )
-    meta = _read_meta(Path(path))
-    tensors = {name: _read_tensor(Path(path), name, meta) for name in meta["tensors"]}
+    meta = read_meta(Path(path))
+    tensors = {name: read_tensor(Path(path), name, meta) for name in meta["tensors"]}
     selection = LayerSelection.from_json(json.dumps(meta["selection"]))
-    _check_model_type(meta["model_type"], _model_type(model), path)
+    check_model_type(meta["model_type"], _model_type(model), path)
     try:
         trained = selection.parameters(model)
     except SelectionError as error:
@@ -192,7 +189,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
     for name, tensor in current.items():
         if tensor.is_meta:
             raise DeltaError(f"{name!r} is on the meta device: load the model's weights first")
-        _check_base(name, tensor, meta, path)
+        check_base(name, tensor, meta, path)
     _write(model, trained, tensors)
     return selection
 
@@ -211,8 +208,8 @@ def restore_delta(
     Raises:
         DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
     """
-    meta = _read_meta(Path(path))
-    tensors = {name: _read_tensor(Path(path), name, meta) for name in meta["tensors"]}
+    meta = read_meta(Path(path))
+    tensors = {name: read_tensor(Path(path), name, meta) for name in meta["tensors"]}
     trained_before = LayerSelection.from_json(json.dumps(meta["selection"]))
     if trained_before != selection:
         raise DeltaError(f"{path} trained {trained_before}; this run trains {selection}")
@@ -224,72 +221,6 @@ def restore_delta(
                 f"is {found}, expected {described['base_fingerprint']}"
             )
     _write(model, selection.parameters(model), tensors)
-
-
-def merge_delta(
-    base: str | os.PathLike[str], path: str | os.PathLike[str], out: str | os.PathLike[str]
-) -> Path:
-    """Write the base with a delta in it: a whole model that plain transformers loads.
-
-    Shards are copied as files and only the bytes of the delta's tensors are replaced, so memory
-    holds one tensor at a time and everything else stays bit for bit what it was.
-
-    Args:
-        base: Folder of the base's safetensors checkpoint, or its hub id.
-        path: A delta's folder.
-        out: Folder to make. It is written under another name and renamed when complete.
-
-    Returns:
-        The folder: weights in the base's dtypes, with its config and tokenizer files.
-
-    Raises:
-        DeltaError: If either input is missing or damaged, the base is not the one the delta was
-            made from, or `out` exists or cannot be written. Nothing is left half-written.
-    """
-    meta = _read_meta(Path(path))
-    made_from = os.fspath(base) == meta["base_model"]
-    folder = _checkpoint_folder(base, meta["base_revision"] if made_from else None)
-    found = _json_object(folder / "config.json").get("model_type")
-    _check_model_type(meta["model_type"], found, path)
-    shard_of = _shard_of(folder)
-    if absent := sorted(set(meta["tensors"]) - set(shard_of)):
-        raise DeltaError(
-            f"the base {base} has no tensor {absent[0]!r}, which the delta at {path} replaces "
-            f"({len(absent)} of {len(meta['tensors'])} are missing). Is it the model it was made "
-            "from?"
-        )
-    lost = trained = 0
-    for name in meta["tensors"]:
-        tensor = _read_tensor(Path(path), name, meta)
-        trained += tensor.numel()
-        with _readable(folder / shard_of[name]) as shard:
-            replaced = shard.get_tensor(name)
-        _check_base(name, replaced, meta, path)
-        if tensor.dtype != replaced.dtype:
-            lost += int(((tensor.to(replaced.dtype) == replaced) & (tensor != replaced)).sum())
-    if lost:
-        warnings.warn(
-            f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "
-            f"can hold: in {out} they are as before training. Merge onto a float32 copy of the "
-            "base to keep them.",
-            stacklevel=2,
-        )
-    kept = {*shard_of.values()}
-    if _SINGLE not in kept:
-        kept.add(_INDEX)
-    with _new_folder(out) as made:
-        for file in sorted(folder.iterdir()):
-            weights = file.suffix in _OTHER_WEIGHTS or ".safetensors" in file.name
-            if file.is_file() and (file.name in kept or not weights):
-                shutil.copyfile(file, made / file.name)
-        if (folder / "additional_chat_templates").is_dir():
-            shutil.copytree(
-                folder / "additional_chat_templates", made / "additional_chat_templates"
-            )
-        for name in meta["tensors"]:
-            tensor = _read_tensor(Path(path), name, meta)
-            _replace_bytes(made / shard_of[name], name, tensor)
-    return Path(out)
 
 
 def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -339,7 +270,7 @@ def _write(
             parameter.copy_(values.view(parameter.shape))
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
     """A delta's description, checked against itself and against the tensors' names."""
     for file in (path / _META, path / _TENSORS):
         if not file.is_file():
@@ -370,7 +301,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_tensor(path: Path, name: str, meta: Mapping[str, Any]) -> Tensor:
+def read_tensor(path: Path, name: str, meta: Mapping[str, Any]) -> Tensor:
     """One of a delta's tensors, checked against the delta's description."""
     try:
         with safe_open(path / _TENSORS, framework="pt") as stored:
@@ -392,7 +323,7 @@ def _read_tensor(path: Path, name: str, meta: Mapping[str, Any]) -> Tensor:
     return tensor
 
 
-def _check_base(name: str, tensor: Tensor, meta: Mapping[str, Any], path: object) -> None:
+def check_base(name: str, tensor: Tensor, meta: Mapping[str, Any], path: object) -> None:
     """`tensor` must be what the delta's `name` replaces, in a dtype at least as wide."""
     expected = meta["tensors"][name]
     if list(tensor.shape) != expected["shape"]:
@@ -419,84 +350,16 @@ def _model_type(model: nn.Module) -> str | None:
     return getattr(getattr(unwrap(model), "config", None), "model_type", None)
 
 
-def _check_model_type(expected: str | None, found: str | None, path: object) -> None:
+def check_model_type(expected: str | None, found: str | None, path: object) -> None:
+    """The architecture must be the one that the delta was made from."""
     if found != expected:
         raise DeltaError(
             f"the delta at {path} was made from a model of type {expected!r}, this one is {found!r}"
         )
 
 
-def _checkpoint_folder(base: str | os.PathLike[str], revision: str | None) -> Path:
-    folder = Path(base)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.safetensors", _INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-        return Path(snapshot_download(os.fspath(base), revision=revision, allow_patterns=patterns))
-    except Exception as error:  # whatever the hub client raises, the sentence is the same
-        raise DeltaError(
-            f"base {os.fspath(base)!r} is no folder here and no model the hub gives: {error}"
-        ) from error
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise DeltaError(f"no transformers model at {file.parent}: {file.name}: {error}") from error
-    if not isinstance(data, dict):
-        raise DeltaError(f"{file} is damaged: expected a JSON object, got {data!r:.80}")
-    return data
-
-
-def _shard_of(folder: Path) -> dict[str, str]:
-    """Tensor name to the file of a checkpoint that holds it; the single file first, as upstream."""
-    if (folder / _SINGLE).is_file():
-        with _readable(folder / _SINGLE) as shard:
-            return dict.fromkeys(shard.keys(), _SINGLE)
-    if not (folder / _INDEX).is_file():
-        raise DeltaError(
-            f"no safetensors checkpoint at {folder}: neither {_INDEX} nor {_SINGLE}. Write one "
-            "with model.save_pretrained(...); pickled and GGUF weights are not read."
-        )
-    shard_of = _json_object(folder / _INDEX).get("weight_map")
-    if not isinstance(shard_of, dict):
-        raise DeltaError(f"{folder / _INDEX} is damaged: it has no weight_map")
-    for file in sorted(set(shard_of.values())):
-        with _readable(folder / file):
-            pass
-    return shard_of
-
-
 @contextmanager
-def _readable(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            yield shard
-    except (OSError, SafetensorError) as error:
-        raise DeltaError(f"the base's {file} is missing or damaged: {error}") from error
-
-
-def _replace_bytes(file: Path, name: str, tensor: Tensor) -> None:
-    """Overwrite one tensor in a safetensors file, in the dtype it has there."""
-    with safe_open(file, framework="pt") as shard:
-        dtype = shard.get_tensor(name).dtype
-    with file.open("r+b") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        begin, end = json.loads(stream.read(header_size))[name]["data_offsets"]
-        data = tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        if len(data) != end - begin:
-            raise DeltaError(
-                f"{name!r} takes {len(data)} bytes, {file.name} has {end - begin} for it"
-            )
-        stream.seek(8 + header_size + begin)
-        stream.write(data)
-
-
-@contextmanager
-def _new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name only when the block ended well."""
     given, path = path, Path(path).absolute()
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
-from fractions import Fraction
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,14 +14,19 @@ from torch import nn
 from layerrl.blocks import Blocks, count_layers, find_blocks, meta_model, plain_name, unwrap
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
+from layerrl.selection.parsing import (
+    are_globs,
+    counted,
+    globs,
+    integer,
+    is_scale,
+    ranges,
+    resolve,
+    scales,
+)
 
 if TYPE_CHECKING:
     import torch
-
-_WORDS = (
-    '"all" (every block), "full" (every parameter), "middle", "middle:K", "first:K", "last:K", '
-    '"LO%:HI%"'
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,30 +50,30 @@ class LayerSelection:
     def __post_init__(self) -> None:
         if not isinstance(self.layers, tuple):
             raise SelectionError(f"layers of a selection is a tuple, got {self.layers!r}")
-        if self.modules is not None and not _are_globs(self.modules):
+        if self.modules is not None and not are_globs(self.modules):
             raise SelectionError(f"modules is None or a tuple of globs, got {self.modules!r}")
         if not isinstance(self.full, bool):
             raise SelectionError(f"full is True or False, got {self.full!r}")
-        last = _integer(self.num_layers) - 1
-        given = [_integer(layer) for layer in self.layers]
+        last = integer(self.num_layers) - 1
+        given = [integer(layer) for layer in self.layers]
         if not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
             raise SelectionError(
                 f"layers={self.layers!r}: expected at least one, ascending, without duplicates, "
                 f"from 0 to {last}"
             )
-        scales = self.learning_rate_scale or (1.0,) * len(given)
-        fits = isinstance(scales, tuple) and len(scales) == len(given)
-        if not fits or not all(map(_is_scale, scales)):
+        factors = self.learning_rate_scale or (1.0,) * len(given)
+        fits = isinstance(factors, tuple) and len(factors) == len(given)
+        if not fits or not all(map(is_scale, factors)):
             raise SelectionError(
                 f"learning_rate_scale needs one positive finite factor for each of {len(given)} "
-                f"layers, got {scales!r}"
+                f"layers, got {factors!r}"
             )
-        object.__setattr__(self, "learning_rate_scale", scales)
+        object.__setattr__(self, "learning_rate_scale", factors)
         if self.full and (len(given) != self.num_layers or self.modules is not None):
             raise SelectionError('"full" trains every parameter: it takes no layers or modules')
 
     def __str__(self) -> str:
-        which = f"layers {_ranges(self.layers)}" if len(self.layers) > 1 else f"layer {self.first}"
+        which = f"layers {ranges(self.layers)}" if len(self.layers) > 1 else f"layer {self.first}"
         text = (
             f"every parameter ({self.num_layers} layers)"
             if self.full
@@ -263,7 +263,7 @@ class LayerSelection:
         names = [plain_name(name) for name, _ in base.named_parameters()]
         inside = blocks.path + "."
         outside = [n for n in names if not n.startswith(inside) and _matches(n, glob)]
-        text = f"modules glob {glob!r} matches no tensor inside layers {_ranges(self.layers)}"
+        text = f"modules glob {glob!r} matches no tensor inside layers {ranges(self.layers)}"
         if outside:
             text += f'; outside the blocks it matches {outside[0]!r}, which only "full" trains'
         elif glob.startswith(inside) or any(_matches(n, glob) for n in names):
@@ -344,7 +344,7 @@ def select_layers(
         num_layers, described = len(blocks.modules), _described(base, blocks)
     else:
         num_layers = count_layers(model)
-        described = f"{type(model).__name__} has {_counted(num_layers)}"
+        described = f"{type(model).__name__} has {counted(num_layers)}"
     if isinstance(layers, LayerSelection):
         layers._check_num_layers(num_layers, described)
         chosen, full = layers.layers, layers.full
@@ -353,13 +353,13 @@ def select_layers(
             dict(zip(chosen, layers.learning_rate_scale, strict=True)) if boost is None else boost
         )
     else:
-        chosen = _resolve(layers, num_layers, described)
+        chosen = resolve(layers, num_layers, described)
         full = isinstance(layers, str) and layers == "full"
     selection = LayerSelection(
         num_layers=num_layers,
         layers=chosen,
-        learning_rate_scale=_scales(boost, chosen, num_layers, described),
-        modules=_globs(modules, full=full),
+        learning_rate_scale=scales(boost, chosen, num_layers, described),
+        modules=globs(modules, full=full),
         full=full,
     )
     if isinstance(model, nn.Module):
@@ -367,149 +367,6 @@ def select_layers(
     elif modules is not None:
         selection.parameters(meta_model(model))
     return selection
-
-
-def _resolve(layers: Any, num_layers: int, described: str) -> tuple[int, ...]:  # noqa: ANN401
-    if isinstance(layers, str):
-        return tuple(_resolve_word(layers, num_layers, described))
-    if isinstance(layers, slice):
-        layers = range(num_layers)[_checked(layers, num_layers, described)]
-    layers = _plain(layers)
-    several = isinstance(layers, Iterable) and not isinstance(layers, Mapping | bytes)
-    given = [_integer(layer) for layer in (layers if several else [layers])]
-    if not given:
-        raise SelectionError(f"no layers given: expected at least one; {described}")
-    missing = [layer for layer in given if not -num_layers <= layer < num_layers]
-    if missing:
-        which, do = ("layers", "do") if len(missing) > 1 else ("layer", "does")
-        shown = missing if len(missing) > 1 else missing[0]
-        raise SelectionError(f"{which} {shown} {do} not exist: {described}")
-    chosen = sorted(layer % num_layers for layer in given)
-    twice = sorted({layer for layer in chosen if chosen.count(layer) > 1})
-    if twice:
-        raise SelectionError(
-            f"layers {twice} are given more than once in {given} (negative ones count from the "
-            "end). Give each layer once."
-        )
-    return tuple(chosen)
-
-
-def _resolve_word(word: str, num_layers: int, described: str) -> range:
-    if word in ("all", "full"):
-        return range(num_layers)
-    if match := re.fullmatch(r"(middle|first|last)(?::(-?\d+))?", word):
-        kind, count = match[1], match[2]
-        if count is not None or kind == "middle":
-            k = int(count or 1)
-            if not 1 <= k <= num_layers:
-                raise SelectionError(
-                    f"{word!r} asks for {k} layers, expected 1 to {num_layers}: {described}"
-                )
-            start = {"first": 0, "last": num_layers - k, "middle": (num_layers - k) // 2}[kind]
-            return range(start, start + k)
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%:(\d+(?:\.\d+)?)%", word):
-        low, high = (Fraction(percent) / 100 for percent in match.groups())
-        chosen = range(math.ceil(low * num_layers), math.ceil(high * num_layers))
-        if not 0 <= low < high <= 1:
-            raise SelectionError(f"{word!r} is no range of depth: expected 0 <= LO < HI <= 100")
-        if not chosen:
-            raise SelectionError(
-                f"{word!r} holds no layer: {described}, {100 / num_layers:.3g} % of depth each"
-            )
-        return chosen
-    raise SelectionError(
-        f"{word!r} does not name layers. Expected integers, a range or slice, or one of {_WORDS}."
-    )
-
-
-def _checked(given: slice, num_layers: int, described: str) -> slice:
-    """A slice of integers that clips nothing."""
-    for bound in (given.start, given.stop):
-        if bound is not None and not -num_layers <= _integer(bound) <= num_layers:
-            raise SelectionError(f"{given} reaches outside the model: {described}")
-    if given.step is not None and _integer(given.step) == 0:
-        raise SelectionError(f"{given} has a step of 0, expected another integer")
-    return given
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Python's own numbers and lists for those of numpy and torch."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _integer(layer: object) -> int:
-    plain = _plain(layer)
-    if not isinstance(plain, bool):
-        try:
-            return operator.index(plain)
-        except TypeError:
-            pass
-    raise SelectionError(
-        f"{plain!r} is no layer: expected an integer, got {type(plain).__name__}. "
-        f"Otherwise use a range or slice, or one of {_WORDS}."
-    )
-
-
-def _scales(
-    boost: Mapping[int, float] | None, layers: tuple[int, ...], num_layers: int, described: str
-) -> tuple[float, ...]:
-    if boost is None:
-        return ()
-    if not isinstance(boost, Mapping):
-        raise SelectionError(
-            f"boost maps layers to learning-rate factors, as {{10: 2.0}}; got {boost!r}"
-        )
-    scales = dict.fromkeys(layers, 1.0)
-    boosted: set[int] = set()
-    for key, scale in boost.items():
-        layer = _integer(key)
-        if not -num_layers <= layer < num_layers:
-            raise SelectionError(f"boost of layer {layer}, which does not exist: {described}")
-        layer %= num_layers
-        if layer in boosted:
-            raise SelectionError(f"boost of layer {layer} is given twice in {dict(boost)}")
-        boosted.add(layer)
-        if layer not in scales:
-            raise SelectionError(
-                f"boost of layer {layer}, which does not train. Selected: {_ranges(layers)}."
-            )
-        if not _is_scale(scale):
-            raise SelectionError(
-                f"boost of layer {layer} is {scale!r}, expected a positive finite factor on the "
-                "learning rate. To keep a layer from training, leave it out of the selection."
-            )
-        scales[layer] = float(scale)
-    return tuple(scales.values())
-
-
-def _is_scale(scale: object) -> bool:
-    if not isinstance(scale, Real) or isinstance(scale, bool):
-        return False
-    try:
-        return 0 < float(scale) < math.inf
-    except OverflowError:
-        return False
-
-
-def _globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...] | None:
-    if modules is None:
-        return None
-    if full:
-        raise SelectionError(
-            '"full" trains every parameter: use "all" to give modules inside blocks'
-        )
-    globs = (modules,) if isinstance(modules, str) else modules
-    globs = tuple(dict.fromkeys(globs)) if isinstance(globs, Iterable) else ()
-    if not _are_globs(globs):
-        raise SelectionError(
-            f"modules are globs inside the block, such as 'self_attn.*'; got {modules!r}"
-        )
-    return globs
-
-
-def _are_globs(globs: object) -> bool:
-    given = globs if isinstance(globs, tuple) else ()
-    return bool(given) and all(isinstance(glob, str) and glob for glob in given)
 
 
 def _matches(name: str, glob: str) -> bool:
@@ -521,20 +378,5 @@ def _inner_names(blocks: Blocks, layer: int) -> str:
     return ", ".join(name for name, _ in blocks.named_parameters(layer))
 
 
-def _counted(num_layers: int) -> str:
-    return f"{num_layers} decoder layers (0 to {num_layers - 1})"
-
-
 def _described(base: nn.Module, blocks: Blocks) -> str:
-    return f"{type(base).__name__} has {_counted(len(blocks.modules))} under {blocks.path!r}"
-
-
-def _ranges(layers: tuple[int, ...]) -> str:
-    """`(3, 4, 5, 9)` as `"3-5, 9"`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    return f"{type(base).__name__} has {counted(len(blocks.modules))} under {blocks.path!r}"

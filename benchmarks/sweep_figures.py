@@ -1,0 +1,88 @@
+"""What a finished sweep says of the harness: its overhead, and what halving would have saved.
+
+    python examples/sweep_layers.py --halving && python examples/sweep_layers.py
+    python benchmarks/sweep_figures.py runs/sweep --keep smollm2-chain_sum
+
+`--keep` copies the report to `benchmarks/ground_truth` and its picture to `docs`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+
+from layerrl import ContributionReport
+from layerrl.scoring import bootstrap, interval_of
+from layerrl.sweep.halving import below_the_cut, rungs
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Print the figures, keep the report."""
+    options = parse()
+    report = ContributionReport.from_json((options.folder / "report.json").read_text())
+    print(report)
+    lines = (options.folder / "journal.jsonl").read_text().splitlines()[1:]
+    overhead(list(map(json.loads, lines)))
+    halving(report)
+    if options.keep:
+        keep(report, options.keep)
+
+
+def overhead(entries: list[dict]) -> None:
+    """Seconds that went neither into training nor evaluation, against those that did."""
+    shares = [e["harness_seconds"] / (e["seconds"] - e["harness_seconds"]) for e in entries]
+    print(
+        f"\nOverhead over training and evaluation: {sum(shares) / len(shares):.2%} on average of "
+        f"{len(shares)} entries, at most {max(shares):.2%}"
+    )
+
+
+def halving(report: ContributionReport) -> None:
+    """Repeat the decisions on the scores that were recorded on the way."""
+    if report.partial:
+        raise SystemExit("no figure for halving: that takes a whole sweep, with every layer")
+    curves = {layer: dict(score.curve) for layer, score in enumerate(report.layers)}
+    steps = report.settings["args"]["max_steps"]
+    alive, spent, before = list(curves), 0, 0
+    for rung in rungs(steps):
+        spent += (rung - before) * len(alive)
+        known = {layer: curves[layer][rung] for layer in alive if rung in curves[layer]}
+        if len(known) < len(alive):
+            raise SystemExit(f"no scores at step {rung} of {sorted({*alive} - {*known})}")
+        dropped = below_the_cut(known)
+        print(f"step {rung:3}: {len(dropped)} of {len(alive)} dropped: {sorted(dropped)}")
+        alive, before = [layer for layer in alive if layer not in dropped], rung
+    spent += (steps - before) * len(alive)
+    ranked = sorted(report.scores, key=report.scores.__getitem__, reverse=True)
+    draws = bootstrap({str(k): s.scores for k, s in enumerate(report.layers) if s.scores})
+    kept = sorted(alive, key=report.scores.__getitem__, reverse=True)[:3]
+    print(
+        f"Halving: {spent / (steps * len(curves)):.2f} of the steps. Best of all {ranked[:3]}, of "
+        f"those kept {kept}"
+    )
+    for best, found in zip(ranked, kept, strict=False):
+        difference = interval_of(draws[str(best)] - draws[str(found)])
+        if best != found:
+            print(f"  layer {best} against {found}: {difference:.3f}")
+
+
+def keep(report: ContributionReport, name: str) -> None:
+    """The report as ground truth, and its picture."""
+    mpl.use("Agg")
+    (ROOT / "benchmarks" / "ground_truth" / f"{name}.json").write_text(report.to_json() + "\n")
+    report.plot().figure.savefig(ROOT / "docs" / f"{name}.png", dpi=150)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of a sweep")
+    parser.add_argument("--keep", metavar="NAME", help="keep the report under this name")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

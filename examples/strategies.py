@@ -1,0 +1,105 @@
+"""Which layers to train, given what each contributes: five answers, at equal steps.
+
+    python examples/sweep_layers.py && python examples/strategies.py
+    python examples/strategies.py --report published:Qwen3-1.7B-Base --model Qwen/Qwen3-1.7B-Base
+
+full: every parameter. only: the best K layers. boost: every parameter, the best K at twice the
+learning rate. middle: K layers around the middle, without any report. worst: the last K of the
+report, as a control. Writes `runs/strategies/strategies.json`; finished ones are not run again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from chain_sum import answers, distinct, reward
+from training import arguments, check_settings, parser, start, train, write_json
+
+from layerrl import ContributionReport, published_contributions, select_layers
+from layerrl.scoring import bootstrap, interval_of
+
+
+def main() -> None:
+    """Train with each strategy, evaluate, compare with full."""
+    options = parse()
+    report = read(options.report)
+    setup = start(options)
+    path = options.output / "strategies.json"
+    check_settings(options)
+    found: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+    held_out = distinct(setup.data.held_out)
+    for name, words, rate in strategies(report, options):
+        if name in found:
+            continue
+        model = setup.model()
+        if words is not None:
+            args = arguments(options, learning_rate=rate)
+            train(setup, model, select_layers(model, **words), args, name)
+        texts = answers(model, setup.tokenizer, held_out)
+        found[name] = reward(texts, held_out["answer"])
+        write_json(path, found)
+    show(found)
+
+
+def strategies(
+    report: ContributionReport, options: argparse.Namespace
+) -> list[tuple[str, dict[str, Any] | None, float]]:
+    """Name, arguments of `select_layers` and learning rate; None trains nothing."""
+    k = options.k
+    best = report.top(k)
+    values = report.scores or report.contributions
+    if "dropped" in {entry.status for entry in report.layers} or len(values) < 2 * k:
+        raise SystemExit(
+            f"the report has values of {len(values)} layers to choose the best and worst {k} from: "
+            "finish its sweep (without --halving), or take a smaller --k"
+        )
+    worst = sorted(values, key=values.__getitem__)[:k]
+    boost = dict.fromkeys(best.layers, 2.0)
+    layer, full = options.learning_rate, options.full_learning_rate
+    return [
+        ("base", None, 0.0),
+        ("full", {"layers": "full"}, full),
+        (f"only {k}", {"layers": best}, layer),
+        (f"boost {k}", {"layers": "full", "boost": boost}, full),
+        (f"middle {k}", {"layers": f"middle:{k}"}, layer),
+        (f"worst {k}", {"layers": worst}, layer),
+    ]
+
+
+def show(scores: dict[str, list[float]]) -> None:
+    """Accuracy and difference to full, with 95 % intervals over problems."""
+    draws = bootstrap({name: [row] for name, row in scores.items()})
+    print(f"{len(scores['full'])} held-out problems, greedy, one seed")
+    print(f"{'':10} accuracy  95 %              to full  95 %")
+    for name, row in scores.items():
+        mean, full = (sum(values) / len(values) for values in (row, scores["full"]))
+        difference = interval_of(draws[name] - draws["full"])
+        own = f"{interval_of(draws[name]):.3f}"
+        print(f"{name:10} {mean:8.3f}  {own}  {mean - full:+7.3f}  {difference:+.3f}")
+
+
+def read(where: str) -> ContributionReport:
+    """A report of our own, or one of the paper's."""
+    if where.startswith("published:"):
+        return published_contributions(where.removeprefix("published:"))
+    try:
+        return ContributionReport.from_json(Path(where).read_text())
+    except OSError as error:
+        raise SystemExit(
+            f"{where}: {error.strerror}. examples/sweep_layers.py writes it"
+        ) from error
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    options = parser(__doc__.splitlines()[0], "runs/strategies")
+    add = options.add_argument
+    add("--report", default="runs/sweep/report.json", help="default: %(default)s")
+    add("--k", type=int, default=5, help="how many layers (default: %(default)s)")
+    add("--full-learning-rate", type=float, default=3e-5, help="default: %(default)s")
+    return options.parse_args()
+
+
+if __name__ == "__main__":
+    main()

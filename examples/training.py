@@ -1,0 +1,148 @@
+"""What the examples share: their options, the model and its problems, a training."""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from chain_sum import (
+    BUNDLED,
+    MAX_NEW_TOKENS,
+    Problems,
+    base_checkpoint,
+    problems,
+    problems_in,
+    reward,
+)
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils import logging
+from trl import GRPOConfig
+
+from layerrl import LayerMaskedGRPOTrainer
+
+
+class Setup(NamedTuple):
+    """What every example starts from."""
+
+    base: str
+    tokenizer: Any
+    data: Problems
+
+    def model(self) -> Any:
+        """The base, fresh."""
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).to(device)
+
+
+def parser(description: str, output: str, *, steps: int = 15) -> argparse.ArgumentParser:
+    """The options that all examples have."""
+    made = argparse.ArgumentParser(description=description)
+    add = made.add_argument
+    add("--model", default=BUNDLED, help="hub id or path (default: %(default)s)")
+    add("--data", type=Path, help='other problems: lines of {"prompt": "...", "answer": 12}')
+    add("--steps", type=int, default=steps, help="of each training (default: %(default)s)")
+    add("--learning-rate", type=float, default=2e-4, help="of layers (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--output", type=Path, default=Path(output), help="default: %(default)s")
+    return made
+
+
+def layers(text: str) -> int | list[int] | str:
+    """`10`, `10,12` or a word that select_layers knows."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        return text
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def start(options: argparse.Namespace) -> Setup:
+    """Make the output folder; unpack and load what is needed."""
+    warnings.filterwarnings("ignore", module="(trl|transformers|torch)")
+    logging.disable_progress_bar()
+    options.output.mkdir(parents=True, exist_ok=True)
+    base = base_checkpoint(options.model, options.output.parent)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    chat = tokenizer.chat_template is not None
+    read = options.data and problems_in(options.data, chat=chat)
+    return Setup(base, tokenizer, read or problems(options.seed, chat=chat))
+
+
+def arguments(options: argparse.Namespace, **changes: Any) -> GRPOConfig:
+    """TRL's arguments of each training."""
+    values = {
+        "output_dir": str(options.output / "trainer"),
+        "max_steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 32,
+        "num_generations": 8,
+        "max_completion_length": MAX_NEW_TOKENS,
+        "temperature": 0.7,
+        "seed": options.seed,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": torch.accelerator.current_accelerator() is None,
+    }
+    return GRPOConfig(**(values | changes))
+
+
+def train(setup: Setup, model: Any, selection: Any, args: GRPOConfig, name: str) -> Any:
+    """A trainer that has trained, with one progress bar."""
+    trainer = LayerMaskedGRPOTrainer(
+        model,
+        reward,
+        args=args,
+        train_dataset=setup.data.train,
+        processing_class=setup.tokenizer,
+        selection=selection,
+        callbacks=[RewardBar(name)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return trainer
+
+
+class RewardBar(TrainerCallback):
+    """One progress bar over the steps, with the mean reward of the last one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: object) -> None:
+        self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: object) -> None:
+        if logs and "reward" in logs:
+            self.bar.set_postfix(reward=f"{logs['reward']:.2f}", refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
+        self.bar.close()
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n")
+    partial.replace(path)
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """What is in the output folder must come from the same options, but for which layers."""
+    path = options.output / "settings.json"
+    settings = {
+        n: str(v) for n, v in sorted(vars(options).items()) if n not in ("layers", "output")
+    }
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise SystemExit(
+            f"{path} holds other settings: give another --output, or remove the folder"
+        )
+    write_json(path, settings)

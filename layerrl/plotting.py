@@ -1,0 +1,61 @@
+"""Pictures. Matplotlib is imported when the first one is drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from layerrl.errors import ReportError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from layerrl.scoring import Interval
+
+
+def plot_layers(
+    values: Mapping[int, float],
+    intervals: Mapping[int, Interval | None],
+    *,
+    num_layers: int,
+    quantity: str,
+    lines: Mapping[float, str],
+    ax: Any = None,  # noqa: ANN401 - matplotlib's Axes
+) -> Any:  # noqa: ANN401
+    """One value a layer against depth.
+
+    Args:
+        values: Layer to value.
+        intervals: Layer to its 95 % interval.
+        num_layers: Decoder layers of the model.
+        quantity: What the values are.
+        lines: Heights of horizontal lines, and what to call them. A layer is drawn filled where its
+            interval excludes the first.
+        ax: Matplotlib axes; None makes a figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ReportError: If matplotlib is missing.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ReportError('plotting needs matplotlib: pip install "layerrl[plot]"') from error
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    for style, (height, name) in zip(("-", "--", ":"), lines.items(), strict=False):
+        ax.axhline(height, color="black", lw=0.8, linestyle=style, label=name)
+    reference = next(iter(lines), None)
+    for layer, value in values.items():
+        interval = intervals.get(layer)
+        if interval is not None:
+            ax.plot([layer, layer], [interval.low, interval.high], color="tab:blue", lw=1)
+        resolved = interval is not None and (reference is None or reference not in interval)
+        face = "tab:blue" if resolved else "white"
+        ax.plot(layer, value, "o", color="tab:blue", markerfacecolor=face, markersize=5)
+    ax.set(xlabel="layer", ylabel=quantity)
+    ax.set_xlim(-0.7, num_layers - 0.3)
+    if lines:
+        ax.legend(fontsize=8)
+    return ax

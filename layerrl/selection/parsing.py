@@ -1,0 +1,183 @@
+"""What a user may write for layers, modules and boost, made plain or refused with a sentence."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+from layerrl.errors import SelectionError
+
+_WORDS = (
+    '"all" (every block), "full" (every parameter), "middle", "middle:K", "first:K", "last:K", '
+    '"LO%:HI%"'
+)
+
+
+def resolve(layers: Any, num_layers: int, described: str) -> tuple[int, ...]:  # noqa: ANN401
+    """Layers given in any form, as ascending numbers; `described` says what the model has."""
+    if isinstance(layers, str):
+        return tuple(_resolve_word(layers, num_layers, described))
+    if isinstance(layers, slice):
+        layers = range(num_layers)[_checked(layers, num_layers, described)]
+    layers = _plain(layers)
+    several = isinstance(layers, Iterable) and not isinstance(layers, Mapping | bytes)
+    given = [integer(layer) for layer in (layers if several else [layers])]
+    if not given:
+        raise SelectionError(f"no layers given: expected at least one; {described}")
+    missing = [layer for layer in given if not -num_layers <= layer < num_layers]
+    if missing:
+        which, do = ("layers", "do") if len(missing) > 1 else ("layer", "does")
+        shown = missing if len(missing) > 1 else missing[0]
+        raise SelectionError(f"{which} {shown} {do} not exist: {described}")
+    chosen = sorted(layer % num_layers for layer in given)
+    twice = sorted({layer for layer in chosen if chosen.count(layer) > 1})
+    if twice:
+        raise SelectionError(
+            f"layers {twice} are given more than once in {given} (negative ones count from the "
+            "end). Give each layer once."
+        )
+    return tuple(chosen)
+
+
+def _resolve_word(word: str, num_layers: int, described: str) -> range:
+    if word in ("all", "full"):
+        return range(num_layers)
+    if match := re.fullmatch(r"(middle|first|last)(?::(-?\d+))?", word):
+        kind, count = match[1], match[2]
+        if count is not None or kind == "middle":
+            k = int(count or 1)
+            if not 1 <= k <= num_layers:
+                raise SelectionError(
+                    f"{word!r} asks for {k} layers, expected 1 to {num_layers}: {described}"
+                )
+            start = {"first": 0, "last": num_layers - k, "middle": (num_layers - k) // 2}[kind]
+            return range(start, start + k)
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%:(\d+(?:\.\d+)?)%", word):
+        low, high = (Fraction(percent) / 100 for percent in match.groups())
+        chosen = range(math.ceil(low * num_layers), math.ceil(high * num_layers))
+        if not 0 <= low < high <= 1:
+            raise SelectionError(f"{word!r} is no range of depth: expected 0 <= LO < HI <= 100")
+        if not chosen:
+            raise SelectionError(
+                f"{word!r} holds no layer: {described}, {100 / num_layers:.3g} % of depth each"
+            )
+        return chosen
+    raise SelectionError(
+        f"{word!r} does not name layers. Expected integers, a range or slice, or one of {_WORDS}."
+    )
+
+
+def _checked(given: slice, num_layers: int, described: str) -> slice:
+    """A slice of integers that clips nothing."""
+    for bound in (given.start, given.stop):
+        if bound is not None and not -num_layers <= integer(bound) <= num_layers:
+            raise SelectionError(f"{given} reaches outside the model: {described}")
+    if given.step is not None and integer(given.step) == 0:
+        raise SelectionError(f"{given} has a step of 0, expected another integer")
+    return given
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Python's own numbers and lists for those of numpy and torch."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def integer(layer: object) -> int:
+    """A layer's number as Python's own."""
+    plain = _plain(layer)
+    if not isinstance(plain, bool):
+        try:
+            return operator.index(plain)
+        except TypeError:
+            pass
+    raise SelectionError(
+        f"{plain!r} is no layer: expected an integer, got {type(plain).__name__}. "
+        f"Otherwise use a range or slice, or one of {_WORDS}."
+    )
+
+
+def scales(
+    boost: Mapping[int, float] | None, layers: tuple[int, ...], num_layers: int, described: str
+) -> tuple[float, ...]:
+    """A boost as one learning-rate factor per layer; empty where nothing is boosted."""
+    if boost is None:
+        return ()
+    if not isinstance(boost, Mapping):
+        raise SelectionError(
+            f"boost maps layers to learning-rate factors, as {{10: 2.0}}; got {boost!r}"
+        )
+    factors = dict.fromkeys(layers, 1.0)
+    boosted: set[int] = set()
+    for key, scale in boost.items():
+        layer = integer(key)
+        if not -num_layers <= layer < num_layers:
+            raise SelectionError(f"boost of layer {layer}, which does not exist: {described}")
+        layer %= num_layers
+        if layer in boosted:
+            raise SelectionError(f"boost of layer {layer} is given twice in {dict(boost)}")
+        boosted.add(layer)
+        if layer not in factors:
+            raise SelectionError(
+                f"boost of layer {layer}, which does not train. Selected: {ranges(layers)}."
+            )
+        if not is_scale(scale):
+            raise SelectionError(
+                f"boost of layer {layer} is {scale!r}, expected a positive finite factor on the "
+                "learning rate. To keep a layer from training, leave it out of the selection."
+            )
+        factors[layer] = float(scale)
+    return tuple(factors.values())
+
+
+def is_scale(scale: object) -> bool:
+    """Whether something can multiply a learning rate."""
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        return False
+    try:
+        return 0 < float(scale) < math.inf
+    except OverflowError:
+        return False
+
+
+def globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...] | None:
+    """One glob or several, as a tuple without repetitions."""
+    if modules is None:
+        return None
+    if full:
+        raise SelectionError(
+            '"full" trains every parameter: use "all" to give modules inside blocks'
+        )
+    given = (modules,) if isinstance(modules, str) else modules
+    given = tuple(dict.fromkeys(given)) if isinstance(given, Iterable) else ()
+    if not are_globs(given):
+        raise SelectionError(
+            f"modules are globs inside the block, such as 'self_attn.*'; got {modules!r}"
+        )
+    return given
+
+
+def are_globs(globs: object) -> bool:
+    """Whether something is a tuple of globs, at least one."""
+    given = globs if isinstance(globs, tuple) else ()
+    return bool(given) and all(isinstance(glob, str) and glob for glob in given)
+
+
+def counted(num_layers: int) -> str:
+    """How many layers there are, and their numbers."""
+    return f"{num_layers} decoder layers (0 to {num_layers - 1})"
+
+
+def ranges(layers: tuple[int, ...]) -> str:
+    """`(3, 4, 5, 9)` as `"3-5, 9"`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

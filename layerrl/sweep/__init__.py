@@ -1,0 +1,271 @@
+"""The exact measurement: which runs are still to do, and what the finished ones say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from layerrl.journal import Journal, write_whole
+from layerrl.report import ContributionReport, Score
+from layerrl.sweep.executors import executor
+from layerrl.sweep.halving import below_the_cut, rungs
+from layerrl.sweep.harness import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from layerrl.sweep.harness import Harness
+
+# What says where and how loudly a run happens, not what it computes.
+_NOT_SETTINGS = (
+    *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "seed", "data_seed"),
+    *("logging_steps", "logging_strategy", "save_strategy", "save_steps", "save_total_limit"),
+    *("push_to_hub", "hub_model_id", "hub_token", "eval_strategy", "eval_steps"),
+    *("load_best_model_at_end", "save_only_model"),
+)
+_BAR = "{l_bar}{bar}| {n:.2f}/{total:.0f} runs, {elapsed} so far, {remaining} left{postfix}"
+
+
+class Sweep:
+    """Runs over some layers of one model, and their report.
+
+    `report.json` in its folder is up to date after every run, also for other processes.
+
+    Args:
+        harness: What measures a run.
+        num_layers: Decoder layers of the model.
+        layers: Those to train, each alone.
+        seeds: Seeds of each.
+        args: Arguments of the single layers' runs.
+        settings: What the runs have in common, for the journal.
+        halving: Drop layers on the way that are sure to be behind.
+        folder: Folder of the journal.
+    """
+
+    def __init__(
+        self,
+        harness: Harness,
+        *,
+        num_layers: int,
+        layers: Sequence[int],
+        seeds: Sequence[int],
+        args: Any,  # noqa: ANN401
+        settings: dict[str, Any],
+        halving: bool,
+        folder: Path,
+    ) -> None:
+        self._harness, self._folder, self._settings = harness, folder, settings
+        self._num_layers, self._layers, self._seeds = num_layers, layers, seeds
+        self._steps = args.max_steps
+        self._rungs = rungs(args.max_steps, _cycle(args)) if halving else ()
+
+    def run(self, where: str, resources: Mapping[str, float]) -> ContributionReport:
+        """Do what the journal does not hold yet, and report.
+
+        Args:
+            where: Name of the executor.
+            resources: What each run needs of it.
+
+        Returns:
+            The report.
+        """
+        with Journal(self._folder, self._settings) as journal, ExitStack() as stack:
+            measure_all = None
+            bar = self._bar(journal.entries)
+            stack.callback(bar.close)
+            self._update(bar, None, journal.entries)
+            for stop in (*self._rungs, None):
+                missing = list(self._missing(_Records(journal.entries), stop))
+                if not missing:
+                    continue
+                if measure_all is None:
+                    measure_all = stack.enter_context(executor(where, self._harness, resources))
+                with closing(measure_all(missing)) as measured:
+                    for run, found in measured:
+                        journal.append({**run._asdict(), **found})
+                        if run.stop is None:
+                            self._harness.discard(run)
+                        self._update(bar, run, journal.entries)
+            return self._update(bar, None, journal.entries)
+
+    def report(self, entries: Sequence[dict[str, Any]]) -> ContributionReport:
+        """The report of what a journal holds.
+
+        Args:
+            entries: The journal's.
+
+        Returns:
+            The report; what is missing in it is `"missing"`.
+        """
+        records = _Records(entries)
+        _, dropped = self._standing(records)
+        layers = []
+        for layer in range(self._num_layers):
+            entry = records.score(str(layer), self._seeds)
+            if layer in dropped:
+                entry = records.dropped(str(layer), self._seeds, dropped[layer])
+            layers.append(entry)
+        return ContributionReport(
+            method="train",
+            layers=tuple(layers),
+            base=records.score("base", (None,)),
+            full=records.score("full", self._seeds),
+            settings={**self._settings, "seeds": list(self._seeds), "rungs": list(self._rungs)},
+        )
+
+    def _missing(self, records: _Records, stop: int | None) -> Iterator[tuple[Run, int]]:
+        """What to do before anything can be dropped at a rung, or at the end."""
+        alive, _ = self._standing(records)
+        wanted = [Run(str(layer), seed, stop) for seed in self._seeds for layer in alive]
+        if stop == (*self._rungs, None)[0]:
+            whole = [Run("base"), *(Run("full", seed) for seed in self._seeds)]
+            wanted = sorted([*whole, *wanted], key=lambda run: (run.seed is not None, run.seed))
+        for run in wanted:
+            if records.at(run) is None and records.at(run._replace(stop=None)) is None:
+                yield run, records.brought_to(run)
+
+    def _standing(self, records: _Records) -> tuple[list[int], dict[int, str]]:
+        """Layers that are trained on, as far as is known by now, and why others are not."""
+        alive, dropped = list(self._layers), {}
+        for stop in self._rungs:
+            scores = {layer: records.all_at(str(layer), self._seeds, stop) for layer in alive}
+            known = {layer: rows for layer, rows in scores.items() if rows is not None}
+            ended = [k for k in alive if any(records.at(Run(str(k), s)) for s in self._seeds)]
+            if {*alive} - {*known} - {*ended}:
+                break
+            behind = below_the_cut(known) if known else {}
+            for layer, why in behind.items():
+                if layer not in ended:
+                    dropped[layer] = f"at step {stop}: {why}"
+                    alive.remove(layer)
+        return alive, dropped
+
+    def _bar(self, entries: Sequence[dict[str, Any]]) -> tqdm:
+        done, total = self._progress(entries)
+        return tqdm(
+            desc="contribution", total=total, initial=done, bar_format=_BAR, disable=done >= total
+        )
+
+    def _progress(self, entries: Sequence[dict[str, Any]]) -> tuple[float, float]:
+        """Whole runs done, and how many there will be if nothing more is dropped."""
+        alive, dropped = self._standing(_Records(entries))
+        come = {(n, s): 0.0 for n in ("full", *map(str, (*alive, *dropped))) for s in self._seeds}
+        for entry in entries:
+            if (run := (entry["name"], entry["seed"])) in come:
+                share = 1 if entry["stop"] is None else entry["stop"] / self._steps
+                come[run] = max(come[run], share)
+        gone = sum(share for (name, _), share in come.items() if name in map(str, dropped))
+        return sum(come.values()), len(self._seeds) * (1 + len(alive)) + gone
+
+    def _update(
+        self, bar: tqdm, run: Run | None, entries: Sequence[dict[str, Any]]
+    ) -> ContributionReport:
+        report = self.report(entries)
+        write_whole(self._folder / "report.json", report.to_json())
+        if run is not None:
+            mean = math.fsum(entries[-1]["scores"]) / len(entries[-1]["scores"])
+            shown = run.name if run.name in ("base", "full") else f"layer {run.name}"
+            bar.set_postfix_str(f"{shown}: {mean:.3f}", refresh=False)
+            done, bar.total = self._progress(entries)
+            bar.update(done - bar.n)
+        return report
+
+
+class _Records:
+    """A journal's entries, by run."""
+
+    def __init__(self, entries: Sequence[dict[str, Any]]) -> None:
+        self._entries: dict[Run, dict[str, Any]] = {}
+        for entry in entries:
+            self._entries[Run(entry["name"], entry["seed"], entry["stop"])] = entry
+
+    def at(self, run: Run) -> list[float] | None:
+        """The prompts' scores when a run was where this one stops; None where nobody knows."""
+        if run in self._entries:
+            return self._entries[run]["scores"]
+        along = {step: scores for e in self._of(run) for step, scores in e["curve"]}
+        return along.get(run.stop)
+
+    def all_at(
+        self, name: str, seeds: Sequence[int | None], stop: int | None
+    ) -> list[list[float]] | None:
+        """The same of several seeds, shape (S, P)."""
+        found = [self.at(Run(name, seed, stop)) for seed in seeds]
+        known = [scores for scores in found if scores is not None]
+        return known if len(known) == len(found) else None
+
+    def brought_to(self, run: Run) -> int:
+        """The step at which a run stopped last, 0 if it never ran."""
+        return max((e["stop"] for e in self._of(run) if e["stop"] is not None), default=0)
+
+    def score(self, name: str, seeds: Sequence[int | None]) -> Score:
+        """What a layer, base or full scored at the end, with the seeds that are done."""
+        found = [self.at(Run(name, seed)) for seed in seeds]
+        scores = tuple(tuple(row) for row in found if row is not None)
+        if not scores:
+            return Score(status="missing", **self._spent(name, seeds))
+        return Score(scores=scores, **self._spent(name, seeds))
+
+    def dropped(self, name: str, seeds: Sequence[int], why: str) -> Score:
+        """A layer that was not trained to the end."""
+        return Score(status="dropped", note=why, **self._spent(name, seeds))
+
+    def _of(self, run: Run) -> list[dict[str, Any]]:
+        return [e for key, e in self._entries.items() if key[:2] == run[:2]]
+
+    def _spent(self, name: str, seeds: Sequence[int | None]) -> dict[str, Any]:
+        entries = [e for seed in seeds for e in self._of(Run(name, seed))]
+        on_the_way = {e["stop"] for e in entries} | {
+            step for e in entries for step, _ in e["curve"]
+        }
+        curve = [
+            (step, tuple(map(tuple, scores)))
+            for step in sorted(on_the_way - {None})
+            if (scores := self.all_at(name, seeds, step)) is not None
+        ]
+        return {
+            "seconds": sum(e["seconds"] for e in entries),
+            "steps": sum(e["steps"] for e in entries),
+            "curve": tuple(curve),
+        }
+
+
+def settings_of(args: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What a trainer's arguments say of the result of a run.
+
+    Args:
+        args: The arguments.
+
+    Returns:
+        JSON values.
+    """
+    shown = args.to_dict()
+    return {name: value for name, value in shown.items() if name not in _NOT_SETTINGS}
+
+
+def digest(dataset: Iterable[Any]) -> str:
+    """What tells a data set from another: its number of rows and a hash of them.
+
+    Args:
+        dataset: The rows.
+
+    Returns:
+        Both, as text.
+    """
+    rows = hashlib.sha256()
+    number = 0
+    for number, row in enumerate(dataset, 1):  # noqa: B007 - the last one is how many
+        rows.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return f"{number} rows {rows.hexdigest()[:16]}"
+
+
+def _cycle(args: Any) -> int:  # noqa: ANN401
+    """Optimizer steps on one generation batch."""
+    forwards = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+    return forwards // math.gcd(forwards, args.gradient_accumulation_steps)

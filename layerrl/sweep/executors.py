@@ -1,0 +1,113 @@
+"""Where runs happen: here one after the other, or on a Ray cluster."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerrl.errors import ProbeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+
+    from layerrl.sweep.harness import Harness, Run
+
+    Task = tuple[Run, int]
+    """A run, and the step it was brought to before."""
+    Measured = Generator[tuple[Run, dict[str, Any]]]
+
+EXECUTORS = ("serial", "ray")
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+_RETRIES = 3
+_loaded: dict[str, Harness] = {}
+"""In a worker: the harness that it was last asked to use, by the id of the shared object."""
+
+
+@contextmanager
+def executor(
+    name: str, harness: Harness, resources: Mapping[str, float]
+) -> Iterator[Callable[[Iterable[Task]], Measured]]:
+    """A function that measures runs, in any order, and yields each when it is done.
+
+    Args:
+        name: `"serial"` or `"ray"`.
+        harness: What measures them.
+        resources: What each run needs, as Ray names it: `num_cpus`, `num_gpus`, `memory`.
+
+    Yields:
+        The function.
+
+    Raises:
+        ProbeError: If Ray is missing, or no node has what a run needs.
+    """
+    if name == "serial":
+        yield lambda tasks: ((run, harness.measure(run, since)) for run, since in tasks)
+        return
+    try:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+    except ImportError as error:
+        raise ProbeError('executor="ray" needs Ray: pip install "layerrl[ray]"') from error
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    try:
+        _check_resources(ray.nodes(), resources)
+        options: dict[str, Any] = {"max_retries": _RETRIES, **resources}
+        remote = ray.remote(**options)(_measure_in_worker)
+        # Inside a list Ray hands on the reference, and the worker loads the model only once.
+        arguments = [ray.put(harness)], torch.get_num_threads()
+
+        def measure_all(tasks: Iterable[Task]) -> Measured:
+            waiting = {remote.remote(*arguments, run, since): run for run, since in tasks}
+            try:
+                while waiting:
+                    [ready], _ = ray.wait(list(waiting), num_returns=1)
+                    yield waiting[ready], ray.get(ready)
+                    del waiting[ready]
+            except RayTaskError:  # what the run itself raised
+                raise
+            except RayError as error:
+                raise ProbeError(
+                    f"Ray lost a run, after {_RETRIES} more tries where it could repeat it. Often "
+                    f"there is too little memory for {dict(resources)} a run. Finished runs are "
+                    f"kept; the same call continues. {error}"
+                ) from error
+            finally:
+                for reference in waiting:
+                    ray.cancel(reference, force=True)
+
+        yield measure_all
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _check_resources(nodes: list[dict[str, Any]], resources: Mapping[str, float]) -> None:
+    unknown = sorted({*resources} - {*_RESOURCES})
+    if unknown:
+        raise ProbeError(
+            f"resources has {unknown}, expected {sorted(_RESOURCES)}: what one run needs"
+        )
+    needed = {_RESOURCES[name]: amount for name, amount in resources.items()}
+    having = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(all(node.get(n, 0) >= amount for n, amount in needed.items()) for node in having):
+        shown = [{name: node.get(name, 0) for name in needed} for node in having]
+        raise ProbeError(
+            f"a run needs {needed}, and no node of the Ray cluster has that: {shown}. Ask for less "
+            "with resources=, or connect to a larger cluster with ray.init before the call."
+        )
+
+
+def _measure_in_worker(shared: list[Any], num_threads: int, run: Run, since: int) -> dict[str, Any]:
+    import ray
+
+    torch.set_num_threads(num_threads)  # as in the process that asks: sums round the same way
+    [reference] = shared
+    key = reference.hex()
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = ray.get(reference)
+    return _loaded[key].measure(run, since)

@@ -1,0 +1,52 @@
+"""Successive halving: layers that have fallen behind for sure are not trained to the end."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from layerrl.scoring import bootstrap, interval_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_SHARES = (1 / 8, 1 / 4, 1 / 2)
+
+
+def rungs(num_steps: int, cycle: int = 1) -> tuple[int, ...]:
+    """Steps at which layers may be dropped: after an eighth, a quarter and a half of a run.
+
+    Args:
+        num_steps: Steps of a whole run.
+        cycle: Steps on one generation batch. A run can be continued exactly only between batches,
+            so rungs lie there.
+
+    Returns:
+        The steps, in order.
+    """
+    found = {math.ceil(num_steps * share / cycle) * cycle for share in _SHARES}
+    return tuple(sorted(step for step in found if step < num_steps))
+
+
+def below_the_cut(scores: Mapping[int, Sequence[Sequence[float]]]) -> dict[int, str]:
+    """Layers that are sure to be worse than the last one of the better half.
+
+    Args:
+        scores: Each layer's scores, shape (S, P), after the same number of steps.
+
+    Returns:
+        The layers to drop, and why: none but those whose difference to the cut has a 95 % interval
+        below zero.
+    """
+    draws = bootstrap({str(layer): rows for layer, rows in scores.items()})
+    means = {layer: sum(map(sum, rows)) / sum(map(len, rows)) for layer, rows in scores.items()}
+    ordered = sorted(means, key=lambda layer: (-means[layer], layer))
+    cut = ordered[(len(ordered) - 1) // 2]
+    dropped = {}
+    for layer in ordered:
+        difference = interval_of(draws[str(layer)] - draws[str(cut)])
+        if difference.high < 0:
+            dropped[layer] = (
+                f"{means[layer]:.3f}, {difference:+.3f} against layer {cut} with {means[cut]:.3f}"
+            )
+    return dropped

@@ -1,0 +1,274 @@
+"""Isolated runs on one model: train a layer, score it, put everything back."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+import math
+import shutil
+import time
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from layerrl.blocks import unwrap
+from layerrl.errors import ProbeError
+from layerrl.masking import fingerprints
+from layerrl.selection import select_layers
+from layerrl.trainer.evaluation import prompt_scores, watched_rewards
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Sequence
+
+    from datasets import Dataset
+
+_PATIENCE = 8
+"""Generation batches without a difference between any two rewards, before a sweep gives up."""
+
+
+class Run(NamedTuple):
+    """One training up to some step, or the evaluation of the base."""
+
+    name: str
+    """`"base"`, `"full"` or the layer's number."""
+    seed: int | None = None
+    """None for the base."""
+    stop: int | None = None
+    """Optimizer step to stop at, with a checkpoint to continue from; None: the end."""
+
+
+class Harness:
+    """One model and isolated runs on it, each from the same weights.
+
+    The model is loaded once: after each run, what was trained gets its old values back, and the
+    fingerprint of everything is compared with what it was. Can be pickled, for other processes.
+
+    Args:
+        model: The base. As it was, with every `requires_grad` and mode, after each run.
+        make_trainer: Makes a masked trainer from `model`, `args` and `selection`.
+        args: Arguments of the single layers' runs.
+        full_args: Those of the full-parameter run.
+        eval_dataset: Prompts that are not trained on.
+        greedy: Evaluate greedily.
+        modules: Globs inside the block; None: whole layers.
+        folder: Where runs that stopped on their way keep their checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make_trainer: Callable[..., Any],
+        *,
+        args: Any,  # noqa: ANN401
+        full_args: Any,  # noqa: ANN401
+        eval_dataset: Dataset,
+        greedy: bool,
+        modules: Sequence[str] | None,
+        folder: str | os.PathLike[str],
+    ) -> None:
+        self._model, self._make_trainer = model, make_trainer
+        self._args, self._full_args = args, full_args
+        self._eval_dataset, self._greedy, self._modules = eval_dataset, greedy, modules
+        self._folder = Path(folder).absolute()
+        self._base = _tensors(model)
+        self._fingerprint = fingerprints(self._base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the second copy of the weights, which is made again."""
+        return self.__dict__ | {"_base": None, "_model": _on_cpu(self._model)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._base = _tensors(self._model)
+        for args in (self._args, self._full_args):
+            args.__dict__.pop("_setup_devices", None)  # this process may see other devices
+            _ = args.device  # looks now: it resets what an Accelerator made before would need
+
+    @property
+    def base(self) -> str:
+        """What tells these weights from others."""
+        return hashlib.sha256(json.dumps(self._fingerprint).encode()).hexdigest()[:16]
+
+    def measure(self, run: Run, since: int = 0) -> dict[str, Any]:
+        """Train and score.
+
+        Args:
+            run: What to do.
+            since: Step at which it stopped before. Its checkpoint is continued where it still
+                exists; the result is the same.
+
+        Returns:
+            `scores` of each evaluation prompt; the `curve` of scores on the way, as pairs of step
+            and scores; `steps` and `seconds` that it took, of which `harness_seconds` went
+            neither into training nor evaluation. JSON values.
+        """
+        started = time.perf_counter()
+        which = "full" if run.name in ("base", "full") else int(run.name)
+        modules = None if which == "full" else self._modules
+        selection = select_layers(self._model, which, modules=modules)
+        curve: list[tuple[int, list[float]]] = []
+        with _as_found(self._model):
+            args = self._args_of(run)
+            set_seed(args.seed)
+            trainer = self._make_trainer(model=self._model, args=args, selection=selection)
+            trainer.remove_callback(PrinterCallback)
+            began = ended = time.perf_counter()
+            try:
+                start = 0 if run.name == "base" else self._train(trainer, run, since, curve)
+                scores = self._scores(trainer)
+                ended = time.perf_counter()
+            finally:
+                trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+                steps = trainer.state.global_step
+                trainer.accelerator.free_memory()
+                del trainer
+                gc.collect()
+                self._restore()
+        seconds = time.perf_counter() - started
+        return {
+            "scores": scores,
+            "curve": curve,
+            "steps": steps - start,
+            "seconds": seconds,
+            "harness_seconds": seconds - (ended - began),
+        }
+
+    def discard(self, run: Run) -> None:
+        """Delete the checkpoints of a run that is finished."""
+        shutil.rmtree(self._run_folder(run), ignore_errors=True)
+
+    def _run_folder(self, run: Run) -> Path:
+        return self._folder / f"{run.name}-{run.seed}"
+
+    def _args_of(self, run: Run) -> Any:  # noqa: ANN401
+        args = copy.deepcopy(self._full_args if run.name == "full" else self._args)
+        args.output_dir = str(self._run_folder(run))
+        args.save_strategy = args.eval_strategy = "no"
+        args.load_best_model_at_end = args.save_only_model = args.eval_on_start = False
+        args.push_to_hub = False
+        args.save_total_limit = None
+        args.disable_tqdm = True  # the sweep has a bar
+        args.seed = args.seed if run.seed is None else run.seed
+        return args
+
+    def _train(
+        self,
+        trainer: Any,  # noqa: ANN401
+        run: Run,
+        since: int,
+        curve: list[tuple[int, list[float]]],
+    ) -> int:
+        """Train up to the run's stop, and say from which step on."""
+        asked = self._full_args if run.name == "full" else self._args
+        along = partial(self._scores, trainer) if asked.eval_strategy == "steps" else None
+        trainer.add_callback(_Along(run.stop, along, curve))
+        shutil.rmtree(self._run_folder(run) / f"checkpoint-{run.stop}", ignore_errors=True)
+        checkpoint = self._run_folder(run) / f"checkpoint-{since}"
+        start = since if since and checkpoint.is_dir() else 0
+        with _signal_expected(trainer) if run.name == "full" else nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if start else None)
+        return start
+
+    def _scores(self, trainer: Any) -> list[float]:  # noqa: ANN401
+        return prompt_scores(trainer, self._eval_dataset, greedy=self._greedy)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        now = _tensors(self._model, copy_them=False)
+        for name, tensor in now.items():
+            base = self._base[name] = self._base[name].to(tensor.device)
+            if not torch.equal(tensor, base):
+                tensor.copy_(base)
+        found = fingerprints(now)
+        changed = sorted(
+            n for n in {*found, *self._fingerprint} if found.get(n) != self._fingerprint.get(n)
+        )
+        if changed:
+            raise ProbeError(
+                f"after a run, {len(changed)} tensors of the model are not what they were, "
+                f"{changed[0]!r} first. Runs after this one would start from another base."
+            )
+
+
+class _Along(TrainerCallback):
+    """What happens between two steps: scores every few, without a trace in the training; a stop."""
+
+    def __init__(
+        self,
+        stop: int | None,
+        scores: Callable[[], list[float]] | None,
+        curve: list[tuple[int, list[float]]],
+    ) -> None:
+        self._stop, self._scores, self._curve = stop, scores, curve
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Evaluate where it is due, but not at the end, which is evaluated anyway."""
+        step = state.global_step
+        if step == self._stop:
+            control.should_save = control.should_training_stop = True
+        elif self._scores and step % state.eval_steps == 0 and step < state.max_steps:
+            self._curve.append((step, self._scores()))
+
+
+@contextmanager
+def _signal_expected(trainer: Any) -> Iterator[None]:  # noqa: ANN401
+    """Give up on a training in which no two completions of a prompt are rewarded differently."""
+    batches, differ = 0, False
+
+    def give_up(when: str) -> None:
+        raise ProbeError(
+            f"in {when}, all {trainer.num_generations} completions of every prompt got the same "
+            "reward: group advantages are zero and nothing is trained. Try the reward function "
+            f"({', '.join(trainer.reward_func_names)}) on a few completions, take prompts that the "
+            "base sometimes gets right, or raise the temperature or num_generations."
+        )
+
+    def look(_: Any, rewards: list[float]) -> None:  # noqa: ANN401
+        nonlocal batches, differ
+        if differ or not trainer.model.training:
+            return
+        size = trainer.num_generations
+        groups = [rewards[i : i + size] for i in range(0, len(rewards), size)]
+        differ = any(len({r for r in group if not math.isnan(r)}) > 1 for group in groups)
+        batches += 1
+        if not differ and batches == _PATIENCE:
+            give_up(f"the first {_PATIENCE} generation batches")
+
+    with watched_rewards(trainer, look):
+        yield
+    if not differ:
+        give_up("the whole run")
+
+
+def _tensors(model: nn.Module, *, copy_them: bool = True) -> dict[str, torch.Tensor]:
+    base = unwrap(model)
+    named = [*base.named_parameters(), *base.named_buffers()]
+    return {name: t.detach().clone() if copy_them else t.detach() for name, t in named}
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    if all(tensor.device.type == "cpu" for tensor in model.parameters()):
+        return model
+    return copy.deepcopy(model).cpu()
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Give a model's flags and modes back afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
