@@ -112,7 +112,7 @@ class Score:
     completions: list[str]
 
 
-def evaluate(model: Any, tokenizer: Any, data: Dataset) -> Score:
+def evaluate(model: Any, tokenizer: Any, data: Dataset, tokens: int = MAX_NEW_TOKENS) -> Score:
     """Greedy accuracy on `data`.
 
     A problem that occurs several times gets the same greedy answer each time: it is decoded once
@@ -121,7 +121,7 @@ def evaluate(model: Any, tokenizer: Any, data: Dataset) -> Score:
     keys = [str(prompt) for prompt in data["prompt"]]
     once = distinct(data)
     weights = np.array([keys.count(str(prompt)) for prompt in once["prompt"]], dtype=float)
-    completions = answers(model, tokenizer, once)
+    completions = answers(model, tokenizer, once, tokens)
     right = np.array(reward(completions, once["answer"]))
     draws = np.random.default_rng(0).integers(len(right), size=(10_000, len(right)))
     sampled = (right * weights)[draws].sum(1) / weights[draws].sum(1)
@@ -140,7 +140,9 @@ def distinct(data: Dataset) -> Dataset:
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, data: Dataset, temperature: float = 0.0) -> list[str]:
+def answers(
+    model: Any, tokenizer: Any, data: Dataset, tokens: int, temperature: float = 0.0
+) -> list[str]:
     """What the model writes for each row: greedily, or sampled at a temperature."""
     prompts = list(data["prompt"])
     chat = not isinstance(prompts[0], str)
@@ -158,7 +160,7 @@ def answers(model: Any, tokenizer: Any, data: Dataset, temperature: float = 0.0)
     model.eval()
     output = model.generate(
         **inputs.to(model.device),
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=tokens,
         **(sampled if temperature else {"do_sample": False}),
     )
     return tokenizer.batch_decode(

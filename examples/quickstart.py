@@ -32,15 +32,15 @@ def main() -> None:
     model = setup.model()
     selection = select_layers(model, options.layers)
     print(f"{options.model}: {selection}, {options.steps} steps, seed {options.seed}")
-    before = evaluate(model, tokenizer, data.held_out)
+    before = evaluate(model, tokenizer, data.held_out, options.tokens)
 
     trainer = train(setup, model, selection, arguments(options), "training")
-    after = evaluate(model, tokenizer, data.held_out)
+    after = evaluate(model, tokenizer, data.held_out, options.tokens)
 
     delta = trainer.save_delta(out / "delta")
     merge_delta(setup.base, delta, out / "merged")
     merged_model = setup._replace(base=str(out / "merged")).model()
-    merged = evaluate(merged_model, tokenizer, data.held_out)
+    merged = evaluate(merged_model, tokenizer, data.held_out, options.tokens)
     if merged.completions != after.completions:
         raise SystemExit("the merged model answers differently from the trained one")
 

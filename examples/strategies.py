@@ -36,7 +36,7 @@ def main() -> None:
         if words is not None:
             args = arguments(options, learning_rate=rate)
             train(setup, model, select_layers(model, **words), args, name)
-        texts = answers(model, setup.tokenizer, held_out)
+        texts = answers(model, setup.tokenizer, held_out, options.tokens)
         found[name] = reward(texts, held_out["answer"])
         write_json(path, found)
     show(found)

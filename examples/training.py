@@ -45,6 +45,7 @@ def parser(description: str, output: str, *, steps: int = 15) -> argparse.Argume
     add("--data", type=Path, help='other problems: lines of {"prompt": "...", "answer": 12}')
     add("--steps", type=int, default=steps, help="of each training (default: %(default)s)")
     add("--learning-rate", type=float, default=2e-4, help="of layers (default: %(default)s)")
+    add("--tokens", type=int, default=MAX_NEW_TOKENS, help="at most (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--output", type=Path, default=Path(output), help="default: %(default)s")
     return made
@@ -80,7 +81,7 @@ def arguments(options: argparse.Namespace, **changes: Any) -> GRPOConfig:
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 32,
         "num_generations": 8,
-        "max_completion_length": MAX_NEW_TOKENS,
+        "max_completion_length": options.tokens,
         "temperature": 0.7,
         "seed": options.seed,
         "gradient_checkpointing": False,

@@ -33,12 +33,12 @@ def main() -> None:
     voters = []
     for layer in chosen:
         model = trained(setup, options, layer)
-        voters.append(integers(model, setup, held_out))
+        voters.append(integers(model, setup, held_out, options.tokens))
         rows[f"layer {layer}"] = right(voters[-1], held_out)
     full = trained(setup, options, "full")
-    rows["full, greedy"] = right(integers(full, setup, held_out), held_out)
+    rows["full, greedy"] = right(integers(full, setup, held_out, options.tokens), held_out)
     torch.manual_seed(options.seed)
-    sampled = [integers(full, setup, held_out, temperature=0.7) for _ in chosen]
+    sampled = [integers(full, setup, held_out, options.tokens, 0.7) for _ in chosen]
     rows[f"full, {len(chosen)} samples vote"] = right(majority(sampled), held_out)
     rows[f"{len(chosen)} layers vote"] = right(majority(voters), held_out)
     show(rows)
@@ -57,9 +57,13 @@ def trained(setup: Setup, options: argparse.Namespace, layer: int | str) -> Any:
     return model
 
 
-def integers(model: Any, setup: Setup, data: Dataset, temperature: float = 0.0) -> list[int | None]:
+def integers(
+    model: Any, setup: Setup, data: Dataset, tokens: int, temperature: float = 0.0
+) -> list[int | None]:
     """The model's answer to each problem."""
-    return [last_integer(text) for text in answers(model, setup.tokenizer, data, temperature)]
+    return [
+        last_integer(text) for text in answers(model, setup.tokenizer, data, tokens, temperature)
+    ]
 
 
 def majority(voters: list[list[int | None]]) -> list[int | None]:

@@ -76,7 +76,8 @@ class Harness:
     ) -> None:
         self._model, self._make_trainer = model, make_trainer
         self._args, self._full_args = args, full_args
-        self._eval_dataset, self._greedy, self._modules = eval_dataset, greedy, modules
+        self._greedy, self._modules = greedy, modules
+        self._eval_dataset = eval_dataset.flatten_indices()  # or every evaluation would do it
         self._folder = Path(folder).absolute()
         self._base = _tensors(model)
         self._fingerprint = fingerprints(self._base)

@@ -112,12 +112,14 @@ def _greedy(trainer: Any, greedy: bool) -> Iterator[None]:  # noqa: ANN401
         yield
         return
     vllm = getattr(trainer, "vllm_generation", None)
-    settings: list[tuple[Any, str, Any]] = [
-        (trainer, "num_generations_eval", 1),  # the others would be the same
-        (trainer.generation_config, "do_sample", False)
-        if vllm is None
-        else (vllm, "temperature", 0.0),
-    ]
+    settings: list[tuple[Any, str, Any]] = [(trainer, "num_generations_eval", 1)]  # all alike
+    if vllm is not None:
+        settings.append((vllm, "temperature", 0.0))
+    else:
+        settings.append((trainer.generation_config, "do_sample", False))
+        # transformers warns of what is set for sampling
+        unused = ("temperature", "top_k", "top_p", "min_p")
+        settings.extend((trainer.generation_config, name, None) for name in unused)
     before = [getattr(holder, name) for holder, name, _ in settings]
     try:
         for holder, name, value in settings:
