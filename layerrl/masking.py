@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import contextmanager
+from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from layerrl.blocks import find_blocks, plain_name, unwrap
 from layerrl.errors import FrozenTensorError, SelectionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -117,6 +119,43 @@ def check_frozen(model: nn.Module, selection: LayerSelection, recorded: Mapping[
             "them: a callback, a module's buffer update, another base's checkpoint or weights "
             "loaded after the trainer was made."
         )
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Give a model back with the flags, modes, hooks and settings that it had, but for its weights.
+
+    Args:
+        model: Any model. A trainer sets many of these: checkpointing, `use_cache`, a cast forward.
+
+    Yields:
+        Nothing.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    owners: dict[int, object] = {id(module): module for module in model.modules()}
+    for module in model.modules():
+        for name in ("config", "generation_config"):
+            settings = getattr(module, name, None)
+            if hasattr(settings, "__dict__"):
+                owners[id(settings)] = settings
+    held = [
+        (vars(owner), {n: copy(v) if isinstance(v, dict) else v for n, v in vars(owner).items()})
+        for owner in owners.values()
+    ]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for now, before in held:
+            for name in {*now} - {*before}:
+                del now[name]
+            for name, value in before.items():
+                if isinstance(value, dict) and isinstance(now.get(name), dict):
+                    now[name].clear()  # in place: handles of hooks refer to their dict
+                    now[name].update(value)
+                else:
+                    now[name] = value
 
 
 def parameters_by_layer(

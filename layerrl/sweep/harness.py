@@ -20,7 +20,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
-from layerrl.masking import fingerprints
+from layerrl.masking import as_found, fingerprints
 from layerrl.selection import select_layers
 from layerrl.trainer.evaluation import prompt_scores, watched_rewards
 
@@ -116,7 +116,7 @@ class Harness:
         modules = None if which == "full" else self._modules
         selection = select_layers(self._model, which, modules=modules)
         curve: list[tuple[int, list[float]]] = []
-        with _as_found(self._model):
+        with as_found(self._model):
             args = self._args_of(run)
             set_seed(args.seed)
             trainer = self._make_trainer(model=self._model, args=args, selection=selection)
@@ -127,7 +127,6 @@ class Harness:
                 scores = self._scores(trainer)
                 ended = time.perf_counter()
             finally:
-                trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
                 steps = trainer.state.global_step
                 trainer.accelerator.free_memory()
                 del trainer
@@ -259,17 +258,3 @@ def _on_cpu(model: nn.Module) -> nn.Module:
     if all(tensor.device.type == "cpu" for tensor in model.parameters()):
         return model
     return copy.deepcopy(model).cpu()
-
-
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Give a model's flags and modes back afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training

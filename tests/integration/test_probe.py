@@ -83,6 +83,27 @@ class TestSweep:
         assert [p.requires_grad for p in model.parameters()] == before[1]
         assert model.training
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_leaves_hooks_and_settings_as_they_were(self, model, tmp_path, reentrant):
+        def seen():
+            return {
+                **{name: list(m._forward_pre_hooks) for name, m in model.named_modules()},
+                "own": [sorted(vars(m)) for m in model.modules()],
+                "config": model.config.to_dict(),
+                "generation": model.generation_config.to_dict(),
+                "checkpointing": model.is_gradient_checkpointing,
+            }
+
+        model.model.norm.register_forward_pre_hook(lambda *_: None)
+        before = seen()
+        checkpointing = {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+        }
+        args = config(tmp_path / "unused", max_steps=1, **checkpointing)
+        probe(model, tmp_path, args=args, layers=[0])
+        assert seen() == before
+
     def test_leaves_the_model_as_it_was_after_an_exception(self, model, tmp_path):
         before = bits(model)
         calls = []
