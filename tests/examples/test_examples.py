@@ -61,13 +61,18 @@ def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: 
 def test_a_sweep_and_the_strategies_that_follow_from_it(
     model_folder: Path, problems: Path, tmp_path: Path
 ) -> None:
-    shared = ["--model", model_folder, "--data", problems, "--steps", 1]
+    shared = ["--model", model_folder, "--data", problems, "--steps", 2]
     sweep = tmp_path / "sweep"
     ended = run(SWEEP, *shared, "--output", sweep)
     assert ended.returncode == 0, ended.stderr
     assert {"journal.jsonl", "report.json", "contributions.png"} <= {
         f.name for f in sweep.iterdir()
     }
+    figures = run(EXAMPLES[0].parents[1] / "benchmarks" / "sweep_figures.py", sweep)
+    assert figures.returncode == 0, figures.stderr
+    assert "Overhead over training and evaluation: " in figures.stdout
+    assert "step   1: " in figures.stdout
+    assert "of the steps. Best of all [" in figures.stdout
     for _ in range(2):
         options = ["--report", sweep / "report.json", "--k", 1, "--output", tmp_path / "out"]
         ended = run(STRATEGIES, *shared, *options)
