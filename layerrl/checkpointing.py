@@ -186,11 +186,12 @@ class KeptActivations:
             kept_anyway = {_storage(t) for t in given if isinstance(t, Tensor)}
             saved: dict[int, int] = {}
 
-            def count(tensor: Tensor) -> Tensor | None:
+            def count(tensor: Tensor) -> Tensor:
                 if _storage(tensor) not in kept_anyway:
                     saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
-                # With its history, a tensor would hold on to the graph that it is saved in.
-                return tensor.detach() if training else None
+                # Held, or the next one could be given the same address. Without its history, which
+                # would hold on to the graph that it is saved in.
+                return tensor.detach()
 
             with (
                 torch.enable_grad(),
