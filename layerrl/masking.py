@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _WORD_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _CHUNK = 1 << 18
+_TENSORS = {"_parameters", "_buffers"}
 _ODD_MULTIPLIER = 0x1E3779B97F4A7C15
 
 
@@ -139,7 +140,14 @@ def as_found(model: nn.Module) -> Iterator[None]:
             if hasattr(settings, "__dict__"):
                 owners[id(settings)] = settings
     held = [
-        (vars(owner), {n: copy(v) if isinstance(v, dict) else v for n, v in vars(owner).items()})
+        (
+            vars(owner),
+            {
+                name: copy(value) if isinstance(value, dict) else value
+                for name, value in vars(owner).items()
+                if name not in _TENSORS
+            },
+        )
         for owner in owners.values()
     ]
     try:
@@ -148,7 +156,7 @@ def as_found(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for now, before in held:
-            for name in {*now} - {*before}:
+            for name in {*now} - {*before} - _TENSORS:
                 del now[name]
             for name, value in before.items():
                 if isinstance(value, dict) and isinstance(now.get(name), dict):

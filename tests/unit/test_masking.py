@@ -11,6 +11,7 @@ from transformers import Adafactor
 from layerrl import select_layers
 from layerrl.errors import FrozenTensorError, SelectionError
 from layerrl.masking import (
+    as_found,
     check_frozen,
     check_optimizer,
     fingerprints,
@@ -291,6 +292,45 @@ class TestCheckFrozen:
         model.model.counts = None
         with pytest.raises(FrozenTensorError, match=r"1 of .*: model\.counts"):
             check_frozen(model, selection, recorded)
+
+
+class TestAsFound:
+    def test_gives_flags_modes_hooks_and_settings_back_though_it_raised(self):
+        model = tiny("llama").eval()
+        kept = model.model.norm.register_forward_hook(lambda *_: None)
+        model.lm_head.weight.requires_grad_(False)
+
+        def seen():
+            flags = [p.requires_grad for p in model.parameters()]
+            modes = [module.training for module in model.modules()]
+            hooks = [list(module._forward_hooks) for module in model.modules()]
+            own = [sorted(vars(module)) for module in model.modules()]
+            return flags, modes, hooks, own, model.config.to_dict()
+
+        def change_everything():
+            model.train().requires_grad_(True)
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+            model.model.norm.register_forward_hook(lambda *_: None)
+            model.forward = model.model.forward
+            model.config.use_cache = False
+            assert all(a != b for a, b in zip(seen(), before, strict=True))
+            raise KeyError
+
+        before = seen()
+        with pytest.raises(KeyError), as_found(model):
+            change_everything()
+        assert seen() == before
+        assert not model.is_gradient_checkpointing
+        kept.remove()
+        assert not model.model.norm._forward_hooks
+
+    def test_leaves_tensors_where_they_were_moved(self):
+        model = tiny("llama")
+        with as_found(model):
+            model.double()
+        tensors = [*model.parameters(), *model.buffers()]
+        assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
 
 
 class TestParametersByLayer:
