@@ -72,7 +72,9 @@ def halving(report: ContributionReport) -> None:
 def keep(report: ContributionReport, name: str) -> None:
     """The report as ground truth, and its picture."""
     mpl.use("Agg")
-    (ROOT / "benchmarks" / "ground_truth" / f"{name}.json").write_text(report.to_json() + "\n")
+    folder = ROOT / "benchmarks" / "ground_truth"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(report.to_json() + "\n")
     report.plot().figure.savefig(ROOT / "docs" / f"{name}.png", dpi=150)
 
 
