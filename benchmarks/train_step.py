@@ -80,7 +80,7 @@ def versions() -> str:
     return ", ".join([*libraries, f"layerrl sources {digest}"])
 
 
-def run_missing(todo: list[dict[str, Any]], journal: Path) -> list[dict[str, Any]]:
+def run_missing(wanted: list[dict[str, Any]], journal: Path) -> list[dict[str, Any]]:
     """The journal's entry for each case, measured now where it has none."""
     done = [json.loads(line) for line in journal.read_text().splitlines()]
 
@@ -88,10 +88,10 @@ def run_missing(todo: list[dict[str, Any]], journal: Path) -> list[dict[str, Any
         return next((entry for entry in done if case.items() <= entry.items()), None)
 
     one_gpu = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # or transformers would spread over all
-    for number, case in enumerate(todo, 1):
+    for number, case in enumerate(wanted, 1):
         if find(case):
             continue
-        print(f"{number}/{len(todo)}", {key: case[key] for key in list(case)[:5]}, flush=True)
+        print(f"{number}/{len(wanted)}", {key: case[key] for key in list(case)[:5]}, flush=True)
         command = [sys.executable, __file__, "--worker", json.dumps(case)]
         started = time.perf_counter()
         ended = subprocess.run(command, capture_output=True, text=True, check=False, env=one_gpu)
@@ -102,7 +102,7 @@ def run_missing(todo: list[dict[str, Any]], journal: Path) -> list[dict[str, Any
         done.append(entry)
         with journal.open("a") as stream:
             stream.write(json.dumps(entry) + "\n")
-    return [entry for entry in map(find, todo) if entry]
+    return [entry for entry in map(find, wanted) if entry]
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:

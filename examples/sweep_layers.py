@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     add("--layers", type=layers, default="all", help="10, 10,12, middle:5 (default: %(default)s)")
     add("--full-learning-rate", type=float, default=3e-5, help="default: %(default)s")
     add("--seeds", type=int, nargs="+", default=[0], help="of the trainings (default: 0)")
-    add("--halving", action="store_true", help="drop layers on the way that are sure to be behind")
+    add("--halving", action="store_true", help="drop layers that fall behind on the way")
     add("--executor", default="serial", choices=["serial", "ray"], help="default: %(default)s")
     return options.parse_args()
 

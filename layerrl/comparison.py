@@ -20,7 +20,8 @@ class Comparison:
     quantity: str
     """What differs: `"C"`, or `"score"` where contributions are undefined."""
     values: dict[int, tuple[float, float]]
-    """Of each layer that both have, here and there. Empty for models of different depth."""
+    """Of each layer that both have, here and there. Empty for models of different depth, and where
+    one has contributions without scores and the other scores without contributions."""
     differences: dict[int, Interval | None]
     """95 % interval of there minus here."""
 
@@ -33,7 +34,9 @@ class Comparison:
         shown = "" if self.interval is None else f" {self.interval:.2f}"
         lines = [f"Rank correlation (Spearman) {self.correlation:.2f}{shown}"]
         if not self.values:
-            return f"{lines[0]}. Models of different depth: layers are not compared one by one."
+            return (
+                f"{lines[0]}. Layers are not compared one by one: other depth, or other quantity."
+            )
         lines.append(f"layer  {self.quantity:>6}  {self.quantity:>6}  difference")
         for layer, (here, there) in self.values.items():
             interval = self.differences[layer]

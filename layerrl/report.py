@@ -291,7 +291,7 @@ class ContributionReport:
         correlation, interval = self.spearman(other)
         both = self._defined(), other._defined()
         shares = all(both)
-        here, there = both if shares else (self._values(), other._values())
+        here, there = both if shares else (self.scores, other.scores)
         values, differences = {}, {}
         if self.num_layers == other.num_layers:
             values = {layer: (here[layer], there[layer]) for layer in here if layer in there}

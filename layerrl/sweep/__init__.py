@@ -44,7 +44,7 @@ class Sweep:
         seeds: Seeds of each.
         args: Arguments of the single layers' runs.
         settings: What the runs have in common, for the journal.
-        halving: Drop layers on the way that are sure to be behind.
+        halving: Drop layers on the way that have fallen behind.
         folder: Folder of the journal.
     """
 
@@ -105,15 +105,14 @@ class Sweep:
         """
         records = _Records(entries)
         _, dropped = self._standing(records)
-        layers = []
-        for layer in range(self._num_layers):
-            entry = records.score(str(layer), self._seeds)
-            if layer in dropped:
-                entry = records.dropped(str(layer), self._seeds, dropped[layer])
-            layers.append(entry)
         return ContributionReport(
             method="train",
-            layers=tuple(layers),
+            layers=tuple(
+                records.dropped(str(layer), self._seeds, dropped[layer])
+                if layer in dropped
+                else records.score(str(layer), self._seeds)
+                for layer in range(self._num_layers)
+            ),
             base=records.score("base", (None,)),
             full=records.score("full", self._seeds),
             settings={**self._settings, "seeds": list(self._seeds), "rungs": list(self._rungs)},

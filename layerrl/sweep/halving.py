@@ -1,4 +1,4 @@
-"""Successive halving: layers that have fallen behind for sure are not trained to the end."""
+"""Successive halving: layers that have fallen behind are not trained to the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rungs(num_steps: int, cycle: int = 1) -> tuple[int, ...]:
 
 
 def below_the_cut(scores: Mapping[int, Sequence[Sequence[float]]]) -> dict[int, str]:
-    """Layers that are sure to be worse than the last one of the better half.
+    """Layers that are resolved to be worse, by now, than the last one of the better half.
 
     Args:
         scores: Each layer's scores, shape (S, P), after the same number of steps.

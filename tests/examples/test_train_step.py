@@ -163,15 +163,15 @@ def test_a_journal_is_continued_until_something_else_is_measured(
     monkeypatch.setattr(train_step.subprocess, "run", run)
     journal = tmp_path / "journal"
     journal.touch()
-    todo = [{"method": method, "depth": None, "versions": "1"} for method in ("full", "masked")]
-    train_step.run_missing(todo[:1], journal)
-    entries = train_step.run_missing(todo, journal)
-    assert started == todo
+    wanted = [{"method": method, "depth": None, "versions": "1"} for method in ("full", "masked")]
+    train_step.run_missing(wanted[:1], journal)
+    entries = train_step.run_missing(wanted, journal)
+    assert started == wanted
     assert [(entry["method"], entry["seconds"]) for entry in entries] == [
         ("full", 1.0),
         ("masked", 1.0),
     ]
-    train_step.run_missing([todo[0] | {"versions": "2"}], journal)
+    train_step.run_missing([wanted[0] | {"versions": "2"}], journal)
     assert len(started) == len(journal.read_text().splitlines()) == 3
 
 

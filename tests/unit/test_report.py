@@ -103,7 +103,15 @@ class TestCompare:
         found = report(0.1, 0.5, 0.9).compare(report(0.1, 0.3, 0.5, 0.7, 0.9))
         assert found.correlation == pytest.approx(1)
         assert found.values == {}
-        assert "Models of different depth" in str(found)
+        assert "Layers are not compared one by one" in str(found)
+
+    def test_contributions_are_not_compared_with_scores(self):
+        layers = tuple(Score(contribution=c) for c in (0.1, 0.9, 0.4))
+        published = ContributionReport(method="published", layers=layers)
+        measured = ContributionReport(method="gradient", layers=report(0.2, 0.7, 0.5).layers)
+        found = published.compare(measured)
+        assert found.correlation == pytest.approx(1)
+        assert found.values == {}
 
 
 class TestTop:
