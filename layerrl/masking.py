@@ -124,7 +124,9 @@ def check_frozen(model: nn.Module, selection: LayerSelection, recorded: Mapping[
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Give a model back with the flags, modes, hooks and settings that it had, but for its weights.
+    """Give a model back with all that it had, but for its weights.
+
+    That is flags, gradients, modes, hooks and settings.
 
     Args:
         model: Any model. A trainer sets many of these: checkpointing, `use_cache`, a cast forward.
@@ -132,7 +134,7 @@ def as_found(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     owners: dict[int, object] = {id(module): module for module in model.modules()}
     for module in model.modules():
         for name in ("config", "generation_config"):
@@ -153,8 +155,9 @@ def as_found(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, flag in flags:
+        for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
+            parameter.grad = grad
         for now, before in held:
             for name in {*now} - {*before} - _TENSORS:
                 del now[name]

@@ -69,6 +69,34 @@ def _rows(scores: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
     return rows
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a report took."""
+
+    seconds: float = 0.0
+    """All of it, one run after the other."""
+    tokens: int | None = 0
+    """Completion tokens generated; None where nobody counted."""
+    forwards: int | None = 0
+    """Forward passes over a completion, through the whole model."""
+    backwards: int | None = 0
+    """Backward passes over a completion."""
+    fraction: float | None = 0.0
+    """Share of a full-parameter run. Of runs: of the seconds that it took. Of methods without runs:
+    of the passes in the run that the arguments describe, where generating a completion counts as
+    much as a forward pass, and a backward as two, or three where activations are recomputed."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.seconds:.0f} s"]
+        if self.tokens is not None:
+            parts.append(f"{self.tokens} tokens generated")
+        if self.forwards is not None:
+            parts.append(f"{self.forwards} forward and {self.backwards} backward passes")
+        if self.fraction is not None:
+            parts.append(f"{100 * self.fraction:.2g} % of a full-parameter run")
+        return ", ".join(parts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContributionReport:
     """Every layer's score and contribution, with 95 % intervals where they can be had.
@@ -89,6 +117,8 @@ class ContributionReport:
     """What was run: whatever is needed to run it again. JSON values."""
     source: str = ""
     """Whose numbers these are, if not measured here."""
+    cost: Cost | None = None
+    """What it took; None where nobody knows."""
 
     @property
     def num_layers(self) -> int:
@@ -310,6 +340,20 @@ class ContributionReport:
             return None
         return (draws[str(layer)] - draws["base"]) / (draws["full"] - draws["base"])
 
+    def at_depth(self, depth: float) -> float | None:
+        """What layers are ranked by at a relative depth, interpolated between two layers.
+
+        Args:
+            depth: 0 is the first layer, 1 the last.
+
+        Returns:
+            The value; None where one of the two has none.
+        """
+        values, mix = self._values(), self._at(depth)
+        if any(layer not in values for layer, _ in mix):
+            return None
+        return sum(weight * values[layer] for layer, weight in mix)
+
     def _at(self, depth: float) -> list[tuple[int, float]]:
         """Layers and weights whose mix lies at a relative depth."""
         position = depth * (self.num_layers - 1)
@@ -362,9 +406,11 @@ class ContributionReport:
             layers = tuple(Score(**entry) for entry in data.pop("layers"))
             ends = {n: data.pop(n) for n in ("base", "full")}
             found = {n: None if end is None else Score(**end) for n, end in ends.items()}
+            spent = data.pop("cost")
+            cost = None if spent is None else Cost(**spent)
         except TypeError as error:
             raise ReportError(f"not the JSON of a ContributionReport: {error}") from error
-        return cls(layers=layers, **found, **data)
+        return cls(layers=layers, cost=cost, **found, **data)
 
     def _defined(self) -> dict[int, float]:
         try:
@@ -394,14 +440,18 @@ class ContributionReport:
 
         ends = [(n, s) for n, s in (("base", self.base), ("full", self.full)) if s is not None]
         rows += [cells(name, entry, None) for name, entry in ends]
-        return rows + [cells(str(k), entry, k) for k, entry in enumerate(self.layers)]
+        rows += [cells(str(k), entry, k) for k, entry in enumerate(self.layers)]
+        columns = zip(*rows, strict=True)  # all but those in which nothing is known
+        return list(zip(*(c for c in columns if {*c[1:]} != {"-"}), strict=True))
 
     def _remarks(self) -> list[str]:
         remarks = [f"Partial: {self._missing}."] if self.partial else []
         try:
             _ = self.contributions
         except ReportError as error:
-            remarks.append(f"C: {error}")
+            measured = self.base is not None or self.full is not None
+            ranks = "Scores rank the layers; they are no contributions."
+            remarks.append(f"C: {error}" if measured else ranks)
         counts = {len(run.scores) for run in self._runs.values() if run.scores is not None}
         if counts == {1} and self.method == "train":
             remarks.append("One seed a run: the intervals say nothing about another seed.")
@@ -414,6 +464,8 @@ class ContributionReport:
             remarks.append(f"Learning rate {rates[0]:g} for a layer, {rates[1]:g} for all of it.")
         if not self._draws:
             remarks.append("No intervals: only means are known.")
+        if self.cost is not None and self.cost.seconds:
+            remarks.append(f"Cost: {self.cost}.")
         return remarks + ([self.source] if self.source else [])
 
     def __str__(self) -> str:

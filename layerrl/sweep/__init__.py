@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from layerrl.journal import Journal, write_whole
-from layerrl.report import ContributionReport, Score
+from layerrl.report import ContributionReport, Cost, Score
 from layerrl.sweep.executors import executor
 from layerrl.sweep.halving import below_the_cut, rungs
 from layerrl.sweep.harness import Run
@@ -105,6 +105,9 @@ class Sweep:
         """
         records = _Records(entries)
         _, dropped = self._standing(records)
+        full = records.score("full", self._seeds)
+        seconds = math.fsum(entry["seconds"] for entry in entries)
+        of_one = full.seconds / len(full.scores) if full.scores else 0.0
         return ContributionReport(
             method="train",
             layers=tuple(
@@ -114,7 +117,14 @@ class Sweep:
                 for layer in range(self._num_layers)
             ),
             base=records.score("base", (None,)),
-            full=records.score("full", self._seeds),
+            full=full,
+            cost=Cost(
+                seconds=seconds,
+                tokens=None,
+                forwards=None,
+                backwards=None,
+                fraction=seconds / of_one if of_one else None,
+            ),
             settings={**self._settings, "seeds": list(self._seeds), "rungs": list(self._rungs)},
         )
 

@@ -178,7 +178,10 @@ class Harness:
         return start
 
     def _scores(self, trainer: Any) -> list[float]:  # noqa: ANN401
-        return prompt_scores(trainer, self._eval_dataset, greedy=self._greedy)
+        with (
+            trainer.accelerator.autocast()
+        ):  # training prepares the model so, and the base has none
+            return prompt_scores(trainer, self._eval_dataset, greedy=self._greedy)
 
     @torch.no_grad()
     def _restore(self) -> None:

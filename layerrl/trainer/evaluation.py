@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from layerrl.errors import ProbeError
 
@@ -48,7 +49,7 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float
     training = [module for module in trainer.model.modules() if module.training]
     try:
         trainer.model.eval()
-        with _random_state_kept(), _greedy(trainer, greedy), watched_rewards(trainer, note):
+        with random_state_kept(), _greedy(trainer, greedy), watched_rewards(trainer, note):
             for batch in trainer.get_eval_dataloader(rows):
                 trainer._prepare_inputs(batch)
     finally:
@@ -76,16 +77,37 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
     Yields:
         Nothing.
     """
+
+    def watch(calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watched(inputs: Any, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+            rewards_BF = calculate(inputs, *args, **kwargs)
+            weighted_B = (rewards_BF * trainer.reward_weights.to(rewards_BF.device)).nansum(dim=1)
+            weighted_B[rewards_BF.isnan().all(dim=1)] = torch.nan
+            look(inputs, weighted_B.tolist())
+            return rewards_BF
+
+        return watched
+
+    with replaced_rewards(trainer, watch):
+        yield
+
+
+@contextmanager
+def replaced_rewards(
+    trainer: Any,  # noqa: ANN401
+    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+) -> Iterator[None]:
+    """Do something around a trainer's rewards.
+
+    Args:
+        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
+        wrap: Makes another of what takes a batch and gives each function's rewards, shape (B, F).
+
+    Yields:
+        Nothing.
+    """
     calculate, own = trainer._calculate_rewards, "_calculate_rewards" in vars(trainer)
-
-    def watched(inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        rewards_BF = calculate(inputs, *args, **kwargs)
-        weighted_B = (rewards_BF * trainer.reward_weights.to(rewards_BF.device)).nansum(dim=1)
-        weighted_B[rewards_BF.isnan().all(dim=1)] = torch.nan
-        look(inputs, weighted_B.tolist())
-        return rewards_BF
-
-    trainer._calculate_rewards = watched
+    trainer._calculate_rewards = wrap(calculate)
     try:
         yield
     finally:
@@ -96,7 +118,8 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
+    """Give Python's, numpy's and torch's global generators back as they were."""
     python, array = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

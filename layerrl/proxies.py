@@ -1,0 +1,111 @@
+"""Scores that come without training: where a layer lies, and what its gradient promises.
+
+Legend: P prompts, L layers.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from layerrl.errors import ProbeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+
+def position_scores(num_layers: int, centre: float) -> list[float]:
+    """Minus the distance of each layer from a relative depth.
+
+    Args:
+        num_layers: Decoder layers of the model.
+        centre: Relative depth of the best layer: 0 is the first, 1 the last.
+
+    Returns:
+        One number per layer, 0 at most.
+    """
+    return [0.0 - abs(layer / max(num_layers - 1, 1) - centre) for layer in range(num_layers)]
+
+
+def held_out_gains(
+    layers: Mapping[int, Sequence[nn.Parameter]],
+    prompts: Iterable[Sequence[Callable[[], Tensor]]],
+    *,
+    epsilon: float = 1e-8,
+) -> Tensor:
+    r"""For each prompt and layer, the first-order gain of a step that the prompts before ask for.
+
+    With $g_1, g_2, \dots$ the gradients of the prompts' losses in one layer, prompt $p$ scores
+    $\langle g_p, u(\sum_{q<p} g_q / (p - 1)) \rangle$ with $u(g) = g / (|g| + \epsilon)$, Adam's
+    first step: how much less its loss would be, per unit of learning rate, after a step in this
+    layer alone in which it had no part. Noise in a gradient, however large, gains nothing on
+    average.
+
+    One backward serves all layers; gradients are used and freed as they arrive, and one sum of them
+    is kept.
+
+    Args:
+        layers: Parameters of each layer, all of which require gradients. Their `grad` must be None
+            and is None afterwards.
+        prompts: For each prompt, what computes its loss: one call for each micro-batch, whose
+            losses add up. No calls: a prompt whose gradient is zero.
+        epsilon: Adam's.
+
+    Returns:
+        Shape (P, L), float64, layers in order. The first prompts' steps know few prompts.
+
+    Raises:
+        ProbeError: If a gradient is not finite.
+    """
+    sums: dict[Tensor, Tensor] = {
+        p: torch.zeros_like(p) for parameters in layers.values() for p in parameters
+    }
+    column_of: dict[Tensor, int] = {
+        p: column for column, layer in enumerate(layers.values()) for p in layer
+    }
+    gains: list[Tensor] = []
+
+    def take(parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        earlier, prompt = sums[parameter], len(gains) - 1
+        if prompt:
+            step = earlier / (earlier.abs() + epsilon * prompt)
+            gained = (parameter.grad * step).sum(dtype=torch.double)
+        else:
+            gained = parameter.grad.sum(dtype=torch.double) * 0  # not finite if it is not
+        gains[-1][column_of[parameter]] += gained.cpu()
+        earlier += parameter.grad
+        parameter.grad = None
+
+    for losses in prompts:
+        gains.append(torch.zeros(len(layers), dtype=torch.double))
+        for number, loss in enumerate(losses, 1):
+            value = loss()
+            with _as_they_arrive(sums, take if number == len(losses) else None):
+                value.backward()
+        for parameter in sums:  # of an expert that the last micro-batch sent no token to
+            take(parameter)
+        if not gains[-1].isfinite().all():
+            odd = [k for k, gain in zip(layers, gains[-1], strict=True) if not gain.isfinite()]
+            raise ProbeError(
+                f"the gradient of prompt {len(gains) - 1} is not finite in the layers {odd}. Is "
+                "its loss? Half precision overflows where float32 and bfloat16 do not."
+            )
+    return torch.stack(gains) if gains else torch.zeros(0, len(layers), dtype=torch.double)
+
+
+@contextmanager
+def _as_they_arrive(
+    parameters: Iterable[Tensor], take: Callable[[Tensor], None] | None
+) -> Iterator[None]:
+    """Have each parameter's gradient taken in the backward, as soon as it is whole."""
+    handles = [p.register_post_accumulate_grad_hook(take) for p in parameters if take is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

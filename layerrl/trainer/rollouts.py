@@ -1,0 +1,123 @@
+"""Completions of prompts with their advantages, as a trainer's own loss takes them."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from trl.trainer.utils import (
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
+
+from layerrl.errors import ProbeError
+from layerrl.trainer.evaluation import replaced_rewards
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+
+@dataclass
+class Rollouts:
+    """Prompts of a trainer's data set, answered by its model as it is and rewarded.
+
+    Args:
+        trainer: A TRL trainer that generates and rewards (GRPO, RLOO), in one process, before its
+            first step. Its arguments should ask for no pass that a first step does not need.
+        num_prompts: How many to take; fewer where the data set has fewer.
+    """
+
+    trainer: Any
+    num_prompts: int
+    num_tokens: int = field(default=0, init=False)
+    """Completion tokens generated so far."""
+    with_signal: list[bool] = field(default_factory=list, init=False)
+    """For each prompt so far, whether its completions were rewarded differently."""
+    reward_noise: float = field(default=0.0, init=False)
+    """Mean absolute difference between two rewards of the same completion."""
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """For each prompt the micro-batches of its completions, none where nothing is learned.
+
+        A prompt's losses add up to its share of the loss of its generation batch.
+
+        Yields:
+            What the trainer's `compute_loss` takes, `per_device_train_batch_size` rows or fewer.
+
+        Raises:
+            ProbeError: If the trainer's batches cannot be taken apart by prompt.
+        """
+        trainer, size = self.trainer, self.trainer.num_generations
+        if trainer.accelerator.num_processes > 1:
+            raise ProbeError(
+                f"{trainer.accelerator.num_processes} processes: the completions of a prompt may "
+                "lie on several. Probe in one process; the report's selection works in any number."
+            )
+        rows_left = self.num_prompts * size
+        trainer.model.train()
+        repeats = trainer.num_iterations * trainer.args.steps_per_generation
+        for rows in islice(trainer.get_train_dataloader(), 0, None, repeats):
+            batch = self._generate(rows[:rows_left])
+            yield from self._prompts(batch)
+            rows_left -= len(rows)
+            if rows_left <= 0:
+                break
+
+    def _prompts(self, batch: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+        trainer, size = self.trainer, self.trainer.num_generations
+        num_prompts = len(batch["advantages"]) // size
+        num_parts = -(-size // trainer.args.per_device_train_batch_size)
+        while size % num_parts:  # equal parts, or their means would not add up to the prompt's
+            num_parts += 1
+        trainer.current_gradient_accumulation_steps = num_parts
+        if batch.get("num_items_in_batch") is not None:
+            # TRL divides by this times the parts, over the steps of a generation batch.
+            scale = trainer.args.steps_per_generation / (num_parts * num_prompts)
+            batch = {**batch, "num_items_in_batch": batch["num_items_in_batch"] * scale}
+        split: Callable[..., list[dict[str, Any]]] = split_tensor_dict
+        for prompt in split(split_pixel_values_by_grid(batch), num_prompts):
+            signal = bool(prompt["advantages"].any())
+            self.with_signal.append(signal)
+            yield [
+                unsplit_pixel_values_by_grid(part)
+                for part in (split(prompt, num_parts) if signal else ())
+            ]
+
+    def _generate(self, rows: list[Any]) -> dict[str, Any]:
+        trainer = self.trainer
+        first = not self.with_signal and getattr(trainer, "environments", None) is None
+        with replaced_rewards(trainer, self._twice) if first else nullcontext():
+            batch = trainer._generate_and_score_completions(rows)
+        mask: Tensor = batch["completion_mask"]
+        if not mask.any():
+            raise ProbeError(
+                f"all {len(mask)} completions were cut off at max_completion_length="
+                f"{trainer.max_completion_length} and mask_truncated_completions leaves them out: "
+                "nothing is left to learn from. Allow longer completions."
+            )
+        self.num_tokens += int(mask.sum())
+        return batch
+
+    def _twice(self, calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Rewards that are looked at a second time, and warned of where they are others then."""
+
+        def twice(*args: Any, **kwargs: Any) -> Tensor:
+            rewards_BF, again_BF = (calculate(*args, **kwargs) for _ in range(2))
+            difference_B = (rewards_BF - again_BF).nan_to_num().abs().sum(dim=1)
+            if num_differ := int((difference_B > 0).sum()):
+                self.reward_noise = difference_B.mean().item()
+                warnings.warn(
+                    f"rewards of {num_differ} of {len(difference_B)} completions were others when "
+                    f"asked for again, by {self.reward_noise:.3g} on average: part of what layers "
+                    "would learn from is noise, and their scores need more prompts for it",
+                    stacklevel=2,
+                )
+            return rewards_BF
+
+        return twice
