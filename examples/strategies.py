@@ -24,12 +24,13 @@ def main() -> None:
     """Train with each strategy, evaluate, compare with full."""
     options = parse()
     report = read(options.report)
+    todo = strategies(report, options)
     setup = start(options)
     path = options.output / "strategies.json"
-    check_settings(options)
+    check_settings(options, chosen=[words for _, words, _ in todo])
     found: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
     held_out = distinct(setup.data.held_out)
-    for name, words, rate in strategies(report, options):
+    for name, words, rate in todo:
         if name in found:
             continue
         model = setup.model()
@@ -47,13 +48,16 @@ def strategies(
 ) -> list[tuple[str, dict[str, Any] | None, float]]:
     """Name, arguments of `select_layers` and learning rate; None trains nothing."""
     k = options.k
-    best = report.top(k)
     values = report.scores or report.contributions
-    if "dropped" in {entry.status for entry in report.layers} or len(values) < 2 * k:
+    unfinished = report.partial and report.method == "train"
+    dropped = any(entry.status == "dropped" for entry in report.layers)
+    if unfinished or dropped or len(values) < 2 * k:
         raise SystemExit(
-            f"the report has values of {len(values)} layers to choose the best and worst {k} from: "
-            "finish its sweep (without --halving), or take a smaller --k"
+            f"the report has values of {len(values)} layers to choose the best and worst {k} from"
+            f"{', and its sweep is not finished' if unfinished or dropped else ''}: finish it "
+            "(without --halving), or take a smaller --k"
         )
+    best = report.top(k)
     worst = sorted(values, key=values.__getitem__)[:k]
     boost = dict.fromkeys(best.layers, 2.0)
     layer, full = options.learning_rate, options.full_learning_rate

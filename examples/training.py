@@ -67,6 +67,7 @@ def start(options: argparse.Namespace) -> Setup:
     options.output.mkdir(parents=True, exist_ok=True)
     base = base_checkpoint(options.model, options.output.parent)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chat = tokenizer.chat_template is not None
     read = options.data and problems_in(options.data, chat=chat)
     return Setup(base, tokenizer, read or problems(options.seed, chat=chat))
@@ -136,12 +137,12 @@ def write_json(path: Path, values: Any) -> None:
     partial.replace(path)
 
 
-def check_settings(options: argparse.Namespace) -> None:
+def check_settings(options: argparse.Namespace, **more: Any) -> None:
     """What is in the output folder must come from the same options, but for which layers."""
     path = options.output / "settings.json"
     settings = {
         n: str(v) for n, v in sorted(vars(options).items()) if n not in ("layers", "output")
-    }
+    } | {n: str(v) for n, v in more.items()}
     if path.exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(
             f"{path} holds other settings: give another --output, or remove the folder"

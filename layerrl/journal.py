@@ -50,8 +50,12 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
+            busy = isinstance(error, BlockingIOError)
             raise JournalError(
                 f"{self.path} is open in another process. Wait for it, or give each its own folder."
+                if busy
+                else f"cannot lock {self.path}: {error.strerror}. Give a folder on a file system "
+                "that locks files, so that no second process writes to it."
             ) from error
         try:
             self._read()
@@ -84,10 +88,13 @@ class Journal:
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            self._file.truncate(len(whole))
         lines = whole.splitlines()
         if not lines:
+            # The head alone was cut off, or this is no journal.
+            head = json.dumps({"version": _VERSION, "settings": self._settings}).encode()
+            if not head.startswith(text):
+                self._check(text.decode(errors="replace"))
+            self._file.truncate(0)
             self._write({"version": _VERSION, "settings": self._settings})
             return
         parsed = []
@@ -101,6 +108,7 @@ class Journal:
                 ) from error
         head, *self.entries = parsed
         self._check(head)
+        self._file.truncate(len(whole))
 
     def _check(self, head: Any) -> None:  # noqa: ANN401
         version = head.get("version") if isinstance(head, dict) else None

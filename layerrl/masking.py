@@ -123,20 +123,29 @@ def check_frozen(model: nn.Module, selection: LayerSelection, recorded: Mapping[
 
 
 @contextmanager
-def as_found(model: nn.Module) -> Iterator[None]:
-    """Give a model back with all that it had, but for its weights.
+def as_found(*models: nn.Module) -> Iterator[None]:
+    """Give models back with all that they had, but for their weights.
 
-    That is flags, gradients, modes, hooks and settings.
+    That is flags, gradients, dtypes, devices, modes, hooks and settings.
 
     Args:
-        model: Any model. A trainer sets many of these: checkpointing, `use_cache`, a cast forward.
+        *models: Any models. A trainer sets many of these: checkpointing, `use_cache`, a cast.
 
     Yields:
         Nothing.
     """
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    owners: dict[int, object] = {id(module): module for module in model.modules()}
-    for module in model.modules():
+    modules = [module for model in models for module in model.modules()]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    kinds = [
+        (of_module, name, tensor.dtype, tensor.device)
+        for module in modules
+        for of_module in (module._parameters, module._buffers)
+        for name, tensor in of_module.items()
+        if tensor is not None
+    ]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+    owners: dict[int, object] = {id(module): module for module in modules}
+    for module in modules:
         for name in ("config", "generation_config"):
             settings = getattr(module, name, None)
             if hasattr(settings, "__dict__"):
@@ -155,7 +164,12 @@ def as_found(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for of_module, name, dtype, device in kinds:
+            tensor = of_module.get(name)
+            if tensor is not None and (tensor.dtype, tensor.device) != (dtype, device):
+                tensor.data = tensor.data.to(device, dtype)
         for parameter, flag, grad in flags:
+            parameter.grad = None
             parameter.requires_grad_(flag)
             parameter.grad = grad
         for now, before in held:

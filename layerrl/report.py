@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import json
 import math
+import operator
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +17,14 @@ import torch
 from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
-from layerrl.scoring import Interval, bootstrap, contribution, interval_of, spearman
+from layerrl.scoring import (
+    Interval,
+    bootstrap,
+    contribution,
+    contribution_draws,
+    interval_of,
+    spearman,
+)
 from layerrl.selection import LayerSelection
 
 if TYPE_CHECKING:
@@ -93,7 +102,12 @@ class Cost:
         if self.forwards is not None:
             parts.append(f"{self.forwards} forward and {self.backwards} backward passes")
         if self.fraction is not None:
-            parts.append(f"{100 * self.fraction:.2g} % of a full-parameter run")
+            shown = (
+                f"{100 * self.fraction:.2g} % of a"
+                if self.fraction < 1
+                else f"{self.fraction:.3g} times one"
+            )
+            parts.append(f"{shown} full-parameter run")
         return ", ".join(parts)
 
 
@@ -101,8 +115,9 @@ class Cost:
 class ContributionReport:
     """Every layer's score and contribution, with 95 % intervals where they can be had.
 
-    Intervals are bootstrap intervals over evaluation prompts, paired between layers, base and full,
-    and over seeds where a run has several. With one seed they say nothing about another seed.
+    Intervals are bootstrap intervals over evaluation prompts, paired between layers, base and full.
+    Where runs have several seeds, they also hold what seeds vary, taken as the same for every run;
+    with one seed they say nothing about another seed.
     """
 
     method: str
@@ -127,16 +142,18 @@ class ContributionReport:
 
     @property
     def partial(self) -> bool:
-        """Whether something is still missing: a layer, or one of its seeds."""
+        """Whether something that was asked for is still missing: a layer, or one of its seeds."""
         return bool(self._missing)
 
     @property
     def _missing(self) -> str:
         seeds = len(self.settings.get("seeds", ()))
-        runs = {name: run for name, run in self._runs.items() if name != "base"}
-        missing = [name for name, run in self._runs.items() if run.status == "missing"]
-        fewer = [n for n, run in runs.items() if run.scores and len(run.scores) < seeds]
-        texts = [f"{len(missing)} of {len(self._runs)} are missing"] if missing else []
+        asked = self.settings.get("layers", range(self.num_layers))
+        runs = {n: run for n, run in self._runs.items() if not n.isdigit() or int(n) in asked}
+        missing = [name for name, run in runs.items() if run.status == "missing"]
+        trained = {name: run for name, run in runs.items() if name != "base"}
+        fewer = [n for n, run in trained.items() if run.scores and len(run.scores) < seeds]
+        texts = [f"{len(missing)} of {len(runs)} are missing"] if missing else []
         texts += [f"{len(fewer)} have fewer than {seeds} seeds"] if fewer else []
         return ", ".join(texts)
 
@@ -149,7 +166,11 @@ class ContributionReport:
     def _draws(self) -> dict[str, Tensor]:
         """Resampled means, shape (D,), of all that was scored prompt by prompt."""
         runs = {name: run.scores for name, run in self._runs.items() if run.scores is not None}
-        return bootstrap(runs) if runs else {}
+        if not runs:
+            return {}
+        # Reports on the same prompts see the same ones in the same draw, and others do not.
+        prompts = self.settings.get("eval_dataset", runs)
+        return bootstrap(runs, seedless=("base",), seed=zlib.crc32(str(prompts).encode()))
 
     @property
     def scores(self) -> dict[int, float]:
@@ -178,14 +199,14 @@ class ContributionReport:
                 f"{self.method!r} report has none. Its `scores` rank the layers."
             )
         draws, gain, shown = self._draws, full - base, ""
-        resolved = gain != 0
+        resolved = gain > 0
         if {"base", "full"} <= set(draws):
             interval = interval_of(draws["full"] - draws["base"])
-            resolved, shown = resolved and 0 not in interval, f" {interval:.3f}"
+            resolved, shown = interval.low > 0, f" {interval:.3f}"
         if not resolved:
             raise ReportError(
                 f"full training went from {base:.3f} to {full:.3f}, a gain of {gain:+.3f}{shown}, "
-                "which is not resolved from zero: a layer's share of it is undefined. Train "
+                "which is not resolved above zero: a layer's share of it is undefined. Train "
                 "longer, tune the full run's learning rate, or evaluate on more prompts."
             )
         return base, full
@@ -244,14 +265,20 @@ class ContributionReport:
             ReportError: If fewer layers have a score.
         """
         values = self._values()
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(values):
+        number = k if hasattr(k, "__index__") and not isinstance(k, bool) else 0
+        if not 1 <= operator.index(number) <= len(values):
             raise ReportError(
                 f"top({k!r}): expected a number from 1 to {len(values)}, the layers with a score"
             )
         ordered = sorted(values, key=lambda layer: (-values[layer], layer))
         if k < len(ordered):
             self._warn_unless_resolved(ordered[k - 1], ordered[k])
-        return LayerSelection(num_layers=self.num_layers, layers=tuple(sorted(ordered[:k])))
+        modules = self.settings.get("modules")
+        return LayerSelection(
+            num_layers=self.num_layers,
+            layers=tuple(sorted(ordered[:k])),
+            modules=None if modules is None else tuple(modules),
+        )
 
     def _warn_unless_resolved(self, last: int, following: int) -> None:
         draws = self._draws
@@ -304,7 +331,8 @@ class ContributionReport:
         )
         ours_DK, theirs_DK = torch.broadcast_tensors(ours_DK, theirs_DK)
         draws_D = spearman(ours_DK, theirs_DK)
-        return correlation, interval_of(draws_D[~draws_D.isnan()])
+        ordered_D = draws_D[~draws_D.isnan()]
+        return correlation, interval_of(ordered_D) if len(ordered_D) else None
 
     def compare(self, other: ContributionReport) -> Comparison:
         """How another report agrees with this one: on the order of the layers, and on each.
@@ -323,7 +351,7 @@ class ContributionReport:
         shares = all(both)
         here, there = both if shares else (self.scores, other.scores)
         values, differences = {}, {}
-        if self.num_layers == other.num_layers:
+        if self.num_layers == other.num_layers and (shares or self.method == other.method):
             values = {layer: (here[layer], there[layer]) for layer in here if layer in there}
         for layer in values:
             found = [report._draws_at(layer, shares) for report in (self, other)]
@@ -338,7 +366,7 @@ class ContributionReport:
             return draws.get(str(layer))
         if not {"base", "full"} <= set(draws):
             return None
-        return (draws[str(layer)] - draws["base"]) / (draws["full"] - draws["base"])
+        return contribution_draws(draws[str(layer)], draws["base"], draws["full"])
 
     def at_depth(self, depth: float) -> float | None:
         """What layers are ranked by at a relative depth, interpolated between two layers.
@@ -356,7 +384,7 @@ class ContributionReport:
 
     def _at(self, depth: float) -> list[tuple[int, float]]:
         """Layers and weights whose mix lies at a relative depth."""
-        position = depth * (self.num_layers - 1)
+        position = round(depth * (self.num_layers - 1), 9)  # 15 / 29 * 29 is not 15
         below = min(int(position), self.num_layers - 1)
         above = position - below
         mix = [(below, 1 - above), (min(below + 1, self.num_layers - 1), above)]
@@ -491,7 +519,7 @@ class ContributionReport:
     def plot(self, ax: Any = None) -> Any:  # noqa: ANN401 - matplotlib's Axes
         """Contribution against depth, or the score where there is no contribution.
 
-        Filled: the interval excludes the base. Open: it does not, or there is none.
+        Filled: the interval excludes the base, or no gain. Open: it does not, or there is none.
 
         Args:
             ax: Matplotlib axes; None makes a figure.
@@ -508,6 +536,8 @@ class ContributionReport:
         lines = {0.0: "base", 1.0: "full"} if shares else {}
         if not shares and self.base is not None and self.base.score is not None:
             lines = {self.base.score: "base"}
+        if self.method == "gradient":
+            lines = {0.0: "no gain", 1.0: "average layer"}
         return plot_layers(
             values,
             {layer: find(layer) for layer in values},

@@ -5,6 +5,7 @@ Legend: R runs, S seeds, P evaluation prompts, D bootstrap draws.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 NUM_DRAWS = 4000
 _CONFIDENCE = 0.95
@@ -26,7 +27,7 @@ class Interval:
     high: float
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
+        return not (value < self.low or value > self.high)  # NaN excludes nothing
 
     def __format__(self, spec: str) -> str:
         return f"[{self.low:{spec}}, {self.high:{spec}}]"
@@ -40,17 +41,24 @@ def interval_of(draws_D: Tensor) -> Interval:
 
 
 def bootstrap(
-    runs: Mapping[str, Sequence[Sequence[float]]], *, num_draws: int = NUM_DRAWS, seed: int = 0
+    runs: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    seedless: Collection[str] = (),
+    num_draws: int = NUM_DRAWS,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Means of resampled scores, paired: every run sees the same prompts in the same draw.
 
-    Seeds of a run are resampled too, where it has several, each run's for itself. Few seeds vary
-    less in a resample than seeds do; their deviations are stretched by sqrt(S / (S - 1)) for it.
+    Another seed would have given other scores too. Where some runs have several, their variance
+    between seeds is pooled over those runs, and every draw of every run is moved by what a mean
+    over its own seeds varies for it (with Student's t for a variance that is estimated itself).
+    With one seed everywhere nothing is known of it, and nothing is added.
 
     Args:
         runs: Name to scores, shape (S, P); S may differ between runs, P may not.
+        seedless: Runs that no seed changes, such as the evaluation of the base.
         num_draws: Number of resamples.
-        seed: Seed of the resampling.
+        seed: Seed of the resampling of prompts: the same for scores on the same prompts.
 
     Returns:
         Name to the mean score in each draw, shape (D,).
@@ -67,23 +75,49 @@ def bootstrap(
     # How often each prompt was drawn, as a share: a product with scores is then a mean.
     share_DP = torch.zeros(num_draws, num_prompts, dtype=torch.double)
     share_DP.scatter_add_(1, picked_DP, torch.full_like(share_DP, 1 / num_prompts))
-    found = {}
-    for name, seeds in runs.items():
-        scores_SP = torch.tensor([list(scores) for scores in seeds], dtype=torch.double)
-        mean_SD = scores_SP @ share_DP.T
-        found[name] = mean_SD.mean(dim=0)
-        num_seeds = len(seeds)
-        if num_seeds > 1:
-            chosen_SD = torch.randint(num_seeds, (num_seeds, num_draws), generator=draw)
-            resampled_D = mean_SD.gather(0, chosen_SD).mean(dim=0)
-            stretch = (num_seeds / (num_seeds - 1)) ** 0.5
-            found[name] = found[name] + stretch * (resampled_D - found[name])
+    scores_SP = {
+        n: torch.tensor([[*row] for row in rows], dtype=torch.double) for n, rows in runs.items()
+    }
+    found = {name: share_DP @ scores.mean(dim=0) for name, scores in scores_SP.items()}
+    means_S = {n: scores.mean(dim=1) for n, scores in scores_SP.items() if n not in seedless}
+    freedom = sum(len(means) - 1 for means in means_S.values())
+    if freedom:
+        squares = sum((means - means.mean()).square().sum() for means in means_S.values())
+        # Not from `draw`: what two reports' seeds did has nothing in common, as their prompts may.
+        pooled = _generator("variance", *scores_SP.values())
+        chi2_D = torch.randn(freedom, num_draws, generator=pooled).double().square().sum(dim=0)
+        deviation_D = (squares / chi2_D).sqrt()
+        for name, means in means_S.items():
+            normal_D = torch.randn(num_draws, generator=_generator(name, scores_SP[name]))
+            found[name] = found[name] + deviation_D * normal_D / len(means) ** 0.5
     return found
+
+
+def _generator(what_for: str, *scores: Tensor) -> torch.Generator:
+    """Random numbers that only the same scores get again, for the same use."""
+    content = b"".join([what_for.encode(), *(tensor.numpy().tobytes() for tensor in scores)])
+    return torch.Generator().manual_seed(zlib.crc32(content))
 
 
 def contribution(score: float, base: float, full: float) -> float:
     """The share of the full-parameter gain that one layer reaches (arXiv:2607.01232, eq. 4)."""
     return (score - base) / (full - base)
+
+
+def contribution_draws(score_D: Tensor, base_D: Tensor, full_D: Tensor) -> Tensor:
+    """The same of bootstrap draws.
+
+    Args:
+        score_D: The layer's.
+        base_D: Those of the base.
+        full_D: Those of the full-parameter run.
+
+    Returns:
+        Shape (D,), infinite in draws in which the full run gained nothing. Where the gain is
+        resolved those are so few that quantiles hold, as in Fieller's interval for a ratio.
+    """
+    gain_D, above_D = full_D - base_D, score_D - base_D
+    return torch.where(gain_D > 0, above_D / gain_D, above_D.sign() * torch.inf)
 
 
 def ranks(values: Sequence[float] | Tensor) -> Tensor:

@@ -6,12 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from layerrl.errors import ProbeError
-from layerrl.probe.checks import check_held_out, check_prompts, checked, name_of
+from layerrl.probe.checks import (
+    check_arguments,
+    check_held_out,
+    check_prompts,
+    checked,
+    identity_of,
+    identity_of_tokens,
+    name_of,
+)
 from layerrl.probe.gradient import gradient_report
 from layerrl.probe.priors import position_report, published_report
 from layerrl.selection import select_layers
-from layerrl.sweep import Sweep, digest, settings_of
+from layerrl.sweep import Sweep, digest, digest_of_rows, settings_of
 from layerrl.sweep.executors import EXECUTORS
 from layerrl.sweep.harness import Harness
 from layerrl.trainer import LayerMaskedGRPOTrainer
@@ -22,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from datasets import Dataset
-    from torch import nn
 
     from layerrl.report import ContributionReport
 
@@ -68,9 +77,9 @@ def contribution_probe(
 
     `"train"`: one isolated run per layer and seed from the same base, on the same data in the same
     order, one full-parameter run per seed, and one evaluation of the base (arXiv:2607.01232, eq.
-    4). Finished runs are kept in `output_dir`: the same call continues after a kill, and more
-    layers or seeds add to what is there. `report.json` in it is up to date after each run, for
-    `ContributionReport.from_json`.
+    4). Finished runs are kept in `output_dir`: the same call continues after a kill, more layers or
+    seeds add to what is there, and the report has all of it. `report.json` in it is up to date
+    after each run, for `ContributionReport.from_json`.
 
     `"gradient"`: the base answers `budget` prompts, as at the beginning of a training, and each
     prompt's gradient is compared with the optimizer's step from the prompts before it. One backward
@@ -84,12 +93,13 @@ def contribution_probe(
         method: How to score, see above.
         reward_funcs: As the trainer takes them; the evaluation uses them too.
         train_dataset: Prompts to train on.
-        eval_dataset: Other prompts, to score every run on. For `"train"`.
+        eval_dataset: Other prompts, each once, to score every run on. For `"train"`.
         processing_class: As the trainer takes it.
         args: The trainer's arguments for every run. With `eval_strategy="steps"`, scores along the
             way are kept every `eval_steps`. `seed` and folders are set for each run.
         full_args: Other arguments for the full-parameter run of `"train"`, whose best learning rate
-            is smaller than a single layer's. None: `args`.
+            is smaller than a single layer's. What they say of generation and rewards must be the
+            same. None: `args`.
         layers: Layers to score, as `select_layers` takes them.
         modules: Globs inside the block: score only this part of each layer.
         budget: Prompts that `"gradient"` generates for, `num_generations` completions each.
@@ -128,18 +138,20 @@ def contribution_probe(
     if missing:
         raise ProbeError(f"method={method!r} needs {', '.join(missing)}, which was not given")
     chosen = select_layers(model, layers, modules=modules)
+    if set(chosen.learning_rate_scale) != {1.0}:
+        raise ProbeError(f"{chosen}: layers are scored alike. Select them without boost.")
     if kind in _PRIORS:
         return _PRIORS[kind](chosen, of)
-    assert train_dataset is not None  # or it would be missing
-    seeds = tuple(seeds)
-    if not seeds or len({*seeds}) != len(seeds) or not all(type(seed) is int for seed in seeds):
+    train_dataset = check_prompts("train_dataset", train_dataset)
+    if isinstance(seeds, int) or len({*seeds}) != len(seeds) or not seeds or not _ints(seeds):
         raise ProbeError(f"seeds is {seeds!r}, expected different ints, at least one")
     functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     settings = {
         "args": settings_of(args),
-        "modules": None if modules is None else list(modules),
-        "train_dataset": digest(check_prompts("train_dataset", train_dataset)),
-        "rewards": [name_of(function) for function in functions],
+        "modules": None if chosen.modules is None else list(chosen.modules),
+        "train_dataset": digest_of_rows(train_dataset),
+        "rewards": [identity_of(function) for function in functions],
+        "processing_class": identity_of_tokens(processing_class),
         "trainer": name_of(trainer_class),
     }
     make_trainer = partial(
@@ -148,10 +160,12 @@ def contribution_probe(
         train_dataset=train_dataset,
         processing_class=processing_class,
     )
+    # A trainer also puts hooks and casts on reward models.
+    models = [model, *(found for found in functions if isinstance(found, nn.Module))]
     with random_state_kept():
         if kind == "gradient":
             return gradient_report(
-                model,
+                models,
                 make_trainer,
                 chosen,
                 args=args,
@@ -159,34 +173,29 @@ def contribution_probe(
                 seed=seeds[0],
                 settings=settings,
             )
-        assert eval_dataset is not None
-        assert output_dir is not None
+        assert output_dir is not None  # or it would be missing
         check_held_out(eval_dataset, train_dataset)
         if executor not in EXECUTORS:
             raise ProbeError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)}")
-        if halving and args.max_steps <= 0:
-            raise ProbeError(
-                f"halving needs to know how long a run is: max_steps is {args.max_steps}, expected "
-                "a number above 0"
-            )
         full_args = args if full_args is None else full_args
+        check_arguments(args, full_args, greedy=greedy, halving=halving)
         settings |= {
             "full_args": settings_of(full_args),
             "greedy": greedy,
-            "eval_dataset": digest(eval_dataset),
+            "eval_dataset": digest_of_rows(eval_dataset),
         }
         folder = Path(output_dir)
         harness = Harness(
-            model,
+            models,
             make_trainer,
             args=args,
             full_args=full_args,
             eval_dataset=eval_dataset,
             greedy=greedy,
-            modules=modules,
+            modules=chosen.modules,
             # Checkpoints of other settings may lie where a journal cannot see them: on other
             # machines.
-            folder=folder / "runs" / digest([settings]).split()[-1],
+            folder=folder / "runs" / digest(settings),
         )
         sweep = Sweep(
             harness,
@@ -200,3 +209,7 @@ def contribution_probe(
         )
         one = {"num_gpus": 1} if args.device.type == "cuda" else {"num_cpus": 1}
         return sweep.run(executor, one if resources is None else resources)
+
+
+def _ints(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from functools import partial, wraps
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
 
+from datasets import Dataset
 from torch import nn
 
 from layerrl.errors import ProbeError
+from layerrl.sweep import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from datasets import Dataset
 
 
 def checked(function: Any) -> Any:  # noqa: ANN401
@@ -66,25 +68,115 @@ def name_of(function: Any) -> str:  # noqa: ANN401
     return getattr(function, "__name__", type(function).__name__)
 
 
-def check_prompts(name: str, dataset: Dataset) -> Dataset:
-    """A data set that has prompts."""
-    if "prompt" not in (dataset.column_names or ()):
+def identity_of(function: Any) -> str:  # noqa: ANN401
+    """A name that changes with what a function does, as far as its own text says so."""
+    if isinstance(function, partial):
+        given = digest(function.args, function.keywords)
+        return f"{identity_of(function.func)} with {given}"
+    if isinstance(function, nn.Module):
+        return f"{name_of(function)} {getattr(function, 'name_or_path', '')}".strip()
+    if isinstance(function, type):
+        return name_of(function)
+    code = getattr(function, "__code__", None)
+    several = code is not None and code.co_name == "<lambda>"  # on a line, with one source
+    try:
+        return (
+            f"{name_of(function)} {digest(inspect.getsource(function), several and code.co_code)}"
+        )
+    except (OSError, TypeError):
+        return name_of(function)
+
+
+def identity_of_tokens(processing_class: Any) -> str:  # noqa: ANN401
+    """A name that changes with how texts become tokens."""
+    if processing_class is None:
+        return "the model's own"
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    template = getattr(processing_class, "chat_template", None)
+    return f"{type(processing_class).__name__} of {tokens} tokens {digest(template)}"
+
+
+def check_prompts(name: str, dataset: Any) -> Dataset:  # noqa: ANN401
+    """A data set that has prompts and a length."""
+    if not isinstance(dataset, Dataset):
+        raise ProbeError(
+            f"{name} is a {type(dataset).__name__}, expected a datasets.Dataset, whose rows can be "
+            "counted and told apart: Dataset.from_list(list(rows)) makes one"
+        )
+    if "prompt" not in dataset.column_names:
         raise ProbeError(f'{name} has the columns {dataset.column_names}, expected a "prompt"')
     return dataset
 
 
-def check_held_out(eval_dataset: Dataset, train_dataset: Dataset) -> None:
+def check_held_out(eval_dataset: Any, train_dataset: Dataset) -> None:  # noqa: ANN401
     """Refuse an evaluation that would say nothing, or nothing new."""
     check_prompts("eval_dataset", eval_dataset)
-    evaluated = [str(prompt) for prompt in eval_dataset["prompt"]]
-    if len({*evaluated}) < 2:
+    evaluated, trained = _prompts(eval_dataset, train_dataset)
+    num_different = len({*evaluated})
+    if num_different < 2:
         raise ProbeError(
-            f"eval_dataset has {len({*evaluated})} different prompts, expected at least 2: there "
+            f"eval_dataset has {num_different} different prompts, expected at least 2: there "
             "is nothing to resample, so nothing could be said about how sure a score is"
         )
-    shared = {*evaluated} & {str(prompt) for prompt in train_dataset["prompt"]}
-    if shared:
+    if num_different < len(evaluated):
         raise ProbeError(
-            f"{len(shared)} of {len({*evaluated})} evaluation prompts are trained on, "
-            f"{sorted(shared)[0]!r:.100} among them. Hold them out of train_dataset."
+            f"eval_dataset has {len(evaluated)} rows but {num_different} different prompts. "
+            "Intervals count every row as another prompt: keep one row of each, or they would be "
+            "too narrow."
+        )
+    shared = {*evaluated} & {*trained}
+    if shared:
+        first = json.loads(min(shared))["prompt"]
+        raise ProbeError(
+            f"{len(shared)} of {num_different} evaluation prompts are trained on, "
+            f"{first!r:.100} among them. Hold them out of train_dataset."
+        )
+
+
+def _prompts(*datasets: Dataset) -> list[list[str]]:
+    """Each row's prompt as a text: with its images, and with all of it where prompts are alike."""
+    shared = set.intersection(*({*dataset.column_names} for dataset in datasets))
+    texts = {str(prompt) for prompt in datasets[0]["prompt"]}
+    columns = sorted(shared if len(texts) == 1 else shared & {"prompt", "image", "images"})
+    found = []
+    for dataset in datasets:
+        batches = dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000)
+        rows = (row for batch in batches for row in batch.to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+        found.append([json.dumps(row, sort_keys=True, default=str) for row in rows])
+    return found
+
+
+_EVALUATED_WITH = (
+    *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("num_generations", "num_generations_eval", "generation_kwargs", "reward_weights"),
+    *("chat_template_kwargs", "cast_lm_head_to_fp32", "max_tool_calling_iterations"),
+)
+"""Arguments that say how a run is evaluated, and not only how it is trained."""
+
+
+def check_arguments(args: Any, full_args: Any, *, greedy: bool, halving: bool) -> None:  # noqa: ANN401
+    """Refuse arguments under which runs could not be evaluated alike, or not at all."""
+    if args.world_size > 1:
+        raise ProbeError(
+            f"{args.world_size} processes: method='train' runs in one. Start one, or spread the "
+            'runs over machines with executor="ray"'
+        )
+    if halving and args.max_steps <= 0:
+        raise ProbeError(
+            f"halving needs to know how long a run is: max_steps is {args.max_steps}, expected a "
+            "number above 0"
+        )
+    pairs = {n: (getattr(args, n, None), getattr(full_args, n, None)) for n in _EVALUATED_WITH}
+    differing = [f"{n}: {a!r} and {b!r}" for n, (a, b) in pairs.items() if a != b]
+    if differing:
+        raise ProbeError(
+            f"args and full_args differ in {'; '.join(differing)}. Runs are evaluated with these, "
+            "so their scores could not be compared: give both the same."
+        )
+    size = getattr(args, "num_generations_eval", None) or getattr(args, "num_generations", 1)
+    if not greedy and args.per_device_eval_batch_size % size:
+        raise ProbeError(
+            f"greedy=False evaluates {size} completions of each prompt: per_device_eval_batch_size "
+            f"is {args.per_device_eval_batch_size}, expected a multiple of {size}"
         )

@@ -16,7 +16,7 @@ from layerrl.report import ContributionReport, Cost, Score
 from layerrl.trainer.rollouts import Rollouts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -28,7 +28,7 @@ _UNSCORED = 1 / 4
 
 
 def gradient_report(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     make_trainer: Callable[..., Any],
     selection: LayerSelection,
     *,
@@ -40,7 +40,7 @@ def gradient_report(
     """Score layers by what a step in each alone would gain on prompts that had no part in it.
 
     Args:
-        model: The base, as it was found afterwards.
+        models: The base, and models that reward. As they were afterwards.
         make_trainer: Makes a masked trainer from `model`, `args` and `selection`.
         selection: Layers to score.
         args: The trainer's arguments.
@@ -54,13 +54,14 @@ def gradient_report(
     Raises:
         ProbeError: If there is nothing to score.
     """
-    if num_prompts < _FEWEST:
+    if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < _FEWEST:
         raise ProbeError(
-            f"budget is {num_prompts} prompts; method='gradient' needs at least {_FEWEST}, as it "
+            f"budget is {num_prompts!r} prompts; method='gradient' needs at least {_FEWEST}, as it "
             "compares the gradients of different prompts, and 64 or more to tell layers apart"
         )
     started = time.perf_counter()
-    with as_found(model):
+    model = models[0]
+    with as_found(*models):
         for parameter in model.parameters():
             parameter.grad = None
         set_seed(seed)

@@ -18,7 +18,9 @@ from layerrl.sweep.halving import below_the_cut, rungs
 from layerrl.sweep.harness import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from datasets import Dataset
 
     from layerrl.sweep.harness import Harness
 
@@ -27,7 +29,8 @@ _NOT_SETTINGS = (
     *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "seed", "data_seed"),
     *("logging_steps", "logging_strategy", "save_strategy", "save_steps", "save_total_limit"),
     *("push_to_hub", "hub_model_id", "hub_token", "eval_strategy", "eval_steps"),
-    *("load_best_model_at_end", "save_only_model"),
+    *("load_best_model_at_end", "save_only_model", "logging_first_step", "log_level"),
+    *("log_level_replica", "log_completions", "num_completions_to_print", "log_multimodal"),
 )
 _BAR = "{l_bar}{bar}| {n:.2f}/{total:.0f} runs, {elapsed} so far, {remaining} left{postfix}"
 
@@ -105,15 +108,17 @@ class Sweep:
         """
         records = _Records(entries)
         _, dropped = self._standing(records)
-        full = records.score("full", self._seeds)
+        known = {entry["seed"] for entry in entries} - {None}
+        seeds = (*self._seeds, *sorted(known - {*self._seeds}))
+        full = records.score("full", seeds)
         seconds = math.fsum(entry["seconds"] for entry in entries)
         of_one = full.seconds / len(full.scores) if full.scores else 0.0
         return ContributionReport(
             method="train",
             layers=tuple(
-                records.dropped(str(layer), self._seeds, dropped[layer])
+                records.dropped(str(layer), seeds, dropped[layer])
                 if layer in dropped
-                else records.score(str(layer), self._seeds)
+                else records.score(str(layer), seeds)
                 for layer in range(self._num_layers)
             ),
             base=records.score("base", (None,)),
@@ -125,7 +130,12 @@ class Sweep:
                 backwards=None,
                 fraction=seconds / of_one if of_one else None,
             ),
-            settings={**self._settings, "seeds": list(self._seeds), "rungs": list(self._rungs)},
+            settings={
+                **self._settings,
+                "layers": list(self._layers),
+                "seeds": list(self._seeds),
+                "rungs": list(self._rungs),
+            },
         )
 
     def _missing(self, records: _Records, stop: int | None) -> Iterator[tuple[Run, int]]:
@@ -229,14 +239,15 @@ class _Records:
         return [e for key, e in self._entries.items() if key[:2] == run[:2]]
 
     def _spent(self, name: str, seeds: Sequence[int | None]) -> dict[str, Any]:
-        entries = [e for seed in seeds for e in self._of(Run(name, seed))]
+        started = [seed for seed in seeds if self._of(Run(name, seed))]
+        entries = [e for seed in started for e in self._of(Run(name, seed))]
         on_the_way = {e["stop"] for e in entries} | {
             step for e in entries for step, _ in e["curve"]
         }
         curve = [
             (step, tuple(map(tuple, scores)))
             for step in sorted(on_the_way - {None})
-            if (scores := self.all_at(name, seeds, step)) is not None
+            if (scores := self.all_at(name, started, step)) is not None
         ]
         return {
             "seconds": sum(e["seconds"] for e in entries),
@@ -258,20 +269,33 @@ def settings_of(args: Any) -> dict[str, Any]:  # noqa: ANN401
     return {name: value for name, value in shown.items() if name not in _NOT_SETTINGS}
 
 
-def digest(dataset: Iterable[Any]) -> str:
-    """What tells a data set from another: its number of rows and a hash of them.
+def digest(*values: Any) -> str:
+    """What tells JSON values from others.
 
     Args:
-        dataset: The rows.
+        *values: They; what JSON does not know counts as its text.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    hashed = hashlib.sha256()
+    for value in values:
+        hashed.update(json.dumps(value, sort_keys=True, default=str).encode())
+    return hashed.hexdigest()[:16]
+
+
+def digest_of_rows(dataset: Dataset) -> str:
+    """What tells a data set from another: its number of rows and their digest.
+
+    Args:
+        dataset: The rows. Images and other files count as they are stored.
 
     Returns:
         Both, as text.
     """
-    rows = hashlib.sha256()
-    number = 0
-    for number, row in enumerate(dataset, 1):  # noqa: B007 - the last one is how many
-        rows.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return f"{number} rows {rows.hexdigest()[:16]}"
+    batches = dataset.with_format("arrow").iter(batch_size=1000)
+    rows = (row for batch in batches for row in batch.to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+    return f"{len(dataset)} rows {digest(*rows)}"
 
 
 def _cycle(args: Any) -> int:  # noqa: ANN401

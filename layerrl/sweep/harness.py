@@ -22,7 +22,11 @@ from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
 from layerrl.masking import as_found, fingerprints
 from layerrl.selection import select_layers
-from layerrl.trainer.evaluation import prompt_scores, watched_rewards
+from layerrl.trainer.evaluation import (
+    prompt_scores,
+    rewarded_differently,
+    watched_rewards,
+)
 
 if TYPE_CHECKING:
     import os
@@ -30,8 +34,8 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-_PATIENCE = 8
-"""Generation batches without a difference between any two rewards, before a sweep gives up."""
+_PATIENCE = 8, 128
+"""Generation batches and prompts without a difference between two rewards, before giving up."""
 
 
 class Run(NamedTuple):
@@ -52,7 +56,7 @@ class Harness:
     fingerprint of everything is compared with what it was. Can be pickled, for other processes.
 
     Args:
-        model: The base. As it was, with every `requires_grad` and mode, after each run.
+        models: The base, and models that reward. As they were after each run.
         make_trainer: Makes a masked trainer from `model`, `args` and `selection`.
         args: Arguments of the single layers' runs.
         full_args: Those of the full-parameter run.
@@ -64,7 +68,7 @@ class Harness:
 
     def __init__(
         self,
-        model: nn.Module,
+        models: Sequence[nn.Module],
         make_trainer: Callable[..., Any],
         *,
         args: Any,  # noqa: ANN401
@@ -74,12 +78,13 @@ class Harness:
         modules: Sequence[str] | None,
         folder: str | os.PathLike[str],
     ) -> None:
-        self._model, self._make_trainer = model, make_trainer
+        self._model, *self._reward_models = models
+        self._make_trainer = make_trainer
         self._args, self._full_args = args, full_args
         self._greedy, self._modules = greedy, modules
         self._eval_dataset = eval_dataset.flatten_indices()  # or every evaluation would do it
         self._folder = Path(folder).absolute()
-        self._base = _tensors(model)
+        self._base = _tensors(self._model)
         self._fingerprint = fingerprints(self._base)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,22 +121,24 @@ class Harness:
         modules = None if which == "full" else self._modules
         selection = select_layers(self._model, which, modules=modules)
         curve: list[tuple[int, list[float]]] = []
-        with as_found(self._model):
-            args = self._args_of(run)
-            set_seed(args.seed)
-            trainer = self._make_trainer(model=self._model, args=args, selection=selection)
-            trainer.remove_callback(PrinterCallback)
-            began = ended = time.perf_counter()
-            try:
-                start = 0 if run.name == "base" else self._train(trainer, run, since, curve)
-                scores = self._scores(trainer)
-                ended = time.perf_counter()
-            finally:
-                steps = trainer.state.global_step
-                trainer.accelerator.free_memory()
-                del trainer
-                gc.collect()
-                self._restore()
+        try:
+            with as_found(self._model, *self._reward_models):
+                args = self._args_of(run)
+                set_seed(args.seed)
+                trainer = self._make_trainer(model=self._model, args=args, selection=selection)
+                trainer.remove_callback(PrinterCallback)
+                began = ended = time.perf_counter()
+                try:
+                    start = 0 if run.name == "base" else self._train(trainer, run, since, curve)
+                    scores = self._scores(trainer)
+                    ended = time.perf_counter()
+                finally:
+                    steps = trainer.state.global_step
+                    trainer.accelerator.free_memory()
+                    del trainer
+                    gc.collect()
+        finally:
+            self._restore()
         seconds = time.perf_counter() - started
         return {
             "scores": scores,
@@ -153,7 +160,7 @@ class Harness:
         args.output_dir = str(self._run_folder(run))
         args.save_strategy = args.eval_strategy = "no"
         args.load_best_model_at_end = args.save_only_model = args.eval_on_start = False
-        args.push_to_hub = False
+        args.push_to_hub = args.ignore_data_skip = False
         args.save_total_limit = None
         args.disable_tqdm = True  # the sweep has a bar
         args.seed = args.seed if run.seed is None else run.seed
@@ -168,8 +175,8 @@ class Harness:
     ) -> int:
         """Train up to the run's stop, and say from which step on."""
         asked = self._full_args if run.name == "full" else self._args
-        along = partial(self._scores, trainer) if asked.eval_strategy == "steps" else None
-        trainer.add_callback(_Along(run.stop, along, curve))
+        every = asked.eval_steps if asked.eval_strategy == "steps" else None
+        trainer.add_callback(_Along(run.stop, every, partial(self._scores, trainer), curve))
         shutil.rmtree(self._run_folder(run) / f"checkpoint-{run.stop}", ignore_errors=True)
         checkpoint = self._run_folder(run) / f"checkpoint-{since}"
         start = since if since and checkpoint.is_dir() else 0
@@ -207,24 +214,30 @@ class _Along(TrainerCallback):
     def __init__(
         self,
         stop: int | None,
-        scores: Callable[[], list[float]] | None,
+        every: float | None,
+        scores: Callable[[], list[float]],
         curve: list[tuple[int, list[float]]],
     ) -> None:
-        self._stop, self._scores, self._curve = stop, scores, curve
+        self._stop, self._every, self._scores, self._curve = stop, every, scores, curve
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Evaluate where it is due, but not at the end, which is evaluated anyway."""
         step = state.global_step
         if step == self._stop:
             control.should_save = control.should_training_stop = True
-        elif self._scores and step % state.eval_steps == 0 and step < state.max_steps:
+            return
+        every = self._every or state.max_steps
+        if every < 1:  # a share of the run
+            every = math.ceil(every * state.max_steps)
+        if step % every == 0 and step < state.max_steps:
             self._curve.append((step, self._scores()))
 
 
 @contextmanager
 def _signal_expected(trainer: Any) -> Iterator[None]:  # noqa: ANN401
     """Give up on a training in which no two completions of a prompt are rewarded differently."""
-    batches, differ = 0, False
+    batches = prompts = 0
+    differ = False
 
     def give_up(when: str) -> None:
         raise ProbeError(
@@ -235,15 +248,13 @@ def _signal_expected(trainer: Any) -> Iterator[None]:  # noqa: ANN401
         )
 
     def look(_: Any, rewards: list[float]) -> None:  # noqa: ANN401
-        nonlocal batches, differ
+        nonlocal batches, prompts, differ
         if differ or not trainer.model.training:
             return
-        size = trainer.num_generations
-        groups = [rewards[i : i + size] for i in range(0, len(rewards), size)]
-        differ = any(len({r for r in group if not math.isnan(r)}) > 1 for group in groups)
-        batches += 1
-        if not differ and batches == _PATIENCE:
-            give_up(f"the first {_PATIENCE} generation batches")
+        found = rewarded_differently(rewards, trainer.num_generations)
+        differ, batches, prompts = any(found), batches + 1, prompts + len(found)
+        if not differ and batches >= _PATIENCE[0] and prompts >= _PATIENCE[1]:
+            give_up(f"the first {batches} generation batches ({prompts} prompts)")
 
     with watched_rewards(trainer, look):
         yield

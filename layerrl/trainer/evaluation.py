@@ -14,7 +14,7 @@ from torch import Tensor
 from layerrl.errors import ProbeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from datasets import Dataset
 
@@ -49,7 +49,7 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float
     training = [module for module in trainer.model.modules() if module.training]
     try:
         trainer.model.eval()
-        with random_state_kept(), _greedy(trainer, greedy), watched_rewards(trainer, note):
+        with random_state_kept(), _evaluating(trainer, greedy), watched_rewards(trainer, note):
             for batch in trainer.get_eval_dataloader(rows):
                 trainer._prepare_inputs(batch)
     finally:
@@ -92,6 +92,20 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
         yield
 
 
+def rewarded_differently(rewards: Sequence[float], num_generations: int) -> list[bool]:
+    """Whether any two completions of a prompt got different rewards, for each prompt.
+
+    Args:
+        rewards: Of a whole batch, the completions of a prompt side by side; NaN for none.
+        num_generations: Completions of a prompt.
+
+    Returns:
+        One for each prompt.
+    """
+    groups = (rewards[i : i + num_generations] for i in range(0, len(rewards), num_generations))
+    return [len({r for r in group if not math.isnan(r)}) > 1 for group in groups]
+
+
 @contextmanager
 def replaced_rewards(
     trainer: Any,  # noqa: ANN401
@@ -130,15 +144,14 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _greedy(trainer: Any, greedy: bool) -> Iterator[None]:  # noqa: ANN401
-    if not greedy:
-        yield
-        return
+def _evaluating(trainer: Any, greedy: bool) -> Iterator[None]:  # noqa: ANN401
     vllm = getattr(trainer, "vllm_generation", None)
-    settings: list[tuple[Any, str, Any]] = [(trainer, "num_generations_eval", 1)]  # all alike
-    if vllm is not None:
+    settings: list[tuple[Any, str, Any]] = [(trainer.args, "dataloader_drop_last", False)]
+    if greedy:
+        settings.append((trainer, "num_generations_eval", 1))  # all would be alike
+    if greedy and vllm is not None:
         settings.append((vllm, "temperature", 0.0))
-    else:
+    elif greedy:
         settings.append((trainer.generation_config, "do_sample", False))
         # transformers warns of what is set for sampling
         unused = ("temperature", "top_k", "top_p", "min_p")

@@ -15,7 +15,7 @@ from trl.trainer.utils import (
 )
 
 from layerrl.errors import ProbeError
-from layerrl.trainer.evaluation import replaced_rewards
+from layerrl.trainer.evaluation import replaced_rewards, rewarded_differently, watched_rewards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,9 +81,9 @@ class Rollouts:
             scale = trainer.args.steps_per_generation / (num_parts * num_prompts)
             batch = {**batch, "num_items_in_batch": batch["num_items_in_batch"] * scale}
         split: Callable[..., list[dict[str, Any]]] = split_tensor_dict
-        for prompt in split(split_pixel_values_by_grid(batch), num_prompts):
-            signal = bool(prompt["advantages"].any())
-            self.with_signal.append(signal)
+        signals = self.with_signal[-num_prompts:]
+        prompts = split(split_pixel_values_by_grid(batch), num_prompts)
+        for prompt, signal in zip(prompts, signals, strict=True):
             yield [
                 unsplit_pixel_values_by_grid(part)
                 for part in (split(prompt, num_parts) if signal else ())
@@ -91,8 +91,11 @@ class Rollouts:
 
     def _generate(self, rows: list[Any]) -> dict[str, Any]:
         trainer = self.trainer
-        first = not self.with_signal and getattr(trainer, "environments", None) is None
-        with replaced_rewards(trainer, self._twice) if first else nullcontext():
+        first = not self.with_signal and getattr(trainer, "environment_factories", None) is None
+        with (
+            replaced_rewards(trainer, self._twice) if first else nullcontext(),
+            watched_rewards(trainer, self._note),
+        ):
             batch = trainer._generate_and_score_completions(rows)
         mask: Tensor = batch["completion_mask"]
         if not mask.any():
@@ -103,6 +106,9 @@ class Rollouts:
             )
         self.num_tokens += int(mask.sum())
         return batch
+
+    def _note(self, _: Any, rewards: list[float]) -> None:  # noqa: ANN401
+        self.with_signal += rewarded_differently(rewards, self.trainer.num_generations)
 
     def _twice(self, calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Rewards that are looked at a second time, and warned of where they are others then."""

@@ -9,18 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from PIL import Image
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
 
-from layerrl import ContributionReport, LayerMaskedGRPOTrainer, contribution_probe
+from layerrl import (
+    ContributionReport,
+    LayerMaskedGRPOTrainer,
+    contribution_probe,
+    select_layers,
+)
 from layerrl.errors import JournalError, ProbeError, ReportError, SelectionError
+from layerrl.probe.checks import check_held_out, identity_of
+from layerrl.sweep import digest_of_rows
 from tests.grpo import PROMPTS, config, reward, tokenizer
-from tests.models import tiny
+from tests.models import tiny, tiny_config
 from tests.runs import bits
 
 TRAIN = Dataset.from_dict({"prompt": PROMPTS * 4})
@@ -41,6 +51,18 @@ def probe(model: Any, folder: Any, **changes: Any) -> Any:
     return contribution_probe(model, **(values | changes))
 
 
+def scaled(completions: list[str], by: int, **_: Any) -> list[float]:
+    return [by * value for value in reward(completions)]
+
+
+def tiny_judge() -> Any:
+    """A model that rewards."""
+    settings = tiny_config("llama", 1, num_labels=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_config(settings)
+
+
 def runs(folder: Any) -> list[tuple[str, int | None]]:
     lines = (folder / "journal.jsonl").read_text().splitlines()[1:]
     return [(entry["name"], entry["seed"]) for entry in map(json.loads, lines)]
@@ -53,6 +75,7 @@ def numbers(report: Any) -> Any:
         entry.pop("seconds")
     for clock in ("seconds", "fraction"):
         found["cost"].pop(clock)
+    found["settings"].pop("rewards")  # another function may do the same
     return found
 
 
@@ -148,6 +171,59 @@ class TestSweep:
         assert runs(tmp_path)[1:] == [("full", 3), ("1", 3), ("full", 4), ("1", 4)]
         assert len(report.layers[1].scores) == 2
         assert report.settings["modules"] == ["mlp.*"]
+
+    def test_a_selection_with_modules_is_measured_as_it_is(self, model, tmp_path):
+        made = []
+
+        def factory(**arguments):
+            made.append(arguments["selection"])
+            return LayerMaskedGRPOTrainer(**arguments)
+
+        chosen = select_layers(model, [1], modules=["mlp.*"])
+        report = probe(model, tmp_path, layers=chosen, trainer_class=factory)
+        assert made[-1].modules == ("mlp.*",)
+        assert report.top(1).modules == ("mlp.*",)
+
+    def test_seeds_add_to_what_is_there(self, model, tmp_path):
+        probe(model, tmp_path, layers=[0], seeds=[0])
+        report = probe(model, tmp_path, layers=[0, 2], seeds=[1])
+        assert [len(entry.scores or ()) for entry in report.layers] == [2, 0, 1]
+        assert not report.partial
+        assert [step for step, _ in report.layers[0].curve] == []
+
+    def test_all_layers_that_were_asked_for_is_not_partial(self, model, tmp_path):
+        assert not probe(model, tmp_path, layers=[0]).partial
+
+    def test_the_loader_drops_no_prompt(self, model, tmp_path):
+        args = config(tmp_path / "unused", max_steps=1, dataloader_drop_last=True)
+        report = probe(model, tmp_path, layers=[0], args=args, eval_dataset=HELD_OUT)
+        assert len(report.base.scores[0]) == len(HELD_OUT)
+
+    def test_a_reward_model_is_given_back_too(self, model, tmp_path):
+        judge = tiny_judge()
+        forward = judge.forward
+        changes = {"reward_funcs": judge, "layers": [0]}
+        args = config(tmp_path / "unused", max_steps=1)
+        factory = partial(LayerMaskedGRPOTrainer, reward_processing_classes=tokenizer())
+        probe(model, tmp_path, args=args, trainer_class=factory, **changes)
+        assert judge.forward == forward
+        assert "forward" not in vars(judge)
+
+    def test_a_head_that_was_cast_is_cast_back(self, tmp_path):
+        model = tiny("llama", 3, tie_word_embeddings=False).to(torch.bfloat16)
+        before = bits(model)
+        args = config(tmp_path / "unused", max_steps=1, cast_lm_head_to_fp32=True)
+        probe(model, tmp_path, args=args, layers=[0])
+        assert_close(bits(model), before, rtol=0, atol=0)
+        assert model.lm_head.weight.dtype == torch.bfloat16
+
+    def test_images_are_the_same_data_each_time(self):
+        images = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
+        rows = {"prompt": ["what is it?"] * 2, "image": images}
+        found = {digest_of_rows(Dataset.from_dict(rows)) for _ in range(2)}
+        assert len(found) == 1
+        rows["image"] = images[::-1]
+        assert digest_of_rows(Dataset.from_dict(rows)) not in found
 
     def test_full_runs_may_have_their_own_settings(self, model, tmp_path):
         report = probe(model, tmp_path, full_args=config(tmp_path, max_steps=1))
@@ -279,7 +355,7 @@ class TestJournal:
         found = ContributionReport.from_json((tmp_path / "report.json").read_text())
         assert found.full.status == "done"
         assert found.partial
-        assert "Partial: 3 of 5 are missing." in str(found)
+        assert "Partial: 2 of 4 are missing." in str(found)
 
     def test_other_settings_in_the_folder_are_refused(self, model, tmp_path):
         probe(model, tmp_path, layers=[0])
@@ -361,6 +437,64 @@ class TestBadInput:
         with pytest.raises(ProbeError, match="1 of 2 evaluation prompts are trained on, 'abc'"):
             probe(model, tmp_path, eval_dataset=shared)
 
+    def test_the_same_message_in_other_words_is_the_same_prompt(self):
+        train, held_out = (
+            Dataset.from_dict({"prompt": [[dict(reversed(pair)) if flip else dict(pair)]] * 1})
+            for flip, pair in ((flip, [("role", "user"), ("content", "ab")]) for flip in (0, 1))
+        )
+        other = Dataset.from_dict({"prompt": [[{"role": "user", "content": "cd"}]]})
+        with pytest.raises(ProbeError, match="1 of 2 evaluation prompts are trained on"):
+            check_held_out(concatenate_datasets([held_out, other]), train)
+
+    def test_one_question_on_other_images_is_another_prompt(self):
+        def rows(*colors):
+            images = [Image.new("RGB", (2, 2), color) for color in colors]
+            return Dataset.from_dict({"prompt": ["what is it?"] * len(images), "image": images})
+
+        check_held_out(rows("red", "blue"), rows("green"))
+        with pytest.raises(ProbeError, match="1 of 2 evaluation prompts are trained on, 'what"):
+            check_held_out(rows("red", "blue"), rows("red"))
+
+    def test_prompts_that_occur_twice_are_refused(self, model, tmp_path):
+        twice = Dataset.from_dict({"prompt": ["mno", "ab", "mno"]})
+        with pytest.raises(ProbeError, match=r"3 rows but 2 different prompts. Intervals count"):
+            probe(model, tmp_path, eval_dataset=twice)
+
+    def test_runs_that_would_be_evaluated_differently_are_refused(self, model, tmp_path):
+        full_args = config(tmp_path / "unused", max_steps=2, max_completion_length=2)
+        with pytest.raises(ProbeError, match=r"differ in max_completion_length: 6 and 2. Runs are"):
+            probe(model, tmp_path, full_args=full_args)
+
+    def test_samples_that_do_not_fill_a_batch_are_refused(self, model, tmp_path):
+        args = config(tmp_path / "unused", max_steps=2, num_generations_eval=3)
+        with pytest.raises(ProbeError, match="batch_size is 8, expected a multiple of 3"):
+            probe(model, tmp_path, args=args, greedy=False)
+
+    def test_another_reward_of_the_same_name_is_refused(self, model, tmp_path):
+        probe(model, tmp_path, layers=[0], reward_funcs=partial(scaled, by=1))
+        with pytest.raises(JournalError, match=r"rewards: \['scaled .* there"):
+            probe(model, tmp_path, layers=[0], reward_funcs=partial(scaled, by=2))
+        texts = [
+            identity_of(f) for f in (lambda c: [len(t) for t in c], lambda c: [1.0 for _ in c])
+        ]
+        assert texts[0] != texts[1]
+
+    @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+    def test_data_that_cannot_be_counted_is_refused(self, model, tmp_path, name):
+        for data in (HELD_OUT.to_iterable_dataset(), [{"prompt": "a"}]):
+            with pytest.raises(ProbeError, match=f"{name} is a .*, expected a datasets.Dataset"):
+                probe(model, tmp_path, **{name: data})
+
+    @pytest.mark.parametrize("seeds", [3, [], [1, 1], [True], ["a"]])
+    def test_seeds_that_are_none(self, model, tmp_path, seeds):
+        with pytest.raises(ProbeError, match=r"seeds is .*, expected different ints, at least one"):
+            probe(model, tmp_path, seeds=seeds)
+
+    def test_a_boost_is_refused(self, model, tmp_path):
+        boosted = select_layers(model, [0, 1], boost={1: 2.0})
+        with pytest.raises(ProbeError, match=r"layers are scored alike. Select them without boost"):
+            probe(model, tmp_path, layers=boosted)
+
     @pytest.mark.parametrize("prompts", [[], ["mno"], ["mno", "mno"]])
     def test_too_few_prompts_are_refused(self, model, tmp_path, prompts):
         with pytest.raises(ProbeError, match="expected at least 2"):
@@ -411,11 +545,12 @@ class TestBadInput:
 
         args = config(tmp_path / "unused", max_steps=100)
         with pytest.raises(
-            ProbeError, match=r"in the first 8 generation batches, all 4 .* \(same\)"
+            ProbeError,
+            match=r"in the first 64 generation batches \(128 prompts\), all 4 .* \(same\)",
         ):
             probe(model, tmp_path, reward_funcs=same, args=args)
         evaluations = 1
-        assert len(calls) == evaluations + 8
+        assert len(calls) == evaluations + 64
         with pytest.raises(ProbeError, match="in the whole run, all 4 completions"):
             probe(model, tmp_path / "short", reward_funcs=same)
 
@@ -445,5 +580,5 @@ class TestBadInput:
     def test_no_gain_leaves_contributions_undefined(self, model, tmp_path):
         args = config(tmp_path / "unused", max_steps=1, learning_rate=1e-12)
         report = probe(model, tmp_path, args=args)
-        with pytest.raises(ReportError, match="not resolved from zero"):
+        with pytest.raises(ReportError, match="not resolved above zero"):
             _ = report.contributions

@@ -200,17 +200,18 @@ class TestBadInput:
         with pytest.raises(ProbeError, match=r"'train' needs .*, eval_dataset, output_dir, which"):
             contribution_probe(model)
 
-    @pytest.mark.parametrize("budget", [0, 7, -1, 2.5, True])
-    def test_a_budget_that_is_too_small(self, model, tmp_path, budget):
-        with pytest.raises(ProbeError, match=f"budget is {budget}"):
+    @pytest.mark.parametrize("budget", [0, 7, -1, 64.0, True, None])
+    def test_a_budget_that_is_too_small_or_none(self, model, tmp_path, budget):
+        with pytest.raises(ProbeError, match=f"budget is {budget} prompts; method='gradient'"):
             gradient(model, tmp_path, budget=budget)
 
     def test_rewards_without_a_difference(self, model, tmp_path):
         def same(completions, **_):
-            return [1.0] * len(completions)
+            return [0.1] * len(completions)  # whose mean over eight is not 0.1 in float32
 
-        with pytest.raises(ProbeError, match=r"of 64 prompts tried, 0 have .* \(same, 4 compl"):
-            gradient(model, tmp_path, reward_funcs=same)
+        arguments = {"num_generations": 8}
+        with pytest.raises(ProbeError, match=r"of 64 prompts tried, 0 have .* \(same, 8 compl"):
+            gradient(model, tmp_path, reward_funcs=same, arguments=arguments)
 
     def test_rewards_that_change_their_mind(self, model, tmp_path):
         draw = random.Random(0)

@@ -79,7 +79,7 @@ def test_without_ray_there_is_a_sentence(tmp_path, monkeypatch):
 def test_a_harness_goes_to_another_process_with_its_weights(tmp_path):
     model = tiny("llama", 3)
     sent = Harness(
-        model,
+        [model],
         print,
         args=config(tmp_path),
         full_args=config(tmp_path),

@@ -1,5 +1,6 @@
 """A journal loses at most what was being written, and is never continued with something else."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -44,6 +45,23 @@ def test_a_head_that_was_cut_off_is_written_again(tmp_path):
     path.write_bytes(path.read_bytes()[:7])
     assert read(tmp_path) == []
     assert read(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["somebody's notes", "somebody's notes\nand mo"])
+def test_what_is_no_journal_is_left_alone(tmp_path, text):
+    (tmp_path / "journal.jsonl").write_text(text)
+    with pytest.raises(JournalError):
+        read(tmp_path)
+    assert (tmp_path / "journal.jsonl").read_text() == text
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(JournalError, match=r"cannot lock .*: No locks available. Give a folder"):
+        written(tmp_path)
 
 
 def test_other_settings_are_refused_by_name(tmp_path):

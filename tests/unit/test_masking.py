@@ -325,12 +325,34 @@ class TestAsFound:
         kept.remove()
         assert not model.model.norm._forward_hooks
 
-    def test_leaves_tensors_where_they_were_moved(self):
+    def test_brings_tensors_back_that_were_moved_or_cast(self):
         model = tiny("llama")
+        before = {name: t.clone() for name, t in model.state_dict().items()}
         with as_found(model):
             model.double()
+            with torch.no_grad():
+                model.model.norm.weight.fill_(3)
         tensors = [*model.parameters(), *model.buffers()]
-        assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
+        assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float32}
+        after = model.state_dict()
+        assert (after.pop("model.norm.weight") == 3).all()
+        assert_close(after, {n: before[n] for n in after}, rtol=0, atol=0)
+
+    def test_gives_gradients_back(self):
+        model, given = tiny("llama"), torch.ones(16)
+        model.model.norm.weight.grad = given
+        with as_found(model):
+            model.zero_grad()
+            model.model.layers[0].mlp.down_proj.weight.grad = torch.zeros(16, 32)
+        assert model.model.norm.weight.grad is given
+        assert model.model.layers[0].mlp.down_proj.weight.grad is None
+
+    def test_takes_several_models(self):
+        models = [tiny("llama"), tiny("gpt2")]
+        with as_found(*models):
+            for model in models:
+                model.requires_grad_(False)
+        assert all(p.requires_grad for model in models for p in model.parameters())
 
 
 class TestParametersByLayer:

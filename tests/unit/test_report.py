@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 
 from layerrl import select_layers
@@ -49,6 +50,25 @@ class TestNumbers:
         assert made.scores == pytest.approx({0: 0.1, 1: 0.3})
         assert "undefined" in str(made)
 
+    def test_a_full_run_that_made_it_worse_leaves_contributions_undefined(self):
+        with pytest.raises(ReportError, match=r"a gain of -0\.350 \[.*not resolved above zero"):
+            _ = report(0.6, 0.2, base=0.45, full=0.1).contributions
+
+    def test_a_gain_that_is_sometimes_none_leaves_the_limits_open(self):
+        """The full run gained on four prompts: one resample in fifty has none of them."""
+        made = report(0.1, 0.1, 0.1, full=0.1, base=0.0)
+        assert made.contributions[0] == pytest.approx(1)
+        assert 1 in made.contribution_interval(0)
+        assert made.compare(made).resolved == []
+
+    def test_seeds_of_one_run_widen_the_intervals_of_all(self):
+        rows = right(0.3)[0], right(0.5)[0]
+        two = (Score(scores=rows), Score(scores=right(0.4)))
+        alone = (Score(scores=right(0.4)), Score(scores=right(0.4)))
+        wide, narrow = (replace(report(), layers=layers) for layers in (two, alone))
+        for layer in (0, 1):
+            assert wide.interval(layer).high > narrow.interval(layer).high + 0.5
+
     def test_without_a_full_run_there_are_only_scores(self):
         made = report(0.2, 0.4, full=0.5)
         alone = ContributionReport(method="gradient", layers=made.layers)
@@ -62,6 +82,10 @@ class TestNumbers:
         assert made.partial
         assert list(made.contributions) == [0]
         assert "Partial: 1 of 4 are missing." in str(made)
+
+    def test_layers_that_nobody_asked_for_are_not(self):
+        layers = (Score(scores=right(0.4)), Score(status="missing"))
+        assert not report(layers=layers, settings={"layers": [0]}).partial
 
     def test_fewer_seeds_are_partial(self):
         layers = (Score(scores=right(0.4, seeds=2)), Score(scores=right(0.5)))
@@ -93,11 +117,25 @@ class TestCompare:
         assert difference.high < 0
 
     def test_of_scores_where_contributions_are_undefined(self):
-        layers = report(0.1, 0.35, 0.6).layers
-        alone = ContributionReport(method="gradient", layers=layers)
-        found = report(0.1, 0.35, 0.6).compare(alone)
+        made = report(0.1, 0.35, 0.6, full=0.1)
+        found = made.compare(report(0.1, 0.35, 0.2, full=0.1))
         assert found.quantity == "score"
-        assert found.resolved == []
+        assert found.resolved == [2]
+
+    def test_of_other_methods_compares_the_order_alone(self):
+        gains = ContributionReport(method="gradient", layers=report(0.9, 0.1, 0.5).layers)
+        found = report(0.1, 0.35, 0.2, full=0.1).compare(gains)
+        assert found.correlation == pytest.approx(-1)
+        assert found.values == {}
+
+    def test_of_seeds_that_differ_resolves_nothing(self):
+        """The same prompts, another pair of seeds each: a difference that seeds could make."""
+        rows = [right(share)[0] for share in (0.3, 0.5, 0.4, 0.6)]
+        here, there = (
+            replace(report(), layers=(Score(scores=pair),) * 3)
+            for pair in (tuple(rows[:2]), tuple(rows[2:]))
+        )
+        assert here.compare(there).resolved == []
 
     def test_of_other_depths_compares_the_order_alone(self):
         found = report(0.1, 0.5, 0.9).compare(report(0.1, 0.3, 0.5, 0.7, 0.9))
@@ -133,7 +171,14 @@ class TestTop:
         assert report(0.1, 0.9, 0.2).top(1).layers == (1,)
         assert report(0.1, 0.9).top(2).layers == (0, 1)
 
-    @pytest.mark.parametrize("k", [0, 4, -1, True, 1.0])
+    def test_keeps_the_parts_that_were_measured(self):
+        made = report(0.1, 0.9, settings={"modules": ["mlp.*"]})
+        assert made.top(1).modules == ("mlp.*",)
+
+    def test_takes_any_whole_number(self):
+        assert report(0.1, 0.9, 0.2).top(np.int64(1)).layers == (1,)
+
+    @pytest.mark.parametrize("k", [0, 4, -1, True, 1.0, "1"])
     def test_of_more_layers_than_there_are_is_refused(self, k):
         with pytest.raises(ReportError, match="expected a number from 1 to 3"):
             report(0.1, 0.9, 0.2).top(k)
@@ -151,6 +196,19 @@ class TestSpearman:
         shallow = report(0.1, 0.5, 0.9)
         assert shallow.spearman(deep)[0] == pytest.approx(1)
         assert deep.spearman(report(0.9, 0.5, 0.1))[0] == pytest.approx(-1)
+
+    def test_finds_each_layer_of_its_own_depth(self):
+        scores = [Score(scores=right(0.1 * (k % 7))) for k in range(30)]
+        asked = [Score(status="missing")] * 30
+        for layer in (5, 10, 15):
+            asked[layer] = scores[layer]
+        made = replace(report(), layers=tuple(asked))
+        assert made.spearman(made)[0] == pytest.approx(1)
+
+    def test_of_layers_that_are_all_alike_is_nothing(self):
+        correlation, interval = report(0.4, 0.4, 0.4).spearman(report(0.4, 0.4, 0.4))
+        assert math.isnan(correlation)
+        assert interval is None
 
     def test_of_published_numbers_has_no_interval(self):
         made = published_contributions("Qwen3-1.7B-Base")

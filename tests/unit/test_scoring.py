@@ -38,13 +38,41 @@ class TestBootstrap:
         assert torch.equal(bootstrap(runs)["a"], bootstrap(runs)["a"])
         assert not torch.equal(bootstrap(runs)["a"], bootstrap(runs, seed=1)["a"])
 
-    def test_seeds_that_differ_widen_it_by_what_seeds_vary(self):
+    def test_seeds_that_differ_widen_it_as_students_t_says(self):
         prompts = 400
         one = bootstrap({"a": [[0.5] * prompts]})["a"]
-        two = bootstrap({"a": [[0.4] * prompts, [0.6] * prompts]}, num_draws=20_000)["a"]
+        two = bootstrap({"a": [[0.4] * prompts, [0.6] * prompts]}, num_draws=40_000)["a"]
         assert one.std() == pytest.approx(0, abs=1e-9)
-        # The standard error of a mean of two that differ by 0.2: their deviation 0.1414 / sqrt(2).
-        assert two.std().item() == pytest.approx(0.1, rel=0.02)
+        # Standard error of a mean of two that differ by 0.2: 0.1. The 0.9 quantile of t(1): 3.078.
+        assert two.quantile(0.9).item() - 0.5 == pytest.approx(0.1 * 3.078, rel=0.05)
+
+    def test_seeds_variance_is_pooled_over_runs(self):
+        rows = {str(run): [[0.5 - gap] * 9, [0.5 + gap] * 9] for run, gap in enumerate([0.1] * 12)}
+        draws = bootstrap({**rows, "one": [[0.5] * 9], "base": [[0.5] * 9]}, seedless=("base",))
+        # Deviation of one seed 0.1414 with 12 degrees of freedom: the 0.975 quantile is 2.179.
+        assert interval_of(draws["0"]).high == pytest.approx(0.5 + 0.1 * 2.179, rel=0.05)
+        assert interval_of(draws["one"]).high == pytest.approx(0.5 + 0.1414 * 2.179, rel=0.05)
+        assert draws["base"].std() == pytest.approx(0, abs=1e-9)
+
+    def test_seeds_of_different_scores_have_nothing_in_common(self):
+        here = bootstrap({"a": [[0.4] * 9, [0.6] * 9]})["a"]
+        there = bootstrap({"a": [[0.5] * 9, [0.7] * 9]})["a"]
+        assert 0 in interval_of(there - here)
+
+    @pytest.mark.parametrize(("num_seeds", "num_runs"), [(2, 1), (3, 1), (2, 8)])
+    def test_intervals_cover_the_truth_where_seeds_vary(self, num_seeds, num_runs):
+        generator, covered, differ, trials = torch.Generator().manual_seed(0), 0, 0, 1000
+        for trial in range(trials):
+            level_RS1 = 0.1 * torch.randn(num_runs + 1, num_seeds, 1, generator=generator)
+            noise_RSP = 0.2 * torch.randn(num_runs + 1, num_seeds, 50, generator=generator)
+            scores = (0.5 + level_RS1 + noise_RSP).double().tolist()
+            runs = {str(run): rows for run, rows in enumerate(scores[:num_runs])}
+            draws = bootstrap(runs, num_draws=500, seed=trial)
+            covered += 0.5 in interval_of(draws["0"])
+            if num_runs > 1:
+                differ += 0 not in interval_of(draws["0"] - draws["1"])
+        assert 930 <= covered <= 985, covered
+        assert differ <= 70, differ
 
     @pytest.mark.parametrize("scores", [[[]], [[1.0], [1.0, 2.0]]])
     def test_scores_of_other_prompts_are_refused(self, scores):

@@ -1,0 +1,210 @@
+"""What probes are judged on: a base, a task, the arguments of its trainings.
+
+    python benchmarks/suites.py addition-llama     # pre-train its base, say what it knows
+
+The small bases are trained here from scratch until they half-know a task, a few minutes each, and
+kept in `runs/suites`; the same call gives the same base.
+"""
+
+import argparse
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import GRPOConfig
+
+FOLDER = Path("runs/suites")
+NUM_LAYERS, HIDDEN = 12, 64
+_SPECIAL = ["<pad>", "<eos>"]
+_CHARACTERS = "0123456789+=>"
+
+
+def addition(draw: random.Random) -> tuple[str, str]:
+    """Two numbers below 100, and their sum with the units first, as it is worked out."""
+    a, b = draw.randrange(100), draw.randrange(100)
+    return f"{a:02}+{b:02}=", f"{a + b:03}"[::-1]
+
+
+def sorting(draw: random.Random) -> tuple[str, str]:
+    """Five digits, and the same in order."""
+    digits = [draw.choice("0123456789") for _ in range(5)]
+    return "".join(digits) + ">", "".join(sorted(digits))
+
+
+TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "addition": addition,
+    "sorting": sorting,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 2 * HIDDEN, "num_key_value_heads": 4},
+    "gpt_neox": {"intermediate_size": 4 * HIDDEN},
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One base and one task."""
+
+    name: str
+    knows: float = 0.4
+    """Share of right answers, sampled, at which pre-training ends."""
+    steps: int = 40
+    learning_rate: float = 1e-3
+    full_learning_rate: float = 3e-4
+    evaluated: int = 256
+
+    @property
+    def task(self) -> Callable[[random.Random], tuple[str, str]]:
+        """Draws a problem and its answer."""
+        return TASKS[self.name.partition("-")[0]]
+
+    @cached_property
+    def data(self) -> tuple[Dataset, Dataset]:
+        """Problems to train on, and others to evaluate on."""
+        draw, rows = random.Random(0), {}
+        while len(rows) < 4000:
+            prompt, answer = self.task(draw)
+            rows[prompt] = {"prompt": prompt, "answer": answer}
+        listed = list(rows.values())
+        held_out, train = listed[: self.evaluated], listed[self.evaluated :]
+        return Dataset.from_list(train), Dataset.from_list(held_out)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """One token per character."""
+        ids = {token: i for i, token in enumerate([*_SPECIAL, *_CHARACTERS])}
+        made = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
+        made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        return PreTrainedTokenizerFast(
+            tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+        )
+
+    def model(self) -> Any:
+        """The base, pre-trained on first use."""
+        folder = FOLDER / self.name
+        if not folder.exists():
+            model = self._pretrained()
+            unfinished = folder.with_name(folder.name + ".partial")
+            model.save_pretrained(unfinished)
+            unfinished.rename(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def args(self, *, full: bool = False) -> GRPOConfig:
+        """Of a training."""
+        return GRPOConfig(
+            output_dir=str(FOLDER / "trainer"),
+            max_steps=self.steps,
+            learning_rate=self.full_learning_rate if full else self.learning_rate,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=256,
+            num_generations=8,
+            max_completion_length=len(self.task(random.Random(0))[1]) + 1,
+            temperature=1.0,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            eval_strategy="steps",
+            eval_steps=max(self.steps // 4, 1),
+            per_device_eval_batch_size=256,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def _pretrained(self) -> Any:
+        """Trained on its own problems, never the held-out ones, until it half-knows them."""
+        architecture = self.name.partition("-")[2]
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            architecture,
+            vocab_size=len(_SPECIAL) + len(_CHARACTERS),
+            hidden_size=HIDDEN,
+            num_hidden_layers=NUM_LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+            **ARCHITECTURES[architecture],
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        train, _ = self.data
+        texts = [row["prompt"] + row["answer"] + "<eos>" for row in train]
+        ids = self.tokenizer(texts, return_tensors="pt", padding=True)["input_ids"]
+        asked = len(self.tokenizer(train[0]["prompt"])["input_ids"])
+        draw = torch.Generator().manual_seed(0)
+        known, step = 0.0, 0
+        while known < self.knows:
+            batch = ids[torch.randint(len(ids), (256,), generator=draw)]
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100)
+            logits = model(input_ids=batch).logits[:, asked - 1 : -1]
+            loss = cross_entropy(logits.mT, batch[:, asked:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if step % 50 == 0:
+                known = self.accuracy(model)
+                print(f"{self.name}: step {step}, loss {loss:.3f}, sampled accuracy {known:.3f}")
+            if step == 10_000:
+                raise SystemExit(f"{self.name}: {known:.3f} after {step} steps, not {self.knows}")
+        return model
+
+    @torch.no_grad()
+    def accuracy(self, model: Any) -> float:
+        """Share of right answers to 512 training problems, one sample each."""
+        train, _ = self.data
+        rows = train.select(range(512))
+        inputs = self.tokenizer(rows["prompt"], return_tensors="pt")
+        length = self.args().max_completion_length
+        model.eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=length,
+                do_sample=True,
+                top_k=0,
+            )
+        model.train()
+        texts = self.tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        return math.fsum(reward(texts, rows["answer"])) / len(rows)
+
+
+def reward(completions: list[str], answer: list[str], **_: object) -> list[float]:
+    """1 where the completion is the answer, otherwise 0."""
+    return [
+        float(text.replace(" ", "") == right)
+        for text, right in zip(completions, answer, strict=True)
+    ]
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (Suite(f"{task}-{kind}") for task in TASKS for kind in ARCHITECTURES)
+}
+
+
+def main() -> None:
+    """Make a suite's base."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=sorted(SUITES))
+    suite = SUITES[parser.parse_args().suite]
+    print(f"{suite.name}: sampled accuracy {suite.accuracy(suite.model()):.3f}")
+
+
+if __name__ == "__main__":
+    main()
