@@ -7,6 +7,7 @@ import json
 import math
 from functools import partial, wraps
 from inspect import iscoroutinefunction
+from types import CodeType
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
