@@ -78,14 +78,19 @@ def identity_of(function: Any) -> str:  # noqa: ANN401
         return f"{name_of(function)} {getattr(function, 'name_or_path', '')}".strip()
     if isinstance(function, type):
         return name_of(function)
-    code = getattr(function, "__code__", None)
-    several = code is not None and code.co_name == "<lambda>"  # on a line, with one source
     try:
-        return (
-            f"{name_of(function)} {digest(inspect.getsource(function), several and code.co_code)}"
-        )
+        text = inspect.getsource(function)
     except (OSError, TypeError):
         return name_of(function)
+    code = getattr(function, "__code__", None)
+    # Several lambdas on one line have one source.
+    own = _instructions(code) if code is not None and code.co_name == "<lambda>" else None
+    return f"{name_of(function)} {digest(text, own)}"
+
+
+def _instructions(code: CodeType) -> list[Any]:
+    constants = [_instructions(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), code.co_names, constants]
 
 
 def identity_of_tokens(processing_class: Any) -> str:  # noqa: ANN401
