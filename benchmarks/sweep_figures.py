@@ -52,7 +52,7 @@ def halving(report: ContributionReport) -> None:
         known = {layer: curves[layer][rung] for layer in alive if rung in curves[layer]}
         if len(known) < len(alive):
             raise SystemExit(f"no scores at step {rung} of {sorted({*alive} - {*known})}")
-        dropped = below_the_cut(known)
+        dropped = below_the_cut(known, base=report.base.score, full=report.full.score)
         print(f"step {rung:3}: {len(dropped)} of {len(alive)} dropped: {sorted(dropped)}")
         alive, before = [layer for layer in alive if layer not in dropped], rung
     spent += (steps - before) * len(alive)

@@ -107,9 +107,9 @@ def contribution_probe(
         greedy: Evaluate greedily, one completion a prompt, instead of sampling as in training.
         halving: After an eighth, a quarter and a half of `args.max_steps`, drop the layers that are
             worse than the last one of the better half, where the 95 % interval of the difference
-            is below zero. The others go on from where they were, as if nothing had happened.
-            Dropped layers have no contribution. Being behind early is no proof of being behind at
-            the end.
+            is below zero, once that one has half of the full gain. The others go on from where they
+            were, as if nothing had happened. Dropped layers have no contribution. Being behind
+            early is no proof of being behind at the end.
         output_dir: Folder of the journal, the report and the checkpoints of unfinished runs of
             `"train"`. With Ray on several machines, one that they share.
         trainer_class: A masked trainer class, or a factory with its arguments.

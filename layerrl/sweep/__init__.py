@@ -152,13 +152,16 @@ class Sweep:
     def _standing(self, records: _Records) -> tuple[list[int], dict[int, str]]:
         """Layers that are trained on, as far as is known by now, and why others are not."""
         alive, dropped = list(self._layers), {}
+        base, full = records.score("base", (None,)), records.score("full", self._seeds)
         for stop in self._rungs:
             scores = {layer: records.all_at(str(layer), self._seeds, stop) for layer in alive}
             known = {layer: rows for layer, rows in scores.items() if rows is not None}
             ended = [k for k in alive if any(records.at(Run(str(k), s)) for s in self._seeds)]
-            if {*alive} - {*known} - {*ended}:
+            if {*alive} - {*known} - {*ended} or base.score is None or full.score is None:
                 break
-            behind = below_the_cut(known) if known else {}
+            if not known:
+                continue
+            behind = below_the_cut(known, base=base.score, full=full.score)
             for layer, why in behind.items():
                 if layer not in ended:
                     dropped[layer] = f"at step {stop}: {why}"

@@ -28,11 +28,18 @@ def rungs(num_steps: int, cycle: int = 1) -> tuple[int, ...]:
     return tuple(sorted(step for step in found if step < num_steps))
 
 
-def below_the_cut(scores: Mapping[int, Sequence[Sequence[float]]]) -> dict[int, str]:
+def below_the_cut(
+    scores: Mapping[int, Sequence[Sequence[float]]], *, base: float, full: float
+) -> dict[int, str]:
     """Layers that are resolved to be worse, by now, than the last one of the better half.
+
+    Nothing is dropped before that one has half of the full gain: layers that only have not begun
+    to learn would be the first to go, and such layers have ended among the best.
 
     Args:
         scores: Each layer's scores, shape (S, P), after the same number of steps.
+        base: Score of the base.
+        full: Score of the full-parameter run at its end.
 
     Returns:
         The layers to drop, and why: none but those whose difference to the cut has a 95 % interval
@@ -43,6 +50,8 @@ def below_the_cut(scores: Mapping[int, Sequence[Sequence[float]]]) -> dict[int, 
     ordered = sorted(means, key=lambda layer: (-means[layer], layer))
     cut = ordered[(len(ordered) - 1) // 2]
     dropped = {}
+    if means[cut] - base < (full - base) / 2:
+        return dropped
     for layer in ordered:
         difference = interval_of(draws[str(layer)] - draws[str(cut)])
         if difference.high < 0:

@@ -249,7 +249,7 @@ class TestHalving:
     def dropping(self, monkeypatch):
         """Have the worst layer dropped at each rung, sure or not, as long as there are two."""
 
-        def worst(scores):
+        def worst(scores, **_):
             if len(scores) == 1 or not dropping.on:
                 return {}
             means = {layer: sum(map(sum, rows)) for layer, rows in scores.items()}
