@@ -7,8 +7,10 @@ kept in `runs/suites`; the same call gives the same base.
 """
 
 import argparse
+import importlib
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,6 +122,11 @@ class Suite:
             disable_tqdm=True,
         )
 
+    def reward(self, completions: list[str], answer: list[str], **_: object) -> list[float]:
+        """1 where the completion is the answer, otherwise 0."""
+        texts = (text.replace(" ", "") for text in completions)
+        return [float(text == right) for text, right in zip(texts, answer, strict=True)]
+
     def _pretrained(self) -> Any:
         """Trained on its own problems, never the held-out ones, until it half-knows them."""
         architecture = self.name.partition("-")[2]
@@ -165,7 +172,7 @@ class Suite:
         """Share of right answers to 512 training problems, one sample each."""
         train, _ = self.data
         rows = train.select(range(512))
-        inputs = self.tokenizer(rows["prompt"], return_tensors="pt")
+        inputs = self.tokenizer(list(rows["prompt"]), return_tensors="pt")
         length = self.args().max_completion_length
         model.eval()
         with torch.random.fork_rng(devices=[]):
@@ -181,28 +188,62 @@ class Suite:
         texts = self.tokenizer.batch_decode(
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        return math.fsum(reward(texts, rows["answer"])) / len(rows)
+        return math.fsum(self.reward(texts, rows["answer"])) / len(rows)
 
 
-def reward(completions: list[str], answer: list[str], **_: object) -> list[float]:
-    """1 where the completion is the answer, otherwise 0."""
-    return [
-        float(text.replace(" ", "") == right)
-        for text, right in zip(completions, answer, strict=True)
-    ]
+@dataclass(frozen=True)
+class SmolLM2:
+    """SmolLM2-135M-Instruct adding and subtracting, as in the examples."""
+
+    name: str = "smollm2-chain_sum"
+    steps: int = 16
+
+    @cached_property
+    def _setup(self) -> Any:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+        training = importlib.import_module("training")
+        options = training.parser("", str(FOLDER / self.name), steps=self.steps).parse_args([])
+        options.tokens, options.seeds = 8, [0]
+        return training, options, training.start(options)
+
+    @property
+    def data(self) -> tuple[Dataset, Dataset]:
+        """Problems to train on, and others to evaluate on."""
+        _, _, setup = self._setup
+        return setup.data.train, importlib.import_module("chain_sum").distinct(setup.data.held_out)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own."""
+        return self._setup[2].tokenizer
+
+    @property
+    def reward(self) -> Any:
+        """1 where the last integer of the completion is the answer."""
+        _ = self._setup
+        return importlib.import_module("chain_sum").reward
+
+    def model(self) -> Any:
+        """The base, fresh."""
+        return self._setup[2].model()
+
+    def args(self, *, full: bool = False) -> GRPOConfig:
+        """Of a training."""
+        training, options, _ = self._setup
+        rate = {"learning_rate": 3e-5} if full else {}
+        along = {"eval_strategy": "steps", "eval_steps": self.steps // 4}
+        return training.arguments(options, **along, **rate)
 
 
-SUITES = {
-    suite.name: suite
-    for suite in (Suite(f"{task}-{kind}") for task in TASKS for kind in ARCHITECTURES)
-}
+SMALL = [Suite(f"{task}-{kind}") for task in TASKS for kind in ARCHITECTURES]
+SUITES: dict[str, Suite | SmolLM2] = {suite.name: suite for suite in (*SMALL, SmolLM2())}
 
 
 def main() -> None:
-    """Make a suite's base."""
+    """Make a small suite's base."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=sorted(SUITES))
-    suite = SUITES[parser.parse_args().suite]
+    parser.add_argument("suite", choices=[suite.name for suite in SMALL])
+    [suite] = (s for s in SMALL if s.name == parser.parse_args().suite)
     print(f"{suite.name}: sampled accuracy {suite.accuracy(suite.model()):.3f}")
 
 

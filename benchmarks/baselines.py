@@ -1,0 +1,125 @@
+"""Scores of layers that others use, for comparison: none of them is a method of layerrl."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerrl import ContributionReport, LayerMaskedGRPOTrainer, select_layers
+from layerrl.blocks import find_blocks, replaced_forwards
+from layerrl.masking import parameters_by_layer
+from layerrl.report import Score
+from layerrl.trainer.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def report(method: str, scores: Sequence[float]) -> ContributionReport:
+    """Scores without intervals."""
+    return ContributionReport(
+        method=method, layers=tuple(Score(score=float(score)) for score in scores)
+    )
+
+
+def gradient_norm(suite: Any, num_prompts: int) -> ContributionReport:
+    """Euclidean norm of each layer's mean policy gradient at the base."""
+    model = suite.model()
+    trainer = _trainer(suite, model, "all")
+    for parts in Rollouts(trainer, num_prompts):
+        for part in parts:
+            trainer.compute_loss(trainer.model, part).backward()
+    by_layer = parameters_by_layer(model, select_layers(model, "all"))
+    norms = [
+        math.sqrt(math.fsum(p.grad.square().sum().item() for p in layer if p.grad is not None))
+        for layer in by_layer.values()
+    ]
+    return report("gradient norm", norms)
+
+
+def spectrum(suite: Any) -> ContributionReport:
+    """Signal-to-noise ratio of the weights' singular values (Spectrum, arXiv:2406.06623).
+
+    Signal: what lies above the edge of the Marchenko-Pastur law, with the deviation of noise taken
+    from the quartiles of the singular values; over the rest, and over the largest. Mean of a
+    layer's matrices.
+    """
+    blocks = find_blocks(suite.model())
+    scores = []
+    for layer in range(len(blocks.modules)):
+        ratios = [
+            _signal_to_noise(parameter.detach().float())
+            for _, parameter in blocks.named_parameters(layer)
+            if parameter.ndim == 2
+        ]
+        scores.append(math.fsum(ratios) / len(ratios))
+    return report("spectrum", scores)
+
+
+def _signal_to_noise(matrix: Tensor) -> float:
+    values = torch.linalg.svdvals(matrix)
+    low, high = values.quantile(torch.tensor([0.25, 0.75]))
+    edge = (high - low) / 1.349 * (1 + math.sqrt(min(matrix.shape) / max(matrix.shape)))
+    signal, noise = values[values > edge].sum(), values[values <= edge].sum()
+    return (signal / noise.clamp(min=1e-12) / values.max()).item()
+
+
+@torch.no_grad()
+def bypass(suite: Any, num_prompts: int) -> ContributionReport:
+    """How much less likely the base's own rewarded answers are without the layer."""
+    model = suite.model()
+    trainer = _trainer(suite, model, "all")
+    batches = [part for parts in Rollouts(trainer, num_prompts) for part in parts]
+    blocks = find_blocks(model).modules
+
+    def likelihood() -> float:
+        total = 0.0
+        for part in batches:
+            ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+            mask = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
+            length = part["completion_ids"].size(1)
+            logps = trainer._get_per_token_logps_and_entropies(model, ids, mask, length)[0]
+            right = part["advantages"] > 0
+            total += (logps * part["completion_mask"])[right].sum().item()
+        return total
+
+    whole, scores = likelihood(), []
+    for block in blocks:
+        with replaced_forwards([block], lambda _, __: lambda hidden, *a, **k: hidden):
+            scores.append(whole - likelihood())
+    return report("bypass", scores)
+
+
+def weight_change(suite: Any) -> ContributionReport:
+    """Relative change of each layer in a full-parameter run."""
+    model, base = suite.model(), suite.model()
+    trainer = _trainer(suite, model, "full", full=True)
+    trainer.train()
+    selection = select_layers(model, "all")
+    now, before = parameters_by_layer(model, selection), parameters_by_layer(base, selection)
+
+    def norm(tensors: Any) -> float:
+        return math.sqrt(math.fsum(tensor.square().sum().item() for tensor in tensors))
+
+    with torch.no_grad():
+        changes = [
+            norm(a - b for a, b in zip(now[k], before[k], strict=True)) / norm(before[k])
+            for k in now
+        ]
+    return report("weight change", changes)
+
+
+def _trainer(suite: Any, model: Any, selection: str, *, full: bool = False) -> Any:
+    args = suite.args(full=full)
+    args.gradient_accumulation_steps = args.steps_per_generation
+    return LayerMaskedGRPOTrainer(
+        model,
+        suite.reward,
+        args=args,
+        train_dataset=suite.data[0],
+        processing_class=suite.tokenizer,
+        selection=selection,
+    )
