@@ -126,8 +126,8 @@ class LayerSchedule(TrainerCallback):
         idle = [chosen for chosen in self._sets if chosen not in turns]
         if idle:
             raise SelectionError(
-                f"in {state.max_steps} steps with turns of {self._every}, {idle} would never train: "
-                "take more steps, shorter turns or fewer layers"
+                f"in {state.max_steps} steps with turns of {self._every}, {idle} would never "
+                "train: take more steps, shorter turns or fewer layers"
             )
 
     def on_step_begin(
