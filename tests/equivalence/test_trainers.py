@@ -250,8 +250,8 @@ class TestDrGRPO:
         trainer._calculate_rewards = lambda *args: rewards.append(calculate(*args)) or rewards[-1]
         torch.manual_seed(0)
         batch = trainer._generate_and_score_completions(list(trainer.train_dataset)[:8])
-        for row, mask in enumerate(batch["completion_mask"]):
-            mask[1 + row % self.MAX_COMPLETION_LENGTH :] = 0  # lengths that differ
+        for i, mask in enumerate(batch["completion_mask"]):
+            mask[1 + i % self.MAX_COMPLETION_LENGTH :] = 0  # lengths that differ
         trainer.current_gradient_accumulation_steps = 1
         trainer.compute_loss(trainer.model, batch).backward()
         trained = trainer.selection.parameters(trainer.model)
