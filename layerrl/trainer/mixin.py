@@ -490,10 +490,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
 
         def scoring(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-                tokens = [kwargs.get("input_ids"), kwargs.get("attention_mask")]
-                if not all(isinstance(part, Tensor) for part in tokens):
+                ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+                if not (isinstance(ids, Tensor) and isinstance(mask, Tensor)):
                     return forward(*args, **kwargs)  # a loss of the user's own
-                tokens_BT2 = torch.stack(tokens, dim=-1)
+                tokens_BT2 = torch.stack([ids, mask], dim=-1)
                 return self._scored(lambda: forward(*args, **kwargs), tokens_BT2, training=training)
 
             return run
