@@ -13,6 +13,10 @@ class SelectionError(LayerRLError, ValueError):
     """A selection that does not fit the model, or that says something impossible."""
 
 
+class TrainerError(LayerRLError, TypeError):
+    """A class that layers cannot be masked in: no trainer, masked already, or known not to work."""
+
+
 class FrozenTensorError(LayerRLError, RuntimeError):
     """A tensor outside the selection changed, although nothing was allowed to train it."""
 

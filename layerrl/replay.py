@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
     Forward = Callable[..., Any]
-    Compute = Callable[[], tuple[Any, ...]]
+    Compute = Callable[[], Any]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ class PrefixReplay:
     other passes inside `generating` are replayed as well. Batches for training and for evaluation
     have recordings, and first times, of their own.
 
+    Inside `repeating`, each pass over tokens that were not seen before is recorded, and a later one
+    over the same tokens is replayed: a policy that is scored before its reference.
+
     Inside `sampling`, what leaves the prefix while the model generates can be recorded instead, so
     that not even the first pass runs it. That is compared, too, and given up alone if it differs.
 
@@ -92,6 +95,7 @@ class PrefixReplay:
         self._generating = False
         self._rows_B: Tensor | None = None
         self._recordings: dict[bool, Recording] = {}
+        self._repeated: list[Recording] | None = None
         self._verified: set[tuple[bool, bool]] = set()
         self.samples = record_while_generating
         """Whether to record inside `sampling`; False for good once that did not match."""
@@ -102,7 +106,8 @@ class PrefixReplay:
     @property
     def num_bytes(self) -> int:
         """Memory that the recordings take."""
-        held = (recording.hidden_BTH for recording in self._recordings.values())
+        recordings = [*self._recordings.values(), *(self._repeated or ())]
+        held = (recording.hidden_BTH for recording in recordings)
         return sum(hidden.nbytes for hidden in held if hidden is not None)
 
     def clear(self) -> None:
@@ -179,6 +184,15 @@ class PrefixReplay:
         return True
 
     @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Passes inside run over whole batches, those over the same tokens with the same inputs."""
+        self._repeated = []
+        try:
+            yield
+        finally:
+            self._repeated = None
+
+    @contextmanager
     def rows(self, rows_B: Tensor | None) -> Iterator[None]:
         """Passes inside run over these rows of the recorded batch; None: over unknown ones."""
         self._rows_B = rows_B
@@ -187,19 +201,24 @@ class PrefixReplay:
         finally:
             self._rows_B = None
 
-    def run(self, compute: Compute, *, tokens_BT2: Tensor, training: bool) -> tuple[Any, ...]:
+    def run(self, compute: Compute, *, tokens_BT2: Tensor, training: bool) -> Any:  # noqa: ANN401
         """The result of `compute`, with the prefix recorded or replayed where that is possible.
 
         Args:
-            compute: Runs the model over a batch, in one or more forward passes.
+            compute: Runs the model over a batch, in one or more forward passes, and gives a tuple
+                or a transformers output.
             tokens_BT2: Token ids and attention mask of that batch.
             training: Whether the batch is for training or for evaluation.
 
         Returns:
             What `compute` returns.
         """
+        if not self.enabled:
+            return compute()
+        if self._repeated is not None:
+            return self._run_repeated(compute, self._repeated, tokens_BT2, training)
         recording = self._recordings.get(training)
-        if not self.enabled or recording is None:
+        if recording is None:
             return compute()
         rows_B = self._rows_B
         if self._generating and recording.tokens_BT2 is None:
@@ -218,9 +237,23 @@ class PrefixReplay:
                 return compute()
         return compute() if self._generating else self._verify(compute, recording, rows_B, training)
 
+    def _run_repeated(
+        self, compute: Compute, before: list[Recording], tokens_BT2: Tensor, training: bool
+    ) -> Any:  # noqa: ANN401
+        recording = next((made for made in before if made.holds(None, tokens_BT2)), None)
+        if recording is None:
+            recording = Recording(tokens_BT2=tokens_BT2)
+            before.append(recording)
+            with self._recording(recording):
+                return compute()
+        if (training, False) not in self._verified:
+            return self._verify(compute, recording, None, training)
+        with self._replaying(recording, None):
+            return compute()
+
     def _verify(
         self, compute: Compute, recording: Recording, rows_B: Tensor | None, training: bool
-    ) -> tuple[Any, ...]:
+    ) -> Any:  # noqa: ANN401
         plain = compute()
         problem = None
         try:
@@ -256,8 +289,8 @@ class PrefixReplay:
 
     @staticmethod
     def _difference(
-        plain: tuple[Any, ...],
-        replayed: tuple[Any, ...],
+        plain: Any,  # noqa: ANN401
+        replayed: Any,  # noqa: ANN401
         recording: Recording,
         rows_B: Tensor | None,
     ) -> float | None:
@@ -267,8 +300,8 @@ class PrefixReplay:
             recording.tokens_BT2[..., 1] if rows_B is None else recording.tokens_BT2[rows_B, :, 1]
         )
         largest = []
-        for a, b in zip(plain, replayed, strict=True):
-            if isinstance(a, Tensor):
+        for a, b in zip(_values(plain), _values(replayed), strict=True):
+            if isinstance(a, Tensor) and a.is_floating_point():
                 of_tokens = (a.detach() - b).abs().double()
                 if a.dim() == 2:
                     of_tokens = of_tokens[mask_BT[:, -a.shape[1] :].bool()]
@@ -294,7 +327,10 @@ class PrefixReplay:
     def _store(self, hidden_BTH: Tensor, recording: Recording) -> None:
         assert recording.tokens_BT2 is not None
         num_rows = len(recording.tokens_BT2)
-        if recording.num_rows == 0 and num_rows * hidden_BTH[0].nbytes <= self._max_bytes:
+        left = self._max_bytes - sum(
+            made.hidden_BTH.nbytes for made in self._repeated or () if made.hidden_BTH is not None
+        )
+        if recording.num_rows == 0 and num_rows * hidden_BTH[0].nbytes <= left:
             recording.hidden_BTH = hidden_BTH.new_empty((num_rows, *hidden_BTH.shape[1:]))
         if recording.hidden_BTH is not None:
             end = recording.num_rows + len(hidden_BTH)
@@ -323,6 +359,11 @@ class PrefixReplay:
             return run
 
         return replaced_forwards(self._prefix, replaying)
+
+
+def _values(output: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """What a pass returned, one by one."""
+    return tuple(output.values() if isinstance(output, dict) else output)
 
 
 def _parts(output: Any) -> tuple[Tensor, tuple[None, ...] | None]:  # noqa: ANN401

@@ -1,4 +1,10 @@
-"""Layer-selective training in TRL's trainers: the only place that imports trl."""
+"""Layer-selective training in TRL's trainers: the only place that imports trl.
+
+Trainers other than GRPO's are loaded on first use: TRL takes half a second to import each.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from trl import GRPOTrainer
 
@@ -21,4 +27,29 @@ class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):
     """
 
 
-__all__ = ["LayerMaskedGRPOTrainer", "LayerMaskedMixin"]
+__all__ = [
+    "LayerMaskedDPOTrainer",
+    "LayerMaskedDistillationTrainer",
+    "LayerMaskedGRPOTrainer",
+    "LayerMaskedKTOTrainer",
+    "LayerMaskedMixin",
+    "LayerMaskedRLOOTrainer",
+    "LayerMaskedRewardTrainer",
+    "LayerMaskedSFTTrainer",
+]
+
+if TYPE_CHECKING:
+    from layerrl.trainer.ready import (
+        LayerMaskedDistillationTrainer,
+        LayerMaskedDPOTrainer,
+        LayerMaskedKTOTrainer,
+        LayerMaskedRewardTrainer,
+        LayerMaskedRLOOTrainer,
+        LayerMaskedSFTTrainer,
+    )
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
+        return getattr(import_module("layerrl.trainer.ready"), name)

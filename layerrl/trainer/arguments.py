@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, Trainer
 
-from layerrl.blocks import is_peft
-from layerrl.errors import SelectionError
+from layerrl.blocks import is_peft, unwrap
+from layerrl.errors import SelectionError, TrainerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from layerrl.selection import LayerSelection
+
+    Reference = Literal["beta", "ref_model"] | None
 
 
 def signature(cls: type, mixin: type) -> inspect.Signature:
     """The signature of the class behind the mixin, with the mixin's own keywords."""
     after = cls.__mro__[cls.__mro__.index(mixin) + 1]
-    if after is object:
-        raise TypeError(
-            f"{cls.__name__}: {mixin.__name__} goes in front of the trainer class, as in "
-            f"class MyTrainer({mixin.__name__}, GRPOTrainer)"
-        )
     parameters = list(inspect.signature(after).parameters.values())
     own = inspect.signature(mixin.__init__).parameters.values()
     added = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -33,15 +33,34 @@ def signature(cls: type, mixin: type) -> inspect.Signature:
     return inspect.Signature([*keep, *added, *rest])
 
 
-def by_name(
-    cls: type, mixin: type, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Arguments by the names of the first class behind the mixin that spells them out."""
+def refuse_other_classes(cls: type, mixin: type) -> None:
+    """Behind the mixin there has to be a trainer."""
+    behind = cls.__mro__[cls.__mro__.index(mixin) + 1 : -1]
+    if not any(issubclass(base, Trainer) for base in behind):
+        given = ", ".join(base.__name__ for base in behind) or "nothing"
+        raise TrainerError(
+            f"{cls.__name__} has {given} behind {mixin.__name__}, expected a trainer of TRL or "
+            f"transformers. Put the mixin in front of one: class {cls.__name__}({mixin.__name__}, "
+            "GRPOTrainer)."
+        )
+
+
+def refuse_masked(name: str, masked: type, mixin: type) -> None:
+    """One mixin is enough."""
+    if issubclass(masked, mixin):
+        raise TrainerError(
+            f"{name}({mixin.__name__}, {masked.__name__}): {masked.__name__} has the mixin, "
+            f"expected a trainer without it. Leave it out: class {name}({masked.__name__})."
+        )
+
+
+def names(cls: type, mixin: type) -> list[str]:
+    """The arguments of the first class behind the mixin that spells them out."""
     for behind in cls.__mro__[cls.__mro__.index(mixin) + 1 :]:
-        names = list(inspect.signature(behind.__init__).parameters)[1:]
-        if "model" in names:
-            return {**dict(zip(names, args, strict=False)), **kwargs}
-    return kwargs
+        found = list(inspect.signature(behind.__init__).parameters)[1:]
+        if "model" in found:
+            return found
+    return []
 
 
 def check_keywords(
@@ -77,6 +96,19 @@ def refuse_peft(selection: object, model: object, peft_config: object) -> None:
     )
 
 
+def refuse_announced_weights(
+    cls: type, selection: object, given: dict[str, Any], known: list[str]
+) -> None:
+    """TRL's asynchronous trainers fix what vLLM will be sent before anything can be masked."""
+    if "weight_transfer" in known and given.get("weight_transfer") is None:
+        raise TrainerError(
+            f"{cls.__name__} tells vLLM, while it is made, of every weight that will be sent, and "
+            f"then sends those that train: with selection={selection!r} the server would wait for "
+            "the rest. Use a trainer that generates between its steps (GRPO, RLOO), or pass a "
+            "weight_transfer of your own."
+        )
+
+
 def refuse_cast(args: Any, model: nn.Module | None) -> None:  # noqa: ANN401
     """TRL casts the whole model, for good, when it generates with continuous batching."""
     if model is None or not getattr(args, "use_transformers_continuous_batching", False):
@@ -102,19 +134,79 @@ def config_at(path: Any, args: Any) -> Any:  # noqa: ANN401
         return None
 
 
+class StandIn(nn.Module):
+    """Passed to a trainer as its reference model while it is made, so that it loads none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig()  # where TRL looks for a scale of the logits
+
+
+def second_model(given: dict[str, Any], known: list[str], *, generates: bool) -> Reference:
+    """What makes a trainer load a second model for its reference, if it would.
+
+    Args:
+        given: The trainer's arguments by name.
+        known: The names of all that it takes.
+        generates: Whether it scores completions of its own. The `beta` of one that does is that of
+            a reference if the reference can follow the policy; a distillation's is something else.
+
+    Returns:
+        `"beta"`: its args' beta, where it is not 0; `"ref_model"`: that it was given no such
+        argument and computes the reference in each step; None: it needs no second model.
+    """
+    args = given.get("args")
+    if "ref_model" in known:
+        own = given.get("ref_model") is None and not getattr(args, "precompute_ref_log_probs", 0)
+        return "ref_model" if own else None
+    by_beta = generates and hasattr(args, "sync_ref_model") and getattr(args, "beta", 0.0)
+    return "beta" if by_beta else None
+
+
+def with_stand_in(
+    known: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with a `StandIn` as `ref_model`, by position if there is one at its place."""
+    place = known.index("ref_model")
+    if place < len(args):
+        return (*args[:place], StandIn(), *args[place + 1 :]), kwargs
+    return args, {**kwargs, "ref_model": StandIn()}
+
+
 @contextmanager
-def without_reference_model(args: Any) -> Iterator[float]:  # noqa: ANN401
-    """Let a trainer be made as if `beta` were 0, so that it loads no second model.
+def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:  # noqa: ANN401
+    """Let a trainer be made as if it had no reference, or none that follows the policy.
+
+    Args:
+        args: The trainer's args; changed inside, and afterwards what they were.
+        reference: What makes the trainer load a second model. `None`: the args stay as they are.
 
     Yields:
-        The `beta` that the args had and have again afterwards.
+        Nothing.
     """
-    beta, sync = getattr(args, "beta", 0.0), getattr(args, "sync_ref_model", False)
-    if not beta:
-        yield 0.0
-        return
-    args.beta, args.sync_ref_model = 0.0, False
+    changes: dict[str, Any] = {"sync_ref_model": False} if reference else {}
+    if reference == "beta":
+        changes["beta"] = 0.0
+    before = {name: getattr(args, name) for name in changes if hasattr(args, name)}
     try:
-        yield beta
+        for name in before:
+            setattr(args, name, changes[name])
+        yield
     finally:
-        args.beta, args.sync_ref_model = beta, sync
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
+    """A classifier's head lies outside the layers, and is random where the base had none."""
+    base = unwrap(model)
+    if selection.full or not type(base).__name__.endswith("ForSequenceClassification"):
+        return
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    head = [name for name, _ in base.named_parameters() if not name.startswith(prefix)]
+    warnings.warn(
+        f"{', '.join(head)} of {type(base).__name__} stays as it is: {selection} trains nothing "
+        "outside the layers. A head that is still random (of a reward model made from a language "
+        'model) has to be trained first, with selection="full" or by the plain trainer.',
+        stacklevel=3,
+    )

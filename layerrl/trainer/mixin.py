@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from abc import ABCMeta
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import RepeatSampler
 
+from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.checkpointing import KeptActivations, backward_from_first_trained
 from layerrl.delta import DeltaBase, restore_delta, save_delta
 from layerrl.errors import DeltaError, SelectionError
@@ -39,7 +41,7 @@ from layerrl.trainer.sync import WeightSync
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -47,7 +49,17 @@ _ROWS = "layerrl_rows"
 _DELTA, _REFERENCE = "delta", "reference.safetensors"
 
 
-class LayerMaskedMixin:
+class _OneMask(ABCMeta):  # which is also the metaclass of trainers with abstract methods
+    """Says what Python's own error about the order of bases does not."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], *args: Any, **kwargs: Any) -> _OneMask:
+        for index, behind in enumerate(bases):
+            if LayerMaskedMixin in bases[:index]:
+                arguments.refuse_masked(name, behind, LayerMaskedMixin)
+        return super().__new__(cls, name, bases, *args, **kwargs)
+
+
+class LayerMaskedMixin(metaclass=_OneMask):
     """Put in front of a TRL trainer, trains only the layers of a selection and pays only for them.
 
     `class MyTrainer(LayerMaskedMixin, GRPOTrainer)` takes a few keywords more than the trainer it
@@ -56,11 +68,12 @@ class LayerMaskedMixin:
     If making the trainer or training fails, every `requires_grad` flag is what it was before.
 
     The backward ends at the first trained layer, and only layers from there up are checkpointed.
-    The reference (`beta > 0`) is the model that was passed, kept as the trained tensors' initial
-    values. What enters the first trained layer is recorded in the first pass over a batch of
-    completions and replayed in the others. Memory that this frees spares layers the recomputation
-    in the backward. After a first time, vLLM is sent only what was trained. None of this changes a
-    result; with `selection="full"` there is nothing to save, and the trainer is the plain one.
+    The reference (`beta > 0`; DPO, KTO without a `ref_model`) is the model that was passed, kept as
+    the trained tensors' initial values. What enters the first trained layer is recorded in the
+    first pass over a batch and replayed in the others. Memory that this frees spares layers the
+    recomputation in the backward. After a first time, vLLM is sent only what was trained. None of
+    this changes a result; with `selection="full"` there is nothing to save, and the trainer is the
+    plain one.
 
     What does change a result, for the better: trained tensors in bfloat16 or float16 are updated in
     float32, where small steps are not rounded away.
@@ -96,11 +109,10 @@ class LayerMaskedMixin:
     Raises:
         SelectionError: If the selection does not fit the model, or comes with a `peft_config` or a
             PEFT model, which also choose what trains.
+        TrainerError: If the class behind the mixin is no trainer, is masked already, or is one that
+            cannot be masked.
         ModelError: If the model's decoder layers cannot be found.
     """
-
-    selection: LayerSelection
-    """What trains, resolved against the model."""
 
     if TYPE_CHECKING:
         model: Any
@@ -117,6 +129,7 @@ class LayerMaskedMixin:
         def __init_subclass__(cls, **kwargs: object) -> None:
             """Show the wrapped trainer's arguments, and `selection`, in `help` and editors."""
             super().__init_subclass__(**kwargs)
+            arguments.refuse_other_classes(cls, LayerMaskedMixin)
             own = cls.__init__ is not LayerMaskedMixin.__init__
             cls.__signature__ = None if own else arguments.signature(cls, LayerMaskedMixin)
 
@@ -131,7 +144,8 @@ class LayerMaskedMixin:
         checkpoint_format: Literal["delta", "full"] = "delta",
         **kwargs: Any,
     ) -> None:
-        given = arguments.by_name(type(self), LayerMaskedMixin, args, kwargs)
+        known = arguments.names(type(self), LayerMaskedMixin)
+        given = {**dict(zip(known, args, strict=False)), **kwargs}
         model = given.get("model")
         arguments.refuse_peft(selection, model, given.get("peft_config"))
         arguments.check_keywords(
@@ -148,17 +162,22 @@ class LayerMaskedMixin:
         # A path's config will do, so that a typo is not found after minutes of loading weights.
         args_given = given.get("args")
         is_model = isinstance(model, nn.Module)
-        known = model if is_model else arguments.config_at(model, args_given)
-        if known is not None:
-            selection = select_layers(known, selection)
+        described = model if is_model else arguments.config_at(model, args_given)
+        if described is not None:
+            selection = select_layers(described, selection)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
-        # Those whose `beta` is that of a reference policy; a distillation's is something else.
-        scores = hasattr(super(), "_generate_and_score_completions")
-        takes_reference = scores and hasattr(args_given, "sync_ref_model") and not full
-        with arguments.without_reference_model(args_given if takes_reference else None) as beta:
+        reference = None
+        if not full:
+            arguments.refuse_announced_weights(type(self), selection, given, known)
+            generates = hasattr(super(), "_generate_and_score_completions")
+            reference = arguments.second_model(given, known, generates=generates)
+        if reference == "ref_model":
+            args, kwargs = arguments.with_stand_in(known, args, kwargs)
+        with arguments.without_reference_model(args_given, reference):
             super().__init__(*args, **kwargs)
-        self.selection = select_layers(self.model, selection)
+        self._selection = select_layers(self.model, selection)
         arguments.refuse_cast(self.args, None if full else self.model)
+        arguments.warn_of_frozen_head(self.model, self.selection)
         self.checkpoint_format = "full" if full else checkpoint_format
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
@@ -174,7 +193,7 @@ class LayerMaskedMixin:
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
             frozen = [p for p in self.model.parameters() if id(p) not in trained]
-            activation_bytes = sum(p.nbytes for p in frozen) if beta else 0
+            activation_bytes = sum(p.nbytes for p in frozen) if reference else 0
         self._kept = KeptActivations(self.model, self.selection, activation_bytes)
         self._master_weights = master_weights and not full
         self._weight_sync = None
@@ -186,13 +205,33 @@ class LayerMaskedMixin:
         self._mask = ExitStack()
         self.add_callback(FrozenCheck(self.check_frozen))
         self._initial: Mapping[str, Tensor] = {}
-        if beta:
-            self._set_reference(beta)
-            if not self.args.sync_ref_model:
-                self._initial = self.ref_model.tensors
+        # DPO and KTO score each batch in `compute_loss`, with the policy and then the reference.
+        self._scores_in_loss = reference == "ref_model"
+        if reference:
+            if reference == "beta":
+                self.beta = self.args.beta
+            self._set_reference()
         if not self._initial and not full:
             self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
         self._mask_model()
+
+    @property
+    def selection(self) -> LayerSelection:
+        """What trains, resolved against the model.
+
+        Raises:
+            SelectionError: On an attempt to set it. The optimizer, the reference and the
+                fingerprints of what is frozen belong to this selection.
+        """
+        return self._selection
+
+    @selection.setter
+    def selection(self, selection: object) -> None:
+        raise SelectionError(
+            f"selection={selection!r} was set on a trainer that was made for {self.selection}: its "
+            "optimizer, reference and frozen tensors are those of that selection. Make another "
+            "trainer, with selection=... and this one's model, which goes on from where it is."
+        )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Train the selected layers; the wrapped trainer's arguments and result.
@@ -335,7 +374,7 @@ class LayerMaskedMixin:
             What the wrapped trainer returns.
         """
         # Here and not once for the run: TRL enables checkpointing anew after every generation.
-        with backward_from_first_trained(self.model, self.selection):
+        with backward_from_first_trained(self.model, self.selection), self._scoring_in_loss():
             return super().compute_loss(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -354,11 +393,12 @@ class LayerMaskedMixin:
         self._mask.close()
         self._mask.enter_context(self.selection.masked(self.model))
 
-    def _set_reference(self, beta: float) -> None:
-        self.beta = beta
+    def _set_reference(self) -> None:
         self.ref_model = ReferenceModel(self.model, self._trained)
-        if self.args.sync_ref_model:
+        if getattr(self.args, "sync_ref_model", False):
             self.add_callback(SyncReference(self.ref_model, self.accelerator))
+        else:
+            self._initial = self.ref_model.tensors
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         folder = Path(resume_from_checkpoint)
@@ -375,7 +415,8 @@ class LayerMaskedMixin:
             except (OSError, SafetensorError) as error:
                 raise DeltaError(
                     f"the checkpoint {folder} holds no readable reference, which beta="
-                    f"{self.beta} needs ({error}). Was it written with beta=0?"
+                    f"{self.beta} needs ({error}). Was it written with beta=0, a ref_model or "
+                    "precomputed log-probabilities?"
                 ) from error
         restore_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
         if isinstance(getattr(self, "ref_model", None), ReferenceModel):
@@ -426,14 +467,39 @@ class LayerMaskedMixin:
     ) -> tuple[Any, ...]:
         """Every pass that scores completions goes through here."""
         score = super()._get_per_token_logps_and_entropies  # pyright: ignore[reportAttributeAccessIssue]
+        return self._scored(
+            lambda: score(model, input_ids, attention_mask, *args, **kwargs),
+            torch.stack([input_ids, attention_mask], dim=-1),
+            training=self.model.training,
+        )
+
+    def _scored(self, compute: Callable[[], Any], tokens_BT2: Tensor, *, training: bool) -> Any:  # noqa: ANN401
+        """What a pass over these tokens computes, with the prefix replayed where that is known."""
         held = self._replay.num_bytes if self._spends_freed_memory else 0
         stepped = self.state.global_step > 0
-        with self._kept.during(input_ids.numel(), held=held, stepped=stepped):
-            return self._replay.run(
-                lambda: score(model, input_ids, attention_mask, *args, **kwargs),
-                tokens_BT2=torch.stack([input_ids, attention_mask], dim=-1),
-                training=self.model.training,
-            )
+        with self._kept.during(tokens_BT2[..., 0].numel(), held=held, stepped=stepped):
+            return self._replay.run(compute, tokens_BT2=tokens_BT2, training=training)
+
+    @contextmanager
+    def _scoring_in_loss(self) -> Iterator[None]:
+        """Inside, the reference replays what the policy's pass over the same tokens recorded."""
+        if not self._scores_in_loss:
+            yield
+            return
+        training = self.model.training
+
+        def scoring(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+                ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+                if not (isinstance(ids, Tensor) and isinstance(mask, Tensor)):
+                    return forward(*args, **kwargs)  # a loss of the user's own
+                tokens_BT2 = torch.stack([ids, mask], dim=-1)
+                return self._scored(lambda: forward(*args, **kwargs), tokens_BT2, training=training)
+
+            return run
+
+        with self._replay.repeating(), replaced_forwards([unwrap(self.model)], scoring):
+            yield
 
     def _compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         with self._replay.rows(inputs.get(_ROWS)):

@@ -26,6 +26,7 @@ PUBLIC = [
 BUILTIN_BASE = {
     "ModelError": TypeError,
     "SelectionError": ValueError,
+    "TrainerError": TypeError,
     "FrozenTensorError": RuntimeError,
     "DeltaError": ValueError,
     "ReportError": ValueError,
@@ -68,6 +69,12 @@ def test_import_leaves_heavy_packages_unloaded(statement, heavy):
     loaded = run_python(f"{statement}; import sys; print(*sys.modules)")
     assert "layerrl" in loaded
     assert heavy.isdisjoint(loaded)
+
+
+def test_trainers_of_trl_are_imported_when_asked_for():
+    modules = run_python("import layerrl.trainer, sys; print(*sys.modules)")
+    assert "trl.trainer.grpo_trainer" in modules
+    assert {"trl.trainer.dpo_trainer", "layerrl.trainer.ready"}.isdisjoint(modules)
 
 
 def test_import_costs_little_beside_torch():

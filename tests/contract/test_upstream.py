@@ -14,7 +14,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
-from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RLOOTrainer
+from trl.experimental.async_grpo import AsyncGRPOTrainer, async_grpo_trainer
+from trl.experimental.online_dpo import OnlineDPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.grpo import make
@@ -33,6 +35,8 @@ CONSTRUCTOR = (
 BYTES = "delta.merging._replace_bytes writes tensors at the offsets in a safetensors header"
 BACKWARD = "checkpointing.backward_from_first_trained removes that hook and sets that flag"
 SCORING = "replay and kept activations work around each pass that scores completions"
+REFERENCE = "trainer.arguments.with_stand_in passes a ref_model, and _set_reference replaces it"
+IN_LOSS = "LayerMaskedMixin._scoring_in_loss finds the passes of a policy and its reference"
 SYNC = "trainer.sync.WeightSync swaps the model and the metadata of a sync"
 MASTERS = "precision.step_in_float32 replaces two methods of an optimizer"
 BUFFERS = "masking.frozen_tensors leaves out buffers that are not saved with the model"
@@ -267,6 +271,28 @@ class TestConstructor:
         # The README promises the user's own GRPOConfig.
         names = {"optim", "lr_scheduler_type", "max_grad_norm", "weight_decay", "beta"}
         assert names <= set(parameters_of(GRPOConfig)), CONSTRUCTOR
+
+
+class TestReference:
+    @pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer, OnlineDPOTrainer])
+    def test_is_an_argument_that_is_taken_as_it_is(self, trainer):
+        assert "ref_model" in parameters_of(trainer), REFERENCE
+        source = inspect.getsource(trainer.__init__)
+        assert "self.ref_model = ref_model" in source, REFERENCE
+
+    @pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer])
+    def test_is_computed_in_the_loss_after_the_policy_with_tokens_by_name(self, trainer):
+        source = inspect.getsource(trainer._compute_loss)
+        policy = source.index("outputs = model(**model_kwargs, labels=")
+        assert policy < source.index("= self.ref_model(**ref_model_kwargs, labels="), IN_LOSS
+        assert trainer.compute_loss is not Trainer.compute_loss, IN_LOSS
+
+    def test_async_trainers_announce_what_they_send_when_they_are_made(self):
+        why = "trainer.arguments.refuse_announced_weights need no longer refuse"
+        assert "_iter_vllm_named_params(model)" in inspect.getsource(AsyncGRPOTrainer.__init__), why
+        sent = inspect.getsource(async_grpo_trainer._iter_vllm_named_params)
+        assert "not param.requires_grad" in sent, why
+        assert "weight_transfer" in parameters_of(AsyncGRPOTrainer), why
 
 
 class TestFastPath:

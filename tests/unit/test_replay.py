@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from layerrl import select_layers
 from layerrl.blocks import find_blocks
@@ -287,6 +288,41 @@ class TestRecordAndReplay:
         with replay.rows(torch.arange(2)), layers_run(model) as ran:
             run(replay, model, ids_BT[:2])
         assert ran == [0, 1, 2, 3]
+
+
+class TestRepeating:
+    """A policy scores its batches before the reference does, and both in the same order."""
+
+    def test_each_batch_is_recorded_once_and_replayed_afterwards(self, model, ids_BT):
+        replay, others_BT = replay_of(model), ids_BT.flip(1)
+        for expected in ([0, 1, 2, 3] * 3 + [2, 3] * 2, [0, 1, 2, 3] * 2 + [2, 3] * 2):
+            with replay.repeating(), layers_run(model) as ran:
+                first = [run(replay, model, some) for some in (ids_BT, others_BT)]
+                again = [run(replay, model, some) for some in (ids_BT, others_BT)]
+            # The first replay is compared with a plain pass.
+            assert ran == expected
+            assert_close(again, first, rtol=0, atol=0)
+            assert replay.num_bytes == 0
+
+    def test_all_batches_share_the_budget(self, model, ids_BT):
+        replay = replay_of(model, max_bytes=2 * BYTES - 1)
+        with replay.repeating():
+            for some in (ids_BT, ids_BT.flip(1)):
+                run(replay, model, some)
+            assert replay.num_bytes == BYTES
+
+    def test_outputs_of_transformers_are_compared(self, model, ids_BT, caplog):
+        replay, off_by = replay_of(model), iter([0.0, 0.0, 1.0])
+
+        def compute() -> Any:
+            output = model(input_ids=ids_BT, use_cache=False)
+            return ModelOutput(logits=output.logits + next(off_by), even=output.logits > 0)
+
+        with replay.repeating():
+            for _ in range(2):
+                run(replay, model, ids_BT, compute=compute)
+        assert not replay.enabled
+        assert "differ by 1 " in warnings(caplog)[0]
 
 
 class TestBudget:

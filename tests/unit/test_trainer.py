@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from abc import ABC, ABCMeta
 
 import pytest
 import torch
@@ -11,13 +12,21 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import Adafactor, TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOTrainer, SFTConfig, SFTTrainer
+from transformers import Adafactor, LlamaForSequenceClassification, TrainerCallback
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, RewardConfig, SFTConfig, SFTTrainer
+from trl.experimental.async_grpo import AsyncGRPOTrainer
 
 from layerrl import LayerMaskedGRPOTrainer, LayerMaskedMixin, load_delta, select_layers
-from layerrl.errors import DeltaError, FrozenTensorError, ModelError, SelectionError
+from layerrl.errors import (
+    DeltaError,
+    FrozenTensorError,
+    ModelError,
+    SelectionError,
+    TrainerError,
+)
+from layerrl.trainer import LayerMaskedRewardTrainer
 from tests.grpo import make, reward, tokenizer
-from tests.models import tiny
+from tests.models import tiny, tiny_config
 
 UPDATE, GRAD_NORM = "layerrl/relative_update/layer_{}", "layerrl/grad_norm/layer_{}"
 
@@ -823,3 +832,68 @@ class TestSignature:
     def test_leaves_the_wrapped_trainer_alone(self):
         assert "selection" not in inspect.signature(GRPOTrainer).parameters
         assert "selection" not in inspect.signature(Logging).parameters
+
+
+class TestClasses:
+    def test_need_a_trainer_behind_the_mixin(self):
+        with pytest.raises(TrainerError, match=r"Mine has Linear, Module behind .*GRPOTrainer\)"):
+            type("Mine", (LayerMaskedMixin, nn.Linear), {})
+
+    def test_need_the_mixin_in_front(self):
+        with pytest.raises(TrainerError, match=r"Mine has nothing behind LayerMaskedMixin"):
+            type(LayerMaskedMixin)("Mine", (GRPOTrainer, LayerMaskedMixin), {})
+
+    def test_are_masked_once(self):
+        with pytest.raises(
+            TrainerError, match=r"Mine\(LayerMaskedMixin, LayerMaskedGRPOTrainer\): .* Leave"
+        ):
+            type(LayerMaskedMixin)("Mine", (LayerMaskedMixin, LayerMaskedGRPOTrainer), {})
+
+    def test_may_have_abstract_methods(self):
+        class Abstract(GRPOTrainer, ABC):
+            pass
+
+        class Masked(LayerMaskedMixin, Abstract):
+            pass
+
+        assert isinstance(Masked, ABCMeta)
+
+    def test_that_announce_their_weights_are_refused(self):
+        class Masked(LayerMaskedMixin, AsyncGRPOTrainer):
+            pass
+
+        with pytest.raises(TrainerError, match=r"Masked tells vLLM, .* selection=1 the server"):
+            Masked("nowhere", reward, selection=1)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["before", "after"])
+def test_a_selection_is_for_good(model, tmp_path, trained):
+    trainer = make(model, tmp_path, selection=1, max_steps=1)
+    if trained:
+        trainer.train()
+    with pytest.raises(SelectionError, match=r"selection=2 was set .* made for layer 1 of 3"):
+        trainer.selection = 2
+    assert trainer.selection == select_layers(model, 1)
+
+
+class TestScoreHead:
+    def make(self, tmp_path, selection):
+        config = tiny_config("llama", 3)
+        config.num_labels = 1
+        return LayerMaskedRewardTrainer(
+            LlamaForSequenceClassification(config),
+            RewardConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+            train_dataset=Dataset.from_dict({"chosen": ["ab"] * 8, "rejected": ["cd"] * 8}),
+            processing_class=tokenizer(),
+            selection=selection,
+        )
+
+    def test_that_stays_as_it_is_is_warned_of(self, tmp_path):
+        with pytest.warns(UserWarning, match=r"^score\.weight of LlamaForSequenceClass.* layer 1 "):
+            trainer = self.make(tmp_path, 1)
+        assert not trainer.model.score.weight.requires_grad
+
+    def test_trains_under_full(self, tmp_path, recwarn):
+        trainer = self.make(tmp_path, "full")
+        assert trainer.model.score.weight.requires_grad
+        assert not [w for w in recwarn if "score.weight" in str(w.message)]

@@ -1,0 +1,46 @@
+"""TRL's other trainers with the mixin in front of them; importing this imports all of them."""
+
+from trl import (
+    DistillationTrainer,
+    DPOTrainer,
+    KTOTrainer,
+    RewardTrainer,
+    RLOOTrainer,
+    SFTTrainer,
+)
+
+from layerrl.trainer.mixin import LayerMaskedMixin
+
+
+class LayerMaskedRLOOTrainer(LayerMaskedMixin, RLOOTrainer):
+    """TRL's `RLOOTrainer`, training only the layers of a selection."""
+
+
+class LayerMaskedDPOTrainer(LayerMaskedMixin, DPOTrainer):
+    """TRL's `DPOTrainer`, training only the layers of a selection.
+
+    Without a `ref_model`, the reference is the model that was passed: no second one is loaded.
+    """
+
+
+class LayerMaskedKTOTrainer(LayerMaskedMixin, KTOTrainer):
+    """TRL's `KTOTrainer`, training only the layers of a selection.
+
+    Without a `ref_model`, the reference is the model that was passed: no second one is loaded.
+    """
+
+
+class LayerMaskedSFTTrainer(LayerMaskedMixin, SFTTrainer):
+    """TRL's `SFTTrainer`, training only the layers of a selection."""
+
+
+class LayerMaskedRewardTrainer(LayerMaskedMixin, RewardTrainer):
+    """TRL's `RewardTrainer`, training only the layers of a selection.
+
+    The score head lies outside the layers and trains under `"full"` alone. Of a reward model made
+    from a language model it is random: give a model whose head has been trained. A warning says so.
+    """
+
+
+class LayerMaskedDistillationTrainer(LayerMaskedMixin, DistillationTrainer):
+    """TRL's `DistillationTrainer`, training only the student's layers of a selection."""
