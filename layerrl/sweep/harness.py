@@ -163,6 +163,8 @@ class Harness:
         args.push_to_hub = args.ignore_data_skip = False
         args.save_total_limit = None
         args.disable_tqdm = True  # the sweep has a bar
+        if run.name == "base" and hasattr(args, "sync_ref_model"):
+            args.beta, args.sync_ref_model = 0.0, False  # nothing is trained: no reference
         args.seed = args.seed if run.seed is None else run.seed
         return args
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trl import GRPOTrainer
 
 from layerrl.trainer.mixin import LayerMaskedMixin
+from layerrl.trainer.schedule import LayerSchedule
 
 
 class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):
@@ -36,6 +37,7 @@ __all__ = [
     "LayerMaskedRLOOTrainer",
     "LayerMaskedRewardTrainer",
     "LayerMaskedSFTTrainer",
+    "LayerSchedule",
 ]
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
     first pass over a batch and replayed in the others. Memory that this frees spares layers the
     recomputation in the backward. After a first time, vLLM is sent only what was trained. None of
     this changes a result; with `selection="full"` there is nothing to save, and the trainer is the
-    plain one.
+    plain one, with a copy of the model that was passed for its reference.
 
     What does change a result, for the better: trained tensors in bfloat16 or float16 are updated in
     float32, where small steps are not rounded away.
@@ -166,11 +166,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if described is not None:
             selection = select_layers(described, selection)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
-        reference = None
         if not full:
             arguments.refuse_announced_weights(type(self), selection, given, known)
-            generates = hasattr(super(), "_generate_and_score_completions")
-            reference = arguments.second_model(given, known, generates=generates)
+        generates = hasattr(super(), "_generate_and_score_completions")
+        reference = arguments.second_model(given, known, generates=generates)
         if reference == "ref_model":
             args, kwargs = arguments.with_stand_in(known, args, kwargs)
         with arguments.without_reference_model(args_given, reference):
@@ -397,7 +396,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self.ref_model = ReferenceModel(self.model, self._trained)
         if getattr(self.args, "sync_ref_model", False):
             self.add_callback(SyncReference(self.ref_model, self.accelerator))
-        else:
+        elif not self.selection.full:
             self._initial = self.ref_model.tensors
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401

@@ -308,13 +308,14 @@ class TestOptimisationsOnAndOff:
         assert not any(ROWS in batch for batch in seen)
         assert warnings(caplog) == []
 
-    def test_full_is_the_plain_trainer(self, base, tmp_path):
-        plain = make(load(base), tmp_path / "plain", max_steps=5, **REUSED)
-        masked = make(load(base), tmp_path / "masked", selection="full", max_steps=5, **REUSED)
+    @pytest.mark.parametrize("sync", [{}, {"sync_ref_model": True, "ref_model_sync_steps": 2}])
+    def test_full_is_the_plain_trainer(self, base, tmp_path, sync):
+        changes = {"max_steps": 5, **REUSED, **sync}
+        plain = make(load(base), tmp_path / "plain", **changes)
+        masked = make(load(base), tmp_path / "masked", selection="full", **changes)
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not isinstance(masked.ref_model, ReferenceModel)
         assert not masked._replay.enabled
 
 

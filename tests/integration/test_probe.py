@@ -217,6 +217,18 @@ class TestSweep:
         assert_close(bits(model), before, rtol=0, atol=0)
         assert model.lm_head.weight.dtype == torch.bfloat16
 
+    def test_the_reference_is_the_base_that_was_passed(self, model, tmp_path):
+        """A model in memory that no name leads to, and one that is not what its name leads to."""
+        args = config(tmp_path / "unused", max_steps=3, beta=0.5)
+        report = probe(model, tmp_path / "nameless", args=args, layers=[0])
+        model.save_pretrained(tmp_path / "saved")
+        named = tiny("llama", 3, seed=1)
+        named.config._name_or_path = str(tmp_path / "saved")
+        named.load_state_dict(model.state_dict())
+        again = probe(named, tmp_path / "named", args=args, layers=[0])
+        assert again.full.scores == report.full.scores
+        assert again.layers[0].scores == report.layers[0].scores
+
     def test_images_are_the_same_data_each_time(self):
         images = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
         rows = {"prompt": ["what is it?"] * 2, "image": images}
