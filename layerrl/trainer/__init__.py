@@ -2,6 +2,9 @@
 
 from trl import GRPOTrainer
 
+from layerrl.trainer.environments import TextEnvironment, TextRollout
+from layerrl.trainer.episodes import Step
+from layerrl.trainer.gigpo import GiGPOConfig, GiGPOTrainer
 from layerrl.trainer.mixin import LayerMaskedMixin
 
 
@@ -21,4 +24,29 @@ class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):
     """
 
 
-__all__ = ["LayerMaskedGRPOTrainer", "LayerMaskedMixin"]
+class LayerMaskedGiGPOTrainer(LayerMaskedMixin, GiGPOTrainer):
+    """`GiGPOTrainer`, training only the layers of a selection.
+
+    Example:
+        ```python
+        trainer = LayerMaskedGiGPOTrainer(
+            model,
+            args=GiGPOConfig(...),
+            train_dataset=tasks,
+            rollout_func=TextRollout(environment=FrozenLake, max_turns=10),
+            selection=10,
+        )
+        ```
+    """
+
+
+__all__ = [
+    "GiGPOConfig",
+    "GiGPOTrainer",
+    "LayerMaskedGRPOTrainer",
+    "LayerMaskedGiGPOTrainer",
+    "LayerMaskedMixin",
+    "Step",
+    "TextEnvironment",
+    "TextRollout",
+]

@@ -31,6 +31,7 @@ BUILTIN_BASE = {
     "ReportError": ValueError,
     "JournalError": RuntimeError,
     "ProbeError": ValueError,
+    "EpisodeError": ValueError,
 }
 
 
