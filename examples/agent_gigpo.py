@@ -166,9 +166,8 @@ def show(found: dict[str, Any], options: Any) -> None:
             for of in ([row[:5] for row in rewards], [row[-5:] for row in rewards])
             if of
         ]
-        print(
-            f"{name:8} {mean:7.3f}  {own}  {mean - full:+7.3f}  {difference}  {' -> '.join(ends)}"
-        )
+        line = f"{name:8} {mean:7.3f}  {own}  {mean - full:+7.3f}  {difference}"
+        print(f"{line}  {' -> '.join(ends)}".rstrip())
 
 
 def maps(*sizes: int) -> list[list[str]]:
