@@ -35,3 +35,7 @@ class JournalError(LayerRLError, RuntimeError):
 
 class ProbeError(LayerRLError, ValueError):
     """A probe that was given something it cannot measure."""
+
+
+class EpisodeError(LayerRLError, ValueError):
+    """Episodes that cannot be played or learned from, or settings for them that make no sense."""

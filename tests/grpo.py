@@ -42,7 +42,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [float(sum(map(ord, text)) % 17) for text in completions]
 
 
-def config(output_dir: Any, **changes: Any) -> GRPOConfig:
+def config(output_dir: Any, *, kind: type = GRPOConfig, **changes: Any) -> Any:
     """Three steps of eight completions, logged one by one, learning fast enough to see."""
     values = {
         "per_device_train_batch_size": 8,
@@ -57,7 +57,7 @@ def config(output_dir: Any, **changes: Any) -> GRPOConfig:
         "bf16": False,
         "disable_tqdm": True,
     }
-    return GRPOConfig(output_dir=str(output_dir), **(values | changes))
+    return kind(output_dir=str(output_dir), **(values | changes))
 
 
 def make(
@@ -71,7 +71,7 @@ def make(
 ) -> Any:
     """A trainer for a tiny model: layerrl's if there is a `selection`, otherwise plain TRL's.
 
-    Further keywords change the `GRPOConfig`; `arguments` are the trainer's own.
+    Further keywords change the `GRPOConfig`, or its `kind`; `arguments` are the trainer's own.
     """
     values = {
         "reward_funcs": reward,

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from trl import GRPOTrainer
 
+from layerrl.trainer.environments import TextEnvironment, TextRollout
+from layerrl.trainer.episodes import Step
+from layerrl.trainer.gigpo import GiGPOConfig, GiGPOTrainer
 from layerrl.trainer.mixin import LayerMaskedMixin
 from layerrl.trainer.schedule import LayerSchedule
 
@@ -28,16 +31,38 @@ class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):
     """
 
 
+class LayerMaskedGiGPOTrainer(LayerMaskedMixin, GiGPOTrainer):
+    """`GiGPOTrainer`, training only the layers of a selection.
+
+    Example:
+        ```python
+        trainer = LayerMaskedGiGPOTrainer(
+            model,
+            args=GiGPOConfig(...),
+            train_dataset=tasks,
+            rollout_func=TextRollout(environment=FrozenLake, max_turns=10),
+            selection=10,
+        )
+        ```
+    """
+
+
 __all__ = [
+    "GiGPOConfig",
+    "GiGPOTrainer",
     "LayerMaskedDPOTrainer",
     "LayerMaskedDistillationTrainer",
     "LayerMaskedGRPOTrainer",
+    "LayerMaskedGiGPOTrainer",
     "LayerMaskedKTOTrainer",
     "LayerMaskedMixin",
     "LayerMaskedRLOOTrainer",
     "LayerMaskedRewardTrainer",
     "LayerMaskedSFTTrainer",
     "LayerSchedule",
+    "Step",
+    "TextEnvironment",
+    "TextRollout",
 ]
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ BUILTIN_BASE = {
     "ReportError": ValueError,
     "JournalError": RuntimeError,
     "ProbeError": ValueError,
+    "EpisodeError": ValueError,
 }
 
 

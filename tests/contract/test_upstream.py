@@ -39,6 +39,7 @@ REFERENCE = "trainer.arguments.with_stand_in passes a ref_model, and _set_refere
 IN_LOSS = "LayerMaskedMixin._scoring_in_loss finds the passes of a policy and its reference"
 SYNC = "trainer.sync.WeightSync swaps the model and the metadata of a sync"
 MASTERS = "precision.step_in_float32 replaces two methods of an optimizer"
+EPISODES = "trainer.gigpo and trainer.environments play episodes behind TRL's rollout_func"
 BUFFERS = "masking.frozen_tensors leaves out buffers that are not saved with the model"
 
 
@@ -346,6 +347,69 @@ class TestFastPath:
         optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
         assert optimizer.state[parameter]["momentum_buffer"].dtype == torch.float32, MASTERS
         assert optimizer.param_groups[0]["params"] is held, MASTERS
+
+
+class TestEpisodes:
+    def test_rollout_func_gets_prompts_and_its_fields_get_to_rewards(self, model, tmp_path):
+        given = {}
+
+        def rollout(prompts, trainer):
+            given["prompts"] = prompts
+            return {
+                "prompt_ids": [[5]] * 8,
+                "completion_ids": [[6, 7]] * 4 + [[6]] * 4,
+                "env_mask": [[0, 1]] * 4 + [[1]] * 4,
+                "logprobs": None,
+                "steps": list(range(8)),
+            }
+
+        def reward(steps, log_metric, **kwargs):
+            given.update(kwargs, steps=steps)
+            return [0.0] * 8
+
+        arguments = {"rollout_func": rollout, "reward_funcs": reward}
+        trainer = make(model, tmp_path, arguments=arguments)
+        rows = [dict(row) for row in trainer.train_dataset.select(range(8))]
+        batch = trainer._generate_and_score_completions(rows)
+        assert given["prompts"] == [row["prompt"] for row in rows], EPISODES
+        assert given["steps"] == list(range(8)), EPISODES
+        assert "env_mask" not in given, EPISODES
+        assert batch["tool_mask"][0].tolist() == [0, 1], EPISODES
+        assert batch["completion_mask"][7].tolist() == [1, 0], EPISODES
+
+    def test_rollouts_tokenize_and_generate_with_these(self, model, tmp_path):
+        trainer = make(model, tmp_path)
+        found = parameters_of(trainer._generate_single_turn)
+        assert found[:4] == ["prompt_ids", "images", "multimodal_fields", "num_generations"]
+        ids, images, fields = trainer._tokenize_prompts(["ab", "c"])
+        assert (len(ids), images, fields) == (2, None, {}), EPISODES
+        trainer.generation_config.max_new_tokens = 1
+        completions, logprobs = trainer._generate_single_turn(ids, None, {}, num_generations=1)
+        assert [len(completion) for completion in completions] == [1, 1], EPISODES
+        assert logprobs is None, EPISODES
+        assert trainer.eos_token_ids == [2], EPISODES
+        assert trainer._tokenizer is trainer.processing_class, EPISODES
+        assert (trainer.chat_template, trainer.chat_template_kwargs) == (None, {}), EPISODES
+
+    def test_metrics_of_a_batch_are_logged_with_it(self, model, tmp_path):
+        trainer = make(model, tmp_path)
+        for value in (1.0, 2.0):
+            trainer._log_metric("name", value)
+        trainer._generate_and_score_completions(list(trainer.train_dataset)[:8])
+        assert trainer._metrics["train"]["name"] == [1.5], EPISODES
+
+    def test_the_loss_takes_an_advantage_for_each_token(self, model, tmp_path):
+        trainer = make(model, tmp_path, loss_type="grpo")
+        trainer.current_gradient_accumulation_steps = 1
+        batch = trainer._generate_and_score_completions(list(trainer.train_dataset)[:8])
+        of_rows = trainer._compute_loss(model, batch)
+        ones_BT = torch.ones_like(batch["completion_mask"], dtype=torch.float)
+        advantages_BT = batch["advantages"][:, None] * ones_BT
+        of_tokens = trainer._compute_loss(model, {**batch, "advantages": advantages_BT})
+        assert torch.equal(of_rows, of_tokens), EPISODES
+        advantages_BT[:, 0] += 1
+        other = trainer._compute_loss(model, {**batch, "advantages": advantages_BT})
+        assert not torch.equal(of_rows, other), EPISODES
 
 
 def test_metric_names_are_public(tmp_path):

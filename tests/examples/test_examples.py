@@ -41,7 +41,7 @@ def run(example: Path, *options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
+AGENT, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
 
 
 def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: Path) -> None:
@@ -92,6 +92,17 @@ def test_layers_vote(model_folder: Path, problems: Path, tmp_path: Path) -> None
         "layer-2",
         "layer-full",
     }
+
+
+def test_an_agent_learns_one_layer_and_all(tmp_path: Path) -> None:
+    few = ["--steps", 1, "--seeds", 0, "--layers", 1, "--imitation-steps", 1]
+    few += ["--shown-maps", 8, "--held-out", 8, "--output", tmp_path / "out"]
+    for _ in range(2):
+        ended = run(AGENT, *few)
+        assert ended.returncode == 0, ended.stderr
+        names = [line[:8].strip() for line in ended.stdout.splitlines()[3:]]
+        assert names == ["base", "1", "full"]
+    assert "seed 0:" not in ended.stderr  # nothing is trained again
 
 
 @pytest.mark.parametrize("example", [QUICKSTART, SWEEP, VOTE], ids=lambda file: file.stem)

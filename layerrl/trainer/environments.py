@@ -1,0 +1,260 @@
+"""Episodes in a text environment, played with a trainer's own generation."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from layerrl.errors import EpisodeError
+from layerrl.trainer.episodes import Step, is_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_ANSWER = "What was answered before."
+
+
+class TextEnvironment(Protocol):
+    """What an agent talks to. It is made once and reset for every episode."""
+
+    def reset(self, **row: Any) -> str:
+        """Start an episode.
+
+        Args:
+            **row: The row of the data set, `prompt` included. All that the episode starts with
+                has to follow from it: the episodes of a prompt are compared with each other.
+
+        Returns:
+            The first observation, which is put behind the prompt.
+        """
+        ...
+
+    def step(self, action: str) -> tuple[str, float, bool, bool]:
+        """Take an action.
+
+        Args:
+            action: The response, without special tokens.
+
+        Returns:
+            The next observation; the reward; whether the episode has ended; whether the action was
+            one that the environment knows.
+        """
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class TextRollout:
+    """A `rollout_func` that plays all episodes of a batch side by side, turn by turn.
+
+    A completion is response, observation, response, ... with `env_mask` 0 on what is not response.
+    It ends with a response. Observations are messages of the user where the prompt is a
+    conversation, and plain text otherwise.
+
+    An episode ends when the environment says so. It is cut off after `max_turns`, or when the next
+    observation would leave no room for a response in `max_completion_length`: `finished` is False
+    for it then, and `layerrl/unfinished_episodes` is the share of those.
+
+    Beside what TRL wants it returns `steps` and `finished`, which reward functions are given too.
+
+    Args:
+        environment: Makes an environment. As many are made as episodes are played at once.
+        max_turns: Most responses in an episode.
+        max_turn_tokens: Most tokens of a response; None: as many as the completion has room for.
+
+    Raises:
+        EpisodeError: If a limit is no int from 1 up; while playing, if an environment raises or
+            returns something else than it should.
+    """
+
+    environment: Callable[[], TextEnvironment]
+    max_turns: int
+    max_turn_tokens: int | None = None
+    _pool: list[TextEnvironment] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        limits = {"max_turns": self.max_turns, "max_turn_tokens": self.max_turn_tokens}
+        if self.max_turn_tokens is None:
+            del limits["max_turn_tokens"]
+        for name, value in limits.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise EpisodeError(f"{name} is {value!r}, expected an int from 1 up")
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Play an episode for each prompt.
+
+        Args:
+            prompts: The prompts, each as often as episodes of it are wanted.
+            trainer: A `GiGPOTrainer`, or another of TRL's with the rows in `rollout_rows`.
+
+        Returns:
+            What TRL's `rollout_func` returns, with `env_mask`, `steps` and `finished`.
+        """
+        while len(self._pool) < len(prompts):
+            self._pool.append(self.environment())
+        played = [
+            _Episode(environment, row)
+            for environment, row in zip(self._pool, trainer.rollout_rows, strict=False)
+        ]
+        seen = [_with(prompt, e.observation) for prompt, e in zip(prompts, played, strict=True)]
+        for episode, ids in zip(played, trainer._tokenize_prompts(seen)[0], strict=True):
+            episode.prompt_ids = list(ids)
+        for turn in range(self.max_turns):
+            going = [episode for episode in played if episode.going]
+            if not going:
+                break
+            self._respond(going, trainer)
+            for episode in going:
+                episode.act(trainer)
+            for episode in going if turn + 1 < self.max_turns else ():
+                episode.observe(trainer, conversation=not isinstance(prompts[0], str))
+        logprobs = [episode.logprobs for episode in played]
+        return {
+            "prompt_ids": [episode.prompt_ids for episode in played],
+            "completion_ids": [episode.completion_ids for episode in played],
+            "logprobs": None if None in logprobs else logprobs,
+            "env_mask": [episode.env_mask for episode in played],
+            "steps": [episode.steps for episode in played],
+            "finished": [episode.finished for episode in played],
+        }
+
+    def _respond(self, going: list[_Episode], trainer: Any) -> None:  # noqa: ANN401
+        """One response in each of these episodes."""
+        rooms = [trainer.max_completion_length - len(e.completion_ids) for e in going]
+        with _at_most(trainer, min(max(rooms), self.max_turn_tokens or max(rooms))):
+            responses, logprobs = trainer._generate_single_turn(
+                [episode.prompt_ids + episode.completion_ids for episode in going],
+                None,
+                {},
+                num_generations=1,  # each has a history of its own
+            )
+        for row, (episode, room) in enumerate(zip(going, rooms, strict=True)):
+            episode.response = responses[row][:room]
+            episode.add(episode.response, None if logprobs is None else logprobs[row][:room])
+
+
+@dataclass(slots=True)
+class _Episode:
+    """An episode as far as it has been played."""
+
+    environment: TextEnvironment
+    row: dict[str, Any]
+    prompt_ids: list[int] = field(default_factory=list)
+    completion_ids: list[int] = field(default_factory=list)
+    env_mask: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    response: list[int] = field(default_factory=list)
+    observation: str = field(init=False)
+    going: bool = True
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        with self._named("reset"):
+            self.observation = self._text(self.environment.reset(**self.row))
+
+    def add(self, ids: list[int], logprobs: list[float] | None, *, mask: int = 1) -> None:
+        """Put tokens behind the completion."""
+        self.completion_ids = self.completion_ids + ids
+        self.env_mask = self.env_mask + [mask] * len(ids)
+        if self.logprobs is None or logprobs is None:
+            self.logprobs = None  # TRL's own generation knows none
+        else:
+            self.logprobs = [*self.logprobs, *logprobs]
+
+    def act(self, trainer: Any) -> None:  # noqa: ANN401
+        """Take the response for an action."""
+        action = trainer._tokenizer.decode(self.response, skip_special_tokens=True)
+        with self._named(f"step({action!r:.80})"):
+            observation, reward, done, valid = self.environment.step(action)
+            next_observation = self._text(observation)
+            if not is_finite(reward):
+                raise EpisodeError(f"gave the reward {reward!r}, expected a finite number")
+        self.steps.append(
+            Step(
+                observation=self.observation,
+                reward=float(reward),
+                num_tokens=len(self.response),
+                valid=bool(valid),
+            )
+        )
+        self.observation = next_observation
+        self.finished = bool(done)
+        self.going = not self.finished
+
+    def observe(self, trainer: Any, *, conversation: bool) -> None:  # noqa: ANN401
+        """Put the observation behind the response, if that leaves room for another one."""
+        if not self.going:
+            return
+        ids = _observation_ids(trainer, self.observation, conversation=conversation)
+        if self.response[-1:] and self.response[-1] not in trainer.eos_token_ids:
+            ids = [trainer._tokenizer.eos_token_id, *ids]
+        self.going = len(self.completion_ids) + len(ids) < trainer.max_completion_length
+        if self.going:
+            self.add(ids, [0.0] * len(ids), mask=0)
+
+    @contextmanager
+    def _named(self, call: str) -> Iterator[None]:
+        """Say where it was that the environment went wrong."""
+        try:
+            yield
+        except Exception as error:  # whatever an environment may raise
+            what = str(error) if isinstance(error, EpisodeError) else f"raised {error!r}"
+            row = {name: value for name, value in self.row.items() if name != "prompt"}
+            raise EpisodeError(
+                f"{type(self.environment).__name__}.{call}, turn {len(self.steps)} of the row "
+                f"{row!r:.200}, {what}"
+            ) from error
+
+    @staticmethod
+    def _text(observation: object) -> str:
+        if isinstance(observation, str):
+            return observation
+        raise EpisodeError(
+            f"gave a {type(observation).__name__} to observe, expected text ({observation!r:.80})"
+        )
+
+
+def _with(prompt: Any, observation: str) -> Any:  # noqa: ANN401
+    """A prompt and the first observation, put together as TRL does it for its environments."""
+    if isinstance(prompt, str):
+        return prompt + observation
+    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + observation}]
+
+
+def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> list[int]:  # noqa: ANN401
+    """The tokens between two responses."""
+    tokenizer, text = trainer._tokenizer, observation
+    if conversation:
+        # What the template puts behind an answer, less the end of it, which the model writes.
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": _ANSWER},
+            {"role": "user", "content": observation},
+        ]
+        rendered = tokenizer.apply_chat_template(
+            messages,
+            chat_template=trainer.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **trainer.chat_template_kwargs,
+        )
+        text = rendered.partition(_ANSWER)[2]
+        for end in tokenizer.convert_ids_to_tokens(trainer.eos_token_ids):
+            text = text.removeprefix(end)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@contextmanager
+def _at_most(trainer: Any, num_tokens: int) -> Iterator[None]:  # noqa: ANN401
+    """Let the trainer generate no more than this many tokens."""
+    if getattr(trainer, "vllm_generation", None) is not None:
+        holder, name = trainer.vllm_generation, "max_completion_length"
+    else:
+        holder, name = trainer.generation_config, "max_new_tokens"
+    before = getattr(holder, name)
+    setattr(holder, name, num_tokens)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)

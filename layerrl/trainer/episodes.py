@@ -1,0 +1,114 @@
+"""What a rollout function says about the steps of its episodes, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from layerrl.errors import EpisodeError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One turn of an episode: what was seen, and what the response to it brought."""
+
+    observation: Hashable
+    """The state that the response was given in, before it. Steps of a task with equal ones are
+    compared with each other; whatever tells states apart will do."""
+    reward: float
+    """What the environment gave for the response."""
+    num_tokens: int
+    """Response tokens, the end-of-sequence token included."""
+    valid: bool = True
+    """Whether the response was an action that the environment knows."""
+
+
+def is_finite(reward: Any) -> bool:  # noqa: ANN401
+    """Whether a reward is a number, and a finite one."""
+    try:
+        return math.isfinite(reward)
+    except TypeError:
+        return False
+
+
+def check_episodes(output: Mapping[str, Any], num_episodes: int) -> list[list[int]]:
+    """Refuse episodes that advantages cannot be computed of.
+
+    Args:
+        output: What a rollout function returned.
+        num_episodes: How many it was asked for.
+
+    Returns:
+        For each episode 1 where the completion's token is of a response, otherwise 0.
+
+    Raises:
+        EpisodeError: If steps are missing, or do not fit the completions, or have rewards that are
+            no finite numbers, or observations that cannot be compared.
+    """
+    found = sorted(output) if isinstance(output, dict) else type(output).__name__
+    for name in ("completion_ids", "steps"):
+        if not isinstance(output, dict) or not isinstance(output.get(name), list):
+            raise EpisodeError(
+                f"rollout_func returned {found} and no list {name!r}: GiGPO needs, for each "
+                "completion, a list of layerrl.trainer.Step in 'steps'. TextRollout makes such a "
+                "function of an environment."
+            )
+    completions = output["completion_ids"]
+    masks = output.get("env_mask") or [[1] * len(ids) for ids in completions]
+    of = {"steps": output["steps"], "completion_ids": completions, "env_mask": masks}
+    for name, rows in of.items():
+        if len(rows) != num_episodes:
+            raise EpisodeError(
+                f"rollout_func returned {name} of {len(rows)} episodes, expected {num_episodes}, "
+                "one for each prompt it was given (num_generations of them are the same)"
+            )
+    for row, (steps, ids, mask) in enumerate(zip(output["steps"], completions, masks, strict=True)):
+        _check(row, steps, len(ids), mask)
+    return masks
+
+
+def _check(row: int, steps: Sequence[Step], num_ids: int, mask: Sequence[int]) -> None:
+    if not steps:
+        raise EpisodeError(f"episode {row} has no steps, expected at least one")
+    if len(mask) != num_ids:
+        raise EpisodeError(
+            f"env_mask of episode {row} has {len(mask)} values for {num_ids} completion tokens"
+        )
+    for turn, step in enumerate(steps):
+        if not isinstance(step, Step):
+            raise EpisodeError(
+                f"step {turn} of episode {row} is a {type(step).__name__}, expected a "
+                "layerrl.trainer.Step"
+            )
+        _check_step(step, f"step {turn} of episode {row}")
+    num_tokens = sum(step.num_tokens for step in steps)
+    if num_tokens != sum(mask):
+        raise EpisodeError(
+            f"the {len(steps)} steps of episode {row} have {num_tokens} response tokens, its "
+            f"completion has {sum(mask)} where env_mask is 1"
+        )
+
+
+def _check_step(step: Step, where: str) -> None:
+    if not is_finite(step.reward):
+        raise EpisodeError(f"the reward of {where} is {step.reward!r}, expected a finite number")
+    if not isinstance(step.num_tokens, int) or step.num_tokens < 0:
+        raise EpisodeError(
+            f"num_tokens of {where} is {step.num_tokens!r}, expected an int from 0 up"
+        )
+    observation, kind = step.observation, type(step.observation)
+    try:
+        hash(observation)
+        comparable = kind.__eq__ is not object.__eq__ or observation is None
+        comparable = comparable and (observation == observation) is True
+    except TypeError:
+        comparable = False
+    if not comparable:
+        raise EpisodeError(
+            f"the observation of {where} is a {kind.__name__} that cannot be compared with others "
+            f"by value ({observation!r:.80}), expected text, a number or a tuple of those"
+        )

@@ -1,0 +1,216 @@
+"""GiGPO (arXiv:2505.10978): GRPO over episodes, with an advantage of each step beside theirs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from trl import GRPOConfig, GRPOTrainer
+
+from layerrl.advantages import (
+    anchor_groups,
+    discounted_returns,
+    on_response_tokens,
+    step_advantages,
+)
+from layerrl.errors import EpisodeError
+from layerrl.trainer.episodes import Step, check_episodes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+@dataclass
+class GiGPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` and what GiGPO adds.
+
+    `scale_rewards` scales step advantages as well: by the standard deviation of the anchor group,
+    unless it is `"none"`.
+    """
+
+    omega: float = field(
+        default=1.0,
+        metadata={"help": "Weight of step advantages beside the episode's; 0 is plain GRPO."},
+    )
+    gamma: float = field(
+        default=0.95,
+        metadata={"help": "Discount per step in a step's return, 0 to 1; not of the episode's."},
+    )
+    invalid_action_penalty: float = field(
+        default=0.1,
+        metadata={"help": "Taken off a step's reward, in its unit, where the action is not valid."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = {"omega": math.inf, "gamma": 1, "invalid_action_penalty": math.inf}
+        for name, high in most.items():
+            value = getattr(self, name)
+            if not (0 <= value <= high and math.isfinite(value)):
+                expected = "from 0 to 1" if high == 1 else "from 0 up"
+                raise EpisodeError(f"{name} is {value!r}, expected a number {expected}")
+
+
+class GiGPOTrainer(GRPOTrainer):
+    r"""TRL's `GRPOTrainer` on episodes of several steps, each with an advantage of its own.
+
+    The first reward is the episode's: the sum of its steps' rewards, each less
+    `invalid_action_penalty` where the action was not valid. With it, and the `reward_funcs` given,
+    TRL compares the episodes of a prompt as it compares completions: $A^E$. In addition, steps of
+    the same prompt's episodes that were taken from the same observation are compared by their
+    discounted returns: $A^S$, 0 where no other step was. Every response token of a step has the
+    advantage $A^E + \omega A^S$.
+
+    All else is GRPO: with `omega=0` bit for bit.
+
+    Logged with the trainer's own metrics: `layerrl/episode_turns`, the mean number of steps;
+    `layerrl/anchored_steps`, the share of steps that another one was compared with;
+    `layerrl/invalid_actions`, the share of steps with one; `layerrl/unfinished_episodes`, the share
+    of episodes that were cut off, where the rollout function returns `finished`.
+
+    Args:
+        model: As for `GRPOTrainer`.
+        reward_funcs: Rewards of whole episodes beside their own. They are given `steps`, and
+            whatever else the rollout function returns. `args.reward_weights` has the episode's
+            own reward first.
+        args: A `GiGPOConfig`; None: its defaults.
+        train_dataset: A row per task, with a `prompt` and what the environment's `reset` needs.
+        rollout_func: Plays an episode for each prompt it is given, as TRL's `rollout_func` (a
+            `TextRollout` does). Beside `prompt_ids`, `completion_ids` and `logprobs` it returns
+            `steps`, a list of `Step` for each episode, and `env_mask`, which is 0 on completion
+            tokens that are not of a response. All rows are in the trainer's `rollout_rows`.
+        **kwargs: The arguments of `GRPOTrainer`, without `tools` and `environment_factory`.
+
+    Raises:
+        EpisodeError: If the rollout function is missing, or the args are no `GiGPOConfig`; while
+            training, if its episodes are not what they should be.
+    """
+
+    _tag_names = ["trl", "gigpo"]  # noqa: RUF012 - TRL's
+    _name = "GiGPO"
+    _paper = {  # noqa: RUF012 - TRL's
+        "title": "Group-in-Group Policy Optimization for LLM Agent Training",
+        "id": "2505.10978",
+    }
+
+    rollout_rows: list[dict[str, Any]]
+    """Rows of the data set behind the prompts that a rollout function is given."""
+
+    if TYPE_CHECKING:
+        args: Any
+        model: Any
+        num_generations: Any
+        num_generations_eval: Any
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401
+        reward_funcs: Any = None,  # noqa: ANN401
+        args: GiGPOConfig | None = None,
+        train_dataset: Any = None,  # noqa: ANN401
+        *,
+        rollout_func: Callable[[list[Any], Any], dict[str, Any]],
+        **kwargs: Any,
+    ) -> None:
+        args = GiGPOConfig() if args is None else args
+        if not isinstance(args, GiGPOConfig):
+            raise EpisodeError(
+                f"args is a {type(args).__name__}, expected a GiGPOConfig, which is a GRPOConfig "
+                "with omega, gamma and invalid_action_penalty"
+            )
+        unused = [name for name in ("tools", "environment_factory") if kwargs.get(name)]
+        if unused or not callable(rollout_func):
+            raise EpisodeError(
+                f"GiGPO's episodes come from rollout_func, which is {rollout_func!r:.80}; "
+                f"{', '.join(unused) or 'a function'} "
+                f"{'cannot be given with it' if unused else 'was expected, such as a TextRollout'}"
+            )
+        self._play = rollout_func
+        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        funcs: list[Any] = [self.episode_reward, *(func for func in given if func is not None)]
+        super().__init__(
+            model,
+            funcs,
+            args,
+            train_dataset,
+            rollout_func=self._rollout,
+            **kwargs,
+        )
+
+    def episode_reward(self, steps: list[list[Step]], **_: object) -> list[float]:
+        """The reward of whole episodes, the first of the trainer's reward functions.
+
+        Args:
+            steps: The steps of each episode.
+            **_: What else TRL gives reward functions.
+
+        Returns:
+            For each episode the sum of its steps' rewards less penalties.
+        """
+        return [math.fsum(self._rewards(episode)) for episode in steps]
+
+    def _rewards(self, steps: list[Step]) -> list[float]:
+        penalty = self.args.invalid_action_penalty
+        return [step.reward - (0.0 if step.valid else penalty) for step in steps]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch, whose advantages are of tokens: the episode's and the step's."""
+        # Copies, for TRL writes what the rollout function returns into the rows.
+        self.rollout_rows = [dict(row) for row in inputs]
+        batch = super()._generate_and_score_completions(self.rollout_rows)
+        episode_B = batch["advantages"]
+        step_BT = on_response_tokens(*self._of_steps, batch["completion_ids"].shape[1])
+        batch["advantages"] = episode_B[:, None] + self.args.omega * step_BT.to(episode_B.device)
+        return batch
+
+    def _rollout(self, prompts: list[Any], _: object) -> dict[str, Any]:
+        """What the rollout function returns, with its steps' advantages computed on the way."""
+        output = self._play(prompts, self)
+        masks = check_episodes(output, len(prompts))
+        episodes: list[list[Step]] = output["steps"]
+        num_tokens = [[step.num_tokens for step in steps] for steps in episodes]
+        self._of_steps = self._step_advantages(episodes), num_tokens, masks
+        steps = list(chain.from_iterable(episodes))
+        invalid = sum(not step.valid for step in steps)
+        self._log_metric("layerrl/episode_turns", len(steps) / len(episodes))
+        self._log_metric("layerrl/invalid_actions", invalid / len(steps))
+        if "finished" in output:
+            unfinished = sum(not finished for finished in output["finished"])
+            self._log_metric("layerrl/unfinished_episodes", unfinished / len(episodes))
+        return output
+
+    def _step_advantages(self, episodes: list[list[Step]]) -> list[Tensor]:
+        """For each of this process's episodes the advantages of its steps."""
+        # A task's episodes may lie on several processes, all of which compute the same.
+        everyone = gather_object(episodes)
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        tasks = [number // size for number in range(len(everyone))]
+        for task, steps in zip(tasks, everyone, strict=True):
+            first, other = everyone[task * size][0].observation, steps[0].observation
+            if first != other:
+                raise EpisodeError(
+                    f"episodes of the same prompt start from different observations, {first!r:.80} "
+                    f"and {other!r:.80}: GiGPO compares episodes from one initial state. An "
+                    "environment's reset may depend on nothing but its row; put a seed into it."
+                )
+        group_S = anchor_groups(
+            chain.from_iterable([task] * len(e) for task, e in zip(tasks, everyone, strict=True)),
+            (step.observation for steps in everyone for step in steps),
+        )
+        returns = [discounted_returns(self._rewards(steps), self.args.gamma) for steps in everyone]
+        advantage_S = step_advantages(
+            torch.tensor(list(chain.from_iterable(returns)), dtype=torch.double),
+            group_S,
+            scale=self.scale_rewards != "none",
+        )
+        anchored = (group_S.bincount()[group_S] > 1).double().mean().item()
+        self._log_metric("layerrl/anchored_steps", anchored)
+        of_episodes = advantage_S.split([len(steps) for steps in everyone])
+        own = self.accelerator.process_index * len(episodes)
+        return list(of_episodes[own : own + len(episodes)])
