@@ -226,6 +226,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
 
     @selection.setter
     def selection(self, selection: object) -> None:
+        """Refuse it: a trainer has one selection."""
         raise SelectionError(
             f"selection={selection!r} was set on a trainer that was made for {self.selection}: its "
             "optimizer, reference and frozen tensors are those of that selection. Make another "
