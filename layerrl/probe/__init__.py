@@ -174,7 +174,7 @@ def contribution_probe(
                 settings=settings,
             )
         assert output_dir is not None  # or it would be missing
-        check_held_out(eval_dataset, train_dataset)
+        eval_dataset = check_held_out(eval_dataset, train_dataset)
         if executor not in EXECUTORS:
             raise ProbeError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)}")
         full_args = args if full_args is None else full_args

@@ -115,8 +115,8 @@ def check_prompts(name: str, dataset: Any) -> Dataset:  # noqa: ANN401
     return dataset
 
 
-def check_held_out(eval_dataset: Any, train_dataset: Dataset) -> None:  # noqa: ANN401
-    """Refuse an evaluation that would say nothing, or nothing new."""
+def check_held_out(eval_dataset: Any, train_dataset: Dataset) -> Dataset:  # noqa: ANN401
+    """An evaluation set that says something, and something new."""
     check_prompts("eval_dataset", eval_dataset)
     evaluated, trained = _prompts(eval_dataset, train_dataset)
     num_different = len({*evaluated})
@@ -138,6 +138,7 @@ def check_held_out(eval_dataset: Any, train_dataset: Dataset) -> None:  # noqa: 
             f"{len(shared)} of {num_different} evaluation prompts are trained on, "
             f"{first!r:.100} among them. Hold them out of train_dataset."
         )
+    return eval_dataset
 
 
 def _prompts(*datasets: Dataset) -> list[list[str]]:
