@@ -24,13 +24,13 @@ def main() -> None:
     """Train with each strategy, evaluate, compare with full."""
     options = parse()
     report = read(options.report)
-    todo = strategies(report, options)
+    trainings = strategies(report, options)
     setup = start(options)
     path = options.output / "strategies.json"
-    check_settings(options, chosen=[words for _, words, _ in todo])
+    check_settings(options, chosen=[words for _, words, _ in trainings])
     found: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
     held_out = distinct(setup.data.held_out)
-    for name, words, rate in todo:
+    for name, words, rate in trainings:
         if name in found:
             continue
         model = setup.model()

@@ -72,11 +72,10 @@ def held_out_gains(
         if parameter.grad is None:
             return
         earlier, prompt = sums[parameter], len(gains) - 1
-        if prompt:
-            step = earlier / (earlier.abs() + epsilon * prompt)
-            gained = (parameter.grad * step).sum(dtype=torch.double)
-        else:
-            gained = parameter.grad.sum(dtype=torch.double) * 0  # not finite if it is not
+        # Before the first prompt there is no step, which gains nothing.
+        size = earlier.abs() + epsilon * max(prompt, 1)
+        step = earlier / size.clamp(min=torch.finfo(size.dtype).tiny)
+        gained = (parameter.grad * step).sum(dtype=torch.double)
         gains[-1][column_of[parameter]] += gained.cpu()
         earlier += parameter.grad
         parameter.grad = None

@@ -34,7 +34,7 @@ def below_the_cut(
     """Layers that are resolved to be worse, by now, than the last one of the better half.
 
     Nothing is dropped before that one has half of the full gain: layers that only have not begun
-    to learn would be the first to go, and such layers have ended among the best.
+    to learn would be the first to go, and such layers have ended level with the others.
 
     Args:
         scores: Each layer's scores, shape (S, P), after the same number of steps.

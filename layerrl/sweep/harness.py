@@ -187,9 +187,8 @@ class Harness:
         return start
 
     def _scores(self, trainer: Any) -> list[float]:  # noqa: ANN401
-        with (
-            trainer.accelerator.autocast()
-        ):  # training prepares the model so, and the base has none
+        # Training has prepared the model so; the base has not trained.
+        with trainer.accelerator.autocast():
             return prompt_scores(trainer, self._eval_dataset, greedy=self._greedy)
 
     @torch.no_grad()

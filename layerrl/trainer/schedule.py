@@ -12,7 +12,7 @@ from layerrl.blocks import find_blocks
 from layerrl.errors import SelectionError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import nn
 
@@ -60,8 +60,9 @@ class LayerSchedule(TrainerCallback):
     ) -> None:
         listed = [k if isinstance(k, Iterable) else [k] for k in layers]
         self._sets = [tuple(sorted({*chosen})) for chosen in listed]
-        given = [layer for chosen in self._sets for layer in chosen]
-        if not given or not all(map(len, self._sets)) or not all(type(k) is int for k in given):
+        self._layers = {layer for chosen in self._sets for layer in chosen}
+        whole = all(type(layer) is int for layer in self._layers)
+        if not self._layers or not all(map(len, self._sets)) or not whole:
             raise SelectionError(
                 f"layers is {self._sets}, expected layers or lists of layers, at least one"
             )
@@ -105,22 +106,20 @@ class LayerSchedule(TrainerCallback):
         args: Any,  # noqa: ANN401
         state: Any,  # noqa: ANN401
         control: Any,  # noqa: ANN401
-        model: Any = None,  # noqa: ANN401
-        **_: Any,
+        **given: Any,
     ) -> None:
         """Refuse layers that the trainer does not train, and sets that get no turn."""
         self._active = None
-        blocks = find_blocks(model)
+        blocks = find_blocks(given["model"])
         trained = {
             layer
             for layer in range(len(blocks.modules))
             if any(parameter.requires_grad for _, parameter in blocks.named_parameters(layer))
         }
-        given = {layer for chosen in self._sets for layer in chosen}
-        if given != trained:
+        if self._layers != trained:
             raise SelectionError(
-                f"the schedule has the layers {sorted(given)}, the trainer's selection trains "
-                f"{sorted(trained)} of {len(blocks.modules)}: give both the same"
+                f"the schedule has the layers {sorted(self._layers)}, the trainer's selection "
+                f"trains {sorted(trained)} of {len(blocks.modules)}: give both the same"
             )
         turns = {self.at(step) for step in range(0, state.max_steps, self._every)}
         idle = [chosen for chosen in self._sets if chosen not in turns]
@@ -135,44 +134,27 @@ class LayerSchedule(TrainerCallback):
         args: Any,  # noqa: ANN401
         state: Any,  # noqa: ANN401
         control: Any,  # noqa: ANN401
-        model: Any = None,  # noqa: ANN401
-        optimizer: Any = None,  # noqa: ANN401
-        **_: Any,
+        **given: Any,
     ) -> None:
         """Change turns where it is time."""
         active = self.at(state.global_step)
-        if active == self._active:
-            return
-        for parameter in self._parameters(model, optimizer, active):
-            parameter.requires_grad_(True)
-        others = {layer for chosen in self._sets for layer in chosen} - {*active}
-        for parameter in self._parameters(model, optimizer, others):
-            parameter.requires_grad_(False)
-            parameter.grad = None
-            if not self._keep_state:
-                optimizer.state.pop(parameter, None)
-        self._active = active
+        if active != self._active:
+            self._mask(active, given["model"], given["optimizer"])
+            self._active = active
 
-    def on_train_end(
-        self,
-        args: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        control: Any,  # noqa: ANN401
-        model: Any = None,  # noqa: ANN401
-        optimizer: Any = None,  # noqa: ANN401
-        **_: Any,
-    ) -> None:
+    def on_train_end(self, *_: Any, **given: Any) -> None:
         """Every layer of the selection is masked in again."""
-        for parameter in self._parameters(model, optimizer, {k for s in self._sets for k in s}):
-            parameter.requires_grad_(True)
+        self._mask(self._layers, given["model"], given["optimizer"])
 
-    @staticmethod
-    def _parameters(
-        model: nn.Module,
-        optimizer: Any,  # noqa: ANN401
-        layers: Iterable[int],
-    ) -> list[nn.Parameter]:
-        """Those of the layers that the optimizer has: of parts of a layer, only these."""
+    def _mask(self, active: Collection[int], model: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         blocks = find_blocks(model)
-        return [p for k in layers for _, p in blocks.named_parameters(k) if id(p) in held]
+        for layer in self._layers:
+            for _, parameter in blocks.named_parameters(layer):
+                if id(parameter) not in held:  # a part of the layer that never trains
+                    continue
+                parameter.requires_grad_(layer in active)
+                if layer not in active:
+                    parameter.grad = None
+                    if not self._keep_state:
+                        optimizer.state.pop(parameter, None)
