@@ -27,7 +27,7 @@ from trl.experimental import cpo, gkd, online_dpo, orpo
 from layerrl import LayerMaskedMixin, trainer
 from layerrl.reference import ReferenceModel
 from tests.engines import Engine, in_place_of_vllm
-from tests.grpo import PROMPTS, reward, tokenizer
+from tests.grpo import PROMPTS, QUIETLY, reward, tokenizer
 from tests.models import tiny, tiny_config
 from tests.runs import assert_same_run, bits, freeze_by_hand, in_layers, load, moved, saved, train
 
@@ -99,13 +99,7 @@ class Case:
             "output_dir": str(output_dir),
             "per_device_train_batch_size": 4,
             "max_steps": STEPS,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
+            **QUIETLY,
         }
         processing_class = tokenizer()
         processing_class.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -143,26 +137,21 @@ class MaskedORPOTrainer(LayerMaskedMixin, orpo.ORPOTrainer):
 _GENERATED = {"max_completion_length": 6}
 _GROUPS = {"per_device_train_batch_size": 8, "num_generations": 4, "beta": 0.04} | _GENERATED
 _MORE_THAN_ONCE = {"reference": True, "repeats": True}
+_ONLINE = {"rows": {"prompt": _PROMPTS}, "arguments": rewarded, "settings": _GROUPS, "vllm": True}
 
 CASES = {
     "GRPO": Case(
         plain=trl.GRPOTrainer,
         masked=trainer.LayerMaskedGRPOTrainer,
         config=trl.GRPOConfig,
-        rows={"prompt": _PROMPTS},
-        settings=_GROUPS,
-        arguments=rewarded,
-        vllm=True,
+        **_ONLINE,
         **_MORE_THAN_ONCE,
     ),
     "RLOO": Case(
         plain=trl.RLOOTrainer,
         masked=trainer.LayerMaskedRLOOTrainer,
         config=trl.RLOOConfig,
-        rows={"prompt": _PROMPTS},
-        settings=_GROUPS,
-        arguments=rewarded,
-        vllm=True,
+        **_ONLINE,
         **_MORE_THAN_ONCE,
     ),
     "DPO": Case(

@@ -1,10 +1,4 @@
-"""Layer-selective training in TRL's trainers: the only place that imports trl.
-
-Trainers other than GRPO's are loaded on first use: TRL takes half a second to import each.
-"""
-
-from importlib import import_module
-from typing import TYPE_CHECKING
+"""Layer-selective training in TRL's trainers: the only place that imports trl."""
 
 from trl import GRPOTrainer
 
@@ -12,6 +6,14 @@ from layerrl.trainer.environments import TextEnvironment, TextRollout
 from layerrl.trainer.episodes import Step
 from layerrl.trainer.gigpo import GiGPOConfig, GiGPOTrainer
 from layerrl.trainer.mixin import LayerMaskedMixin
+from layerrl.trainer.ready import (
+    LayerMaskedDistillationTrainer,
+    LayerMaskedDPOTrainer,
+    LayerMaskedKTOTrainer,
+    LayerMaskedRewardTrainer,
+    LayerMaskedRLOOTrainer,
+    LayerMaskedSFTTrainer,
+)
 from layerrl.trainer.schedule import LayerSchedule
 
 
@@ -64,19 +66,3 @@ __all__ = [
     "TextEnvironment",
     "TextRollout",
 ]
-
-if TYPE_CHECKING:
-    from layerrl.trainer.ready import (
-        LayerMaskedDistillationTrainer,
-        LayerMaskedDPOTrainer,
-        LayerMaskedKTOTrainer,
-        LayerMaskedRewardTrainer,
-        LayerMaskedRLOOTrainer,
-        LayerMaskedSFTTrainer,
-    )
-else:
-
-    def __getattr__(name: str) -> object:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-        return getattr(import_module("layerrl.trainer.ready"), name)

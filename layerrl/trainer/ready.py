@@ -1,4 +1,4 @@
-"""TRL's other trainers with the mixin in front of them; importing this imports all of them."""
+"""TRL's other trainers with the mixin in front of them."""
 
 from trl import (
     DistillationTrainer,

@@ -72,12 +72,6 @@ def test_import_leaves_heavy_packages_unloaded(statement, heavy):
     assert heavy.isdisjoint(loaded)
 
 
-def test_trainers_of_trl_are_imported_when_asked_for():
-    modules = run_python("import layerrl.trainer, sys; print(*sys.modules)")
-    assert "trl.trainer.grpo_trainer" in modules
-    assert {"trl.trainer.dpo_trainer", "layerrl.trainer.ready"}.isdisjoint(modules)
-
-
 def test_import_costs_little_beside_torch():
     code = (
         "import torch, time; start = time.perf_counter(); import layerrl; "

@@ -25,7 +25,7 @@ from layerrl.errors import (
     TrainerError,
 )
 from layerrl.trainer import LayerMaskedRewardTrainer
-from tests.grpo import make, reward, tokenizer
+from tests.grpo import QUIETLY, make, reward, tokenizer
 from tests.models import tiny, tiny_config
 
 UPDATE, GRAD_NORM = "layerrl/relative_update/layer_{}", "layerrl/grad_norm/layer_{}"
@@ -753,12 +753,7 @@ class TestSubclasses:
         config = SFTConfig(
             output_dir=str(tmp_path),
             max_steps=2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
+            **QUIETLY,
         )
         texts = Dataset.from_dict({"text": ["abcd", "efgh"] * 4})
         trainer = MaskedSFTTrainer(
@@ -779,11 +774,7 @@ class TestSubclasses:
         config = DPOConfig(
             output_dir=str(tmp_path),
             max_steps=1,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            disable_tqdm=True,
+            **QUIETLY,
         )
         rows = {"prompt": ["ab", "cd"] * 4, "chosen": ["e", "f"] * 4, "rejected": ["g", "h"] * 4}
         trainer = MaskedDPOTrainer(
