@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import operator
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
+from layerrl.report.entries import Cost, Score
+from layerrl.report.table import as_html, as_text
 from layerrl.scoring import (
     Interval,
     bootstrap,
@@ -28,87 +29,11 @@ from layerrl.scoring import (
 from layerrl.selection import LayerSelection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor
 
+__all__ = ["ContributionReport", "Cost", "Score"]
+
 _VERSION = 1
-Status = Literal["done", "dropped", "missing"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """What one run, or one layer in a method without runs, scored."""
-
-    score: float | None = None
-    """Mean over prompts and seeds; None where it is missing."""
-    scores: tuple[tuple[float, ...], ...] | None = None
-    """Each seed's score on each prompt; None where only the mean is known."""
-    curve: tuple[tuple[int, tuple[tuple[float, ...], ...]], ...] = ()
-    """The same at steps on the way: pairs of a step and `scores`."""
-    contribution: float | None = None
-    """C as somebody published it; None: it follows from the scores."""
-    seconds: float = 0.0
-    """What it took, all seeds together."""
-    steps: int = 0
-    """Optimizer steps, all seeds together."""
-    status: Status = "done"
-    """`"dropped"`: stopped early; `"missing"`: not measured, or not yet."""
-    note: str = ""
-    """Why it was dropped, or what else there is to know."""
-
-    def __post_init__(self) -> None:
-        curve = tuple((step, _rows(scores)) for step, scores in self.curve)
-        object.__setattr__(self, "curve", curve)
-        if self.scores is None:
-            return
-        rows = _rows(self.scores)
-        object.__setattr__(self, "scores", rows)
-        object.__setattr__(self, "score", sum(map(sum, rows)) / (len(rows) * len(rows[0])))
-
-
-def _rows(scores: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
-    rows = tuple(tuple(map(float, row)) for row in scores)
-    sizes = {len(row) for row in rows}
-    if len(sizes) != 1 or 0 in sizes or not all(math.isfinite(v) for row in rows for v in row):
-        raise ReportError(
-            f"scores of {sorted(sizes)} prompts: expected, for every seed, one finite number "
-            "for each of the same prompts"
-        )
-    return rows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """What a report took."""
-
-    seconds: float = 0.0
-    """All of it, one run after the other."""
-    tokens: int | None = 0
-    """Completion tokens generated; None where nobody counted."""
-    forwards: int | None = 0
-    """Forward passes over a completion, through the whole model."""
-    backwards: int | None = 0
-    """Backward passes over a completion."""
-    fraction: float | None = 0.0
-    """Share of a full-parameter run. Of runs: of the seconds that it took. Of methods without runs:
-    of the passes in the run that the arguments describe, where generating a completion counts as
-    much as a forward pass, and a backward as two, or three where activations are recomputed."""
-
-    def __str__(self) -> str:
-        parts = [f"{self.seconds:.0f} s"]
-        if self.tokens is not None:
-            parts.append(f"{self.tokens} tokens generated")
-        if self.forwards is not None:
-            parts.append(f"{self.forwards} forward and {self.backwards} backward passes")
-        if self.fraction is not None:
-            shown = (
-                f"{100 * self.fraction:.2g} % of a"
-                if self.fraction < 1
-                else f"{self.fraction:.3g} times one"
-            )
-            parts.append(f"{shown} full-parameter run")
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +323,7 @@ class ContributionReport:
 
     def to_json(self) -> str:
         """A text that `from_json` makes an equal report of."""
-        return json.dumps({"version": _VERSION, **asdict(self)}, indent=1)
+        return json.dumps({"version": _VERSION, **asdict(self)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> ContributionReport:
@@ -497,24 +422,12 @@ class ContributionReport:
         return remarks + ([self.source] if self.source else [])
 
     def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join(
-            [f"Contribution of each layer, method {self.method!r}", *lines, *self._remarks()]
-        )
+        head = f"Contribution of each layer, method {self.method!r}"
+        return "\n".join([head, as_text(self._rows()), *self._remarks()])
 
     def _repr_html_(self) -> str:
-        header, *rows = self._rows()
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-        )
         remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
+        return as_html(self._rows()) + remarks
 
     def plot(self, ax: Any = None) -> Any:  # noqa: ANN401 - matplotlib's Axes
         """Contribution against depth, or the score where there is no contribution.
