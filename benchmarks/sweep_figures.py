@@ -1,4 +1,4 @@
-"""What a finished sweep says of the harness: its overhead, and what halving would have saved.
+"""What a finished sweep says: of depth, of the harness, and of what halving would have saved.
 
     python examples/sweep_layers.py --halving && python examples/sweep_layers.py
     python benchmarks/sweep_figures.py runs/sweep --keep smollm2-chain_sum
@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from layerrl import ContributionReport
-from layerrl.scoring import bootstrap, interval_of
+from layerrl.scoring import bootstrap, interval_of, spearman
 from layerrl.sweep.halving import below_the_cut, rungs
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,7 @@ def main() -> None:
     print(report)
     lines = (options.folder / "journal.jsonl").read_text().splitlines()[1:]
     overhead(list(map(json.loads, lines)))
+    by_depth(report)
     halving(report)
     if options.keep:
         keep(report, options.keep)
@@ -33,11 +34,40 @@ def main() -> None:
 
 def overhead(entries: list[dict]) -> None:
     """Seconds that went neither into training nor evaluation, against those that did."""
-    shares = [e["harness_seconds"] / (e["seconds"] - e["harness_seconds"]) for e in entries]
-    print(
-        f"\nOverhead over training and evaluation: {sum(shares) / len(shares):.2%} on average of "
-        f"{len(shares)} entries, at most {max(shares):.2%}"
-    )
+    print("\nOverhead over training and evaluation, by the steps of a run or a part of one:")
+    by_steps: dict[int, list[float]] = {}
+    for entry in entries:
+        share = entry["harness_seconds"] / (entry["seconds"] - entry["harness_seconds"])
+        by_steps.setdefault(entry["steps"], []).append(share)
+    for steps, shares in sorted(by_steps.items()):
+        mean = sum(shares) / len(shares)
+        print(f"  {steps:3}: {mean:.2%} on average of {len(shares)}, at most {max(shares):.2%}")
+
+
+def by_depth(report: ContributionReport) -> None:
+    """Scores on the way: what they say of the end, and how the thirds of the model do."""
+    ends = report.scores
+    steps = [report.settings["args"]["max_steps"]]
+    at = {steps[0]: ends} | {
+        step: {layer: mean(dict(report.layers[layer].curve)[step]) for layer in ends}
+        for step, _ in report.layers[next(iter(ends))].curve
+    }
+    print("\nMean score by third of the depth, and rank correlation with the end:")
+    for step, scores in sorted(at.items()):
+        parts = [[] for _ in range(3)]
+        for layer, score in scores.items():
+            parts[3 * layer // report.num_layers].append(score)
+        thirds = "  ".join(f"{sum(part) / len(part):.3f}" for part in parts)
+        agreement = spearman(list(scores.values()), list(ends.values())).item()
+        print(f"  step {step:3}: {thirds}   {agreement:5.2f}")
+    intervals = {layer: report.contribution_interval(layer) for layer in ends}
+    below = [layer for layer, found in intervals.items() if found is not None and found.high < 1]
+    print(f"Resolved below full: {below}")
+
+
+def mean(rows: tuple[tuple[float, ...], ...]) -> float:
+    """Over seeds and prompts."""
+    return sum(map(sum, rows)) / (len(rows) * len(rows[0]))
 
 
 def halving(report: ContributionReport) -> None:

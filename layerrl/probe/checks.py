@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 
 from layerrl.errors import ProbeError
-from layerrl.sweep import digest
+from layerrl.sweep import digest, stored_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,8 +148,7 @@ def _prompts(*datasets: Dataset) -> list[list[str]]:
     columns = sorted(shared if len(texts) == 1 else shared & {"prompt", "image", "images"})
     found = []
     for dataset in datasets:
-        batches = dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000)
-        rows = (row for batch in batches for row in batch.to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+        rows = stored_rows(dataset.select_columns(columns))
         found.append([json.dumps(row, sort_keys=True, default=str) for row in rows])
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from layerrl.errors import ProbeError
 from layerrl.masking import as_found, parameters_by_layer
 from layerrl.proxies import held_out_gains
 from layerrl.report import ContributionReport, Cost, Score
+from layerrl.trainer.arguments import only_training
 from layerrl.trainer.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -115,12 +115,10 @@ def gradient_report(
 
 def _of_one_pass(args: Any, seed: int) -> Any:  # noqa: ANN401
     """Arguments under which a batch is passed over once: a gradient at the base needs no more."""
-    args = copy.deepcopy(args)
+    args = only_training(args)
     args.beta, args.num_iterations = 0.0, 1  # the base is the reference and the old policy
     args.gradient_accumulation_steps = args.steps_per_generation
-    args.seed, args.save_strategy, args.eval_strategy = seed, "no", "no"
-    args.disable_tqdm, args.push_to_hub = True, False
-    args.load_best_model_at_end = False
+    args.seed = seed
     return args
 
 

@@ -22,6 +22,7 @@ from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
 from layerrl.masking import as_found, fingerprints
 from layerrl.selection import select_layers
+from layerrl.trainer.arguments import only_training
 from layerrl.trainer.evaluation import (
     prompt_scores,
     rewarded_differently,
@@ -156,13 +157,8 @@ class Harness:
         return self._folder / f"{run.name}-{run.seed}"
 
     def _args_of(self, run: Run) -> Any:  # noqa: ANN401
-        args = copy.deepcopy(self._full_args if run.name == "full" else self._args)
+        args = only_training(self._full_args if run.name == "full" else self._args)
         args.output_dir = str(self._run_folder(run))
-        args.save_strategy = args.eval_strategy = "no"
-        args.load_best_model_at_end = args.save_only_model = args.eval_on_start = False
-        args.push_to_hub = args.ignore_data_skip = False
-        args.save_total_limit = None
-        args.disable_tqdm = True  # the sweep has a bar
         if run.name == "base" and hasattr(args, "sync_ref_model"):
             args.beta, args.sync_ref_model = 0.0, False  # nothing is trained: no reference
         args.seed = args.seed if run.seed is None else run.seed

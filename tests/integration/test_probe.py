@@ -154,6 +154,12 @@ class TestSweep:
         assert step == 1
         assert watched.layers[2].curve == ((1, (tuple(scores),)),)
 
+    def test_the_base_is_evaluated_in_the_precision_of_the_runs(self, model, tmp_path):
+        dtypes = []
+        model.lm_head.register_forward_hook(lambda *found: dtypes.append(found[-1].dtype))
+        probe(model, tmp_path, layers=[1], args=config(tmp_path / "u", max_steps=1, bf16=True))
+        assert {*dtypes} == {torch.bfloat16}
+
     @pytest.mark.parametrize(("greedy", "times"), [(True, 1), (False, 4)])
     def test_a_prompt_is_decoded_once_where_it_is_greedy(self, model, tmp_path, greedy, times):
         evaluated = []
