@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement of one probe with the truth of one suite; intervals hold the noise of both."""
+    """Agreement of one probe with the truth of one suite; draws hold the noise of both."""
 
     spearman: float
-    spearman_interval: Interval
+    spearman_D: Tensor
     kendall: float
-    kendall_interval: Interval
+    kendall_D: Tensor
     regret: float
     """C of the best layer minus C of the one that the probe would choose."""
     top3: float
@@ -56,24 +56,37 @@ def fidelity(truth: ContributionReport, probe: ContributionReport) -> Fidelity:
     best, chosen = (values.argsort(descending=True).tolist() for values in (true_L, found_L))
     return Fidelity(
         spearman=spearman(true_L, found_L).item(),
-        spearman_interval=_interval(spearman(true_DL, found_DL)),
+        spearman_D=spearman(true_DL, found_DL),
         kendall=kendall(true_L, found_L).item(),
-        kendall_interval=_interval(kendall(true_DL, found_DL)),
+        kendall_D=kendall(true_DL, found_DL),
         regret=(true_L[best[0]] - true_L[chosen[0]]).item() / (full - base),
         top3=len({*best[:3]} & {*chosen[:3]}) / 3,
         avoided=1 - len({*best[-third:]} & {*chosen[:third]}) / third,
     )
 
 
+def at_random(truth: ContributionReport) -> Fidelity:
+    """What a choice by lot may expect."""
+    true_L = torch.tensor([*truth.scores.values()], dtype=torch.double)
+    gain = truth.full.score - truth.base.score
+    third = max(len(true_L) // 3, 1) / len(true_L)
+    none_1 = torch.zeros(1, dtype=torch.double)
+    regret = (true_L.max() - true_L.mean()).item() / gain
+    return Fidelity(0.0, none_1, 0.0, none_1, regret, 3 / len(true_L), 1 - third)
+
+
 def ceiling(truth: ContributionReport) -> float:
-    """Rank correlation of each seed's scores with the mean of the others', averaged over seeds."""
+    """Rank correlation of each seed's scores with the mean of the others', averaged over seeds.
+
+    Of the layers that have several seeds; NaN where fewer than three have.
+    """
     rows = [torch.tensor(entry.scores).mean(1) for entry in truth.layers if entry.scores]
-    num_seeds = min(len(row) for row in rows)
-    if num_seeds < 2:
+    rows = [row for row in rows if len(row) > 1]
+    if len(rows) < 3:
         return float("nan")
+    num_seeds = min(map(len, rows))
     scores_SL = torch.stack([row[:num_seeds] for row in rows], dim=1)
-    total_L = scores_SL.sum(0)
-    others_SL = (total_L - scores_SL) / (num_seeds - 1)
+    others_SL = (scores_SL.sum(0) - scores_SL) / (num_seeds - 1)
     return spearman(scores_SL, others_SL).mean().item()
 
 
@@ -86,6 +99,7 @@ def draws(report: ContributionReport, layers: Sequence[int]) -> Tensor:
     return torch.stack([found[str(k)] for k in layers], dim=-1)
 
 
-def _interval(draws_D: Tensor) -> Interval:
+def interval(draws_D: Tensor) -> Interval:
+    """95 % of the draws that are defined."""
     known = draws_D[~draws_D.isnan()]
     return interval_of(known) if len(known) else Interval(float("nan"), float("nan"))

@@ -9,16 +9,20 @@ not made again. The targets are a layer's score at the end of its run and its me
 
 import argparse
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import baselines
-from fidelity import Fidelity, ceiling, fidelity
+import torch
+from fidelity import Fidelity, at_random, ceiling, fidelity, interval
 from suites import FOLDER, SUITES
+from torch import Tensor
 
 from layerrl import ContributionReport, contribution_probe
+from layerrl.proxies import position_scores
 from layerrl.report import Score
 
 TRUTHS = Path(__file__).parent / "ground_truth"
@@ -63,10 +67,14 @@ def main() -> None:
     if options.ground:
         ground(SUITES[options.ground], options.seeds)
         return
-    for name in options.suites:
-        path = TRUTHS / f"{name}.json"
-        if path.exists():
-            compare(name, ContributionReport.from_json(path.read_text()), options.probes)
+    paths = {name: TRUTHS / f"{name}.json" for name in options.suites}
+    truths = {
+        name: targets(ContributionReport.from_json(path.read_text()))
+        for name, path in paths.items()
+        if path.exists()
+    }
+    for target in next(iter(truths.values())):
+        compare(target, {name: found[target] for name, found in truths.items()}, options.probes)
 
 
 def ground(suite: Any, seeds: list[int]) -> None:
@@ -113,26 +121,78 @@ def along(report: ContributionReport) -> ContributionReport:
     return replace(report, layers=tuple(map(mean, report.layers)), full=mean(report.full))
 
 
-def compare(name: str, truth: ContributionReport, probes: list[str]) -> None:
-    """One suite's table."""
-    reports = {probe: kept(name, probe) for probe in probes}
-    for target, report in targets(truth).items():
-        top = ceiling(report)
-        print(f"\n{name}, {target}: noise ceiling {top:.2f}")
-        if top < SEPARATES:
-            print("  does not separate its layers: counts for nothing")
-        print(f"  {'':16} Spearman               Kendall                regret  top 3  avoided")
-        for probe, found in reports.items():
-            print(f"  {probe:16} {row(fidelity(report, found))}")
+def compare(target: str, truths: dict[str, ContributionReport], probes: list[str]) -> None:
+    """A table for each suite, and one over those that separate their layers."""
+    counted: dict[str, list[tuple[Fidelity, float | None]]] = {}
+    for name, truth in truths.items():
+        top = ceiling(truth)
+        print(f"\n### {name}, {target}: noise ceiling {top:.2f}\n")
+        counts = top >= SEPARATES
+        if not counts:
+            print("Does not separate its layers: counts for nothing.\n")
+        print("| probe | Spearman | Kendall | regret | top 3 | worst third avoided | cost |")
+        print("|---|---|---|---|---|---|---|")
+        for probe, found, share in fidelities(name, truths, probes):
+            cells = (
+                f"{found.spearman:.2f} {interval(found.spearman_D):.2f}",
+                f"{found.kendall:.2f} {interval(found.kendall_D):.2f}",
+                *(f"{value:.2f}" for value in (found.regret, found.top3, found.avoided)),
+                percent(share),
+            )
+            print(f"| {probe} | {' | '.join(cells)} |")
+            if counts:
+                counted.setdefault(probe, []).append((found, share))
+    if not counted:
+        return
+    number = len(next(iter(counted.values())))
+    print(f"\n### All {number} suites that separate their layers, {target}\n")
+    print("| probe | median Spearman | regret | top 3 | worst third avoided | median cost |")
+    print("|---|---|---|---|---|---|")
+    for probe, results in counted.items():
+        found = [fidelity for fidelity, _ in results]
+        shares = [share for _, share in results if share is not None]
+        middle = statistics.median(one.spearman for one in found)
+        spread = interval(median_draws([one.spearman_D for one in found]))
+        means = [
+            f"{statistics.fmean(getattr(one, name) for one in found):.2f}"
+            for name in ("regret", "top3", "avoided")
+        ]
+        cost = percent(statistics.median(shares)) if shares else "-"
+        print(f"| {probe} | {middle:.2f} {spread:.2f} | {' | '.join(means)} | {cost} |")
 
 
-def row(found: Fidelity) -> str:
-    """One line."""
-    return (
-        f"{found.spearman:5.2f} {found.spearman_interval:5.2f}  "
-        f"{found.kendall:5.2f} {found.kendall_interval:5.2f}  "
-        f"{found.regret:6.2f}  {found.top3:5.2f}  {found.avoided:7.2f}"
-    )
+def fidelities(
+    name: str, truths: dict[str, ContributionReport], probes: list[str]
+) -> Iterator[tuple[str, Fidelity, float | None]]:
+    """Each probe's agreement with one suite's truth, and its share of a full run's cost."""
+    truth = truths[name]
+    yield "by lot", at_random(truth), 0.0
+    others = [other for key, other in truths.items() if key != name]
+    if others:
+        centre = max(
+            (number / 20 for number in range(21)),
+            key=lambda depth: math.fsum(fidelity(o, prior(o, depth)).spearman for o in others),
+        )
+        yield "position, fitted elsewhere", fidelity(truth, prior(truth, centre)), 0.0
+    for probe in probes:
+        report = kept(name, probe)
+        yield probe, fidelity(truth, report), None if report.cost is None else report.cost.fraction
+
+
+def prior(truth: ContributionReport, centre: float) -> ContributionReport:
+    """The position prior for as many layers."""
+    return baselines.report("position", position_scores(truth.num_layers, centre))
+
+
+def median_draws(draws: list[Tensor]) -> Tensor:
+    """Medians over suites, draw by draw; suites are independent."""
+    size = max(map(len, draws))
+    return torch.stack([found_D.expand(size) for found_D in draws]).median(0).values
+
+
+def percent(share: float | None) -> str:
+    """Of a full run."""
+    return "-" if share is None else f"{100 * share:.2g} %"
 
 
 def kept(name: str, probe: str) -> ContributionReport:
