@@ -12,6 +12,7 @@ from layerrl import ContributionReport, LayerMaskedGRPOTrainer, select_layers
 from layerrl.blocks import find_blocks, replaced_forwards
 from layerrl.masking import parameters_by_layer
 from layerrl.report import Score
+from layerrl.trainer.arguments import only_training
 from layerrl.trainer.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def report(method: str, scores: Sequence[float]) -> ContributionReport:
 def gradient_norm(suite: Any, num_prompts: int) -> ContributionReport:
     """Euclidean norm of each layer's mean policy gradient at the base."""
     model = suite.model()
-    trainer = _trainer(suite, model, "all")
+    trainer = trainer_for(suite, model, "all")
     for parts in Rollouts(trainer, num_prompts):
         for part in parts:
             trainer.compute_loss(trainer.model, part).backward()
@@ -71,7 +72,7 @@ def _signal_to_noise(matrix: Tensor) -> float:
 def bypass(suite: Any, num_prompts: int) -> ContributionReport:
     """How much less likely the base's own rewarded answers are without the layer."""
     model = suite.model()
-    trainer = _trainer(suite, model, "all")
+    trainer = trainer_for(suite, model, "all")
     batches = [part for parts in Rollouts(trainer, num_prompts) for part in parts]
     blocks = find_blocks(model).modules
 
@@ -96,7 +97,7 @@ def bypass(suite: Any, num_prompts: int) -> ContributionReport:
 def weight_change(suite: Any) -> ContributionReport:
     """Relative change of each layer in a full-parameter run."""
     model, base = suite.model(), suite.model()
-    trainer = _trainer(suite, model, "full", full=True)
+    trainer = trainer_for(suite, model, "full", full=True)
     trainer.train()
     selection = select_layers(model, "all")
     now, before = parameters_by_layer(model, selection), parameters_by_layer(base, selection)
@@ -112,8 +113,9 @@ def weight_change(suite: Any) -> ContributionReport:
     return report("weight change", changes)
 
 
-def _trainer(suite: Any, model: Any, selection: str, *, full: bool = False) -> Any:
-    args = suite.args(full=full)
+def trainer_for(suite: Any, model: Any, selection: str, *, full: bool = False) -> Any:
+    """A suite's trainer, whose generation batch is one optimizer step."""
+    args = only_training(suite.args(full=full))
     args.gradient_accumulation_steps = args.steps_per_generation
     return LayerMaskedGRPOTrainer(
         model,
