@@ -57,12 +57,12 @@ class Suite:
     """One base and one task."""
 
     name: str
-    knows: float = 0.4
+    knows: float = 0.2
     """Share of right answers, sampled, at which pre-training ends."""
-    steps: int = 40
+    steps: int = 20
     learning_rate: float = 1e-3
     full_learning_rate: float = 3e-4
-    evaluated: int = 256
+    evaluated: int = 512
 
     @property
     def task(self) -> Callable[[random.Random], tuple[str, str]]:
@@ -160,7 +160,7 @@ class Suite:
             loss.backward()
             optimizer.step()
             step += 1
-            if step % 50 == 0:
+            if step % 10 == 0:
                 known = self.accuracy(model)
                 print(f"{self.name}: step {step}, loss {loss:.3f}, sampled accuracy {known:.3f}")
             if step == 10_000:
