@@ -238,6 +238,12 @@ class TestBadInput:
         with pytest.raises(SelectionError, match="PEFT"):
             gradient(get_peft_model(model, LoraConfig()), tmp_path)
 
+    def test_a_quantised_layer(self, model, tmp_path):
+        linear = model.model.layers[1].mlp.up_proj
+        linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+        with pytest.raises(SelectionError, match="Leave the selected layers out of the quantisa"):
+            gradient(model, tmp_path)
+
     def test_several_processes(self, model, tmp_path):
         trainer = make(model, tmp_path, selection="all")
         trainer.accelerator.state._shared_state["num_processes"] = 2
