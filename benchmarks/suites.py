@@ -123,9 +123,12 @@ class Suite:
         )
 
     def reward(self, completions: list[str], answer: list[str], **_: object) -> list[float]:
-        """1 where the completion is the answer, otherwise 0."""
+        """Share of the answer's characters that are right, in their places."""
         texts = (text.replace(" ", "") for text in completions)
-        return [float(text == right) for text, right in zip(texts, answer, strict=True)]
+        return [
+            sum(a == b for a, b in zip(text, right, strict=False)) / max(len(text), len(right))
+            for text, right in zip(texts, answer, strict=True)
+        ]
 
     def _pretrained(self) -> Any:
         """Trained on its own problems, never the held-out ones, until it half-knows them."""
@@ -188,7 +191,8 @@ class Suite:
         texts = self.tokenizer.batch_decode(
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        return math.fsum(self.reward(texts, rows["answer"])) / len(rows)
+        rewards = self.reward(texts, rows["answer"])
+        return math.fsum(reward == 1 for reward in rewards) / len(rows)
 
 
 @dataclass(frozen=True)
