@@ -89,6 +89,7 @@ def ground(suite: Any, seeds: list[int]) -> None:
         args=suite.args(),
         full_args=suite.args(full=True),
         seeds=seeds,
+        greedy=suite.greedy,
         output_dir=FOLDER / suite.name / "sweep",
     )
     print(report)
