@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from layerrl.blocks import find_blocks
 from layerrl.errors import SelectionError
+from layerrl.precision import MASTER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -17,27 +20,30 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class LayerSchedule(TrainerCallback):
+class LayerSchedule(TrainerCallback, ExportableState):
     """Lets the layers of a selection take turns: at any step, only one set of them trains.
 
     For a masked trainer whose `selection` is all the layers that ever train. The optimizer holds
     them all from the start; those whose turn it is not have no gradient, and no optimizer state
-    unless it is kept. Which set trains follows from the step alone, so a resumed run goes on as if
-    it had not been stopped. The family of LISA (arXiv:2403.17919) and BAdam (arXiv:2404.02827).
+    unless it is kept, but for the float32 values of what trains in half precision. Which set trains
+    follows from the step alone, so a resumed run goes on as if it had not been stopped. The family
+    of LISA (arXiv:2403.17919) and BAdam (arXiv:2404.02827).
 
     Args:
         layers: The sets, each a layer or several that train together.
         every: Optimizer steps of a turn.
         order: `"rotate"`: one after the other; `"random"`: each once in a round, every round in
             another order.
-        weights: With `"random"`, how likely each set is, instead of rounds: scores of a report,
-            for example.
+        weights: With `"random"`, how likely each set is, instead of rounds: a number above 0 for
+            each, or for each layer by its number (`report.scores`), of which a set has the mean.
         keep_state: Keep a set's optimizer state until its next turn, instead of starting anew.
         seed: Of the random order.
 
     Raises:
-        SelectionError: If it makes no sense, or, when training starts, if the trainer's selection
-            does not have the same layers or a set would get no turn.
+        SelectionError: If it makes no sense, or, when training starts, if the trainer trains other
+            layers or more than layers, has an optimizer that updates layer by layer, sends vLLM a
+            fixed list of weights, or resumes a run with another schedule; or if a set would get no
+            turn.
 
     Example:
         ```python
@@ -54,33 +60,64 @@ class LayerSchedule(TrainerCallback):
         *,
         every: int,
         order: Literal["rotate", "random"] = "rotate",
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | Mapping[int, float] | None = None,
         keep_state: bool = False,
         seed: int = 0,
     ) -> None:
-        listed = [k if isinstance(k, Iterable) else [k] for k in layers]
-        self._sets = [tuple(sorted({*chosen})) for chosen in listed]
-        self._layers = {layer for chosen in self._sets for layer in chosen}
-        whole = all(type(layer) is int for layer in self._layers)
-        if not self._layers or not all(map(len, self._sets)) or not whole:
+        try:
+            listed = [[*k] if isinstance(k, Iterable) else [k] for k in layers]
+        except TypeError:
+            listed = []
+        found = [layer for chosen in listed for layer in chosen]
+        if not found or not all(listed) or not all(type(layer) is int for layer in found):
             raise SelectionError(
-                f"layers is {self._sets}, expected layers or lists of layers, at least one"
+                f"layers is {layers!r}, expected layers or lists of layers, at least one"
             )
+        self._sets = [tuple(sorted({*chosen})) for chosen in listed]
+        self._layers = {*found}
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise SelectionError(f"every is {every!r}, expected a number of steps, an int above 0")
         if order not in ("rotate", "random"):
             raise SelectionError(f'order is {order!r}, expected "rotate" or "random"')
-        if weights is not None and (
-            order != "random" or len(weights) != len(self._sets) or not min(weights) > 0
-        ):
-            raise SelectionError(
-                f'weights is {list(weights)}, expected, with order="random", a number above 0 for '
-                f"each of {len(self._sets)} sets: one that is never likely never trains"
-            )
+        self._weights = None if weights is None else self._of_sets(weights, order)
         self._every, self._order, self._seed = every, order, seed
-        self._weights = None if weights is None else list(weights)
         self._keep_state = keep_state
         self._active: tuple[int, ...] | None = None
+
+    def _of_sets(self, weights: Any, order: str) -> list[float]:  # noqa: ANN401
+        """One weight for each set."""
+        found: list[Any] = []
+        try:
+            if isinstance(weights, Mapping):
+                found = [sum(weights[k] for k in chosen) / len(chosen) for chosen in self._sets]
+            else:
+                found = [*weights]
+            good = all(math.isfinite(weight) and weight > 0 for weight in found)
+        except (TypeError, KeyError):
+            good = False
+        if order != "random" or not good or len(found) != len(self._sets):
+            raise SelectionError(
+                f'weights is {weights!r}, expected, with order="random", a finite number above 0 '
+                f"for each of {len(self._sets)} sets or for each of the layers "
+                f"{sorted(self._layers)}: one that is never likely never trains"
+            )
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it.
+
+        Returns:
+            JSON values.
+        """
+        given = {
+            "layers": [list(chosen) for chosen in self._sets],
+            "every": self._every,
+            "order": self._order,
+            "weights": self._weights,
+            "keep_state": self._keep_state,
+            "seed": self._seed,
+        }
+        return {"args": given, "attributes": {}}
 
     def at(self, step: int) -> tuple[int, ...]:
         """The layers that train in a step.
@@ -111,22 +148,53 @@ class LayerSchedule(TrainerCallback):
         """Refuse layers that the trainer does not train, and sets that get no turn."""
         self._active = None
         blocks = find_blocks(given["model"])
-        trained = {
-            layer
+        of_layer = {
+            layer: [parameter for _, parameter in blocks.named_parameters(layer)]
             for layer in range(len(blocks.modules))
-            if any(parameter.requires_grad for _, parameter in blocks.named_parameters(layer))
         }
+        trained = {k for k, own in of_layer.items() if any(p.requires_grad for p in own)}
         if self._layers != trained:
             raise SelectionError(
                 f"the schedule has the layers {sorted(self._layers)}, the trainer's selection "
                 f"trains {sorted(trained)} of {len(blocks.modules)}: give both the same"
             )
+        inside = {id(parameter) for own in of_layer.values() for parameter in own}
+        named = given["model"].named_parameters()
+        outside = [name for name, p in named if p.requires_grad and id(p) not in inside]
+        if outside:
+            raise SelectionError(
+                f"{outside[0]!r} and {len(outside) - 1} other tensors outside the layers would "
+                'train in every step: use a masked trainer, with selection="all" for every layer'
+            )
+        held = _held(given["optimizer"])
+        missing = [k for k in self._layers if not any(id(p) in held for p in of_layer[k])]
+        if missing:
+            raise SelectionError(
+                f"the optimizer, {type(given['optimizer']).__name__} (optim={args.optim}), holds "
+                f"nothing of the layers {missing}, so they cannot take turns. Choose one that "
+                "updates all layers in its step."
+            )
+        if hasattr(args, "weight_sync_steps"):
+            raise SelectionError(
+                f"{type(args).__name__}: the trainer told vLLM, when it was made, of every weight "
+                "that it will send, and sends those that train: with layers that take turns the "
+                "server would wait for the rest. Use a trainer that generates between its steps."
+            )
+        known = state.stateful_callbacks.get(type(self).__name__, self.state())
+        if isinstance(known, list):
+            raise SelectionError(f"the trainer has {len(known)} schedules, expected one")
+        if known != self.state():
+            raise SelectionError(
+                f"the checkpoint was written with another schedule, {known['args']}; this one is "
+                f"{self.state()['args']}. Resume with the same."
+            )
         turns = {self.at(step) for step in range(0, state.max_steps, self._every)}
         idle = [chosen for chosen in self._sets if chosen not in turns]
         if idle:
+            seeds = "" if self._weights is None else ", another seed"
             raise SelectionError(
                 f"in {state.max_steps} steps with turns of {self._every}, {idle} would never "
-                "train: take more steps, shorter turns or fewer layers"
+                f"train: take more steps, shorter turns{seeds} or fewer layers"
             )
 
     def on_step_begin(
@@ -147,8 +215,7 @@ class LayerSchedule(TrainerCallback):
         self._mask(self._layers, given["model"], given["optimizer"])
 
     def _mask(self, active: Collection[int], model: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        blocks = find_blocks(model)
+        held, blocks = _held(optimizer), find_blocks(model)
         for layer in self._layers:
             for _, parameter in blocks.named_parameters(layer):
                 if id(parameter) not in held:  # a part of the layer that never trains
@@ -156,5 +223,11 @@ class LayerSchedule(TrainerCallback):
                 parameter.requires_grad_(layer in active)
                 if layer not in active:
                     parameter.grad = None
-                    if not self._keep_state:
-                        optimizer.state.pop(parameter, None)
+                    if not self._keep_state and parameter in optimizer.state:
+                        state = optimizer.state.pop(parameter)
+                        if MASTER in state:  # the weight itself, which the model has rounded
+                            optimizer.state[parameter] = {MASTER: state[MASTER]}
+
+
+def _held(optimizer: Any) -> set[int]:  # noqa: ANN401
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

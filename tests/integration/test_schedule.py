@@ -1,17 +1,24 @@
 """Layers that take turns: one set at a time, exactly, and resumed in the middle."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from trl import GRPOTrainer
+from trl.experimental.async_grpo import AsyncGRPOConfig
 
+from layerrl import ContributionReport, load_delta, select_layers
 from layerrl.errors import SelectionError
+from layerrl.report import Score
 from layerrl.trainer.schedule import LayerSchedule
+from tests.engines import Engine, in_place_of_vllm
 from tests.grpo import make
 from tests.models import tiny
-from tests.runs import assert_same_run, bits, in_layers, optimizer_state, train
+from tests.runs import Passes, assert_same_run, bits, in_layers, optimizer_state, train
 
 LAYERS = [0, 1, 2]
 
@@ -66,9 +73,17 @@ class TestTurns:
         again = LayerSchedule(range(5), every=1, order="random", seed=3)
         assert [again.at(step)[0] for step in range(5)] == rounds[0]
 
-    def test_by_weight_come_as_often_as_they_weigh(self):
-        schedule = LayerSchedule([0, 1], every=1, order="random", weights=[3.0, 1.0])
-        assert 2800 < sum(schedule.at(step) == (0,) for step in range(4000)) < 3200
+    @pytest.mark.parametrize("weights", [[3.0, 1.0], {4: 2.0, 0: 4.0, 7: 1.0}])
+    def test_by_weight_come_as_often_as_they_weigh(self, weights):
+        schedule = LayerSchedule([[4, 0], 7], every=1, order="random", weights=weights)
+        assert 2800 < sum(schedule.at(step) == (0, 4) for step in range(4000)) < 3200
+
+    def test_by_the_scores_of_a_report(self):
+        report = ContributionReport(
+            method="train", layers=tuple(Score(score=s) for s in (0.2, 0.1, 0.1))
+        )
+        schedule = LayerSchedule([0, 1, 2], every=1, order="random", weights=report.scores)
+        assert 1800 < sum(schedule.at(step) == (0,) for step in range(4000)) < 2200
 
 
 class TestTraining:
@@ -103,6 +118,86 @@ class TestTraining:
         assert {v for n, v in steps.items() if in_layers(n, [0])} == {3}
         assert {v for n, v in steps.items() if in_layers(n, [1])} == {2}
 
+    def test_replays_below_the_first_layer_and_ends_there(self, tmp_path):
+        """The fast path under a schedule, against the plain one."""
+        found = {}
+        for name, cache in (("fast", 2**30), ("plain", 0)):
+            trainer = make(
+                tiny("llama", 4),
+                tmp_path / name,
+                selection=[1, 2],
+                arguments={
+                    "callbacks": [LayerSchedule([1, 2], every=1)],
+                    "prefix_cache_bytes": cache,
+                },
+                beta=0.1,
+                num_iterations=2,
+                max_steps=6,
+            )
+            passes = Passes(trainer, trainer.model.model.layers[0])
+            train(trainer)
+            found[name] = trainer
+            assert (passes.ran.count(False) >= 3) is (name == "fast")
+        assert_same_run(found["fast"], found["plain"])
+
+    def test_a_delta_has_the_whole_selection(self, tmp_path):
+        arguments = {"callbacks": [LayerSchedule([1, 2], every=1)]}
+        trainer = make(tiny("llama", 4), tmp_path / "run", selection=[1, 2], arguments=arguments)
+        train(trainer)
+        trainer.save_delta(tmp_path / "delta")
+        again = tiny("llama", 4)
+        load_delta(again, tmp_path / "delta")
+        assert_close(bits(again), bits(trainer.model), rtol=0, atol=0)
+
+    def test_vllm_gets_the_whole_selection(self, tmp_path, monkeypatch):
+        arguments = {"callbacks": [LayerSchedule([1, 2], every=1)]}
+        with in_place_of_vllm(monkeypatch):
+            trainer = make(
+                tiny("llama", 4),
+                tmp_path,
+                selection=[1, 2],
+                use_vllm=True,
+                vllm_mode="colocate",
+                max_steps=4,
+                arguments=arguments,
+            )
+            trainer.train()
+        _, *later = Engine.latest.syncs
+        assert all({k for k in range(4) for n in s if in_layers(n, [k])} == {1, 2} for s in later)
+        assert len(later) == 3
+
+    def test_half_precision_keeps_what_was_rounded_away(self, tmp_path):
+        """Steps too small for bfloat16 add up over turns."""
+        found = {}
+        sets: dict[str, list[Any]] = {"turns": [0, 1], "together": [[0, 1]]}
+        for name, layers in sets.items():
+            trainer = make(
+                tiny("llama", 4).to(torch.bfloat16),
+                tmp_path / name,
+                selection=[0, 1],
+                arguments={"callbacks": [LayerSchedule(layers, every=1)]},
+                learning_rate=2e-6,
+                lr_scheduler_type="constant",
+                max_steps=16,
+            )
+            trainer.train()
+            logs = [log for log in trainer.state.log_history if "loss" in log]
+            found[name] = logs[-1]["layerrl/relative_update/layer_0"]
+        # Half of the steps: without the masters it would be those of one turn, a sixteenth.
+        assert found["turns"] > 0.3 * found["together"]
+
+    def test_an_interrupt_leaves_no_layer_frozen(self, tmp_path):
+        class Stop(TrainerCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                raise KeyboardInterrupt
+
+        model = tiny("llama", 4)
+        callbacks = [LayerSchedule([1, 2], every=1), Stop()]
+        trainer = make(model, tmp_path, selection=[1, 2], arguments={"callbacks": callbacks})
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert all(p.requires_grad for p in model.parameters())
+
     @pytest.mark.parametrize("keep_state", [False, True])
     @pytest.mark.parametrize("stop", [2, 3])
     def test_resumes_in_the_middle(self, tmp_path, keep_state, stop):
@@ -120,7 +215,7 @@ class TestTraining:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("layers", [[], [[]], [0, []], ["a"], [1.0], [True]])
+    @pytest.mark.parametrize("layers", [[], [[]], [0, []], ["a"], [1.0], [True], 3, [[0, "a"], 1]])
     def test_layers_that_are_none(self, layers):
         with pytest.raises(SelectionError, match="expected layers or lists of layers"):
             LayerSchedule(layers, every=1)
@@ -135,10 +230,17 @@ class TestBadInput:
             LayerSchedule([0], every=1, order="up")  # pyright: ignore[reportArgumentType]
 
     @pytest.mark.parametrize(
-        ("order", "weights"), [("rotate", [1, 1]), ("random", [1]), ("random", [1, 0])]
+        ("order", "weights"),
+        [
+            ("rotate", [1, 1]),
+            *(
+                ("random", weights)
+                for weights in ([1], [1, 0], [1, float("nan")], [1, float("inf")], 3.0, {0: 1.0})
+            ),
+        ],
     )
     def test_weights_that_do_not_fit(self, order, weights):
-        with pytest.raises(SelectionError, match=r"weights is \[.*a number above 0 for each of 2"):
+        with pytest.raises(SelectionError, match=r"weights is .*a finite number above 0 for each"):
             LayerSchedule([0, 1], every=1, order=order, weights=weights)
 
     @pytest.mark.parametrize("layers", [[0, 1], [0, 1, 2, 3], [0, 1, 7]])
@@ -154,3 +256,62 @@ class TestBadInput:
         trainer, _ = scheduled(tmp_path, LayerSchedule(LAYERS, every=4))
         with pytest.raises(SelectionError, match=r"in 6 steps with turns of 4, \[\(2,\)\] would"):
             trainer.train()
+
+    def test_more_than_layers(self, tmp_path):
+        arguments = {"callbacks": [LayerSchedule(range(4), every=1)]}
+        trainer = make(tiny("llama", 4), tmp_path, selection="full", arguments=arguments)
+        with pytest.raises(SelectionError, match=r"'model.embed_tokens.weight' and 2 other tens"):
+            trainer.train()
+
+    def test_a_trainer_without_a_mask(self, tmp_path):
+        arguments = {"callbacks": [LayerSchedule(range(4), every=1)]}
+        trainer = make(tiny("llama", 4), tmp_path, trainer=GRPOTrainer, arguments=arguments)
+        with pytest.raises(SelectionError, match="use a masked trainer"):
+            trainer.train()
+
+    def test_two_schedules(self, tmp_path):
+        arguments = {"callbacks": [LayerSchedule([1, 2], every=n) for n in (1, 2)]}
+        trainer = make(tiny("llama", 4), tmp_path, selection=[1, 2], arguments=arguments)
+        with pytest.raises(SelectionError, match="the trainer has 2 schedules, expected one"):
+            trainer.train()
+
+    def test_resuming_with_another_one(self, tmp_path):
+        def make_one(every: int) -> Any:
+            changes = {"save_strategy": "steps", "save_steps": 3}
+            return scheduled(tmp_path, LayerSchedule(LAYERS, every=every), **changes)[0]
+
+        make_one(2).train()
+        checkpoint = str(tmp_path / "checkpoint-3")
+        with pytest.raises(SelectionError, match=r"another schedule, .*'every': 2.*'every': 1"):
+            make_one(1).train(resume_from_checkpoint=checkpoint)
+        make_one(2).train(resume_from_checkpoint=checkpoint)
+
+    def test_an_optimizer_that_updates_layer_by_layer(self, tmp_path):
+        schedule, model = LayerSchedule([0], every=1), tiny("llama", 1)
+        only_layers = select_layers(model, "all")
+        with (
+            only_layers.masked(model),
+            pytest.raises(SelectionError, match=r"Dummy.*holds nothing"),
+        ):
+            schedule.on_train_begin(
+                SimpleNamespace(optim="galore_adamw_layerwise"),
+                TrainerState(max_steps=1),
+                None,
+                model=model,
+                optimizer=LayerWiseDummyOptimizer(),
+            )
+
+    def test_a_trainer_that_has_told_vllm_what_it_will_send(self, tmp_path):
+        schedule, model = LayerSchedule([0], every=1), tiny("llama", 1)
+        args = AsyncGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+        with (
+            select_layers(model, "all").masked(model),
+            pytest.raises(SelectionError, match="AsyncGRPOConfig: the trainer told vLLM"),
+        ):
+            schedule.on_train_begin(
+                args,
+                TrainerState(max_steps=1),
+                None,
+                model=model,
+                optimizer=torch.optim.SGD(model.parameters()),
+            )
