@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from layerrl.errors import EpisodeError
 from layerrl.trainer.episodes import Step, is_finite
 
@@ -89,9 +91,18 @@ class TextRollout:
 
         Returns:
             What TRL's `rollout_func` returns, with `env_mask`, `steps` and `finished`.
+
+        Raises:
+            EpisodeError: If the trainer is another, or an environment goes wrong.
         """
+        if not hasattr(trainer, "rollout_rows") or trainer.max_completion_length is None:
+            raise EpisodeError(
+                f"TextRollout needs the rows behind the prompts in {type(trainer).__name__}"
+                ".rollout_rows, as a GiGPOTrainer has them, and a max_completion_length, which is "
+                f"{trainer.max_completion_length}"
+            )
         while len(self._pool) < len(prompts):
-            self._pool.append(self.environment())
+            self._pool.append(self._made())
         played = [
             _Episode(environment, row)
             for environment, row in zip(self._pool, trainer.rollout_rows, strict=False)
@@ -117,6 +128,15 @@ class TextRollout:
             "steps": [episode.steps for episode in played],
             "finished": [episode.finished for episode in played],
         }
+
+    def _made(self) -> TextEnvironment:
+        try:
+            return self.environment()
+        except Exception as error:  # whatever it may raise
+            raise EpisodeError(
+                f"environment={self.environment!r:.80} raised {error!r}; expected a class or a "
+                "function that takes nothing and makes an environment"
+            ) from error
 
     def _respond(self, going: list[_Episode], trainer: Any) -> None:  # noqa: ANN401
         """One response in each of these episodes."""
@@ -170,6 +190,12 @@ class _Episode:
             next_observation = self._text(observation)
             if not is_finite(reward):
                 raise EpisodeError(f"gave the reward {reward!r}, expected a finite number")
+            for name, flag in (("done", done), ("valid", valid)):
+                if not isinstance(flag, bool | np.bool_):
+                    raise EpisodeError(
+                        f"gave {flag!r:.80} for {name}, expected True or False: a step returns "
+                        "observation, reward, done, valid"
+                    )
         self.steps.append(
             Step(
                 observation=self.observation,
@@ -239,7 +265,12 @@ def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> l
             tokenize=False,
             **trainer.chat_template_kwargs,
         )
-        text = rendered.partition(_ANSWER)[2]
+        _, answer, text = rendered.partition(_ANSWER)
+        if not answer:
+            raise EpisodeError(
+                "the chat template does not show an assistant's message as it is, so what it puts "
+                f"behind one cannot be told: {rendered!r:.200}. Use prompts of plain text."
+            )
         for end in tokenizer.convert_ids_to_tokens(trainer.eos_token_ids):
             text = text.removeprefix(end)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

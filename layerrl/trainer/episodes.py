@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerrl.errors import EpisodeError
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def is_finite(reward: Any) -> bool:  # noqa: ANN401
     """Whether a reward is a number, and a finite one."""
     try:
         return math.isfinite(reward)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -58,7 +60,8 @@ def check_episodes(output: Mapping[str, Any], num_episodes: int) -> list[list[in
                 "function of an environment."
             )
     completions = output["completion_ids"]
-    masks = output.get("env_mask") or [[1] * len(ids) for ids in completions]
+    masks = output.get("env_mask")
+    masks = [[1] * len(ids) for ids in completions] if masks is None else [[*m] for m in masks]
     of = {"steps": output["steps"], "completion_ids": completions, "env_mask": masks}
     for name, rows in of.items():
         if len(rows) != num_episodes:
@@ -74,9 +77,12 @@ def check_episodes(output: Mapping[str, Any], num_episodes: int) -> list[list[in
 def _check(row: int, steps: Sequence[Step], num_ids: int, mask: Sequence[int]) -> None:
     if not steps:
         raise EpisodeError(f"episode {row} has no steps, expected at least one")
-    if len(mask) != num_ids:
+    if not num_ids:
+        raise EpisodeError(f"the completion of episode {row} has no tokens, expected at least one")
+    if len(mask) != num_ids or not {*mask} <= {0, 1}:
         raise EpisodeError(
-            f"env_mask of episode {row} has {len(mask)} values for {num_ids} completion tokens"
+            f"env_mask of episode {row} has {len(mask)} values, {sorted({*mask})} among them, for "
+            f"{num_ids} completion tokens: expected 1 for each of a response and 0 for others"
         )
     for turn, step in enumerate(steps):
         if not isinstance(step, Step):
@@ -100,15 +106,23 @@ def _check_step(step: Step, where: str) -> None:
         raise EpisodeError(
             f"num_tokens of {where} is {step.num_tokens!r}, expected an int from 0 up"
         )
-    observation, kind = step.observation, type(step.observation)
-    try:
-        hash(observation)
-        comparable = kind.__eq__ is not object.__eq__ or observation is None
-        comparable = comparable and (observation == observation) is True
-    except TypeError:
-        comparable = False
-    if not comparable:
+    observation = step.observation
+    if not _is_comparable(observation):
         raise EpisodeError(
-            f"the observation of {where} is a {kind.__name__} that cannot be compared with others "
-            f"by value ({observation!r:.80}), expected text, a number or a tuple of those"
+            f"the observation of {where} is a {type(observation).__name__} that cannot be compared "
+            f"with others by value ({observation!r:.80}), expected text, a number or a tuple of "
+            "those"
         )
+
+
+def _is_comparable(value: Any) -> bool:  # noqa: ANN401
+    if isinstance(value, tuple):  # which takes an item that is the same object for an equal one
+        return all(map(_is_comparable, value))
+    if isinstance(value, torch.Tensor):  # whose hash is that of the object
+        return False
+    by_value = value is None or type(value).__eq__ is not object.__eq__
+    try:
+        hash(value)
+        return by_value and bool(value == value)  # NaN is not
+    except (TypeError, ValueError):
+        return False

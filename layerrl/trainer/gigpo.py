@@ -18,7 +18,7 @@ from layerrl.advantages import (
     step_advantages,
 )
 from layerrl.errors import EpisodeError
-from layerrl.trainer.episodes import Step, check_episodes
+from layerrl.trainer.episodes import Step, check_episodes, is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +44,10 @@ class GiGPOConfig(GRPOConfig):
     )
     invalid_action_penalty: float = field(
         default=0.1,
-        metadata={"help": "Taken off a step's reward, in its unit, where the action is not valid."},
+        metadata={
+            "help": "Where the action is not valid, taken off the step's return and off the "
+            "episode's reward, in their unit."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -52,7 +55,7 @@ class GiGPOConfig(GRPOConfig):
         most = {"omega": math.inf, "gamma": 1, "invalid_action_penalty": math.inf}
         for name, high in most.items():
             value = getattr(self, name)
-            if not (0 <= value <= high and math.isfinite(value)):
+            if not (is_finite(value) and 0 <= value <= high):
                 expected = "from 0 to 1" if high == 1 else "from 0 up"
                 raise EpisodeError(f"{name} is {value!r}, expected a number {expected}")
 
@@ -60,14 +63,16 @@ class GiGPOConfig(GRPOConfig):
 class GiGPOTrainer(GRPOTrainer):
     r"""TRL's `GRPOTrainer` on episodes of several steps, each with an advantage of its own.
 
-    The first reward is the episode's: the sum of its steps' rewards, each less
-    `invalid_action_penalty` where the action was not valid. With it, and the `reward_funcs` given,
-    TRL compares the episodes of a prompt as it compares completions: $A^E$. In addition, steps of
-    the same prompt's episodes that were taken from the same observation are compared by their
-    discounted returns: $A^S$, 0 where no other step was. Every response token of a step has the
-    advantage $A^E + \omega A^S$.
+    The first reward is the episode's: the sum of its steps' rewards, less `invalid_action_penalty`
+    for each action that was not valid. With it, and the `reward_funcs` given, TRL compares the
+    episodes of a prompt as it compares completions: $A^E$. In addition, steps of the same prompt's
+    episodes that were taken from the same observation are compared by their discounted returns,
+    each less the penalty of its own action: $A^S$, 0 where no other step was. Every response token
+    of a step has the advantage $A^E + \omega A^S$.
 
-    All else is GRPO: with `omega=0` bit for bit.
+    All else is GRPO: with `omega=0` bit for bit, on these rewards. The authors' code takes the
+    penalty off the score of its own step alone in $A^E$ too, where a comparison of whole episodes
+    has one number for each.
 
     Logged with the trainer's own metrics: `layerrl/episode_turns`, the mean number of steps;
     `layerrl/anchored_steps`, the share of steps that another one was compared with;
@@ -132,8 +137,16 @@ class GiGPOTrainer(GRPOTrainer):
                 f"{'cannot be given with it' if unused else 'was expected, such as a TextRollout'}"
             )
         self._play = rollout_func
-        given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if args.mask_truncated_completions:
+            raise EpisodeError(
+                "mask_truncated_completions=True: TRL takes a completion for cut off where its "
+                "last token ends no sequence, and an episode may end with any. Leave it off."
+            )
+        given = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         funcs: list[Any] = [self.episode_reward, *(func for func in given if func is not None)]
+        if processing := kwargs.get("reward_processing_classes"):
+            listed = processing if isinstance(processing, list) else [processing]
+            kwargs["reward_processing_classes"] = [None, *listed]
         super().__init__(
             model,
             funcs,
@@ -153,26 +166,37 @@ class GiGPOTrainer(GRPOTrainer):
         Returns:
             For each episode the sum of its steps' rewards less penalties.
         """
-        return [math.fsum(self._rewards(episode)) for episode in steps]
+        return [math.fsum(s.reward - self._penalty(s) for s in episode) for episode in steps]
 
-    def _rewards(self, steps: list[Step]) -> list[float]:
-        penalty = self.args.invalid_action_penalty
-        return [step.reward - (0.0 if step.valid else penalty) for step in steps]
+    def _penalty(self, step: Step) -> float:
+        return 0.0 if step.valid else self.args.invalid_action_penalty
+
+    def _returns(self, steps: list[Step]) -> list[float]:
+        """What each step led to, less what it costs itself."""
+        returns = discounted_returns([step.reward for step in steps], self.args.gamma)
+        return [value - self._penalty(step) for value, step in zip(returns, steps, strict=True)]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, whose advantages are of tokens: the episode's and the step's."""
+        self.rollout_rows = inputs
         # Copies, for TRL writes what the rollout function returns into the rows.
-        self.rollout_rows = [dict(row) for row in inputs]
-        batch = super()._generate_and_score_completions(self.rollout_rows)
-        episode_B = batch["advantages"]
-        step_BT = on_response_tokens(*self._of_steps, batch["completion_ids"].shape[1])
-        batch["advantages"] = episode_B[:, None] + self.args.omega * step_BT.to(episode_B.device)
+        batch = super()._generate_and_score_completions([dict(row) for row in inputs])
+        if self.args.omega:
+            episode_B = batch["advantages"]
+            step_BT = on_response_tokens(*self._of_steps, batch["completion_ids"].shape[1])
+            steps_BT = self.args.omega * step_BT.to(episode_B.device)
+            batch["advantages"] = episode_B[:, None] + steps_BT
         return batch
 
     def _rollout(self, prompts: list[Any], _: object) -> dict[str, Any]:
         """What the rollout function returns, with its steps' advantages computed on the way."""
         output = self._play(prompts, self)
         masks = check_episodes(output, len(prompts))
+        if shared := {*self.rollout_rows[0]} & {"steps", "finished"} & {*output}:
+            raise EpisodeError(
+                f"the data set has the columns {sorted(shared)}, and so does what the rollout "
+                "function returns, which TRL would write over them: rename the data set's"
+            )
         episodes: list[list[Step]] = output["steps"]
         num_tokens = [[step.num_tokens for step in steps] for steps in episodes]
         self._of_steps = self._step_advantages(episodes), num_tokens, masks
@@ -203,7 +227,7 @@ class GiGPOTrainer(GRPOTrainer):
             chain.from_iterable([task] * len(e) for task, e in zip(tasks, everyone, strict=True)),
             (step.observation for steps in everyone for step in steps),
         )
-        returns = [discounted_returns(self._rewards(steps), self.args.gamma) for steps in everyone]
+        returns = [self._returns(steps) for steps in everyone]
         advantage_S = step_advantages(
             torch.tensor(list(chain.from_iterable(returns)), dtype=torch.double),
             group_S,

@@ -8,13 +8,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer
 
 from layerrl.errors import EpisodeError
 from layerrl.trainer import GiGPOConfig, GiGPOTrainer, LayerMaskedGiGPOTrainer, Step, TextRollout
 from layerrl.trainer.evaluation import prompt_scores
-from tests.grpo import PROMPTS, make
-from tests.models import tiny
+from tests.grpo import PROMPTS, make, tokenizer
+from tests.models import tiny, tiny_config
 from tests.runs import (
     Passes,
     assert_same_run,
@@ -120,15 +121,15 @@ class TestAdvantages:
         assert_close(found_BT[0, [0, 2]], torch.tensor([1 / 3, 1 / 3 + 0.5]))
         assert_close(found_BT[4, [0, 2]], torch.tensor([2 + 0.4, 2 + 2.4]))
 
-    def test_an_invalid_action_costs_its_step_and_what_led_to_it(self, tmp_path):
+    def test_an_invalid_action_costs_its_step_and_its_episode(self, tmp_path):
         rollout = partial(scripted, invalid=(0, 1))
         found_BT = scripted_batch(
             tmp_path, rollout, scale_rewards="none", invalid_action_penalty=0.4
         )
         # The first episode is worth 0.6 and not 1: the mean of 0.6, 0, 1 is 1.6 / 3. In s1 it is
-        # 0.6 against 0; in s0, 0.3 among 0.3, 0, 1 (mean 1.3 / 3).
+        # 0.6 against 0; in s0, before it, 0.5 among 0.5, 0, 1 as if it had been valid.
         episode = 0.6 - 1.6 / 3
-        assert_close(found_BT[0, [0, 2]], torch.tensor([episode + 0.3 - 1.3 / 3, episode + 0.3]))
+        assert_close(found_BT[0, [0, 2]], torch.tensor([episode, episode + 0.3]))
 
     def test_of_two_rewards_the_episodes_own_is_the_first(self, tmp_path):
         changes: dict[str, Any] = {"reward_weights": [2.0, 3.0], "omega": 0.0}
@@ -136,9 +137,9 @@ class TestAdvantages:
         values = {"per_device_train_batch_size": 6, "num_generations": 3, "scale_rewards": "none"}
         trainer = gigpo(tmp_path, arguments=arguments, **values, **changes)
         rows = [TASKS[0]] * 3 + [TASKS[1]] * 3
-        found_BT = trainer._generate_and_score_completions(rows)["advantages"]
+        found_B = trainer._generate_and_score_completions(rows)["advantages"]
         # 2 * 1 + 3, 0, 2 * 1: mean 7 / 3.
-        assert_close(found_BT[:3, 0], torch.tensor([5, 0, 2]) - 7 / 3)
+        assert_close(found_B[:3], torch.tensor([5, 0, 2]) - 7 / 3)
 
     def test_they_stay_with_their_tokens_when_batches_are_shuffled_and_split(self, tmp_path):
         made, used = [], []
@@ -178,8 +179,12 @@ class TestAdvantages:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_iterations": 2, "steps_per_generation": 2, "beta": 0.1, "loss_type": "grpo"}],
-    ids=["plain", "reused"],
+    [
+        {},
+        {"num_iterations": 2, "steps_per_generation": 2, "beta": 0.1, "loss_type": "grpo"},
+        {"num_iterations": 2, "importance_sampling_level": "sequence"},
+    ],
+    ids=["plain", "reused", "sequence"],
 )
 def test_without_step_advantages_it_is_grpo_bit_for_bit(tmp_path, changes):
     model = tiny("llama", 2)
@@ -229,10 +234,11 @@ def test_one_turn_is_a_completion_of_grpo(tmp_path):
 
 class TestWithASelection:
     def test_is_what_freezing_by_hand_gives_and_replays_the_prefix(self, tmp_path):
-        changes = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4}
-        model = tiny("llama", 4)
-        freeze_by_hand(model, [2])
-        plain = gigpo(tmp_path / "plain", model=model, **changes)
+        changes = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "beta": 0.1}
+        saved = tmp_path / "saved"
+        tiny("llama", 4).save_pretrained(saved)
+        plain = gigpo(tmp_path / "plain", model=str(saved), **changes)
+        freeze_by_hand(plain.model, [2])
         masked = gigpo(
             tmp_path / "masked",
             trainer=LayerMaskedGiGPOTrainer,
@@ -246,6 +252,13 @@ class TestWithASelection:
         assert_trained(masked, before, [2])
         # Recorded where the batch was made, compared at first, and replayed from there on.
         assert passes.ran.count(False) >= 3
+
+    def test_full_is_the_plain_trainer(self, tmp_path):
+        plain = gigpo(tmp_path / "plain", max_steps=3)
+        masked = partial(gigpo, trainer=LayerMaskedGiGPOTrainer, arguments={"selection": "full"})
+        full = masked(tmp_path / "full", max_steps=3)
+        train(plain, full)
+        assert_same_run(full, plain)
 
     def test_resumes_from_a_delta(self, tmp_path):
         masked = partial(
@@ -340,6 +353,25 @@ class TestBadInput:
                 trainer=GiGPOTrainer,
                 arguments={"rollout_func": ROLLOUT()},
             )
+
+    def test_what_trl_takes_for_cut_off(self, tmp_path):
+        with pytest.raises(EpisodeError, match="an episode may end with any"):
+            gigpo(tmp_path, mask_truncated_completions=True)
+
+    def test_columns_that_trl_would_write_over(self, tmp_path):
+        data = TASKS.add_column("finished", [0] * len(TASKS))
+        with pytest.raises(EpisodeError, match=r"has the columns \['finished'\], and so does"):
+            gigpo(tmp_path, arguments={"train_dataset": data}).train()
+
+    def test_a_reward_model_beside_the_episodes_own(self, tmp_path):
+        judge = AutoModelForSequenceClassification.from_config(
+            tiny_config("llama", 1, num_labels=1)
+        )
+        judge.config.pad_token_id = 0
+        arguments = {"reward_funcs": judge, "reward_processing_classes": tokenizer()}
+        trainer = gigpo(tmp_path, arguments=arguments, max_steps=1)
+        trainer.train()
+        assert len(trainer.reward_funcs) == 2
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -161,6 +161,25 @@ class TestTextRollout:
         assert text(trainer, output["completion_ids"][0]) == "1<eos>;U:NOW1<eos>;A:4<eos>"
         assert output["env_mask"] == [[1, 1, *[0] * 11, 1, 1]]
 
+    def test_a_template_that_hides_what_was_answered(self):
+        trainer = Scripted(["1<eos>"], ["4<eos>"], rows=[{"start": 0}])
+        trainer._tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+        )
+        with pytest.raises(EpisodeError, match="does not show an assistant's message as it is"):
+            play(trainer, prompts=[[{"role": "user", "content": "P"}]])
+
+    def test_a_trainer_that_has_no_rows(self):
+        trainer = Scripted(["1<eos>"], rows=[{"start": 0}])
+        del trainer.rollout_rows
+        with pytest.raises(EpisodeError, match="needs the rows behind the prompts in Scripted"):
+            play(trainer, prompts=["P"])
+
+    def test_an_environment_that_cannot_be_made(self):
+        trainer = Scripted(["1<eos>"], rows=[{"start": 0}])
+        with pytest.raises(EpisodeError, match=r"raised TypeError.*expected a class or a function"):
+            play(trainer, Count())
+
     @pytest.mark.parametrize("limits", [{"max_turns": 0}, {"max_turn_tokens": True}])
     def test_limits_are_positive(self, limits):
         [(name, value)] = limits.items()
@@ -190,6 +209,9 @@ class Broken(Count):
         ({"step": ("a", float("nan"), False, True)}, "gave the reward nan, expected a finite"),
         ({"step": (np.zeros(2), 0.0, False, True)}, "gave a ndarray to observe"),
         ({"step": ("a", 0.0, False)}, "expected 4, got 3"),
+        ({"step": ("a", 10**400, False, True)}, "expected a finite number"),
+        ({"step": ("a", 0.0, False, {})}, r"gave \{\} for valid, expected True or False"),
+        ({"step": ("a", 0.0, "False", True)}, "gave 'False' for done, expected True or False"),
     ],
 )
 def test_an_environment_that_goes_wrong_is_named_with_its_row_and_turn(answers, message):
@@ -223,7 +245,7 @@ def step(**changes):
         (output(env_mask=[[1, 0, 1], [1]]), "env_mask of 2 episodes, expected 1"),
         (output(steps=[[]]), "episode 0 has no steps"),
         (output(steps=[[{"reward": 1}]]), "step 0 of episode 0 is a dict"),
-        (output(env_mask=[[1, 1]]), "env_mask of episode 0 has 2 values for 3 completion tokens"),
+        (output(env_mask=[[1, 1]]), r"has 2 values, \[1\] among them, for 3 completion tokens"),
         (output(step(num_tokens=3)), "have 3 response tokens, its completion has 2"),
         (output(env_mask=None), "have 2 response tokens, its completion has 3"),
         (output(step(num_tokens=-2)), "num_tokens of step 0 of episode 0 is -2"),
@@ -234,6 +256,12 @@ def step(**changes):
         (output(step(observation=np.zeros(2))), "is a ndarray that cannot be compared"),
         (output(step(observation=float("nan"))), "is a float that cannot be compared"),
         (output(step(observation=Opaque())), "is a Opaque that cannot be compared"),
+        (output(step(observation=(1, (Opaque(),)))), "is a tuple that cannot be compared"),
+        (output(step(observation=(float("nan"),))), "is a tuple that cannot be compared"),
+        (output(step(observation=torch.ones(1))), "is a Tensor that cannot be compared"),
+        (output(env_mask=[[2, 0, 0]]), r"3 values, \[0, 2\] among them, for 3 completion tokens"),
+        (output(step(num_tokens=0), completion_ids=[[]], env_mask=[[]]), "has no tokens"),
+        (output(step(reward=torch.ones(2))), "reward of step 0 of episode 0 is tensor"),
     ],
 )
 def test_bad_episodes_are_refused_in_a_sentence(returned, message):
@@ -241,9 +269,15 @@ def test_bad_episodes_are_refused_in_a_sentence(returned, message):
         check_episodes(returned, 1)
 
 
-@pytest.mark.parametrize("observation", ["", None, 3, (1, "a"), frozenset({1})])
+@pytest.mark.parametrize(
+    "observation", ["", None, 3, (1, "a"), frozenset({1}), np.int64(1), np.float64(0.5)]
+)
 def test_whatever_is_compared_by_value_is_an_observation(observation):
     assert check_episodes(output(step(observation=observation)), 1) == [[1, 0, 1]]
+
+
+def test_masks_may_be_arrays():
+    assert check_episodes(output(env_mask=np.array([[1, 0, 1]])), 1) == [[1, 0, 1]]
 
 
 def test_without_a_mask_every_token_is_of_a_response():
@@ -258,8 +292,10 @@ def test_without_a_mask_every_token_is_of_a_response():
         ("gamma", 1.5, "from 0 to 1"),
         ("gamma", float("nan"), "from 0 to 1"),
         ("invalid_action_penalty", -0.1, "from 0 up"),
+        ("omega", None, "from 0 up"),
+        ("omega", "1", "from 0 up"),
     ],
 )
 def test_settings_are_checked(name, value, expected, tmp_path):
-    with pytest.raises(EpisodeError, match=f"{name} is {value}, expected a number {expected}"):
+    with pytest.raises(EpisodeError, match=f"{name} is {value!r}, expected a number {expected}"):
         GiGPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
