@@ -25,9 +25,10 @@ def main() -> None:
     report = ContributionReport.from_json((options.folder / "report.json").read_text())
     print(report)
     lines = (options.folder / "journal.jsonl").read_text().splitlines()[1:]
-    overhead(list(map(json.loads, lines)))
+    entries = list(map(json.loads, lines))
+    overhead(entries)
     by_depth(report)
-    halving(report)
+    halving(report, entries)
     if options.keep:
         keep(report, options.keep)
 
@@ -70,19 +71,26 @@ def mean(rows: tuple[tuple[float, ...], ...]) -> float:
     return sum(map(sum, rows)) / (len(rows) * len(rows[0]))
 
 
-def halving(report: ContributionReport) -> None:
-    """Repeat the decisions on the scores that were recorded on the way."""
-    if report.partial:
+def halving(report: ContributionReport, entries: list[dict]) -> None:
+    """Repeat the decisions on the scores that the first seed's runs had on the way."""
+    seed, steps = report.settings["seeds"][0], report.settings["args"]["max_steps"]
+    curves: dict[int, dict[int, list[float]]] = {}
+    for entry in entries:
+        if entry["seed"] == seed and entry["name"].isdigit():
+            along = dict(entry["curve"])
+            curves.setdefault(int(entry["name"]), {}).update(
+                {**along, entry["stop"]: entry["scores"]}
+            )
+    if len(curves) < report.num_layers:
         raise SystemExit("no figure for halving: that takes a whole sweep, with every layer")
-    curves = {layer: dict(score.curve) for layer, score in enumerate(report.layers)}
-    steps = report.settings["args"]["max_steps"]
-    alive, spent, before = list(curves), 0, 0
+    full = next(e for e in entries if (e["name"], e["seed"], e["stop"]) == ("full", seed, None))
+    alive, spent, before = sorted(curves), 0, 0
     for rung in rungs(steps):
         spent += (rung - before) * len(alive)
-        known = {layer: curves[layer][rung] for layer in alive if rung in curves[layer]}
+        known = {layer: [curves[layer][rung]] for layer in alive if rung in curves[layer]}
         if len(known) < len(alive):
             raise SystemExit(f"no scores at step {rung} of {sorted({*alive} - {*known})}")
-        dropped = below_the_cut(known, base=report.base.score, full=report.full.score)
+        dropped = below_the_cut(known, base=report.base.score, full=mean((full["scores"],)))
         print(f"step {rung:3}: {len(dropped)} of {len(alive)} dropped: {sorted(dropped)}")
         alive, before = [layer for layer in alive if layer not in dropped], rung
     spent += (steps - before) * len(alive)

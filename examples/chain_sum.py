@@ -8,9 +8,9 @@ import importlib.util
 import json
 import random
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,16 @@ def base_checkpoint(model: str, cache: Path) -> str:
         plain = LlamaForCausalLM(LlamaConfig.from_dict(config))
         plain.load_state_dict(quantized.state_dict())
         plain.generation_config = quantized.generation_config
-        unpacking = folder.with_name(folder.name + ".unpacking")
-        shutil.rmtree(unpacking, ignore_errors=True)
-        plain.save_pretrained(unpacking)
-        AutoTokenizer.from_pretrained(source, **gguf).save_pretrained(unpacking)
-        unpacking.rename(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+        with TemporaryDirectory(dir=cache, prefix=f"{BUNDLED}.") as unpacking:
+            whole = Path(unpacking) / BUNDLED
+            plain.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            try:
+                whole.rename(folder)
+            except OSError:
+                if not folder.exists():  # or somebody else was faster
+                    raise
     return str(folder)
 
 

@@ -70,7 +70,8 @@ def test_a_sweep_and_the_strategies_that_follow_from_it(
     }
     figures = run(EXAMPLES[0].parents[1] / "benchmarks" / "sweep_figures.py", sweep)
     assert figures.returncode == 0, figures.stderr
-    assert "Overhead over training and evaluation: " in figures.stdout
+    assert "Overhead over training and evaluation, by the steps" in figures.stdout
+    assert "Mean score by third of the depth" in figures.stdout
     assert "step   1: " in figures.stdout
     assert "of the steps. Best of all [" in figures.stdout
     for _ in range(2):
