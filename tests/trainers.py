@@ -22,7 +22,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedModel
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import trl
-from trl.experimental import cpo, gkd, online_dpo, orpo
+from trl.experimental import cpo, gkd, gmpo, online_dpo, orpo, tpo
 
 from layerrl import LayerMaskedMixin, trainer
 from layerrl.reference import ReferenceModel
@@ -134,6 +134,14 @@ class MaskedORPOTrainer(LayerMaskedMixin, orpo.ORPOTrainer):
     pass
 
 
+class MaskedGMPOTrainer(LayerMaskedMixin, gmpo.GMPOTrainer):
+    pass
+
+
+class MaskedTPOTrainer(LayerMaskedMixin, tpo.TPOTrainer):
+    pass
+
+
 _GENERATED = {"max_completion_length": 6}
 _GROUPS = {"per_device_train_batch_size": 8, "num_generations": 4, "beta": 0.04} | _GENERATED
 _MORE_THAN_ONCE = {"reference": True, "repeats": True}
@@ -224,6 +232,21 @@ CASES = {
         config=orpo.ORPOConfig,
         rows=PREFERENCES,
         settings={"max_length": 32},
+        experimental=True,
+    ),
+    "GMPO": Case(
+        plain=gmpo.GMPOTrainer,
+        masked=MaskedGMPOTrainer,
+        config=gmpo.GMPOConfig,
+        experimental=True,
+        **_ONLINE,
+        **_MORE_THAN_ONCE,
+    ),
+    "TPO": Case(
+        plain=tpo.TPOTrainer,
+        masked=MaskedTPOTrainer,
+        config=tpo.TPOConfig,
+        rows={**PREFERENCES, "reference": _ANSWERS[: len(_PROMPTS)]},
         experimental=True,
     ),
 }
