@@ -18,7 +18,7 @@ from layerrl.probe.checks import (
     identity_of_tokens,
     name_of,
 )
-from layerrl.probe.gradient import gradient_report
+from layerrl.probe.gradient import gradient_probe
 from layerrl.probe.priors import position_report, published_report
 from layerrl.selection import select_layers
 from layerrl.sweep import Sweep, digest, digest_of_rows, settings_of
@@ -164,7 +164,7 @@ def contribution_probe(
     models = [model, *(found for found in functions if isinstance(found, nn.Module))]
     with random_state_kept():
         if kind == "gradient":
-            return gradient_report(
+            return gradient_probe(
                 models,
                 make_trainer,
                 chosen,

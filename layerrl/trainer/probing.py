@@ -1,0 +1,130 @@
+"""What each layer promises, from a trainer's own first batches."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from layerrl.errors import ProbeError
+from layerrl.masking import parameters_by_layer
+from layerrl.proxies import held_out_gains
+from layerrl.report import ContributionReport, Cost, Score
+
+if TYPE_CHECKING:
+    from layerrl.selection import LayerSelection
+    from layerrl.trainer.rollouts import Rollouts
+
+FEWEST_PROMPTS = 8
+_UNSCORED = 1 / 4
+"""Share of the prompts that come first and are not scored: the steps before them know too few."""
+
+
+def gradient_report(
+    rollouts: Rollouts,
+    selection: LayerSelection,
+    args: Any,  # noqa: ANN401
+    settings: dict[str, Any],
+) -> ContributionReport:
+    """Score layers by what a step in each alone would gain on prompts that had no part in it.
+
+    Args:
+        rollouts: Prompts, to be answered by the trainer's model as it is. The gradients of its
+            parameters must be None, and are None afterwards.
+        selection: Layers to score; what they hold of the model requires gradients.
+        args: Arguments of the run that the scores are for.
+        settings: What to keep in the report.
+
+    Returns:
+        The report. A score of 1 is that of the average layer.
+
+    Raises:
+        ProbeError: If there is nothing to score.
+    """
+    trainer, started = rollouts.trainer, time.perf_counter()
+    _check_trainer(trainer)
+    gains_PL = held_out_gains(
+        parameters_by_layer(trainer.model, selection),
+        (
+            [partial(trainer.compute_loss, trainer.model, part) for part in parts]
+            for parts in rollouts
+        ),
+        epsilon=args.adam_epsilon,
+    )
+    _check_signal(rollouts)
+    scored_PL = gains_PL[int(len(gains_PL) * _UNSCORED) :]
+    average = scored_PL.mean().item()
+    if average <= 0:
+        raise ProbeError(
+            f"over {len(scored_PL)} prompts, a step that other prompts ask for gains nothing in "
+            "the average layer: their gradients have nothing in common that could be told from "
+            "noise. Raise the budget or num_generations."
+        )
+    rows = (scored_PL.T / average).tolist()
+    scores = dict(zip(selection.layers, rows, strict=True))
+    size = trainer.num_generations
+    units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
+    return ContributionReport(
+        method="gradient",
+        layers=tuple(
+            Score(scores=(tuple(scores[layer]),)) if layer in scores else Score(status="missing")
+            for layer in range(selection.num_layers)
+        ),
+        settings={
+            **settings,
+            "budget": rollouts.num_prompts,
+            "prompts_with_signal": sum(rollouts.with_signal),
+            "reward_noise": rollouts.reward_noise,
+        },
+        cost=Cost(
+            seconds=time.perf_counter() - started,
+            tokens=rollouts.num_tokens,
+            forwards=units[1],
+            backwards=units[1],
+            fraction=(units[0] + units[1] * _units(args)) / _run_units(args, trainer),
+        ),
+    )
+
+
+def _units(args: Any) -> int:  # noqa: ANN401
+    """Forward passes that a training pass over a completion is worth."""
+    return 4 if args.gradient_checkpointing else 3
+
+
+def _run_units(args: Any, trainer: Any) -> float:  # noqa: ANN401
+    """The same for the whole run: generating counts as a forward pass, and so does a reference."""
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.max_steps * per_step
+    if args.max_steps <= 0:
+        passes = args.num_train_epochs * args.num_iterations
+        rows = passes * trainer.num_generations * len(trainer.train_dataset)
+    reference = 1 if getattr(args, "beta", 0) else 0
+    return rows / args.num_iterations * (1 + reference) + rows * _units(args)
+
+
+def _check_trainer(trainer: Any) -> None:  # noqa: ANN401
+    if not hasattr(trainer, "_generate_and_score_completions"):
+        raise ProbeError(
+            f"method='gradient' needs a trainer that generates and rewards, such as GRPO's; "
+            f"{type(trainer).__name__} does not"
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ProbeError(
+            "method='gradient' looks at whole gradients, and this run's model is sharded. Probe "
+            "without FSDP or DeepSpeed; the report's selection works with them."
+        )
+
+
+def _check_signal(rollouts: Rollouts) -> None:
+    found, tried = sum(rollouts.with_signal), len(rollouts.with_signal)
+    trainer = rollouts.trainer
+    what = (
+        f"of {tried} prompts tried, {found} have completions that were rewarded differently "
+        f"({', '.join(trainer.reward_func_names)}, {trainer.num_generations} completions each)"
+    )
+    if found < FEWEST_PROMPTS // 2:
+        raise ProbeError(
+            f"{what}: there is too little to learn from to score layers. Take prompts that the "
+            "model sometimes gets right, a higher temperature, more num_generations or a larger "
+            "budget."
+        )
