@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from abc import ABCMeta
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import RepeatSampler
 
-from layerrl.blocks import replaced_forwards, unwrap
+from layerrl.blocks import plain_name, replaced_forwards, unwrap
 from layerrl.checkpointing import KeptActivations, backward_from_first_trained
 from layerrl.delta import DeltaBase, restore_delta, save_delta
 from layerrl.errors import DeltaError, SelectionError
@@ -35,7 +34,8 @@ from layerrl.precision import HALF, MASTER, step_in_float32
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
-from layerrl.trainer import arguments
+from layerrl.shards import sharded_like, whole
+from layerrl.trainer import arguments, launchers
 from layerrl.trainer.callbacks import FrozenCheck, SyncReference
 from layerrl.trainer.sync import WeightSync
 
@@ -120,6 +120,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         vllm_generation: Any
         optimizer: Any
         accelerator: Any
+        is_fsdp_enabled: bool
         args: Any
         state: Any
         add_callback: Any
@@ -175,24 +176,30 @@ class LayerMaskedMixin(metaclass=_OneMask):
         with arguments.without_reference_model(args_given, reference):
             super().__init__(*args, **kwargs)
         self._selection = select_layers(self.model, selection)
+        launchers.refuse_launcher(self.selection, self.accelerator, self.args.n_gpu)
+        launchers.refuse_disagreement(self.selection, self.accelerator)
         arguments.refuse_cast(self.args, None if full else self.model)
         arguments.warn_of_frozen_head(self.model, self.selection)
         self.checkpoint_format = "full" if full else checkpoint_format
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
-        self._base = DeltaBase.of(self.model, self.selection)
+        base = DeltaBase.of(self.model, self.selection)
+        self._base = launchers.of_main_process(base, self.accelerator)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
         self._replay = PrefixReplay(
             self.model,
             self.selection,
             prefix_cache_bytes,
             record_while_generating=record_while_generating,
+            agree=partial(launchers.agree, self.accelerator),
         )
         self._spends_freed_memory = activation_bytes is None
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
             frozen = [p for p in self.model.parameters() if id(p) not in trained]
             activation_bytes = sum(p.nbytes for p in frozen) if reference else 0
+            if launchers.uses_fsdp2(self.accelerator):  # which would have sharded that model, too
+                activation_bytes //= self.accelerator.num_processes
         self._kept = KeptActivations(self.model, self.selection, activation_bytes)
         self._master_weights = master_weights and not full
         self._weight_sync = None
@@ -200,7 +207,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
-        self._epochs_trained = 0
+        self._sampler: Any = None
         self._mask = ExitStack()
         self.add_callback(FrozenCheck(self.check_frozen))
         self._initial: Mapping[str, Tensor] = {}
@@ -247,7 +254,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
             FrozenTensorError: If a frozen tensor changed, at train start, at a save or at the end.
         """
         self._mask_model()
-        self._epochs_trained = 0
         try:
             return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         except BaseException:
@@ -282,10 +288,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         # An empty state dict writes everything that goes with a model; its weights go again.
         self._save(str(folder), state_dict={})
         remove_dummy_checkpoint(self.args.should_save, str(folder), [SAFE_WEIGHTS_NAME])
-        if self.args.should_save:
-            save_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
-            if isinstance(getattr(self, "ref_model", None), ReferenceModel):
-                save_file(dict(self.ref_model.tensors), folder / _REFERENCE)
+        self._save_delta(folder / _DELTA, writes=self.args.should_save)
+        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+            reference = {name: whole(value) for name, value in self.ref_model.tensors.items()}
+            if self.args.should_save:
+                save_file(reference, folder / _REFERENCE)
 
     def save_delta(self, path: str | os.PathLike[str]) -> Path | None:
         """Save only what was trained, as a delta on the model the trainer was made with.
@@ -301,11 +308,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
             FrozenTensorError: If a frozen tensor changed. Nothing is written then.
         """
         self.check_frozen()
-        saved = None
-        if self.accelerator.is_main_process:
-            saved = save_delta(self.model, path, selection=self.selection, base=self._base)
+        saved = self._save_delta(path, writes=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
-        return saved
+        return saved if self.accelerator.is_main_process else None
+
+    def _save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
+        return save_delta(
+            self.model, path, selection=self.selection, base=self._base, is_main_process=writes
+        )
 
     def check_frozen(self) -> None:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
@@ -313,6 +323,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         Raises:
             FrozenTensorError: If one changed.
         """
+        self._follow_shards()
         check_frozen(self.model, self.selection, self._frozen)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
@@ -400,11 +411,81 @@ class LayerMaskedMixin(metaclass=_OneMask):
         elif not self.selection.full:
             self._initial = self.ref_model.tensors
 
+    def _follow_shards(self) -> None:
+        """Go on with the parameters that FSDP2 put in the place of those before, in parts."""
+        parameters = {plain_name(n): p for n, p in unwrap(self.model).named_parameters()}
+        if all(parameters[name] is p for name, p in self._trained.items()):
+            return
+        self._trained = self.selection.parameters(self.model)
+        self._by_layer = parameters_by_layer(self.model, self.selection)
+        self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        initial = {
+            name: sharded_like(value, self._trained[name]) for name, value in self._initial.items()
+        }
+        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+            shared = any(value is self.ref_model.initial[0] for value in self._initial.values())
+            self.ref_model.follow(self._trained)
+            initial = self.ref_model.tensors if shared else initial
+        self._initial = initial
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._as_in_one_process():
+            super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._as_in_one_process():
+            super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @contextmanager
+    def _as_in_one_process(self) -> Iterator[None]:
+        """Beside a delta, FSDP2's optimizer is saved as any other, for any number of processes."""
+        if self.checkpoint_format == "full" or not launchers.uses_fsdp2(self.accelerator):
+            yield
+            return
+        self.is_fsdp_enabled = False  # what decides in transformers between its formats
+        try:
+            with launchers.optimizer_in_one_piece(self.optimizer.optimizer):
+                yield
+        finally:
+            self.is_fsdp_enabled = True
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, int]:
+        """Go on with this epoch's order of the data: TRL's sampler would repeat the first one's."""
+        if launchers.uses_fsdp2(self.accelerator):
+            self.check_frozen()  # before it takes the tensors apart
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            launchers.refuse_checkpoint(folder, self.accelerator)
+            if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
+                self._sync_everything()
+                if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+                    self.ref_model.load_tensors(load_file(folder / _REFERENCE))
+        epochs_trained, batches = super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
+            max_steps,
+            num_update_steps_per_epoch,
+            num_train_epochs,
+            resume_from_checkpoint,
+            *args,
+            **kwargs,
+        )
+        if isinstance(self._sampler, RepeatSampler):
+            for _ in range(epochs_trained):
+                next(iter(self._sampler), None)  # draws the order of one epoch
+        return epochs_trained, batches
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         folder = Path(resume_from_checkpoint)
+        launchers.refuse_checkpoint(folder, self.accelerator)
         self._sync_everything()
-        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        self._epochs_trained = int(state.epoch or 0)
+        self._follow_shards()
         if not (folder / _DELTA).is_dir():
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -423,12 +504,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self.ref_model.load_tensors(reference)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Go on with this epoch's order of the data: TRL's sampler would repeat the first one's."""
-        sampler = super()._get_train_sampler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(sampler, RepeatSampler):
-            for _ in range(self._epochs_trained):
-                next(iter(sampler), None)  # draws the order of one epoch
-        return sampler
+        self._sampler = super()._get_train_sampler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._sampler
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -508,8 +585,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401
         """Transformers calls this between clipping and the step: note each layer's share."""
         total = super()._get_grad_norm(model, grad_norm=grad_norm)  # pyright: ignore[reportAttributeAccessIssue]
+        if launchers.uses_deepspeed(self.accelerator):
+            return total  # it has stepped already, and has no gradients left
+        total_norm = whole(total) if isinstance(total, Tensor) else total
         clipped = norm(p.grad for p in self._trained.values() if p.grad is not None)
-        factor = torch.where(clipped > 0, total / clipped, 0.0)
+        factor = torch.where(clipped > 0, total_norm / clipped, 0.0)
         self._grad_norms = {
             layer: factor * norm(p.grad for p in parameters if p.grad is not None)
             for layer, parameters in self._by_layer.items()

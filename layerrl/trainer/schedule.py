@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from layerrl.blocks import find_blocks
 from layerrl.errors import SelectionError
+from layerrl.trainer import launchers
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -38,6 +39,7 @@ class LayerSchedule(TrainerCallback):
     Raises:
         SelectionError: If it makes no sense, or, when training starts, if the trainer's selection
             does not have the same layers or a set would get no turn.
+        LauncherError: When training starts, under a launcher that fixes what trains beforehand.
 
     Example:
         ```python
@@ -108,7 +110,8 @@ class LayerSchedule(TrainerCallback):
         control: Any,  # noqa: ANN401
         **given: Any,
     ) -> None:
-        """Refuse layers that the trainer does not train, and sets that get no turn."""
+        """Refuse what cannot take turns: a launcher, other layers, sets without a turn."""
+        launchers.refuse_schedule(args)
         self._active = None
         blocks = find_blocks(given["model"])
         trained = {
