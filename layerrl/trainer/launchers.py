@@ -36,16 +36,15 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return getattr(accelerator.state, "deepspeed_plugin", None) is not None
 
 
-def refuse_launcher(selection: LayerSelection, accelerator: Accelerator, num_devices: int) -> None:
+def refuse_launcher(selection: LayerSelection, accelerator: Accelerator) -> None:
     """Launchers that cannot hold frozen and trained tensors side by side.
 
     Args:
         selection: What trains.
         accelerator: The trainer's.
-        num_devices: Devices that this one process uses.
 
     Raises:
-        LauncherError: Under FSDP1, DeepSpeed's ZeRO-3 or `nn.DataParallel`.
+        LauncherError: Under FSDP1 or DeepSpeed's ZeRO-3.
     """
     state = accelerator.state
     if uses_fsdp2(accelerator) and state.fsdp_plugin.fsdp_version == 1:
@@ -59,12 +58,6 @@ def refuse_launcher(selection: LayerSelection, accelerator: Accelerator, num_dev
             f"DeepSpeed's ZeRO-3 was given for {selection}: it keeps every tensor in parts that "
             "the reference, the delta and the frozen check cannot read. Use FSDP2, which shards "
             "the same and can, or ZeRO-2."
-        )
-    if num_devices > 1:
-        raise LauncherError(
-            f"one process was given {num_devices} devices for {selection}, which nn.DataParallel "
-            "would copy the model to in each step. Start a process for each device (accelerate "
-            "launch, torchrun), or show it one (CUDA_VISIBLE_DEVICES=0)."
         )
 
 

@@ -176,7 +176,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         with arguments.without_reference_model(args_given, reference):
             super().__init__(*args, **kwargs)
         self._selection = select_layers(self.model, selection)
-        launchers.refuse_launcher(self.selection, self.accelerator, self.args.n_gpu)
+        launchers.refuse_launcher(self.selection, self.accelerator)
         launchers.refuse_disagreement(self.selection, self.accelerator)
         arguments.refuse_cast(self.args, None if full else self.model)
         arguments.warn_of_frozen_head(self.model, self.selection)

@@ -1,11 +1,11 @@
 """Several processes that train together end where one process does, on the same global batch.
 
-Every run is in float64, where nothing but a different order of additions can tell them apart. Full
-training is held to 1e-6, as Adam magnifies what is left where a gradient is almost zero.
+Every run is in float64, where little but the order of additions can tell them apart.
 """
 
 import json
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from layerrl import load_delta
-from layerrl.errors import DeltaError, LauncherError
+from layerrl.errors import DeltaError
 from layerrl.trainer import LayerSchedule
 from tests.grpo import config, make
 from tests.launchers.launch import launch
@@ -39,23 +39,33 @@ def environment(name: str) -> dict[str, str]:
     return {k: v for k, v in found.items() if k.startswith(("FSDP_", "ACCELERATE_"))}
 
 
+FSDP2 = environment("fsdp2.yaml")
+UNEVEN = [{"arguments": {"prefix_cache_bytes": size}} for size in (2**30, 64)]
+
+
 def schedule() -> dict[str, Any]:
     return {"callbacks": [LayerSchedule([1, 2], every=2)]}
 
 
 class Runs:
-    """Launches, each with all of its jobs, in an order in which each can resume from another."""
+    """Launches, each with all of its jobs, done when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         saved(folder / "base", tiny("llama", 4).double())
-        self.one = self._launch(
+
+    @cached_property
+    def one(self) -> dict[str, list[Any]]:
+        return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()},
         )  # fmt: skip
-        uneven = [{"arguments": {"prefix_cache_bytes": size}} for size in (2**30, 64)]
-        self.ddp = self._launch(
-            "ddp", 2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED, uneven=uneven,
+
+    @cached_property
+    def ddp(self) -> dict[str, list[Any]]:
+        assert self.one
+        return self._launch(
+            "ddp", 2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED, uneven=UNEVEN,
             resumed={"resume": self.checkpoint("one")},
             schedule={
                 "selection": [1, 2], "arguments": schedule(), "ddp_find_unused_parameters": True,
@@ -63,19 +73,37 @@ class Runs:
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             disagree=[{"selection": layer} for layer in (1, 2)],
         )  # fmt: skip
-        sharded = environment("fsdp2.yaml")
-        self.fsdp2 = self._launch(
-            "fsdp2", 2, sharded, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
-            uneven=uneven, resumed={"resume": self.checkpoint("ddp")},
+
+    @cached_property
+    def fsdp2(self) -> dict[str, list[Any]]:
+        assert self.ddp
+        return self._launch(
+            "fsdp2", 2, FSDP2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
+            uneven=UNEVEN, resumed={"resume": self.checkpoint("ddp")},
             generated={"arguments": {"rollout_func": None}, "max_steps": 2},
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2},
         )  # fmt: skip
-        efficient = {**sharded, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-        self.efficient = self._launch("efficient", 2, efficient, layer={})
-        first = {**sharded, "FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}
-        self.fsdp1 = self._launch("fsdp1", 2, first, layer={})
-        self.again = self._launch(
+
+    @cached_property
+    def efficient(self) -> dict[str, list[Any]]:
+        variables = {**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        return self._launch("efficient", 2, variables, layer={})
+
+    @cached_property
+    def fsdp1(self) -> dict[str, list[Any]]:
+        variables = {
+            **FSDP2,
+            "FSDP_VERSION": "1",
+            "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD",
+            "FSDP_SYNC_MODULE_STATES": "false",  # which would look for a GPU
+        }
+        return self._launch("fsdp1", 2, variables, layer={})
+
+    @cached_property
+    def again(self) -> dict[str, list[Any]]:
+        assert self.fsdp2
+        return self._launch(
             "again", 1, resumed={"resume": self.checkpoint("fsdp2")},
             half={"dtype": "bfloat16", "max_steps": 2},
         )  # fmt: skip
@@ -278,7 +306,7 @@ class TestRefused:
         args = config(tmp_path)
         assert args.device.type == "cpu"
         args._n_gpu = 2
-        with pytest.raises(LauncherError, match=r"one process was given 2 devices for layer 1 of"):
+        with pytest.raises(ValueError, match=r"does not support `nn\.DataParallel`"):  # TRL's own
             make(tiny("llama", 3), tmp_path, selection=1, arguments={"args": args})
 
     def test_layers_that_take_turns_unless_ddp_looks_for_unused_parameters(self, runs):
