@@ -17,6 +17,10 @@ class TrainerError(LayerRLError, TypeError):
     """A class that layers cannot be masked in: no trainer, masked already, or known not to work."""
 
 
+class LauncherError(LayerRLError, RuntimeError):
+    """A launcher that cannot train chosen layers, or processes that do not want the same."""
+
+
 class FrozenTensorError(LayerRLError, RuntimeError):
     """A tensor outside the selection changed, although nothing was allowed to train it."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from layerrl.blocks import find_blocks, plain_name, unwrap
 from layerrl.errors import FrozenTensorError, SelectionError
+from layerrl.shards import local, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -37,12 +38,13 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
     Args:
         tensors: Name to tensor of any dtype and device. Not changed; `meta` tensors are left out.
+            Of a sharded one, the part that this process holds counts.
 
     Returns:
         Name to 16 hexadecimal digits: the same on every device, another one for other bits.
     """
     sums = {
-        name: _checksum(tensor.detach(), _weights(tensor.device))
+        name: _checksum(local(tensor.detach()), _weights(tensor.device))
         for name, tensor in tensors.items()
         if not tensor.is_meta
     }
@@ -266,6 +268,9 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, selection: LayerSele
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm over all elements of several tensors, in float32 on their device."""
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    """Euclidean norm over all elements of several tensors, in float32 or wider on their device."""
+    norms = [
+        torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32))
+        for t in tensors
+    ]
+    return whole(torch.linalg.vector_norm(torch.stack(norms))) if norms else torch.zeros(())

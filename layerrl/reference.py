@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from layerrl.shards import forget_gathered, sharded_like
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 class ReferenceModel(nn.Module):
@@ -43,6 +46,17 @@ class ReferenceModel(nn.Module):
         """The reference's values by name."""
         return dict(zip(self._trained, self.initial, strict=True))
 
+    def follow(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Go on with a policy that has been sharded: its parameters are others, and so is this.
+
+        Args:
+            trained: The tensors that train, by the names they had.
+        """
+        for index, parameter in enumerate(trained.values()):
+            value = sharded_like(self.initial[index], parameter)
+            self.initial[index] = nn.Parameter(value, requires_grad=False)
+        self._trained = dict(trained)
+
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take values that `tensors` gave, of the same selection.
@@ -51,7 +65,7 @@ class ReferenceModel(nn.Module):
             tensors: Name to value, of the same shapes.
         """
         for name, initial in self.tensors.items():
-            initial.copy_(tensors[name])
+            initial.copy_(sharded_like(tensors[name], initial))
 
     @contextmanager
     def swapped_in(self) -> Iterator[nn.Module]:
@@ -62,18 +76,28 @@ class ReferenceModel(nn.Module):
         """
         [policy] = self._policy
         training = [module for module in policy.modules() if module.training]
-        own = [parameter.data for parameter in self._trained.values()]
+        own = [
+            parameter.detach().clone() if isinstance(parameter, DTensor) else parameter.data
+            for parameter in self._trained.values()
+        ]
         try:
             for module in training:
                 module.training = False
-            for parameter, initial in zip(self._trained.values(), self.initial, strict=True):
-                parameter.data = initial.data
+            self._give(self.initial)
             yield policy
         finally:
-            for parameter, data in zip(self._trained.values(), own, strict=True):
-                parameter.data = data
+            self._give(own)
             for module in training:
                 module.training = True
+
+    def _give(self, values: Iterable[Tensor]) -> None:
+        """Put values into the policy: into the shards, which FSDP2 knows by their storage."""
+        for parameter, value in zip(self._trained.values(), values, strict=True):
+            if isinstance(parameter, DTensor):
+                parameter.detach().copy_(value)
+            else:
+                parameter.data = value.data
+        forget_gathered(self._policy[0])
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the policy's own

@@ -78,6 +78,8 @@ class PrefixReplay:
         selection: What trains; nothing is recorded when no whole layer lies below.
         max_bytes: A batch that would take more is not recorded.
         record_while_generating: Record inside `sampling`.
+        agree: Whether something is so in all processes that train together. A pass that one of them
+            replays and another does not would leave them waiting for each other.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class PrefixReplay:
         max_bytes: int,
         *,
         record_while_generating: bool = False,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         blocks = find_blocks(model)
+        self._agree = agree
         self._prefix = [blocks.modules[layer] for layer in selection.frozen_prefix]
         self._max_bytes = max_bytes
         self._extras: list[tuple[None, ...] | None] = [None] * len(self._prefix)
@@ -100,7 +104,7 @@ class PrefixReplay:
         self.samples = record_while_generating
         """Whether to record inside `sampling`; False for good once that did not match."""
         self._sampled: list[Tensor] = []
-        self.enabled = bool(self._prefix) and max_bytes > 0
+        self.enabled = bool(self._prefix) and agree(max_bytes > 0)
         """Whether passes are recorded at all; False for good once a replay did not match."""
 
     @property
@@ -171,12 +175,14 @@ class PrefixReplay:
         """
         num_rows, num_tokens = tokens_BT2.shape[:2]
         parts, self._sampled = self._sampled, []
-        if not parts or {len(part) for part in parts} != {num_rows}:
-            return False
         # The last token was sampled but never run; nothing is read from its position.
-        parts.append(parts[-1][:, -1:])
-        of_right_length = sum(part.shape[1] for part in parts) == num_tokens
-        if not of_right_length or sum(part.nbytes for part in parts) > self._max_bytes:
+        parts += [part[:, -1:] for part in parts[-1:]]
+        fits = (
+            {len(part) for part in parts} == {num_rows}
+            and sum(part.shape[1] for part in parts) == num_tokens
+            and sum(part.nbytes for part in parts) <= self._max_bytes
+        )
+        if not self._agree(fits):
             return False
         hidden_BTH = torch.cat(parts, dim=1)
         recording.tokens_BT2, recording.hidden_BTH = tokens_BT2, hidden_BTH
@@ -222,7 +228,7 @@ class PrefixReplay:
             return compute()
         rows_B = self._rows_B
         if self._generating and recording.tokens_BT2 is None:
-            if self.take_sampled(recording, tokens_BT2):
+            if self.samples and self.take_sampled(recording, tokens_BT2):
                 if (training, True) in self._verified:
                     with self._replaying(recording, None):
                         return compute()
@@ -230,7 +236,8 @@ class PrefixReplay:
             recording.tokens_BT2 = tokens_BT2
             with self._recording(recording):
                 return compute()
-        if not (self._generating or rows_B is not None) or not recording.holds(rows_B, tokens_BT2):
+        known = self._generating or rows_B is not None
+        if not self._agree(known and recording.holds(rows_B, tokens_BT2)):
             return compute()
         if (training, recording.sampled) in self._verified:
             with self._replaying(recording, rows_B):
@@ -241,7 +248,8 @@ class PrefixReplay:
         self, compute: Compute, before: list[Recording], tokens_BT2: Tensor, training: bool
     ) -> Any:  # noqa: ANN401
         recording = next((made for made in before if made.holds(None, tokens_BT2)), None)
-        if recording is None:
+        known = self._agree(recording is not None)
+        if recording is None or not known:
             recording = Recording(tokens_BT2=tokens_BT2)
             before.append(recording)
             with self._recording(recording):
@@ -255,22 +263,23 @@ class PrefixReplay:
         self, compute: Compute, recording: Recording, rows_B: Tensor | None, training: bool
     ) -> Any:  # noqa: ANN401
         plain = compute()
-        problem = None
+        problem, compared = None, False
         try:
             with torch.no_grad(), torch.random.fork_rng(), self._replaying(recording, rows_B):
                 replayed = compute()
             difference = self._difference(plain, replayed, recording, rows_B)
-            if difference is None:  # nothing but padding: the next pass may tell
-                return plain
+            compared = difference is not None  # or nothing but padding: the next pass may tell
             assert recording.hidden_BTH is not None
             tolerance = _TOLERANCE.get(recording.hidden_BTH.dtype, _TOLERANCE_16_BIT)
-            if not difference <= tolerance:
+            if difference is not None and not difference <= tolerance:
                 problem = f"results differ by {difference:.3g} (at most {tolerance:.0e})"
         except Exception as error:  # whatever a model does with a shortened stack, training goes on
             problem = f"the model cannot run on it: {type(error).__name__}: {error}"
-        if problem is None:
-            self._verified.add((training, recording.sampled))
+        if self._agree(problem is None):
+            if self._agree(compared):
+                self._verified.add((training, recording.sampled))
             return plain
+        problem = problem or "it did not match in another process"
         self.clear()
         if recording.sampled:
             self.samples = False

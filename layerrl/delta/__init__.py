@@ -28,6 +28,7 @@ from layerrl.blocks import unwrap
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints
 from layerrl.selection import LayerSelection
+from layerrl.shards import forget_gathered, sharded_like, whole
 
 FORMAT_VERSION = 1
 _TENSORS, _META = "delta.safetensors", "delta.json"
@@ -55,14 +56,15 @@ class DeltaBase:
         """Record a model as it is now: call it before training.
 
         Args:
-            model: The model that will be trained. Not changed.
+            model: The model that will be trained. Not changed. Every process has to call this where
+                it is sharded.
             selection: What will train.
 
         Returns:
             The record that `save_delta` takes as `base`.
         """
         config = getattr(unwrap(model), "config", None)
-        tensors = checkpoint_form(model, selection.parameters(model))
+        tensors = checkpoint_form(model, _whole(selection.parameters(model)))
         return cls(
             name=getattr(config, "_name_or_path", None) or None,
             revision=getattr(config, "_commit_hash", None),
@@ -79,6 +81,7 @@ def save_delta(
     *,
     selection: LayerSelection,
     base: DeltaBase | nn.Module,
+    is_main_process: bool = True,
 ) -> Path:
     """Write the selected tensors of a trained model, and what they replace, to a new folder.
 
@@ -88,6 +91,8 @@ def save_delta(
         selection: What was trained.
         base: The model before training: `DeltaBase.of(model, selection)` taken then, or another
             instance that still is what `model` was.
+        is_main_process: Whether this process writes. Where the model is sharded, every process has
+            to call this, and one of them writes.
 
     Returns:
         The folder, with `delta.safetensors` (the tensors, in the model's dtype) and `delta.json`.
@@ -104,11 +109,13 @@ def save_delta(
             f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
             "taken then, or another instance that was not trained"
         )
-    tensors = checkpoint_form(model, selection.parameters(model))
+    tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
     if isinstance(base, nn.Module):
         base = DeltaBase.of(base, selection)
+    if not is_main_process:
+        return Path(path)
     if set(tensors) != set(base.fingerprints):
         raise DeltaError(
             f"the base has other tensors than the model to save: "
@@ -243,6 +250,10 @@ def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
         return dict(revert_weight_conversion(base, dict(tensors)))  # pyright: ignore[reportArgumentType]
 
 
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+
+
 def _write(
     model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
@@ -267,7 +278,8 @@ def _write(
         flat[position.reshape(-1)] = tensors[name].reshape(-1).to(flat.dtype)
     with torch.no_grad():
         for parameter, values in zip(trained.values(), flat.split(sizes), strict=True):
-            parameter.copy_(values.view(parameter.shape))
+            parameter.copy_(sharded_like(values.view(parameter.shape), parameter))
+    forget_gathered(model)
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from abc import ABCMeta
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import RepeatSampler
 
-from layerrl.blocks import replaced_forwards, unwrap
+from layerrl.blocks import plain_name, replaced_forwards, unwrap
 from layerrl.checkpointing import KeptActivations, backward_from_first_trained
 from layerrl.delta import DeltaBase, restore_delta, save_delta
 from layerrl.errors import DeltaError, SelectionError
@@ -27,15 +26,15 @@ from layerrl.masking import (
     check_optimizer,
     fingerprints,
     frozen_tensors,
-    norm,
     parameters_by_layer,
     scale_learning_rates,
 )
-from layerrl.precision import HALF, MASTER, step_in_float32
+from layerrl.precision import HALF, step_in_float32
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
-from layerrl.trainer import arguments
+from layerrl.shards import sharded_like, whole
+from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.callbacks import FrozenCheck, SyncReference
 from layerrl.trainer.sync import WeightSync
 
@@ -79,7 +78,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
     float32, where small steps are not rounded away.
 
     Logged with the trainer's own metrics: `layerrl/trained_parameters`, the number of elements that
-    train; `layerrl/grad_norm/layer_<k>`, the layer's share of `grad_norm`, before clipping;
+    train now; `layerrl/grad_norm/layer_<k>`, the layer's share of `grad_norm`, before clipping;
     `layerrl/relative_update/layer_<k>`, the norm of the layer's change since the trainer was made
     over its norm then (not for `"full"`, which would need a second copy of the model).
 
@@ -112,6 +111,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         TrainerError: If the class behind the mixin is no trainer, is masked already, or is one that
             cannot be masked.
         ModelError: If the model's decoder layers cannot be found.
+        LauncherError: Under a launcher that cannot train chosen layers, or in processes that do not
+            choose the same.
     """
 
     if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         vllm_generation: Any
         optimizer: Any
         accelerator: Any
+        is_fsdp_enabled: bool
         args: Any
         state: Any
         add_callback: Any
@@ -175,32 +177,40 @@ class LayerMaskedMixin(metaclass=_OneMask):
         with arguments.without_reference_model(args_given, reference):
             super().__init__(*args, **kwargs)
         self._selection = select_layers(self.model, selection)
+        launchers.refuse_launcher(self.selection, self.accelerator)
+        launchers.refuse_disagreement(self.selection, self.accelerator)
         arguments.refuse_cast(self.args, None if full else self.model)
         arguments.warn_of_frozen_head(self.model, self.selection)
         self.checkpoint_format = "full" if full else checkpoint_format
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
-        self._base = DeltaBase.of(self.model, self.selection)
+        base = DeltaBase.of(self.model, self.selection)
+        self._base = launchers.of_main_process(base, self.accelerator)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
         self._replay = PrefixReplay(
             self.model,
             self.selection,
             prefix_cache_bytes,
             record_while_generating=record_while_generating,
+            agree=partial(launchers.agree, self.accelerator),
         )
         self._spends_freed_memory = activation_bytes is None
+        budget = activation_bytes or 0
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
             frozen = [p for p in self.model.parameters() if id(p) not in trained]
-            activation_bytes = sum(p.nbytes for p in frozen) if reference else 0
-        self._kept = KeptActivations(self.model, self.selection, activation_bytes)
+            spared = sum(p.nbytes for p in frozen) if reference else 0
+            # FSDP2 would have sharded that model, too.
+            sharded = launchers.uses_fsdp2(self.accelerator)
+            budget = spared // (self.accelerator.num_processes if sharded else 1)
+        self._kept = KeptActivations(self.model, self.selection, budget)
         self._master_weights = master_weights and not full
         self._weight_sync = None
         if hasattr(self, "vllm_generation") and not full:
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
-        self._epochs_trained = 0
+        self._sampler: Any = None
         self._mask = ExitStack()
         self.add_callback(FrozenCheck(self.check_frozen))
         self._initial: Mapping[str, Tensor] = {}
@@ -247,7 +257,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
             FrozenTensorError: If a frozen tensor changed, at train start, at a save or at the end.
         """
         self._mask_model()
-        self._epochs_trained = 0
         try:
             return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         except BaseException:
@@ -282,10 +291,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         # An empty state dict writes everything that goes with a model; its weights go again.
         self._save(str(folder), state_dict={})
         remove_dummy_checkpoint(self.args.should_save, str(folder), [SAFE_WEIGHTS_NAME])
-        if self.args.should_save:
-            save_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
-            if isinstance(getattr(self, "ref_model", None), ReferenceModel):
-                save_file(dict(self.ref_model.tensors), folder / _REFERENCE)
+        self._save_delta(folder / _DELTA, writes=self.args.should_save)
+        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+            reference = {name: whole(value) for name, value in self.ref_model.tensors.items()}
+            if self.args.should_save:
+                save_file(reference, folder / _REFERENCE)
 
     def save_delta(self, path: str | os.PathLike[str]) -> Path | None:
         """Save only what was trained, as a delta on the model the trainer was made with.
@@ -301,11 +311,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
             FrozenTensorError: If a frozen tensor changed. Nothing is written then.
         """
         self.check_frozen()
-        saved = None
-        if self.accelerator.is_main_process:
-            saved = save_delta(self.model, path, selection=self.selection, base=self._base)
+        saved = self._save_delta(path, writes=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
-        return saved
+        return saved if self.accelerator.is_main_process else None
+
+    def _save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
+        return save_delta(
+            self.model, path, selection=self.selection, base=self._base, is_main_process=writes
+        )
 
     def check_frozen(self) -> None:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
@@ -313,6 +326,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         Raises:
             FrozenTensorError: If one changed.
         """
+        self._follow_shards()
         check_frozen(self.model, self.selection, self._frozen)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
@@ -386,7 +400,16 @@ class LayerMaskedMixin(metaclass=_OneMask):
             **kwargs: The trainer's own arguments.
         """
         if "loss" in logs:
-            logs.update(self._layer_metrics())
+            norms = metrics.named("grad_norm", self._grad_norms)
+            moved = metrics.relative_updates(
+                self._by_layer, self._trained, self._initial, getattr(self.optimizer, "state", {})
+            )
+            size = sum(p.numel() for p in self._trained.values() if p.requires_grad)
+            logs.update(
+                {"layerrl/trained_parameters": float(size)}
+                | norms
+                | metrics.named("relative_update", moved)
+            )
         super().log(logs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _mask_model(self) -> None:
@@ -400,11 +423,81 @@ class LayerMaskedMixin(metaclass=_OneMask):
         elif not self.selection.full:
             self._initial = self.ref_model.tensors
 
+    def _follow_shards(self) -> None:
+        """Go on with the parameters that FSDP2 put in the place of those before, in parts."""
+        parameters = {plain_name(n): p for n, p in unwrap(self.model).named_parameters()}
+        if all(parameters[name] is p for name, p in self._trained.items()):
+            return
+        self._trained = self.selection.parameters(self.model)
+        self._by_layer = parameters_by_layer(self.model, self.selection)
+        self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        initial = {
+            name: sharded_like(value, self._trained[name]) for name, value in self._initial.items()
+        }
+        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+            shared = any(value is self.ref_model.initial[0] for value in self._initial.values())
+            self.ref_model.follow(self._trained)
+            initial = self.ref_model.tensors if shared else initial
+        self._initial = initial
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._as_in_one_process():
+            super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._as_in_one_process():
+            super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @contextmanager
+    def _as_in_one_process(self) -> Iterator[None]:
+        """Beside a delta, FSDP2's optimizer is saved as any other, for any number of processes."""
+        if self.checkpoint_format == "full" or not launchers.uses_fsdp2(self.accelerator):
+            yield
+            return
+        self.is_fsdp_enabled = False  # what decides in transformers between its formats
+        try:
+            with launchers.optimizer_in_one_piece(self.optimizer.optimizer):
+                yield
+        finally:
+            self.is_fsdp_enabled = True
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, int]:
+        """Go on with this epoch's order of the data: TRL's sampler would repeat the first one's."""
+        if launchers.uses_fsdp2(self.accelerator):
+            self.check_frozen()  # before it takes the tensors apart
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            launchers.refuse_checkpoint(folder, self.accelerator)
+            if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
+                self._sync_everything()
+                if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+                    self.ref_model.load_tensors(load_file(folder / _REFERENCE))
+        epochs_trained, batches = super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
+            max_steps,
+            num_update_steps_per_epoch,
+            num_train_epochs,
+            resume_from_checkpoint,
+            *args,
+            **kwargs,
+        )
+        if isinstance(self._sampler, RepeatSampler):
+            for _ in range(epochs_trained):
+                next(iter(self._sampler), None)  # draws the order of one epoch
+        return epochs_trained, batches
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         folder = Path(resume_from_checkpoint)
+        launchers.refuse_checkpoint(folder, self.accelerator)
         self._sync_everything()
-        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        self._epochs_trained = int(state.epoch or 0)
+        self._follow_shards()
         if not (folder / _DELTA).is_dir():
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
             return
@@ -423,12 +516,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self.ref_model.load_tensors(reference)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Go on with this epoch's order of the data: TRL's sampler would repeat the first one's."""
-        sampler = super()._get_train_sampler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(sampler, RepeatSampler):
-            for _ in range(self._epochs_trained):
-                next(iter(sampler), None)  # draws the order of one epoch
-        return sampler
+        self._sampler = super()._get_train_sampler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._sampler
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -508,30 +597,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401
         """Transformers calls this between clipping and the step: note each layer's share."""
         total = super()._get_grad_norm(model, grad_norm=grad_norm)  # pyright: ignore[reportAttributeAccessIssue]
-        clipped = norm(p.grad for p in self._trained.values() if p.grad is not None)
-        factor = torch.where(clipped > 0, total / clipped, 0.0)
-        self._grad_norms = {
-            layer: factor * norm(p.grad for p in parameters if p.grad is not None)
-            for layer, parameters in self._by_layer.items()
-        }
+        if not launchers.uses_deepspeed(self.accelerator):  # which has no gradients left by now
+            self._grad_norms = metrics.grad_norms(total, self._by_layer, self._trained.values())
         return total
-
-    def _layer_metrics(self) -> dict[str, float]:
-        metrics = {
-            "layerrl/trained_parameters": float(sum(p.numel() for p in self._trained.values()))
-        }
-        for layer, value in self._grad_norms.items():
-            metrics[f"layerrl/grad_norm/layer_{layer}"] = value.item()
-        if self._initial:
-            start = {id(p): self._initial[name] for name, p in self._trained.items()}
-            state = getattr(self.optimizer, "state", {})
-            masters = {
-                id(p): state[p][MASTER]
-                for p in self._trained.values()
-                if MASTER in state.get(p, {})
-            }
-            for layer, parameters in self._by_layer.items():
-                moved = norm(masters.get(id(p), p) - start[id(p)] for p in parameters)
-                size = norm(start[id(p)] for p in parameters)
-                metrics[f"layerrl/relative_update/layer_{layer}"] = (moved / size).item()
-        return metrics

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from layerrl.blocks import find_blocks
 from layerrl.errors import SelectionError
 from layerrl.precision import MASTER
+from layerrl.trainer import launchers
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -44,6 +45,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
             layers or more than layers, has an optimizer that updates layer by layer, sends vLLM a
             fixed list of weights, or resumes a run with another schedule; or if a set would get no
             turn.
+        LauncherError: When training starts, under a launcher that fixes what trains beforehand.
 
     Example:
         ```python
@@ -145,7 +147,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
         control: Any,  # noqa: ANN401
         **given: Any,
     ) -> None:
-        """Refuse layers that the trainer does not train, and sets that get no turn."""
+        """Refuse what cannot take turns: a launcher, other layers, sets without a turn."""
         self._active = None
         blocks = find_blocks(given["model"])
         of_layer = {
@@ -188,6 +190,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 f"the checkpoint was written with another schedule, {known['args']}; this one is "
                 f"{self.state()['args']}. Resume with the same."
             )
+        launchers.refuse_schedule(args)
         turns = {self.at(step) for step in range(0, state.max_steps, self._every)}
         idle = [chosen for chosen in self._sets if chosen not in turns]
         if idle:

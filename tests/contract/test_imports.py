@@ -27,6 +27,7 @@ BUILTIN_BASE = {
     "ModelError": TypeError,
     "SelectionError": ValueError,
     "TrainerError": TypeError,
+    "LauncherError": RuntimeError,
     "FrozenTensorError": RuntimeError,
     "DeltaError": ValueError,
     "ReportError": ValueError,

@@ -40,6 +40,7 @@ IN_LOSS = "LayerMaskedMixin._scoring_in_loss finds the passes of a policy and it
 SYNC = "trainer.sync.WeightSync swaps the model and the metadata of a sync"
 MASTERS = "precision.step_in_float32 replaces two methods of an optimizer"
 EPISODES = "trainer.gigpo and trainer.environments play episodes behind TRL's rollout_func"
+LAUNCHERS = "trainer.launchers and LayerMaskedMixin follow a model that is sharded in between"
 BUFFERS = "masking.frozen_tensors leaves out buffers that are not saved with the model"
 
 
@@ -347,6 +348,42 @@ class TestFastPath:
         optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
         assert optimizer.state[parameter]["momentum_buffer"].dtype == torch.float32, MASTERS
         assert optimizer.param_groups[0]["params"] is held, MASTERS
+
+
+class TestLaunchers:
+    """What really launched processes do is in tests/launchers."""
+
+    def test_training_state_is_made_between_the_sampler_and_its_first_draw(self, model, tmp_path):
+        calls = []
+
+        class Noting(GRPOTrainer):
+            def _get_train_sampler(self, *args, **kwargs):
+                calls.append("sampler")
+                return super()._get_train_sampler(*args, **kwargs)
+
+            def _init_training_state(self, *args, **kwargs):
+                calls.append("state")
+                found = super()._init_training_state(*args, **kwargs)
+                assert found == (0, 0), LAUNCHERS
+                return found
+
+            def _prepare_for_training(self, *args, **kwargs):
+                calls.append("prepared")
+                return super()._prepare_for_training(*args, **kwargs)
+
+        make(model, tmp_path, trainer=Noting, max_steps=1).train()
+        assert calls == ["sampler", "state", "prepared"], LAUNCHERS
+        found = parameters_of(Trainer._init_training_state)
+        assert found[4] == "resume_from_checkpoint", LAUNCHERS
+
+    def test_one_attribute_says_how_an_optimizer_is_saved_and_loaded(self):
+        for method in (
+            Trainer._save_optimizer_and_scheduler,
+            Trainer._load_optimizer_and_scheduler,
+        ):
+            source = inspect.getsource(method)
+            assert "self.is_fsdp_enabled" in source, LAUNCHERS
+            assert "OPTIMIZER_NAME" in source, LAUNCHERS
 
 
 class TestEpisodes:

@@ -1,0 +1,179 @@
+"""What differs where several processes train together: DDP, FSDP2, DeepSpeed."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
+from accelerate.utils.constants import FSDP_MODEL_NAME
+
+from layerrl.errors import DeltaError, LauncherError
+from layerrl.shards import sharded_state, whole_state
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+
+    from layerrl.delta import DeltaBase
+    from layerrl.selection import LayerSelection
+
+_DEEPSPEED = "latest"  # the file in which DeepSpeed names the part of a checkpoint that is its own
+
+
+def uses_fsdp2(accelerator: Accelerator) -> bool:
+    """Whether the model is, or will be, sharded by FSDP2."""
+    return getattr(accelerator.state, "fsdp_plugin", None) is not None
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed trains."""
+    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+
+
+def refuse_launcher(selection: LayerSelection, accelerator: Accelerator) -> None:
+    """Launchers that cannot hold frozen and trained tensors side by side.
+
+    Args:
+        selection: What trains.
+        accelerator: The trainer's.
+
+    Raises:
+        LauncherError: Under FSDP1 or DeepSpeed's ZeRO-3.
+    """
+    plugins: Any = accelerator.state
+    if uses_fsdp2(accelerator) and plugins.fsdp_plugin.fsdp_version == 1:
+        raise LauncherError(
+            f"FSDP1 was given for {selection}: it flattens frozen and trained tensors into one, "
+            "which wants a gradient for all or none of them. Use FSDP2: fsdp_version: 2 in "
+            'accelerate\'s config, or fsdp_config={"version": 2} in the args.'
+        )
+    if uses_deepspeed(accelerator) and plugins.deepspeed_plugin.zero_stage == 3:
+        raise LauncherError(
+            f"DeepSpeed's ZeRO-3 was given for {selection}: it keeps every tensor in parts that "
+            "the reference, the delta and the frozen check cannot read. Use FSDP2, which shards "
+            "the same and can, or ZeRO-2."
+        )
+
+
+def refuse_schedule(args: Any) -> None:  # noqa: ANN401
+    """Launchers that settle once for all which tensors have gradients.
+
+    Args:
+        args: The trainer's.
+
+    Raises:
+        LauncherError: Under FSDP2 and DeepSpeed; under DDP unless it looks for unused parameters.
+    """
+    kind = AcceleratorState().distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise LauncherError(
+            f"LayerSchedule was given under {kind.value}, which settles before the first step "
+            "which tensors get gradients: layers could not take turns. Use DDP, or one process."
+        )
+    if args.world_size > 1 and not args.ddp_find_unused_parameters:
+        raise LauncherError(
+            f"LayerSchedule was given to {args.world_size} processes, and DDP would wait for the "
+            "gradients of layers whose turn it is not: set ddp_find_unused_parameters=True in the "
+            "args."
+        )
+
+
+def agree(accelerator: Accelerator, value: bool) -> bool:
+    """Whether something is so in all processes; every one has to ask."""
+    if accelerator.num_processes == 1:
+        return value
+    values: Any = gather(torch.tensor([value], device=accelerator.device))
+    return bool(values.all())
+
+
+def refuse_disagreement(selection: LayerSelection, accelerator: Accelerator) -> None:
+    """Processes that train together have to train the same.
+
+    Args:
+        selection: What this one trains.
+        accelerator: The trainer's; every process has to call this.
+
+    Raises:
+        LauncherError: In all processes, if one has another selection.
+    """
+    if accelerator.num_processes == 1:
+        return
+    found = gather_object([selection.to_json()])
+    if len({*found}) > 1:
+        given = [type(selection).from_json(text) for text in found]
+        raise LauncherError(
+            f"{len(found)} processes train different selections: "
+            + ", ".join(f"process {rank} {chosen}" for rank, chosen in enumerate(given))
+            + ". Give the same selection= to each, not one that depends on the rank, on chance or "
+            "on a file that only some can read."
+        )
+
+
+def of_main_process(base: DeltaBase, accelerator: Accelerator) -> DeltaBase:
+    """The main process's record of the base: the others may have loaded no weights yet."""
+    if accelerator.num_processes == 1:
+        return base
+    [shared] = broadcast_object_list([base])
+    return shared
+
+
+def refuse_checkpoint(folder: Path, accelerator: Accelerator) -> None:
+    """Checkpoints of a launcher whose optimizer state this one cannot read.
+
+    Args:
+        folder: The checkpoint.
+        accelerator: The trainer's.
+
+    Raises:
+        DeltaError: If it was written with DeepSpeed and this run is without it, or the opposite; if
+            it is a whole model and the same is true of FSDP.
+    """
+    by_deepspeed = (folder / _DEEPSPEED).is_file()
+    if by_deepspeed != uses_deepspeed(accelerator):
+        wrote, runs = ("with", "without") if by_deepspeed else ("without", "with")
+        raise DeltaError(
+            f"the checkpoint {folder} was written {wrote} DeepSpeed and this run is {runs} it: "
+            "their optimizer states cannot be converted. Resume with the launcher that wrote it, "
+            "or start a new run from its weights (load_delta on its folder 'delta')."
+        )
+    by_fsdp = any(folder.glob(f"{FSDP_MODEL_NAME}*"))
+    if not (folder / "delta").is_dir() and not by_deepspeed and by_fsdp != uses_fsdp2(accelerator):
+        wrote, runs = ("with", "without") if by_fsdp else ("without", "with")
+        raise DeltaError(
+            f"the checkpoint {folder} is a whole model written {wrote} FSDP, and this run is "
+            f'{runs} it: only checkpoints with a delta (checkpoint_format="delta", of a selection '
+            'other than "full") can be resumed under another launcher.'
+        )
+
+
+@contextmanager
+def optimizer_in_one_piece(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, an optimizer gives and takes the state that it would have in one process.
+
+    What it gives is gathered once, on entry: afterwards one process may ask alone.
+
+    Args:
+        optimizer: One over sharded parameters. Every process has to enter.
+
+    Yields:
+        Nothing.
+    """
+    gathered = whole_state(optimizer.state_dict())
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    hooks = [
+        optimizer.register_state_dict_post_hook(lambda _, state_dict: gathered),
+        optimizer.register_load_state_dict_pre_hook(
+            lambda _, state_dict: sharded_state(state_dict, parameters)
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

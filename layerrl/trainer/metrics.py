@@ -1,0 +1,76 @@
+"""What is logged of each layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerrl.masking import norm
+from layerrl.precision import MASTER
+from layerrl.shards import whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import nn
+
+    ByLayer = Mapping[int, Sequence[nn.Parameter]]
+
+
+def grad_norms(
+    total: Any,  # noqa: ANN401
+    by_layer: ByLayer,
+    trained: Iterable[nn.Parameter],
+) -> dict[int, Tensor]:
+    """Each layer's share of the gradient's norm, before clipping.
+
+    Args:
+        total: The norm of the whole gradient before it was clipped.
+        by_layer: The trained tensors of each layer, with their gradients as they are now.
+        trained: All that train, inside layers and outside.
+
+    Returns:
+        A norm for each layer. Every process has to ask where they are sharded.
+    """
+    total = whole(total) if isinstance(total, Tensor) else total
+
+    def now(parameters: Iterable[nn.Parameter]) -> Tensor:
+        return norm(p.grad for p in parameters if p.grad is not None)
+
+    clipped = now(trained)
+    factor = torch.where(clipped > 0, total / clipped, 0.0)
+    return {layer: factor * now(parameters) for layer, parameters in by_layer.items()}
+
+
+def relative_updates(
+    by_layer: ByLayer,
+    trained: Mapping[str, nn.Parameter],
+    initial: Mapping[str, Tensor],
+    state: Mapping[nn.Parameter, Mapping[str, Any]],
+) -> dict[int, Tensor]:
+    """How far each layer has moved, relative to its size.
+
+    Args:
+        by_layer: The trained tensors of each layer.
+        trained: The same by name.
+        initial: Their values at the start, by name; empty where nobody kept them.
+        state: The optimizer's, with master values where it has them.
+
+    Returns:
+        The norm of the change over the norm at the start, for each layer; none without `initial`.
+    """
+    if not initial:
+        return {}
+    start = {id(parameter): initial[name] for name, parameter in trained.items()}
+    return {
+        layer: norm(state.get(p, {}).get(MASTER, p) - start[id(p)] for p in parameters)
+        / norm(start[id(p)] for p in parameters)
+        for layer, parameters in by_layer.items()
+    }
+
+
+def named(metric: str, values: Mapping[int, Tensor]) -> dict[str, float]:
+    """Values by the name that they are logged under."""
+    return {f"layerrl/{metric}/layer_{layer}": value.item() for layer, value in values.items()}

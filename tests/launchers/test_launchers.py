@@ -1,0 +1,334 @@
+"""Several processes that train together end where one process does, on the same global batch.
+
+Every run is in float64, where little but the order of additions can tell them apart.
+"""
+
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from layerrl import load_delta
+from layerrl.errors import DeltaError
+from layerrl.trainer import LayerSchedule
+from tests.grpo import config, make
+from tests.launchers.launch import launch
+from tests.models import tiny
+from tests.runs import in_layers, saved
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+LAYER = 2
+
+
+def environment(name: str) -> dict[str, str]:
+    """What `accelerate launch` sets for one of the examples' configs."""
+    arguments = ["--config_file", str(CONFIGS / name), "--main_process_port", "0", "train.py"]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    found = prepare_multi_gpu_env(parsed)
+    return {k: v for k, v in found.items() if k.startswith(("FSDP_", "ACCELERATE_"))}
+
+
+FSDP2 = environment("fsdp2.yaml")
+UNEVEN = [{"arguments": {"prefix_cache_bytes": size}} for size in (2**30, 64)]
+
+
+def schedule() -> dict[str, Any]:
+    return {"callbacks": [LayerSchedule([1, 2], every=2)]}
+
+
+class Runs:
+    """Launches, each with all of its jobs, done when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        saved(folder / "base", tiny("llama", 4).double())
+
+    @cached_property
+    def one(self) -> dict[str, list[Any]]:
+        return self._launch(
+            "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
+            schedule={"selection": [1, 2], "arguments": schedule()},
+        )  # fmt: skip
+
+    @cached_property
+    def ddp(self) -> dict[str, list[Any]]:
+        assert self.one
+        return self._launch(
+            "ddp", 2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED, uneven=UNEVEN,
+            resumed={"resume": self.checkpoint("one")},
+            schedule={
+                "selection": [1, 2], "arguments": schedule(), "ddp_find_unused_parameters": True,
+            },
+            schedule_unset={"selection": [1, 2], "arguments": schedule()},
+            disagree=[{"selection": layer} for layer in (1, 2)],
+        )  # fmt: skip
+
+    @cached_property
+    def fsdp2(self) -> dict[str, list[Any]]:
+        assert self.ddp
+        return self._launch(
+            "fsdp2", 2, FSDP2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
+            uneven=UNEVEN, resumed={"resume": self.checkpoint("ddp")},
+            generated={"arguments": {"rollout_func": None}, "max_steps": 2},
+            schedule={"selection": [1, 2], "arguments": schedule()},
+            half={"dtype": "bfloat16", "max_steps": 2},
+        )  # fmt: skip
+
+    @cached_property
+    def efficient(self) -> dict[str, list[Any]]:
+        variables = {**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        return self._launch("efficient", 2, variables, layer={})
+
+    @cached_property
+    def fsdp1(self) -> dict[str, list[Any]]:
+        variables = {
+            **FSDP2,
+            "FSDP_VERSION": "1",
+            "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD",
+            "FSDP_SYNC_MODULE_STATES": "false",  # which would look for a GPU
+        }
+        return self._launch("fsdp1", 2, variables, layer={})
+
+    @cached_property
+    def again(self) -> dict[str, list[Any]]:
+        assert self.fsdp2
+        return self._launch(
+            "again", 1, resumed={"resume": self.checkpoint("fsdp2")},
+            half={"dtype": "bfloat16", "max_steps": 2},
+        )  # fmt: skip
+
+    def checkpoint(self, launched: str) -> str:
+        return str(self.folder / launched / "layer" / "checkpoint-3")
+
+    def _launch(
+        self, name: str, num_processes: int, variables: Any = None, **jobs: Any
+    ) -> dict[str, list[Any]]:
+        def job(of: str, changes: dict[str, Any]) -> dict[str, Any]:
+            return {
+                "base": str(self.folder / "base"),
+                "output": str(self.folder / name / of),
+                "selection": LAYER,
+                "per_device_train_batch_size": 8 // num_processes,
+                **changes,
+            }
+
+        whole = {
+            of: [job(of, c) for c in changes] if isinstance(changes, list) else job(of, changes)
+            for of, changes in jobs.items()
+        }
+        folder = self.folder / name
+        return launch(folder, whole, num_processes=num_processes, environment=variables)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("launchers"))
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest relative distance of any tensor."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name] - value).norm() / value.norm().clamp(min=1e-300))
+        for name, value in expected.items()
+    )
+
+
+def assert_same(found: list[Any], expected: list[Any], tolerance: float) -> None:
+    """Weights, optimizer state and what was logged, in every process."""
+    [expected] = expected
+    for process in found:
+        assert not isinstance(process, str), process
+        assert distance(process["weights"], expected["weights"]) <= tolerance
+        assert distance(process["optimizer"], expected["optimizer"]) <= tolerance
+    logs = zip(found[0]["log"], expected["log"], strict=True)
+    for now, before in logs:
+        for key in ("grad_norm", "kl", "reward", *(k for k in before if "layerrl/" in k)):
+            if key in before:
+                assert now[key] == pytest.approx(before[key], rel=1e-6, abs=1e-9), key
+
+
+LAUNCHED = pytest.mark.parametrize("launched", ["ddp", "fsdp2"])
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
+
+
+@LAUNCHED
+@pytest.mark.parametrize(("job", "tolerance"), [("layer", 1e-12), ("full", 1e-6)])
+def test_two_processes_end_where_one_does(runs, launched, job, tolerance):
+    found = getattr(runs, launched)[job]
+    assert_same(found, runs.one[job], tolerance)
+    assert [process["wrapper"] for process in found] == [WRAPPERS[launched]] * 2
+    assert [process["replays"] for process in found] == [job == "layer"] * 2
+
+
+@LAUNCHED
+@pytest.mark.parametrize("job", ["layer", "full"])
+def test_only_gradients_of_trained_tensors_travel(runs, launched, job):
+    """TRL adds a few numbers of its own to each step, for its metrics."""
+    [steps] = {found["log"][-2]["step"] for found in getattr(runs, launched)[job]}
+    for found in getattr(runs, launched)[job]:
+        traffic = found["traffic"]
+        reduced = traffic["allreduce_"] + traffic.get("_reduce_scatter_base_", 0)
+        assert steps * found["trained_bytes"] <= reduced <= 1.05 * steps * found["trained_bytes"]
+
+
+def test_fsdp2_leaves_each_process_half_of_the_model(runs):
+    for found, expected in ((runs.fsdp2, 0.5), (runs.ddp, 1.0)):
+        for process in found["layer"]:
+            assert process["local_bytes"] == expected * runs.one["layer"][0]["local_bytes"]
+
+
+@LAUNCHED
+def test_processes_that_could_not_all_replay_agree_not_to(runs, launched):
+    """One more pass in one of them would leave both waiting for each other."""
+    found = getattr(runs, launched)["uneven"]
+    assert [process["replays"] for process in found] == [False, False]
+    assert_same(found, runs.one["layer"], 1e-12)
+
+
+@LAUNCHED
+def test_a_compiled_model_ends_where_it_would_uncompiled(runs, launched):
+    assert_same(getattr(runs, launched)["compiled"], runs.one["compiled"], 1e-12)
+
+
+def test_compiling_changes_nothing_in_one_process(runs):
+    [compiled], [plain] = runs.one["compiled"], runs.one["layer"]
+    assert compiled["wrapper"] == "OptimizedModule"
+    assert compiled["replays"]
+    for step in (0, 1):
+        for key in ("grad_norm", "kl", "loss"):
+            assert compiled["log"][step][key] == pytest.approx(plain["log"][step][key], rel=1e-12)
+
+
+class TestCheckpoints:
+    """Of any number of processes, sharded or not, are those of one process."""
+
+    @pytest.mark.parametrize("launched", ["ddp", "fsdp2", "again"])
+    def test_resume_under_another_launcher(self, runs, launched):
+        found = getattr(runs, launched)["resumed"]
+        expected = runs.one["layer"]
+        [whole] = expected
+        for process in found:
+            assert distance(process["weights"], whole["weights"]) <= 1e-12
+            assert distance(process["optimizer"], whole["optimizer"]) <= 1e-12
+            assert process["log"][4]["grad_norm"] == pytest.approx(whole["log"][4]["grad_norm"])
+
+    @LAUNCHED
+    def test_hold_the_same_files_and_tensors(self, runs, launched):
+        found, expected = (Path(runs.checkpoint(name)) for name in (launched, "one"))
+        files = [
+            {
+                str(file.relative_to(folder))
+                for file in folder.rglob("*")
+                if file.is_file() and not file.name.startswith("rng_state")
+            }
+            for folder in (found, expected)
+        ]
+        assert files[0] == files[1]
+        for name in ("delta/delta.safetensors", "reference.safetensors"):
+            assert distance(load_file(found / name), load_file(expected / name)) <= 1e-12
+        assert json.loads((found / "config.json").read_text())["architectures"] == [
+            "LlamaForCausalLM"
+        ]
+
+    @LAUNCHED
+    @pytest.mark.parametrize("job", ["layer", "full"])
+    def test_so_are_models_and_deltas(self, runs, launched, job):
+        folder = runs.folder / launched / job
+        expected = runs.one[job][0]["weights"]
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
+        assert distance(model.state_dict(), expected) <= 1e-6
+        base = AutoModelForCausalLM.from_pretrained(runs.folder / "base", dtype=torch.float64)
+        load_delta(base, folder / "delta")
+        assert distance(base.state_dict(), expected) <= 1e-6
+
+    def test_of_deepspeed_are_refused_without_it(self, runs, tmp_path):
+        shutil.copytree(runs.checkpoint("one"), tmp_path / "checkpoint-3")
+        (tmp_path / "checkpoint-3" / "latest").write_text("global_step3")
+        model = AutoModelForCausalLM.from_pretrained(runs.folder / "base", dtype=torch.float64)
+        trainer = make(model, tmp_path, selection=LAYER, beta=0.04)
+        with pytest.raises(DeltaError, match=r"written with DeepSpeed and this run is without it"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+    def test_with_a_whole_model_of_fsdp_are_refused_without_it(self, tmp_path):
+        trainer = make(tiny("llama", 3), tmp_path, selection="full", max_steps=1)
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "pytorch_model_fsdp.bin").touch()
+        with pytest.raises(DeltaError, match=r"whole model written with FSDP, .* without it"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+class TestFSDP2:
+    def test_generates_with_the_sharded_model(self, runs):
+        base = AutoModelForCausalLM.from_pretrained(runs.folder / "base", dtype=torch.float64)
+        before = base.state_dict()
+        for process in runs.fsdp2["generated"]:
+            assert not isinstance(process, str), process
+            changed = {n for n, t in process["weights"].items() if not t.equal(before[n])}
+            assert changed == {name for name in before if in_layers(name, [LAYER])}
+
+    def test_may_load_the_weights_in_one_process(self, runs):
+        assert_same(runs.efficient["layer"], runs.one["layer"], 1e-12)
+
+    def test_steps_half_precision_in_float32(self, runs):
+        """Gradients are rounded once more on their way: the masters agree as far as those do."""
+        [expected] = runs.again["half"]
+        for process in runs.fsdp2["half"]:
+            assert not isinstance(process, str), process
+            masters = {k for k in process["optimizer"] if k.endswith(": master")}
+            assert masters
+            assert {process["optimizer"][name].dtype for name in masters} == {torch.float32}
+            assert distance(process["weights"], expected["weights"]) < 1e-2
+
+
+class TestRefused:
+    def test_fsdp1(self, runs):
+        for error in runs.fsdp1["layer"]:
+            assert "LauncherError: FSDP1 was given for layer 2 of 4" in error
+            assert "fsdp_version: 2" in error
+
+    def test_processes_that_disagree(self, runs):
+        for error in runs.ddp["disagree"]:
+            assert "process 0 layer 1 of 4, process 1 layer 2 of 4" in error
+
+    def test_several_devices_in_one_process(self, tmp_path):
+        args = config(tmp_path)
+        assert args.device.type == "cpu"
+        args._n_gpu = 2
+        with pytest.raises(ValueError, match=r"does not support `nn\.DataParallel`"):  # TRL's own
+            make(tiny("llama", 3), tmp_path, selection=1, arguments={"args": args})
+
+    def test_layers_that_take_turns_unless_ddp_looks_for_unused_parameters(self, runs):
+        for error in runs.ddp["schedule_unset"]:
+            assert "set ddp_find_unused_parameters=True" in error
+        for error in runs.fsdp2["schedule"]:
+            assert "LayerSchedule was given under FSDP" in error
+        assert_same(runs.ddp["schedule"], runs.one["schedule"], 1e-12)
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+    def test_are_read_by_accelerate(self, file):
+        arguments = ["--config_file", str(file), "train.py"]
+        parsed, defaults, _ = _validate_launch_command(
+            launch_command_parser().parse_args(arguments)
+        )
+        assert parsed.num_processes == (1 if file.stem == "one_gpu" else 8)
+        assert defaults.use_cpu is False
+
+    def test_of_fsdp2_is_what_these_tests_launch_with(self):
+        found = environment("fsdp2.yaml")
+        assert found["ACCELERATE_USE_FSDP"] == "true"
+        assert found["FSDP_VERSION"] == "2"
+        assert found["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"

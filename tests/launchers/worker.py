@@ -1,0 +1,147 @@
+"""What each launched process runs: GRPO whose completions do not depend on how many processes ask.
+
+Started by `tests.launchers.launch`.
+"""
+
+import os
+import traceback
+from collections import defaultdict
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from layerrl.blocks import unwrap
+from layerrl.errors import LayerRLError
+from tests.grpo import make
+
+COMPLETION = 5
+SETTINGS: dict[str, Any] = {
+    "max_steps": 5,
+    "beta": 0.04,
+    "num_generations": 8,
+    "learning_rate": 1e-3,
+}
+
+
+def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Completions by prompt, row of the global batch and step, of different lengths."""
+    ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    first_row = trainer.accelerator.process_index * len(prompts)
+    completions = []
+    for row, prompt in enumerate(ids, start=first_row):
+        seed = sum(prompt) + 7 * row + 31 * trainer.state.global_step
+        length = 2 + seed % (COMPLETION - 1)
+        completions.append([4 + (seed * (k + 3) + k * k) % 60 for k in range(length)])
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that enter the collectives of this process, by the operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.__name__.split(".")[0]
+            sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            # These also take what they write to: a reduction's whole input is the larger one.
+            self.num_bytes[name] += max(sizes) if "_base_" in name else sum(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded, on every process."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().clone()
+
+
+def run(
+    base: str,
+    output: str,
+    *,
+    selection: Any = None,
+    dtype: str = "float64",
+    arguments: dict[str, Any] | None = None,
+    resume: str | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """One training, and all that the other processes are asked to agree with."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    trainer: Any = make(
+        model,
+        output,
+        selection=selection,
+        arguments={"rollout_func": rollout, **(arguments or {})},
+        **{**SETTINGS, **changes},
+        accelerator_config={"use_configured_state": "ACCELERATE_USE_FSDP" in os.environ},
+    )
+    with Traffic() as traffic:
+        trainer.train(resume_from_checkpoint=resume)
+    trainer.save_delta(Path(output) / "delta")
+    trainer.save_model(str(Path(output) / "model"))
+    model = unwrap(trainer.model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        "weights": {name: whole(tensor) for name, tensor in model.state_dict().items()},
+        "optimizer": {
+            f"{names[id(p)]}: {key}": whole(value)
+            for p, state in trainer.optimizer.state.items()
+            if id(p) in names
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        },
+        "log": trainer.state.log_history,
+        "traffic": dict(traffic.num_bytes),
+        "local_bytes": sum(
+            (p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters()
+        ),
+        "trained_bytes": sum(
+            p.numel() * p.element_size() for p in trainer.selection.parameters(model).values()
+        ),
+        "replays": bool(trainer._replay._verified),
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+
+
+def let_accelerate_shard_on_a_cpu() -> None:
+    """It takes FSDP's settings for any device but this, where it would quietly use DDP."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def let_deepspeed_compile_nothing() -> None:
+    """It would compile communication through shared memory, which gloo does without."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def main(folder: Path, jobs: dict[str, dict[str, Any]], environment: dict[str, str]) -> None:
+    """Do jobs one after the other, and leave what each found in the folder."""
+    os.environ.update(environment)
+    rank = environment.get("RANK", "0")
+    with (folder / f"log-{rank}.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        if "ACCELERATE_USE_FSDP" in environment:
+            let_accelerate_shard_on_a_cpu()
+        if "DS_ACCELERATOR" in environment:
+            let_deepspeed_compile_nothing()
+        for name, job in jobs.items():
+            try:
+                found: Any = run(**job)
+            except (LayerRLError, RuntimeError, ValueError) as error:
+                traceback.print_exc()
+                found = f"{type(error).__name__}: {error}"
+            torch.save(found, folder / f"{name}-{rank}.pt")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
