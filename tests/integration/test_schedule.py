@@ -18,7 +18,15 @@ from layerrl.trainer.schedule import LayerSchedule
 from tests.engines import Engine, in_place_of_vllm
 from tests.grpo import make
 from tests.models import tiny
-from tests.runs import Passes, assert_same_run, bits, in_layers, optimizer_state, train
+from tests.runs import (
+    Passes,
+    assert_same_run,
+    bits,
+    in_layers,
+    metric,
+    optimizer_state,
+    train,
+)
 
 LAYERS = [0, 1, 2]
 
@@ -96,6 +104,9 @@ class TestTraining:
         one = one_layers_state(tmp_path / "one")
         kept = [1, 1, 2, 2, 3, 3] if keep_state else [1] * 6
         assert watch.held == [one * layers for layers in kept]
+        [first, *_] = trainer.model.model.layers
+        size = sum(p.numel() for p in first.parameters())
+        assert metric(trainer, "layerrl/trained_parameters") == [size] * 6
         trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
         assert trained == {n for n in trained if in_layers(n, LAYERS)}
         assert {k for k in range(4) if any(in_layers(n, [k]) for n in trained)} == {*LAYERS}
