@@ -25,6 +25,7 @@ from layerrl.selection.parsing import (
     resolve,
     scales,
 )
+from layerrl.selection.tools import config_for
 
 if TYPE_CHECKING:
     import torch
@@ -241,6 +242,34 @@ class LayerSelection:
         if self.modules is not None:
             names = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
         return [*skipped_by_default(base), *names]
+
+    def to_config(self, tool: str, model: Any) -> dict[str, Any]:  # noqa: ANN401
+        """The same choice in the settings of another tool, which trains without layerrl.
+
+        Args:
+            tool: `"peft"`: arguments of a `LoraConfig`, which adapts the linear modules of these
+                layers instead of training them; `"slime"`: command-line options, for pipelines of
+                one stage, since Megatron numbers the layers of each stage from 0; `"ms-swift"`:
+                command-line options; `"axolotl"`: entries of its YAML.
+            model: A model, or a config: its names then come from a model on `meta`.
+
+        Returns:
+            Name of a setting to its value. Parts of layers (`modules`) are named one by one.
+
+        Raises:
+            SelectionError: If the selection does not fit the model, or the tool cannot express it:
+                no tool takes boosts or `"full"`, slime no parts of layers and no vision-language
+                model, and PEFT nothing without a linear module.
+            ModelError: If the model's layers cannot be found.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(num_hidden_layers=32)
+            >>> select_layers(config, 16).to_config("axolotl", config)
+            {'unfrozen_parameters': ['^model.layers.16.']}
+        """
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        return config_for(tool, self, base)
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` turns back into an equal selection."""
