@@ -342,6 +342,13 @@ class LayerSelection:
             text += f'; outside the blocks it matches {outside[0]!r}, which only "full" trains'
         elif glob.startswith(inside) or any(_matches(n, glob) for n in names):
             text += "; globs are relative to the block, leave out the path to it"
+        elif "expert" in glob:
+            has = "experts" in _inner_names(blocks, self.first)
+            text += (
+                "; all experts of a layer are in one tensor"
+                if has
+                else "; its layers have no experts"
+            )
         return f"{text}. Layer {self.first} holds {_inner_names(blocks, self.first)}"
 
     def _check_not_shared(self, base: nn.Module, names: set[str], chosen: set[int]) -> None:
