@@ -23,6 +23,7 @@ from torch import nn
 
 from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
 from layerrl.errors import SelectionError
+from layerrl.quantisation import quantised_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -144,11 +145,16 @@ class _Bytes:
     """Bytes of a model's tensors and of what is kept for them."""
 
     tensors: Mapping[str, Tensor]
+    quantised: Mapping[str, int]
+    """Bytes of those that are quantised in the base."""
     dtype: torch.dtype | None
     optimizer_bytes: int | None
 
     def weights(self, names: Collection[str]) -> int:
         return sum(self.tensors[name].numel() * self._itemsize(name) for name in names)
+
+    def base(self) -> int:
+        return self.weights({*self.tensors} - {*self.quantised}) + sum(self.quantised.values())
 
     def optimizer(self, names: Collection[str], *, masters: bool) -> int:
         total = 0
@@ -173,6 +179,7 @@ def make_plan(
     optimizer_bytes: int | None,
     beta: float,
     num_iterations: int,
+    quantization_config: Any = None,  # noqa: ANN401
 ) -> Plan:
     """The plan behind `LayerSelection.plan`, which documents the arguments.
 
@@ -184,12 +191,14 @@ def make_plan(
         optimizer_bytes: Bytes of optimizer state per trained element; None: AdamW's.
         beta: KL coefficient; above 0 there is a reference.
         num_iterations: Policy passes over a batch.
+        quantization_config: The base's `BitsAndBytesConfig`, or None.
 
     Returns:
         The plan, with those of LoRA and full training in it.
 
     Raises:
-        SelectionError: If `dtype`, `optimizer_bytes`, `beta` or `num_iterations` is impossible.
+        SelectionError: If `dtype`, `optimizer_bytes`, `beta` or `num_iterations` is impossible, or
+            what trains is quantised.
     """
     is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     _check("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None")
@@ -201,7 +210,16 @@ def make_plan(
     _check("num_iterations", num_iterations, is_number, "an int from 1 up")
     base, blocks = unwrap(model), find_blocks(model)
     parameters = {plain_name(name): p for name, p in base.named_parameters()}
-    kept = _Bytes(tensors=parameters, dtype=dtype, optimizer_bytes=optimizer_bytes)
+    quantised = {} if quantization_config is None else quantised_bytes(base, quantization_config)
+    if packed := [name for name in trained if name in quantised]:
+        raise SelectionError(
+            f"quantization_config quantises {len(packed)} selected tensors, the first is "
+            f"{packed[0]}: they could not be trained. Give it llm_int8_skip_modules="
+            "selection.quantization_skip_modules(model)."
+        )
+    kept = _Bytes(
+        tensors=parameters, quantised=quantised, dtype=dtype, optimizer_bytes=optimizer_bytes
+    )
     met = _met_by_a_token(base, parameters)
     costs = _Costs(
         layers=[
@@ -226,7 +244,7 @@ def make_plan(
     step = costs.selected(min(layers), sum(met.get(name, 0) for name in trained)) / costs.full()
     return Plan(
         name="selection",
-        weights=full.weights,
+        weights=kept.base(),
         gradients=weights,
         optimizer=state,
         reference=weights,
@@ -262,16 +280,16 @@ def _full(kept: _Bytes, *, second_model: bool) -> Plan:
 
 
 def _lora(kept: _Bytes, costs: _Costs, adapters: int) -> Plan:
-    weights, of_adapters = kept.weights(kept.tensors), adapters * _FLOAT32
+    of_adapters = adapters * _FLOAT32
     per_element = 2 * _FLOAT32 if kept.optimizer_bytes is None else kept.optimizer_bytes
     return Plan(
         name=f"LoRA r{_RANK}",
-        weights=weights + of_adapters,
+        weights=kept.base() + of_adapters,
         gradients=of_adapters,
         optimizer=adapters * per_element,
         reference=0,
         checkpoint=of_adapters + adapters * per_element,
-        sync=weights,
+        sync=kept.weights(kept.tensors),
         step=costs.lora(adapters) / costs.full(),
     )
 

@@ -40,13 +40,20 @@ def merge_delta(
 
     Raises:
         DeltaError: If either input is missing or damaged, the base is not the one the delta was
-            made from, or `out` exists or cannot be written. Nothing is left half-written.
+            made from or is quantised, or `out` exists or cannot be written. Nothing is left
+            half-written.
     """
     meta = read_meta(Path(path))
     made_from = os.fspath(base) == meta["base_model"]
     folder = _checkpoint_folder(base, meta["base_revision"] if made_from else None)
-    found = _json_object(folder / "config.json").get("model_type")
-    check_model_type(meta["model_type"], found, path)
+    config = _json_object(folder / "config.json")
+    check_model_type(meta["model_type"], config.get("model_type"), path)
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise DeltaError(
+            f"the base {base} is quantised ({method}), expected the full-precision model that it "
+            "was made from: merge into that one, and quantise the result if you need to."
+        )
     shard_of = _shard_of(folder)
     if absent := sorted(set(meta["tensors"]) - set(shard_of)):
         raise DeltaError(

@@ -14,6 +14,7 @@ from torch import nn
 from layerrl.blocks import Blocks, count_layers, find_blocks, meta_model, plain_name, unwrap
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
+from layerrl.quantisation import is_quantised, skipped_by_default
 from layerrl.selection.parsing import (
     are_globs,
     counted,
@@ -24,6 +25,7 @@ from layerrl.selection.parsing import (
     resolve,
     scales,
 )
+from layerrl.selection.tools import config_for
 
 if TYPE_CHECKING:
     import torch
@@ -126,12 +128,13 @@ class LayerSelection:
         unfit = [
             f"{name} ({parameter.dtype})"
             for name, parameter in trained.items()
-            if not (parameter.is_floating_point() or parameter.is_complex())
+            if is_quantised(parameter)
         ]
         if unfit:
             raise SelectionError(
-                f"{len(unfit)} selected tensors hold integers and cannot be trained, the first is "
-                f"{unfit[0]}. Leave the selected layers out of the quantisation."
+                f"{len(unfit)} selected tensors are quantised and cannot be trained, the first is "
+                f"{unfit[0]}. Leave the selected layers out of the quantisation: "
+                "quantization_skip_modules of a selection names them."
             )
         return trained
 
@@ -156,6 +159,7 @@ class LayerSelection:
         optimizer_bytes: int | None = None,
         beta: float = 0.0,
         num_iterations: int = 1,
+        quantization_config: Any = None,  # noqa: ANN401 - transformers is not imported for a type
     ) -> Plan:
         """What training this selection takes, before anything is loaded.
 
@@ -168,6 +172,8 @@ class LayerSelection:
                 TRL does it is stepped on in the weights' dtype, LoRA's adapters in float32.
             beta: As in the trainer's args. Above 0, there is a reference policy.
             num_iterations: As in the trainer's args: policy passes over a batch.
+            quantization_config: The `BitsAndBytesConfig` that the base will be loaded with; None:
+                the model's own, if it is quantised. Full training stays unquantised.
 
         Returns:
             Bytes of weights, gradients, optimizer, reference, checkpoint and weight sync, and the
@@ -176,7 +182,8 @@ class LayerSelection:
 
         Raises:
             SelectionError: If the selection does not fit the model, `dtype` is no floating-point
-                dtype, `optimizer_bytes` or `beta` is negative, or `num_iterations` not positive.
+                dtype, `optimizer_bytes` or `beta` is negative, or `num_iterations` not positive; if
+                a selected tensor would be quantised, or not by bitsandbytes.
             ModelError: If the model's layers cannot be found.
 
         Example:
@@ -186,7 +193,12 @@ class LayerSelection:
             >>> plan.reference * 33 < plan.full.reference
             True
         """
-        base = model if isinstance(model, nn.Module) else meta_model(model)
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        config = getattr(base, "config", None)
+        if quantization_config is None:
+            quantization_config = getattr(config, "quantization_config", None)
+        if getattr(base, "is_quantized", False):
+            base = meta_model(config)  # as it was: names and shapes
         return make_plan(
             base,
             self.parameters(base),
@@ -195,7 +207,69 @@ class LayerSelection:
             optimizer_bytes=optimizer_bytes,
             beta=beta,
             num_iterations=num_iterations,
+            quantization_config=quantization_config,
         )
+
+    def quantization_skip_modules(self, model: Any) -> list[str]:  # noqa: ANN401
+        """What to leave out of a quantisation so that this selection can be trained.
+
+        Args:
+            model: A model, or a config: its names then come from a model on `meta`.
+
+        Returns:
+            Names for `llm_int8_skip_modules` of transformers' `BitsAndBytesConfig`: the selected
+            layers, or with `modules` the modules that hold a selected tensor; and the head with
+            what is tied to it, which transformers leaves out only where it is given no names.
+
+        Raises:
+            SelectionError: If the selection does not fit the model, or is `"full"`.
+            ModelError: If the model's layers cannot be found.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(num_hidden_layers=32)
+            >>> select_layers(config, 16).quantization_skip_modules(config)
+            ['lm_head', 'model.layers.16']
+        """
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        trained = self.parameters(base)
+        if self.full:
+            raise SelectionError(
+                '"full" trains every parameter, which leaves nothing to quantise. Select layers.'
+            )
+        path = find_blocks(base).path
+        names = [f"{path}.{layer}" for layer in self.layers]
+        if self.modules is not None:
+            names = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
+        return [*skipped_by_default(base), *names]
+
+    def to_config(self, tool: str, model: Any) -> dict[str, Any]:  # noqa: ANN401
+        """The same choice in the settings of another tool, which trains without layerrl.
+
+        Args:
+            tool: `"peft"`: arguments of a `LoraConfig`, which adapts the linear modules of these
+                layers instead of training them; `"slime"`: command-line options, for pipelines of
+                one stage, since Megatron numbers the layers of each stage from 0; `"ms-swift"`:
+                command-line options; `"axolotl"`: entries of its YAML.
+            model: A model, or a config: its names then come from a model on `meta`.
+
+        Returns:
+            Name of a setting to its value. Parts of layers (`modules`) are named one by one.
+
+        Raises:
+            SelectionError: If the selection does not fit the model, or the tool cannot express it:
+                no tool takes boosts or `"full"`, slime no parts of layers and no vision-language
+                model, and PEFT nothing without a linear module.
+            ModelError: If the model's layers cannot be found.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(num_hidden_layers=32)
+            >>> select_layers(config, 16).to_config("axolotl", config)
+            {'unfrozen_parameters': ['^model.layers.16.']}
+        """
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        return config_for(tool, self, base)
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` turns back into an equal selection."""
@@ -268,6 +342,13 @@ class LayerSelection:
             text += f'; outside the blocks it matches {outside[0]!r}, which only "full" trains'
         elif glob.startswith(inside) or any(_matches(n, glob) for n in names):
             text += "; globs are relative to the block, leave out the path to it"
+        elif "expert" in glob:
+            has = "experts" in _inner_names(blocks, self.first)
+            text += (
+                "; all experts of a layer are in one tensor"
+                if has
+                else "; its layers have no experts"
+            )
         return f"{text}. Layer {self.first} holds {_inner_names(blocks, self.first)}"
 
     def _check_not_shared(self, base: nn.Module, names: set[str], chosen: set[int]) -> None:

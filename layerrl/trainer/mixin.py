@@ -30,6 +30,7 @@ from layerrl.masking import (
     scale_learning_rates,
 )
 from layerrl.precision import HALF, step_in_float32
+from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
@@ -174,7 +175,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         reference = arguments.second_model(given, known, generates=generates)
         if reference == "ref_model":
             args, kwargs = arguments.with_stand_in(known, args, kwargs)
-        with arguments.without_reference_model(args_given, reference):
+        with arguments.without_reference_model(args_given, reference), quantised_base(args_given):
             super().__init__(*args, **kwargs)
         self._selection = select_layers(self.model, selection)
         launchers.refuse_launcher(self.selection, self.accelerator)

@@ -335,5 +335,5 @@ def test_the_figures_in_the_docs_are_what_the_script_prints(capsys):
     runpy.run_path(str(ROOT / "benchmarks" / "plans.py"), run_name="__main__")
     page = (ROOT / "docs" / "plans.md").read_text()
     printed = capsys.readouterr().out.strip("\n").split("\n\n")
-    assert len(printed) == 3
+    assert len(printed) == 4
     assert [block for block in printed if block not in page] == []

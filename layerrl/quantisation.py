@@ -1,0 +1,149 @@
+"""A base whose frozen layers are quantised by bitsandbytes, as transformers loads it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from layerrl.blocks import plain_name
+from layerrl.errors import SelectionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+_FLOAT32 = 4  # bytes
+_BLOCK, _NESTED_BLOCK = 64, 256  # elements per scale, scales per scale of scales
+_TABLE, _NESTED_TABLE = 2**4 * _FLOAT32, 2**8 * _FLOAT32  # what the numbers stand for, per tensor
+
+
+def is_quantised(parameter: nn.Parameter) -> bool:
+    """Whether a tensor holds packed numbers, which no optimizer can step on."""
+    is_number = parameter.is_floating_point() or parameter.is_complex()
+    # bitsandbytes can store 4-bit numbers in tensors of any dtype, torchao's say they are floats.
+    packed = hasattr(parameter, "quant_state") or type(parameter).__module__.startswith("torchao")
+    return packed or not is_number
+
+
+def skipped_by_default(model: nn.Module) -> list[str]:
+    """What transformers leaves out only if it is told nothing: the head and what is tied to it."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return sorted(get_keys_to_not_convert(model))
+
+
+def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:  # noqa: ANN401
+    """Bytes of each tensor that bitsandbytes would quantise, its scales included.
+
+    An element takes 8 bits, and a row one scale in float32; or 4 bits, and 64 elements one scale:
+    in float32, or with double quantisation in 8 bits and a float32 for 256 of them.
+
+    Args:
+        model: The model, not quantised; `meta` will do.
+        config: A `BitsAndBytesConfig`, or the dict that a quantised model's config holds.
+
+    Returns:
+        Plain name of a weight to bytes, scales included.
+
+    Raises:
+        SelectionError: If it is the config of another method.
+    """
+    from torch.nn import Linear
+    from transformers import BitsAndBytesConfig
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    if isinstance(config, dict) and config.get("quant_method") == "bitsandbytes":
+        config = BitsAndBytesConfig.from_dict(config)
+    if not isinstance(config, BitsAndBytesConfig) or not config.is_quantizable():
+        raise SelectionError(
+            f"quantization_config is {config!r:.80}, expected transformers' BitsAndBytesConfig "
+            "with load_in_4bit or load_in_8bit: bytes of other methods are not known here"
+        )
+    kept = HfQuantizer.get_modules_to_not_convert(
+        model,  # pyright: ignore[reportArgumentType]
+        config.llm_int8_skip_modules,
+        getattr(model, "_keep_in_fp32_modules", None),
+    )
+    return {
+        plain_name(f"{name}.weight"): _size(module.weight, isinstance(module, Conv1D), config)
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is Linear)
+        and should_convert_module(name, kept)
+    }
+
+
+def _size(weight: Tensor, transposed: bool, config: Any) -> int:  # noqa: ANN401
+    elements, blocks = weight.numel(), math.ceil(weight.numel() / _BLOCK)
+    if config.load_in_8bit:
+        return elements + weight.shape[transposed] * _FLOAT32
+    scales = blocks * _FLOAT32
+    if config.bnb_4bit_use_double_quant:
+        scales = blocks + math.ceil(blocks / _NESTED_BLOCK) * _FLOAT32 + _NESTED_TABLE
+    return math.ceil(elements / 2) + _TABLE + scales
+
+
+@contextmanager
+def quantised_base(args: Any) -> Iterator[None]:  # noqa: ANN401
+    """Let transformers' trainer take a quantised model without adapters.
+
+    It refuses one, since nothing in it could train; here what trains is not quantised.
+
+    Args:
+        args: The trainer's args.
+
+    Yields:
+        Nothing. Inside, a model that no selection can be trained on raises `SelectionError`.
+    """
+    from transformers import trainer
+
+    upstream = trainer.validate_quantization_for_training
+
+    def validate(model: Any) -> None:  # noqa: ANN401
+        if getattr(model, "is_quantized", False):
+            _refuse_others(model, vllm=getattr(args, "use_vllm", False))
+            _keep_layout(model)
+
+    trainer.validate_quantization_for_training = validate
+    try:
+        yield
+    finally:
+        trainer.validate_quantization_for_training = upstream
+
+
+def _refuse_others(model: Any, *, vllm: bool) -> None:  # noqa: ANN401
+    method = model.hf_quantizer.quantization_config.quant_method
+    if method != "bitsandbytes":
+        raise SelectionError(
+            f"{type(model).__name__} is quantised by {method.value}: frozen layers may be "
+            "quantised by bitsandbytes only. Load the model with quantization_config="
+            "BitsAndBytesConfig(...), or without quantisation."
+        )
+    head = model.get_output_embeddings()
+    if head is not None and is_quantised(head.weight):
+        raise SelectionError(
+            f"the head of {type(model).__name__} is quantised, and TRL multiplies with its weight "
+            "as it is stored. Leave it out of the quantisation: quantization_skip_modules of a "
+            "selection names it."
+        )
+    if vllm:
+        raise SelectionError(
+            f"use_vllm=True with a quantised {type(model).__name__}: vLLM would be sent packed "
+            "weights. Generate with transformers (use_vllm=False), or load the model without "
+            "quantisation."
+        )
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """Keep 4-bit weights as they were loaded.
+
+    On CPUs that multiply in bfloat16, the first evaluation repacks them, for good: they would have
+    other bits, and layers under them no gradient.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # unpacks
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
