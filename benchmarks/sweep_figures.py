@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from layerrl import ContributionReport
+from layerrl.errors import ReportError
 from layerrl.scoring import bootstrap, interval_of, spearman
 from layerrl.sweep.halving import below_the_cut, rungs
 
@@ -61,7 +62,11 @@ def by_depth(report: ContributionReport) -> None:
         thirds = "  ".join(f"{sum(part) / len(part):.3f}" for part in parts)
         agreement = spearman(list(scores.values()), list(ends.values())).item()
         print(f"  step {step:3}: {thirds}   {agreement:5.2f}")
-    intervals = {layer: report.contribution_interval(layer) for layer in ends}
+    try:
+        intervals = {layer: report.contribution_interval(layer) for layer in ends}
+    except ReportError as error:
+        print(f"Resolved below full: none can be, {error}")
+        return
     below = [layer for layer, found in intervals.items() if found is not None and found.high < 1]
     print(f"Resolved below full: {below}")
 

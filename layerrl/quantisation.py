@@ -27,6 +27,13 @@ def is_quantised(parameter: nn.Parameter) -> bool:
     return packed or not is_number
 
 
+def is_bitsandbytes(config: Any) -> bool:  # noqa: ANN401
+    """Whether a model's `quantization_config`, an object or a dict, is of this method."""
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    method = method or getattr(config, "quant_method", None)
+    return getattr(method, "value", method) == "bitsandbytes"
+
+
 def skipped_by_default(model: nn.Module) -> list[str]:
     """What transformers leaves out only if it is told nothing: the head and what is tied to it."""
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -56,7 +63,7 @@ def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:  # noqa: A
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    if isinstance(config, dict) and config.get("quant_method") == "bitsandbytes":
+    if isinstance(config, dict) and is_bitsandbytes(config):
         config = BitsAndBytesConfig.from_dict(config)
     if not isinstance(config, BitsAndBytesConfig) or not config.is_quantizable():
         raise SelectionError(
@@ -115,10 +122,11 @@ def quantised_base(args: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 def _refuse_others(model: Any, *, vllm: bool) -> None:  # noqa: ANN401
-    method = model.hf_quantizer.quantization_config.quant_method
-    if method != "bitsandbytes":
+    config = model.hf_quantizer.quantization_config
+    if not is_bitsandbytes(config):
+        method = getattr(config.quant_method, "value", config.quant_method)
         raise SelectionError(
-            f"{type(model).__name__} is quantised by {method.value}: frozen layers may be "
+            f"{type(model).__name__} is quantised by {method}: frozen layers may be "
             "quantised by bitsandbytes only. Load the model with quantization_config="
             "BitsAndBytesConfig(...), or without quantisation."
         )

@@ -21,6 +21,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part."""
+    return isinstance(tensor, DTensor)
+
+
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole value, in parts where a parameter is: those of the first process's value.
 

@@ -14,7 +14,7 @@ from torch import nn
 from layerrl.blocks import Blocks, count_layers, find_blocks, meta_model, plain_name, unwrap
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
-from layerrl.quantisation import is_quantised, skipped_by_default
+from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
 from layerrl.selection.parsing import (
     are_globs,
     counted,
@@ -173,7 +173,8 @@ class LayerSelection:
             beta: As in the trainer's args. Above 0, there is a reference policy.
             num_iterations: As in the trainer's args: policy passes over a batch.
             quantization_config: The `BitsAndBytesConfig` that the base will be loaded with; None:
-                the model's own, if it is quantised. Full training stays unquantised.
+                the model's own, if it is one; other methods' bytes are not known, and such a model
+                is planned as if it were not quantised. Full training stays unquantised.
 
         Returns:
             Bytes of weights, gradients, optimizer, reference, checkpoint and weight sync, and the
@@ -196,7 +197,8 @@ class LayerSelection:
         base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
         config = getattr(base, "config", None)
         if quantization_config is None:
-            quantization_config = getattr(config, "quantization_config", None)
+            own = getattr(config, "quantization_config", None)
+            quantization_config = own if is_bitsandbytes(own) else None
         if getattr(base, "is_quantized", False):
             base = meta_model(config)  # as it was: names and shapes
         return make_plan(
@@ -369,13 +371,16 @@ class _Masked(AbstractContextManager[dict[str, nn.Parameter]]):
     def __enter__(self) -> dict[str, nn.Parameter]:
         trained = self._selection.parameters(self._model)
         chosen = {id(parameter) for parameter in trained.values()}
-        self._found = [(p, p.requires_grad) for p in self._model.parameters()]
-        for parameter, _ in self._found:
+        self._required: dict[str, bool] = {}
+        for name, parameter in self._model.named_parameters():
+            self._required[plain_name(name)] = parameter.requires_grad
             parameter.requires_grad_(id(parameter) in chosen)
         return trained
 
     def __exit__(self, *exception: object) -> None:
-        for parameter, required in self._found:
+        # By name: FSDP2 replaces parameters, and frees the old ones if nobody holds them.
+        for name, parameter in self._model.named_parameters():
+            required = self._required.get(plain_name(name), parameter.requires_grad)
             parameter.requires_grad_(required)
 
 

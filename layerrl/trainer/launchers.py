@@ -36,21 +36,32 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return getattr(accelerator.state, "deepspeed_plugin", None) is not None
 
 
-def refuse_launcher(selection: LayerSelection, accelerator: Accelerator) -> None:
+def refuse_launcher(
+    selection: LayerSelection, accelerator: Accelerator, *, quantised: bool
+) -> None:
     """Launchers that cannot hold frozen and trained tensors side by side.
 
     Args:
         selection: What trains.
         accelerator: The trainer's.
+        quantised: Whether the base is.
 
     Raises:
-        LauncherError: Under FSDP1 or DeepSpeed's ZeRO-3.
+        LauncherError: Under FSDP1 or DeepSpeed's ZeRO-3; of a quantised base, under any FSDP or
+            DeepSpeed.
     """
+    if quantised and (uses_fsdp2(accelerator) or uses_deepspeed(accelerator)):
+        raise LauncherError(
+            f"a quantised base was given for {selection} under FSDP or DeepSpeed, which has not "
+            "been tested with packed weights. Use DDP or one process, or load the model without "
+            "quantisation."
+        )
     plugins: Any = accelerator.state
     if uses_fsdp2(accelerator) and plugins.fsdp_plugin.fsdp_version == 1:
         raise LauncherError(
-            f"FSDP1 was given for {selection}: it flattens frozen and trained tensors into one, "
-            "which wants a gradient for all or none of them. Use FSDP2: fsdp_version: 2 in "
+            f"FSDP1 was given for {selection}: it flattens tensors into one, which wants a "
+            "gradient for all or none of them, and in which the reference and the frozen check "
+            "cannot tell them apart. Use FSDP2: fsdp_version: 2 in "
             'accelerate\'s config, or fsdp_config={"version": 2} in the args.'
         )
     if uses_deepspeed(accelerator) and plugins.deepspeed_plugin.zero_stage == 3:
@@ -140,7 +151,8 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator) -> None:
         raise DeltaError(
             f"the checkpoint {folder} was written {wrote} DeepSpeed and this run is {runs} it: "
             "their optimizer states cannot be converted. Resume with the launcher that wrote it, "
-            "or start a new run from its weights (load_delta on its folder 'delta')."
+            "or start a new run from its weights"
+            f"{' (load_delta on its folder delta)' if (folder / 'delta').is_dir() else ''}."
         )
     by_fsdp = any(folder.glob(f"{FSDP_MODEL_NAME}*"))
     if not (folder / "delta").is_dir() and not by_deepspeed and by_fsdp != uses_fsdp2(accelerator):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABCMeta
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +34,7 @@ from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
-from layerrl.shards import sharded_like, whole
+from layerrl.shards import is_sharded, sharded_like, whole
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.callbacks import FrozenCheck, SyncReference
 from layerrl.trainer.sync import WeightSync
@@ -175,10 +175,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
         reference = arguments.second_model(given, known, generates=generates)
         if reference == "ref_model":
             args, kwargs = arguments.with_stand_in(known, args, kwargs)
-        with arguments.without_reference_model(args_given, reference), quantised_base(args_given):
+        with (
+            arguments.without_reference_model(args_given, reference),
+            nullcontext() if full else quantised_base(args_given),
+        ):
             super().__init__(*args, **kwargs)
         self._selection = select_layers(self.model, selection)
-        launchers.refuse_launcher(self.selection, self.accelerator)
+        quantised = getattr(unwrap(self.model), "is_quantized", False)
+        launchers.refuse_launcher(self.selection, self.accelerator, quantised=quantised)
         launchers.refuse_disagreement(self.selection, self.accelerator)
         arguments.refuse_cast(self.args, None if full else self.model)
         arguments.warn_of_frozen_head(self.model, self.selection)
@@ -427,7 +431,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
     def _follow_shards(self) -> None:
         """Go on with the parameters that FSDP2 put in the place of those before, in parts."""
         parameters = {plain_name(n): p for n, p in unwrap(self.model).named_parameters()}
-        if all(parameters[name] is p for name, p in self._trained.items()):
+        before = next(iter(self._trained.items()))
+        if is_sharded(before[1]) or not is_sharded(parameters[before[0]]):
             return
         self._trained = self.selection.parameters(self.model)
         self._by_layer = parameters_by_layer(self.model, self.selection)
@@ -479,8 +484,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
             launchers.refuse_checkpoint(folder, self.accelerator)
             if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
                 self._sync_everything()
-                if isinstance(getattr(self, "ref_model", None), ReferenceModel):
-                    self.ref_model.load_tensors(load_file(folder / _REFERENCE))
+                if (folder / _DELTA).is_dir() and (reference := self._saved_reference(folder)):
+                    self.ref_model.load_tensors(reference)
         epochs_trained, batches = super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
             max_steps,
             num_update_steps_per_epoch,
@@ -502,19 +507,23 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if not (folder / _DELTA).is_dir():
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
             return
-        reference = {}
-        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
-            try:
-                reference = load_file(folder / _REFERENCE)
-            except (OSError, SafetensorError) as error:
-                raise DeltaError(
-                    f"the checkpoint {folder} holds no readable reference, which beta="
-                    f"{self.beta} needs ({error}). Was it written with beta=0, a ref_model or "
-                    "precomputed log-probabilities?"
-                ) from error
+        reference = self._saved_reference(folder)
         restore_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
-        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
+        if reference:
             self.ref_model.load_tensors(reference)
+
+    def _saved_reference(self, folder: Path) -> dict[str, Tensor]:
+        """Empty where there is no reference to load it into."""
+        if not isinstance(getattr(self, "ref_model", None), ReferenceModel):
+            return {}
+        try:
+            return load_file(folder / _REFERENCE)
+        except (OSError, SafetensorError) as error:
+            raise DeltaError(
+                f"the checkpoint {folder} holds no readable reference, which beta="
+                f"{self.beta} needs ({error}). Was it written with beta=0, a ref_model or "
+                "precomputed log-probabilities?"
+            ) from error
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         self._sampler = super()._get_train_sampler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

@@ -37,6 +37,14 @@ TRAINED, EVERYTHING = LAYER + NORMS, 2 * (LAYER + NORMS) + HEAD + 4
 ADAPTERS = 16 * (4 * (4 + 4) + 3 * (4 + 8))  # of one layer
 
 
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_what_is_quantised_by_another_method_is_planned_as_if_it_were_not(method):
+    config = tiny_config("llama", 4)
+    plain = select_layers(config, 1).plan(config)
+    config.quantization_config = {"quant_method": method}
+    assert select_layers(config, 1).plan(config) == plain
+
+
 def test_bytes_by_hand():
     plan = select_layers(CONFIG, 1).plan(CONFIG, dtype=torch.float32, beta=0.1)
     assert plan.weights == 4 * EVERYTHING

@@ -270,6 +270,12 @@ class TestFlagsAreRestored:
             trainer.train()
         assert flags_of(model) == flags
 
+    def test_after_every_tensor_was_replaced_by_another_base(self, model, flags, tmp_path):
+        trainer = make(model, tmp_path, selection=1)
+        model.load_state_dict(tiny("llama", seed=1).state_dict(), assign=True)
+        with pytest.raises(FrozenTensorError, match="frozen tensors"):
+            trainer.train()
+
     def test_and_training_again_masks_again(self, model, flags, tmp_path):
         before = bits(model)
         failing = failing_reward(Interruption(), calls=2)
