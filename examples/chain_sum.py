@@ -6,6 +6,7 @@ so the split is by problem: 80 are held out for good, whatever the seed, and 120
 
 import importlib.util
 import json
+import logging
 import random
 import re
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ import reasoning_gym
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+# PEFT imports it where it is installed, and it says what it misses for 4 bits on a CPU.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 BUNDLED = "SmolLM2-135M-Instruct"
 HELD_OUT, EVALUATED = 80, 256
