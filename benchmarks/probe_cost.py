@@ -46,28 +46,18 @@ def measure(kind: str, num_prompts: int) -> dict[str, float | str]:
     """In this process."""
     import torch
     from baselines import trainer_for
+    from probe_fidelity import gradient
     from suites import SUITES
     from train_step import peak_bytes
 
-    from layerrl import contribution_probe
     from layerrl.trainer.rollouts import Rollouts
 
     suite = SUITES["smollm2-chain_sum"]
-    model, cost = suite.model(), ""
-    started = time.perf_counter()
+    started, cost = time.perf_counter(), ""
     if kind == "gradient":
-        report = contribution_probe(
-            model,
-            method="gradient",
-            reward_funcs=suite.reward,
-            train_dataset=suite.data[0],
-            processing_class=suite.tokenizer,
-            args=suite.args(),
-            budget=num_prompts,
-        )
-        cost = str(report.cost)
+        cost = str(gradient(suite, num_prompts).cost)
     else:
-        trainer = trainer_for(suite, model, "full")
+        trainer = trainer_for(suite, suite.model(), "full")
         part = next(parts[0] for parts in Rollouts(trainer, num_prompts) if parts)
         trainer.compute_loss(trainer.model, part).backward()
     device = torch.device("cpu")

@@ -31,7 +31,7 @@ SEPARATES = 0.6
 """Noise ceiling below which a suite says nothing."""
 
 
-def gradient(suite: Any) -> ContributionReport:
+def gradient(suite: Any, budget: int) -> ContributionReport:
     """The library's own."""
     return contribution_probe(
         suite.model(),
@@ -40,7 +40,7 @@ def gradient(suite: Any) -> ContributionReport:
         train_dataset=suite.data[0],
         processing_class=suite.tokenizer,
         args=suite.args(),
-        budget=NUM_PROMPTS,
+        budget=budget,
     )
 
 
@@ -48,7 +48,7 @@ PROBES: dict[str, Callable[[Any], ContributionReport]] = {
     "position": lambda suite: contribution_probe(suite.model(), method="position"),
     "position:0.37": lambda suite: contribution_probe(suite.model(), method="position:0.37"),
     "published": lambda suite: contribution_probe(suite.model(), method="published"),
-    "gradient": gradient,
+    "gradient": lambda suite: gradient(suite, NUM_PROMPTS),
     "gradient norm": lambda suite: baselines.gradient_norm(suite, NUM_PROMPTS),
     "spectrum": baselines.spectrum,
     "bypass": lambda suite: baselines.bypass(suite, NUM_PROMPTS),

@@ -10,7 +10,7 @@ from trl import RLOOConfig, RLOOTrainer
 from layerrl import LayerMaskedMixin
 from layerrl.blocks import find_blocks
 from layerrl.reference import ReferenceModel
-from tests.grpo import make
+from tests.grpo import QUIETLY, make
 from tests.models import tiny
 from tests.runs import (
     NO_CHECKPOINTING,
@@ -212,12 +212,7 @@ class TestEqualsFreezingByHand:
             "num_generations": 4,
             "max_completion_length": 6,
             "max_steps": 5,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
+            **QUIETLY,
             **REUSED,
         }
         trainers = []
