@@ -147,41 +147,17 @@ class LayerSchedule(TrainerCallback, ExportableState):
         control: Any,  # noqa: ANN401
         **given: Any,
     ) -> None:
-        """Refuse what cannot take turns: a launcher, other layers, sets without a turn."""
+        """Refuse what cannot take turns."""
         self._active = None
-        blocks = find_blocks(given["model"])
-        of_layer = {
-            layer: [parameter for _, parameter in blocks.named_parameters(layer)]
-            for layer in range(len(blocks.modules))
-        }
-        trained = {k for k, own in of_layer.items() if any(p.requires_grad for p in own)}
-        if self._layers != trained:
-            raise SelectionError(
-                f"the schedule has the layers {sorted(self._layers)}, the trainer's selection "
-                f"trains {sorted(trained)} of {len(blocks.modules)}: give both the same"
-            )
-        inside = {id(parameter) for own in of_layer.values() for parameter in own}
-        named = given["model"].named_parameters()
-        outside = [name for name, p in named if p.requires_grad and id(p) not in inside]
-        if outside:
-            raise SelectionError(
-                f"{outside[0]!r} and {len(outside) - 1} other tensors outside the layers would "
-                'train in every step: use a masked trainer, with selection="all" for every layer'
-            )
-        held = _held(given["optimizer"])
-        missing = [k for k in self._layers if not any(id(p) in held for p in of_layer[k])]
-        if missing:
-            raise SelectionError(
-                f"the optimizer, {type(given['optimizer']).__name__} (optim={args.optim}), holds "
-                f"nothing of the layers {missing}, so they cannot take turns. Choose one that "
-                "updates all layers in its step."
-            )
+        self._refuse_layers(given["model"])
+        self._refuse_optimizer(given["model"], given["optimizer"])
         if hasattr(args, "weight_sync_steps"):
             raise SelectionError(
                 f"{type(args).__name__}: the trainer told vLLM, when it was made, of every weight "
                 "that it will send, and sends those that train: with layers that take turns the "
                 "server would wait for the rest. Use a trainer that generates between its steps."
             )
+        launchers.refuse_schedule(args)
         known = state.stateful_callbacks.get(type(self).__name__, self.state())
         if isinstance(known, list):
             raise SelectionError(f"the trainer has {len(known)} schedules, expected one")
@@ -190,7 +166,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 f"the checkpoint was written with another schedule, {known['args']}; this one is "
                 f"{self.state()['args']}. Resume with the same."
             )
-        launchers.refuse_schedule(args)
         turns = {self.at(step) for step in range(0, state.max_steps, self._every)}
         idle = [chosen for chosen in self._sets if chosen not in turns]
         if idle:
@@ -198,6 +173,41 @@ class LayerSchedule(TrainerCallback, ExportableState):
             raise SelectionError(
                 f"in {state.max_steps} steps with turns of {self._every}, {idle} would never "
                 f"train: take more steps, shorter turns{seeds} or fewer layers"
+            )
+
+    def _refuse_layers(self, model: nn.Module) -> None:
+        blocks = find_blocks(model)
+        of_layer = {
+            id(parameter): layer
+            for layer in range(len(blocks.modules))
+            for _, parameter in blocks.named_parameters(layer)
+        }
+        training = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {of_layer[id(p)] for p in training.values() if id(p) in of_layer}
+        if self._layers != trained:
+            raise SelectionError(
+                f"the schedule has the layers {sorted(self._layers)}, the trainer's selection "
+                f"trains {sorted(trained)} of {len(blocks.modules)}: give both the same"
+            )
+        outside = [name for name, p in training.items() if id(p) not in of_layer]
+        if outside:
+            raise SelectionError(
+                f"{outside[0]!r} and {len(outside) - 1} other tensors outside the layers would "
+                'train in every step: use a masked trainer, with selection="all" for every layer'
+            )
+
+    def _refuse_optimizer(self, model: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
+        held, blocks = _held(optimizer), find_blocks(model)
+        missing = [
+            layer
+            for layer in sorted(self._layers)
+            if held.isdisjoint(id(parameter) for _, parameter in blocks.named_parameters(layer))
+        ]
+        if missing:
+            raise SelectionError(
+                f"the optimizer, a {type(optimizer).__name__}, holds nothing of the layers "
+                f"{missing}, so they cannot take turns. Choose one that updates all layers in its "
+                "step."
             )
 
     def on_step_begin(
