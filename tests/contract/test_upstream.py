@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RLOOTrainer
-from trl.experimental.async_grpo import AsyncGRPOTrainer, async_grpo_trainer
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
 from trl.experimental.online_dpo import OnlineDPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -41,6 +42,8 @@ SYNC = "trainer.sync.WeightSync swaps the model and the metadata of a sync"
 MASTERS = "precision.step_in_float32 replaces two methods of an optimizer"
 EPISODES = "trainer.gigpo and trainer.environments play episodes behind TRL's rollout_func"
 LAUNCHERS = "trainer.launchers and LayerMaskedMixin follow a model that is sharded in between"
+SCHEDULE = "trainer.schedule refuses other schedules than the one in a checkpoint, and AsyncGRPO"
+QUANTISED = "quantisation.quantised_base replaces what the trainer calls with a quantised model"
 BUFFERS = "masking.frozen_tensors leaves out buffers that are not saved with the model"
 
 
@@ -295,6 +298,25 @@ class TestReference:
         sent = inspect.getsource(async_grpo_trainer._iter_vllm_named_params)
         assert "not param.requires_grad" in sent, why
         assert "weight_transfer" in parameters_of(AsyncGRPOTrainer), why
+        assert hasattr(AsyncGRPOConfig, "weight_sync_steps"), SCHEDULE
+        assert not hasattr(GRPOConfig, "weight_sync_steps"), SCHEDULE
+
+    def test_callbacks_with_a_state_are_in_the_trainers_and_listed_where_they_are_two(self):
+        class Kept(TrainerCallback, ExportableState):
+            def state(self):
+                return {"args": {"a": 1}, "attributes": {}}
+
+        for callbacks, expected in (
+            ([Kept()], Kept().state()),
+            ([Kept(), Kept()], [Kept().state()] * 2),
+        ):
+            found = TrainerState(stateful_callbacks=callbacks).stateful_callbacks
+            assert found["Kept"] == expected, SCHEDULE
+
+    def test_quantised_models_are_validated_by_a_function_of_this_name(self):
+        assert "validate_quantization_for_training(" in inspect.getsource(
+            Trainer._validate_args
+        ) + (inspect.getsource(Trainer.__init__)), QUANTISED
 
 
 class TestFastPath:
