@@ -188,7 +188,7 @@ def prior(truth: ContributionReport, centre: float) -> ContributionReport:
 def median_draws(draws: list[Tensor]) -> Tensor:
     """Medians over suites, draw by draw; suites are independent."""
     size = max(map(len, draws))
-    return torch.stack([found_D.expand(size) for found_D in draws]).median(0).values
+    return torch.stack([found_D.expand(size) for found_D in draws]).quantile(0.5, dim=0)
 
 
 def percent(share: float | None) -> str:

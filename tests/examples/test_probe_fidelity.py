@@ -60,6 +60,11 @@ def test_the_ceiling_is_the_agreement_of_seeds(load: Any) -> None:
     assert ceiling(turned) == pytest.approx(-1)
 
 
+def test_the_median_of_two_suites_lies_between_them(load: Any) -> None:
+    found = load("probe_fidelity").median_draws([torch.tensor([0.0, 0.4]), torch.tensor([1.0])])
+    assert found.tolist() == pytest.approx([0.5, 0.7])
+
+
 def test_the_mean_along_a_run(load: Any) -> None:
     entry = Score(scores=((1.0, 0.0),), curve=((2, ((0.0, 0.0),)), (4, ((0.5, 0.0),))))
     [found] = load("probe_fidelity").along(report(layers=(entry,))).layers
