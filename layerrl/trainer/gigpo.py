@@ -70,8 +70,8 @@ class GiGPOTrainer(GRPOTrainer):
     each less the penalty of its own action: $A^S$, 0 where no other step was. Every response token
     of a step has the advantage $A^E + \omega A^S$.
 
-    All else is GRPO: with `omega=0` bit for bit, on these rewards. In the authors' code only the step
-    with the invalid action pays for it in $A^E$, too; here the whole episode does.
+    All else is GRPO: with `omega=0` bit for bit, on these rewards. In the authors' code only the
+    step with the invalid action pays for it in $A^E$, too; here the whole episode does.
 
     Logged with the trainer's own metrics: `layerrl/episode_turns`, the mean number of steps;
     `layerrl/anchored_steps`, the share of steps that another one was compared with;
