@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, set_seed
@@ -55,7 +56,7 @@ def gradient_probe(
             f"{FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 64 or more "
             "to tell layers apart"
         )
-    model = models[0]
+    started, model = time.perf_counter(), models[0]
     with as_found(*models):
         for parameter in model.parameters():
             parameter.grad = None
@@ -63,7 +64,7 @@ def gradient_probe(
         trainer = make_trainer(model=model, args=_of_one_pass(args, seed), selection=selection)
         trainer.remove_callback(PrinterCallback)
         rollouts = Rollouts(trainer, num_prompts)
-        return gradient_report(rollouts, selection, args, {**settings, "seed": seed})
+        return gradient_report(rollouts, selection, args, {**settings, "seed": seed}, started)
 
 
 def _of_one_pass(args: Any, seed: int) -> Any:  # noqa: ANN401

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _DEEPSPEED = "latest"  # the file in which DeepSpeed names the part of a checkpoint that is its own
 
 
-def uses_fsdp2(accelerator: Accelerator) -> bool:
-    """Whether the model is, or will be, sharded by FSDP2."""
+def uses_fsdp(accelerator: Accelerator) -> bool:
+    """Whether the model is, or will be, sharded by FSDP."""
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
@@ -50,14 +50,14 @@ def refuse_launcher(
         LauncherError: Under FSDP1 or DeepSpeed's ZeRO-3; of a quantised base, under any FSDP or
             DeepSpeed.
     """
-    if quantised and (uses_fsdp2(accelerator) or uses_deepspeed(accelerator)):
+    if quantised and (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
         raise LauncherError(
             f"a quantised base was given for {selection} under FSDP or DeepSpeed, which has not "
             "been tested with packed weights. Use DDP or one process, or load the model without "
             "quantisation."
         )
     plugins: Any = accelerator.state
-    if uses_fsdp2(accelerator) and plugins.fsdp_plugin.fsdp_version == 1:
+    if uses_fsdp(accelerator) and plugins.fsdp_plugin.fsdp_version == 1:
         raise LauncherError(
             f"FSDP1 was given for {selection}: it flattens tensors into one, which wants a "
             "gradient for all or none of them, and in which the reference and the frozen check "
@@ -155,7 +155,7 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator) -> None:
             f"{' (load_delta on its folder delta)' if (folder / 'delta').is_dir() else ''}."
         )
     by_fsdp = any(folder.glob(f"{FSDP_MODEL_NAME}*"))
-    if not (folder / "delta").is_dir() and not by_deepspeed and by_fsdp != uses_fsdp2(accelerator):
+    if not (folder / "delta").is_dir() and not by_deepspeed and by_fsdp != uses_fsdp(accelerator):
         wrote, runs = ("with", "without") if by_fsdp else ("without", "with")
         raise DeltaError(
             f"the checkpoint {folder} is a whole model written {wrote} FSDP, and this run is "

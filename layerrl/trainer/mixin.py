@@ -206,7 +206,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             frozen = [p for p in self.model.parameters() if id(p) not in trained]
             spared = sum(p.nbytes for p in frozen) if reference else 0
             # FSDP2 would have sharded that model, too.
-            sharded = launchers.uses_fsdp2(self.accelerator)
+            sharded = launchers.uses_fsdp(self.accelerator)
             budget = spared // (self.accelerator.num_processes if sharded else 1)
         self._kept = KeptActivations(self.model, self.selection, budget)
         self._master_weights = master_weights and not full
@@ -405,16 +405,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
             **kwargs: The trainer's own arguments.
         """
         if "loss" in logs:
-            norms = metrics.named("grad_norm", self._grad_norms)
-            moved = metrics.relative_updates(
-                self._by_layer, self._trained, self._initial, getattr(self.optimizer, "state", {})
-            )
+            state = getattr(self.optimizer, "state", {})
+            moved = metrics.relative_updates(self._by_layer, self._trained, self._initial, state)
             size = sum(p.numel() for p in self._trained.values() if p.requires_grad)
-            logs.update(
-                {"layerrl/trained_parameters": float(size)}
-                | norms
-                | metrics.named("relative_update", moved)
-            )
+            logs["layerrl/trained_parameters"] = float(size)
+            logs.update(metrics.named("grad_norm", self._grad_norms))
+            logs.update(metrics.named("relative_update", moved))
         super().log(logs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _mask_model(self) -> None:
@@ -457,7 +453,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
     @contextmanager
     def _as_in_one_process(self) -> Iterator[None]:
         """Beside a delta, FSDP2's optimizer is saved as any other, for any number of processes."""
-        if self.checkpoint_format == "full" or not launchers.uses_fsdp2(self.accelerator):
+        if self.checkpoint_format == "full" or not launchers.uses_fsdp(self.accelerator):
             yield
             return
         self.is_fsdp_enabled = False  # what decides in transformers between its formats
@@ -477,7 +473,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         **kwargs: Any,
     ) -> tuple[int, int]:
         """Go on with this epoch's order of the data: TRL's sampler would repeat the first one's."""
-        if launchers.uses_fsdp2(self.accelerator):
+        if launchers.uses_fsdp(self.accelerator):
             self.check_frozen()  # before it takes the tensors apart
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)

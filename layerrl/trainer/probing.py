@@ -25,6 +25,7 @@ def gradient_report(
     selection: LayerSelection,
     args: Any,  # noqa: ANN401
     settings: dict[str, Any],
+    started: float,
 ) -> ContributionReport:
     """Score layers by what a step in each alone would gain on prompts that had no part in it.
 
@@ -34,6 +35,7 @@ def gradient_report(
         selection: Layers to score; what they hold of the model requires gradients.
         args: Arguments of the run that the scores are for.
         settings: What to keep in the report.
+        started: When the work for it began, as `time.perf_counter` has it.
 
     Returns:
         The report. A score of 1 is that of the average layer.
@@ -41,7 +43,7 @@ def gradient_report(
     Raises:
         ProbeError: If there is nothing to score.
     """
-    trainer, started = rollouts.trainer, time.perf_counter()
+    trainer = rollouts.trainer
     _check_trainer(trainer)
     gains_PL = held_out_gains(
         parameters_by_layer(trainer.model, selection),

@@ -7,6 +7,7 @@ import json
 import shutil
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from layerrl import load_delta
-from layerrl.errors import DeltaError
+from layerrl import load_delta, select_layers
+from layerrl.errors import DeltaError, LauncherError
 from layerrl.trainer import LayerSchedule
+from layerrl.trainer.launchers import refuse_launcher
 from tests.grpo import config, make
 from tests.launchers.launch import launch
 from tests.models import tiny
@@ -297,6 +299,13 @@ class TestRefused:
         for error in runs.fsdp1["layer"]:
             assert "LauncherError: FSDP1 was given for layer 2 of 4" in error
             assert "fsdp_version: 2" in error
+
+    @pytest.mark.parametrize("plugin", ["fsdp_plugin", "deepspeed_plugin"])
+    def test_a_quantised_base_in_parts(self, plugin):
+        launcher: Any = SimpleNamespace(state=SimpleNamespace(**{plugin: object()}))
+        selection = select_layers(tiny("llama", 3), 1)
+        with pytest.raises(LauncherError, match="a quantised base was given for layer 1 of 3"):
+            refuse_launcher(selection, launcher, quantised=True)
 
     def test_processes_that_disagree(self, runs):
         for error in runs.ddp["disagree"]:

@@ -1,9 +1,11 @@
 import dataclasses
+import gc
 import json
 import math
 import pickle
 import re
 import time
+import weakref
 from collections import deque
 
 import numpy as np
@@ -766,6 +768,18 @@ def test_masked_gives_gradients_to_the_selected_tensors_only():
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == set(trained)
     assert all(parameter.grad.abs().sum() > 0 for parameter in trained.values())
+
+
+def test_a_mask_holds_no_tensors_and_gives_flags_back_by_name():
+    """FSDP2 puts parameters in the place of others, whose memory is free if nobody has them."""
+    model = tiny("llama")
+    found = weakref.ref(model.model.norm.weight)
+    with select_layers(model, 1).masked(model):
+        values = model.model.norm.weight.detach().clone()
+        model.model.norm.weight = nn.Parameter(values, requires_grad=False)
+        gc.collect()
+        assert found() is None
+    assert model.model.norm.weight.requires_grad
 
 
 def test_tied_embedding_stays_frozen_unless_everything_trains():
