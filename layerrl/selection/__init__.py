@@ -15,6 +15,7 @@ from layerrl.blocks import Blocks, count_layers, find_blocks, meta_model, plain_
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
+from layerrl.selection.masked import Masked
 from layerrl.selection.parsing import (
     are_globs,
     counted,
@@ -149,7 +150,7 @@ class LayerSelection:
             A context manager that gives the tensors that train, by name. Entering it raises what
             `parameters` raises, before anything is changed.
         """
-        return _Masked(self, model)
+        return Masked(self, model)
 
     def plan(
         self,
@@ -360,28 +361,6 @@ class LayerSelection:
                     f"a tensor of {self} is shared with {plain_name(name)!r}, which is frozen: "
                     'training one trains the other. Select both, or "full".'
                 )
-
-
-class _Masked(AbstractContextManager[dict[str, nn.Parameter]]):
-    """A class and no generator: one that is dropped while suspended would restore the flags."""
-
-    def __init__(self, selection: LayerSelection, model: nn.Module) -> None:
-        self._selection, self._model = selection, model
-
-    def __enter__(self) -> dict[str, nn.Parameter]:
-        trained = self._selection.parameters(self._model)
-        chosen = {id(parameter) for parameter in trained.values()}
-        self._required: dict[str, bool] = {}
-        for name, parameter in self._model.named_parameters():
-            self._required[plain_name(name)] = parameter.requires_grad
-            parameter.requires_grad_(id(parameter) in chosen)
-        return trained
-
-    def __exit__(self, *exception: object) -> None:
-        # By name: FSDP2 replaces parameters, and frees the old ones if nobody holds them.
-        for name, parameter in self._model.named_parameters():
-            required = self._required.get(plain_name(name), parameter.requires_grad)
-            parameter.requires_grad_(required)
 
 
 def select_layers(
