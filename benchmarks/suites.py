@@ -243,8 +243,37 @@ class SmolLM2:
         return training.arguments(options, **along, **rate)
 
 
+class Multiplying(SmolLM2):
+    """The same model on reasoning-gym's `products` of two digits, of which there are 100."""
+
+    def __init__(self) -> None:
+        super().__init__("smollm2-products", steps=8)
+
+    @cached_property
+    def data(self) -> tuple[Dataset, Dataset]:
+        """Half of the problems to train on, the others to evaluate on."""
+        import reasoning_gym
+
+        drawn = reasoning_gym.create_dataset(
+            "products", seed=0, size=2000, min_terms=2, max_terms=2, min_digits=1, max_digits=1
+        )
+        answers = {item["metadata"]["expression"]: item["answer"] for item in drawn}
+        asked = sorted(answers)
+        random.Random(0).shuffle(asked)
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": f"{text} = Reply with the number only."}],
+                "answer": answers[text],
+            }
+            for text in asked
+        ]
+        return Dataset.from_list(rows[50:]), Dataset.from_list(rows[:50])
+
+
 SMALL = [Suite(f"{task}-{kind}") for task in TASKS for kind in ARCHITECTURES]
-SUITES: dict[str, Suite | SmolLM2] = {suite.name: suite for suite in (*SMALL, SmolLM2())}
+SUITES: dict[str, Suite | SmolLM2] = {
+    suite.name: suite for suite in (*SMALL, SmolLM2(), Multiplying())
+}
 
 
 def main() -> None:

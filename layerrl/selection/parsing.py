@@ -67,6 +67,11 @@ def _resolve_word(word: str, num_layers: int, described: str) -> range:
                 f"{word!r} holds no layer: {described}, {100 / num_layers:.3g} % of depth each"
             )
         return chosen
+    if word.partition(":")[0] == "auto":
+        raise SelectionError(
+            f"{word!r} is chosen by a trainer from its first answers, not here: pass it as the "
+            "trainer's selection, or take contribution_probe(...).top(1)"
+        )
     raise SelectionError(
         f"{word!r} does not name layers. Expected integers, a range or slice, or one of {_WORDS}."
     )

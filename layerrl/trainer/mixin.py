@@ -36,6 +36,7 @@ from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.shards import is_sharded, sharded_like, whole
 from layerrl.trainer import arguments, launchers, metrics
+from layerrl.trainer.auto import AutoSelection
 from layerrl.trainer.callbacks import FrozenCheck, SyncReference
 from layerrl.trainer.sync import WeightSync
 
@@ -86,7 +87,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
     Args:
         *args: The trainer's own arguments.
         selection: What trains: a `LayerSelection` or anything `select_layers` takes, resolved
-            against the trainer's model.
+            against the trainer's model. `"auto"` or `"auto:K"` in a trainer that generates: the K
+            best layers by `contribution_probe`'s `"gradient"`, chosen when training starts by its
+            first generation batches (64 prompts or more), which are then trained on. Until then
+            `selection` is all layers. Checkpoints hold the report, and resume on it.
         prefix_cache_bytes: Most memory the recorded hidden states of one batch may take, on the
             device; a larger batch is not recorded. 0: never record.
         record_while_generating: Record what enters the first trained layer while transformers'
@@ -162,6 +166,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
             },
             checkpoint_format=checkpoint_format,
         )
+        auto = AutoSelection.of(selection)
+        if auto is not None:
+            selection = "all"
         # A path's config will do, so that a typo is not found after minutes of loading weights.
         args_given = given.get("args")
         is_model = isinstance(model, nn.Module)
@@ -180,13 +187,43 @@ class LayerMaskedMixin(metaclass=_OneMask):
             nullcontext() if full else quantised_base(args_given),
         ):
             super().__init__(*args, **kwargs)
-        self._selection = select_layers(self.model, selection)
+        self._auto = auto
+        self._spends_freed_memory = activation_bytes is None
+        self._master_weights = master_weights and not full
+        # DPO and KTO score each batch in `compute_loss`, with the policy and then the reference.
+        self._scores_in_loss = reference == "ref_model"
+        self.checkpoint_format = "full" if full else checkpoint_format
+        self._select_now = partial(
+            self._select,
+            reference=reference,
+            prefix_cache_bytes=prefix_cache_bytes,
+            activation_bytes=activation_bytes,
+            record_while_generating=record_while_generating,
+        )
+        if reference == "beta":
+            self.beta = self.args.beta
+        self.add_callback(FrozenCheck(self.check_frozen))
+        self._select_now(select_layers(self.model, selection))
+        if auto is not None:
+            auto.check(self)
+
+    def _select(
+        self,
+        selection: LayerSelection,
+        *,
+        reference: arguments.Reference,
+        prefix_cache_bytes: int,
+        activation_bytes: int | None,
+        record_while_generating: bool,
+    ) -> None:
+        """Everything that depends on what trains; little of it where that is still to be chosen."""
+        full, decided = selection.full, self._auto is None or self._auto.report is not None
+        self._selection = selection
         quantised = getattr(unwrap(self.model), "is_quantized", False)
         launchers.refuse_launcher(self.selection, self.accelerator, quantised=quantised)
         launchers.refuse_disagreement(self.selection, self.accelerator)
         arguments.refuse_cast(self.args, None if full else self.model)
         arguments.warn_of_frozen_head(self.model, self.selection)
-        self.checkpoint_format = "full" if full else checkpoint_format
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
         base = DeltaBase.of(self.model, self.selection)
@@ -199,7 +236,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
             record_while_generating=record_while_generating,
             agree=partial(launchers.agree, self.accelerator),
         )
-        self._spends_freed_memory = activation_bytes is None
         budget = activation_bytes or 0
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
@@ -209,23 +245,17 @@ class LayerMaskedMixin(metaclass=_OneMask):
             sharded = launchers.uses_fsdp(self.accelerator)
             budget = spared // (self.accelerator.num_processes if sharded else 1)
         self._kept = KeptActivations(self.model, self.selection, budget)
-        self._master_weights = master_weights and not full
         self._weight_sync = None
-        if hasattr(self, "vllm_generation") and not full:
+        if hasattr(self, "vllm_generation") and not full and decided:
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
         self._sampler: Any = None
         self._mask = ExitStack()
-        self.add_callback(FrozenCheck(self.check_frozen))
         self._initial: Mapping[str, Tensor] = {}
-        # DPO and KTO score each batch in `compute_loss`, with the policy and then the reference.
-        self._scores_in_loss = reference == "ref_model"
         if reference:
-            if reference == "beta":
-                self.beta = self.args.beta
-            self._set_reference()
-        if not self._initial and not full:
+            self._set_reference(decided)
+        if not self._initial and not full and decided:
             self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
         self._mask_model()
 
@@ -263,12 +293,19 @@ class LayerMaskedMixin(metaclass=_OneMask):
         """
         self._mask_model()
         try:
+            if self._auto is not None and self._auto.report is None:
+                resumed = args[0] if args else kwargs.get("resume_from_checkpoint")
+                selection = self._auto.choose(self, resumed)
+                self._mask.close()
+                self._select_now(selection)
             return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         except BaseException:
             self._mask.close()
             raise
         finally:
             self._replay.clear()
+            if self._auto is not None:
+                self._auto.clear()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model, after checking that only the selection changed.
@@ -292,7 +329,13 @@ class LayerMaskedMixin(metaclass=_OneMask):
             shutil.rmtree(folder / _DELTA, ignore_errors=True)
         if not is_checkpoint or self.checkpoint_format == "full":
             super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
-            return
+        else:
+            self._save_trained(folder)
+        if is_checkpoint and self.args.should_save and self._auto is not None:
+            self._auto.save(folder)
+
+    def _save_trained(self, folder: Path) -> None:
+        """A checkpoint's delta, and the reference where there is one."""
         # An empty state dict writes everything that goes with a model; its weights go again.
         self._save(str(folder), state_dict={})
         remove_dummy_checkpoint(self.args.should_save, str(folder), [SAFE_WEIGHTS_NAME])
@@ -417,8 +460,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._mask.close()
         self._mask.enter_context(self.selection.masked(self.model))
 
-    def _set_reference(self) -> None:
-        self.ref_model = ReferenceModel(self.model, self._trained)
+    def _set_reference(self, decided: bool) -> None:
+        # Before anything trains, the model is its own reference.
+        self.ref_model = ReferenceModel(self.model, self._trained if decided else {})
+        if not decided:
+            return
         if getattr(self.args, "sync_ref_model", False):
             self.add_callback(SyncReference(self.ref_model, self.accelerator))
         elif not self.selection.full:
@@ -540,6 +586,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
         """Mark each row of a new batch, so that its recording is found after shuffling."""
+        if self._auto is not None and (kept := self._auto.kept(self, inputs)):
+            return kept
         with self._replay.generating(training=self.model.training) as recording:
             batch = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
         ids = batch["completion_ids"]

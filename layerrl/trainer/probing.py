@@ -44,7 +44,7 @@ def gradient_report(
         ProbeError: If there is nothing to score.
     """
     trainer = rollouts.trainer
-    _check_trainer(trainer)
+    check_trainer(trainer, "method='gradient'")
     gains_PL = held_out_gains(
         parameters_by_layer(trainer.model, selection),
         (
@@ -104,16 +104,31 @@ def _run_units(args: Any, trainer: Any) -> float:  # noqa: ANN401
     return rows / args.num_iterations * (1 + reference) + rows * _units(args)
 
 
-def _check_trainer(trainer: Any) -> None:  # noqa: ANN401
-    if not hasattr(trainer, "_generate_and_score_completions"):
+def check_trainer(trainer: Any, asked: str) -> None:  # noqa: ANN401
+    """Refuse a trainer whose batches say nothing of its layers, or not here.
+
+    Args:
+        trainer: A masked trainer.
+        asked: What was asked for, to name it.
+
+    Raises:
+        ProbeError: If it generates nothing, or does so in several processes or in parts.
+    """
+    if not hasattr(trainer, "_calculate_rewards"):
         raise ProbeError(
-            f"method='gradient' needs a trainer that generates and rewards, such as GRPO's; "
+            f"{asked} needs a trainer that generates and rewards, such as GRPO's; "
             f"{type(trainer).__name__} does not"
         )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ProbeError(
-            "method='gradient' looks at whole gradients, and this run's model is sharded. Probe "
+            f"{asked} looks at whole gradients, and this run's model is sharded. Probe "
             "without FSDP or DeepSpeed; the report's selection works with them."
+        )
+    if trainer.accelerator.num_processes > 1:
+        raise ProbeError(
+            f"{asked} in {trainer.accelerator.num_processes} processes: the completions of a "
+            "prompt may lie on several. Probe in one process; the report's selection works in any "
+            "number."
         )
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import convert_outputs_to_fp32
 from trl.trainer.utils import (
     split_pixel_values_by_grid,
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
 )
 
+from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.errors import ProbeError
 from layerrl.trainer.evaluation import replaced_rewards, rewarded_differently, watched_rewards
 
@@ -35,6 +38,8 @@ class Rollouts:
 
     trainer: Any
     num_prompts: int
+    keep: Callable[[list[Any], dict[str, Any]], None] | None = None
+    """Called with the rows and the batch of each generation, to train on them later."""
     num_tokens: int = field(default=0, init=False)
     """Completion tokens generated so far."""
     with_signal: list[bool] = field(default_factory=list, init=False)
@@ -51,23 +56,19 @@ class Rollouts:
             What the trainer's `compute_loss` takes, `per_device_train_batch_size` rows or fewer.
 
         Raises:
-            ProbeError: If the trainer's batches cannot be taken apart by prompt.
+            ProbeError: If nothing of a batch can be learned from.
         """
         trainer, size = self.trainer, self.trainer.num_generations
-        if trainer.accelerator.num_processes > 1:
-            raise ProbeError(
-                f"{trainer.accelerator.num_processes} processes: the completions of a prompt may "
-                "lie on several. Probe in one process; the report's selection works in any number."
-            )
         rows_left = self.num_prompts * size
         trainer.model.train()
         repeats = trainer.num_iterations * trainer.args.steps_per_generation
-        for rows in islice(trainer.get_train_dataloader(), 0, None, repeats):
-            batch = self._generate(rows[:rows_left])
-            yield from self._prompts(batch)
-            rows_left -= len(rows)
-            if rows_left <= 0:
-                break
+        with _in_its_precision(trainer):
+            for rows in islice(trainer.get_train_dataloader(), 0, None, repeats):
+                batch = self._generate(rows[:rows_left])
+                yield from self._prompts(batch)
+                rows_left -= len(rows)
+                if rows_left <= 0:
+                    break
 
     def _prompts(self, batch: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
         trainer, size = self.trainer, self.trainer.num_generations
@@ -91,12 +92,18 @@ class Rollouts:
 
     def _generate(self, rows: list[Any]) -> dict[str, Any]:
         trainer = self.trainer
-        first = not self.with_signal and getattr(trainer, "environment_factories", None) is None
+        first = not self.with_signal
+        again = first and self.keep is None
         with (
-            replaced_rewards(trainer, self._twice) if first else nullcontext(),
+            replaced_rewards(trainer, self._twice)
+            if again and getattr(trainer, "environment_factories", None) is None
+            else nullcontext(),
+            nullcontext() if first or self.keep is None else _scored_by_the_base(trainer),
             watched_rewards(trainer, self._note),
         ):
             batch = trainer._generate_and_score_completions(rows)
+        if self.keep is not None:
+            self.keep(rows, batch)
         mask: Tensor = batch["completion_mask"]
         if not mask.any():
             raise ProbeError(
@@ -127,3 +134,34 @@ class Rollouts:
             return rewards_BF
 
         return twice
+
+
+@contextmanager
+def _in_its_precision(trainer: Any) -> Iterator[None]:  # noqa: ANN401
+    """Run the model as its training does: in mixed precision, where the arguments ask for it."""
+    model, accelerator = unwrap(trainer.model), trainer.accelerator
+
+    def prepared(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            with accelerator.autocast():
+                return forward(*args, **kwargs)
+
+        return convert_outputs_to_fp32(run)
+
+    if accelerator.native_amp and not hasattr(model, "_original_forward"):  # accelerate's mark
+        with replaced_forwards([model], prepared):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _scored_by_the_base(trainer: Any) -> Iterator[None]:  # noqa: ANN401
+    """Have log-probabilities kept with a batch, as TRL does where the policy will have moved."""
+    before = trainer.num_iterations
+    trainer.num_iterations = 1 + trainer.args.gradient_accumulation_steps
+    try:
+        yield
+    finally:
+        trainer.num_iterations = before

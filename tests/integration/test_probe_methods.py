@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from layerrl import ContributionReport, contribution_probe, published_contributions
 from layerrl.errors import ProbeError, ReportError, SelectionError
+from layerrl.trainer.probing import check_trainer
 from layerrl.trainer.rollouts import Rollouts
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
@@ -248,7 +249,7 @@ class TestBadInput:
         trainer = make(model, tmp_path, selection="all")
         trainer.accelerator.state._shared_state["num_processes"] = 2
         try:
-            with pytest.raises(ProbeError, match="2 processes: the completions of a prompt may"):
-                next(iter(Rollouts(trainer, 8)))
+            with pytest.raises(ProbeError, match="it in 2 processes: the completions of a prompt"):
+                check_trainer(trainer, "it")
         finally:
             trainer.accelerator.state._shared_state["num_processes"] = 1

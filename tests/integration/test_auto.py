@@ -1,0 +1,283 @@
+"""`selection="auto"`: the run's own first batches choose its layers."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, RLOOConfig
+
+from layerrl import ContributionReport, LayerMaskedMixin, contribution_probe, select_layers
+from layerrl.errors import ProbeError, SelectionError
+from layerrl.trainer import LayerMaskedRLOOTrainer
+from tests.engines import in_place_of_vllm
+from tests.grpo import PROMPTS, config, make, tokenizer
+from tests.models import tiny
+from tests.runs import assert_same_run, bits
+from tests.trainers import PREFERENCES
+
+TRAIN = Dataset.from_dict({"prompt": PROMPTS * 64})
+
+
+class Counting:
+    """A reward that says how often it was asked for."""
+
+    def __init__(self) -> None:
+        self.__name__ = "counting"
+        self.asked: list[list[str]] = []
+
+    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        self.asked.append(prompts)
+        return [float(sum(letter < "P" for letter in text)) for text in completions]
+
+
+def trainer(folder: Any, selection: Any = "auto", reward: Any = None, **changes: Any) -> Any:
+    """One generation batch is 64 prompts, and one step."""
+    values = {"per_device_train_batch_size": 256, "max_steps": 3, "learning_rate": 1e-3}
+    given = changes.pop("arguments", {})
+    return make(
+        changes.pop("model", None) or tiny("llama", 4),
+        folder,
+        selection=selection,
+        arguments={"reward_funcs": reward or Counting(), "train_dataset": TRAIN, **given},
+        **(values | changes),
+    )
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit for bit."""
+    one, other = bits(one.model), bits(other.model)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"beta": 0.1, "num_iterations": 2},
+        {"bf16": True},
+        {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 4},
+    ],
+)
+def test_the_run_is_that_of_the_layer_chosen(tmp_path, changes):
+    auto = trainer(tmp_path / "auto", **changes)
+    auto.train()
+    assert len(auto.selection.layers) == 1
+    plain = trainer(tmp_path / "plain", auto.selection, **changes)
+    plain.train()
+    assert_same_run(auto, plain)
+
+
+def test_nothing_is_generated_or_rewarded_twice(tmp_path):
+    auto, plain = Counting(), Counting()
+    trainer(tmp_path / "auto", "auto", auto).train()
+    trainer(tmp_path / "plain", 0, plain).train()
+    assert len(auto.asked) == len(plain.asked) == 3
+    assert auto.asked == plain.asked
+
+
+def test_batches_of_few_prompts_are_taken_until_there_are_enough(tmp_path):
+    reward = Counting()
+    run = trainer(
+        tmp_path, "auto:2", reward, per_device_train_batch_size=64, max_steps=6, logging_steps=1
+    )
+    seen = []
+    compute = run._compute_loss
+
+    def watched(model: Any, inputs: Any) -> Any:
+        if run._auto.report is not None and "old_per_token_logps" in inputs:
+            policy, *_ = run._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                inputs["completion_ids"].size(1),
+            )
+            mask = inputs["completion_mask"].bool()
+            difference = (policy - inputs["old_per_token_logps"])[mask].abs().max().item()
+            seen.append((run.state.global_step, difference))
+        return compute(model, inputs)
+
+    run._compute_loss = watched
+    run.train()
+    # Four batches of 16 prompts; the last three are older than the policy that they train.
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert 0 < seen[0][1] < seen[2][1]
+    assert len(run.selection.layers) == 2
+    assert run._auto.report.settings["budget"] == 64
+    assert len(reward.asked) == 6
+
+
+def test_a_run_shorter_than_the_probe_generates_no_more_than_it_trains_on(tmp_path):
+    reward = Counting()
+    trainer(tmp_path, "auto", reward, per_device_train_batch_size=64, max_steps=2).train()
+    assert len(reward.asked) == 2
+
+
+def test_the_layers_are_those_of_the_probe(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    found = contribution_probe(
+        tiny("llama", 4),
+        method="gradient",
+        reward_funcs=Counting(),
+        train_dataset=TRAIN,
+        processing_class=tokenizer(),
+        args=config(tmp_path / "probe", per_device_train_batch_size=256, max_steps=3),
+        budget=64,
+        seeds=[42],
+    )
+    assert max(found.scores, key=found.scores.__getitem__) in run.selection.layers
+    assert run._auto.report.scores == pytest.approx(found.scores, rel=1e-4)
+
+
+def test_only_the_chosen_layers_train(tmp_path):
+    before = bits(tiny("llama", 4))
+    run = trainer(tmp_path)
+    run.train()
+    chosen = set(run.selection.parameters(run.model))
+    after = bits(run.model)
+    assert {name for name in after if not torch.equal(after[name], before[name])} <= chosen
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in run.selection.parameters(run.model).values()}
+    assert run.save_delta(tmp_path / "delta").is_dir()
+
+
+@pytest.mark.parametrize("checkpoint_format", ["delta", "full"])
+def test_resume_trains_the_same_layers_without_probing_again(tmp_path, checkpoint_format):
+    options = {"max_steps": 4, "arguments": {"checkpoint_format": checkpoint_format}}
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=2, **options)
+    whole.train()
+    kept = tmp_path / "whole" / "checkpoint-2"
+    report = ContributionReport.from_json((kept / "contributions.json").read_text())
+    assert report == whole._auto.report
+    reward = Counting()
+    options["arguments"] = {"checkpoint_format": checkpoint_format}
+    resumed = trainer(tmp_path / "resumed", "auto", reward, **options)
+    resumed.train(resume_from_checkpoint=str(kept))
+    assert len(reward.asked) == 2
+    assert resumed.selection == whole.selection
+    assert same(resumed, whole)
+
+
+def test_a_checkpoint_of_another_selection_is_refused(tmp_path):
+    trainer(tmp_path, 1, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ProbeError, match=r"checkpoint-1 has no contributions.json.*Pass the sel"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_second_training_keeps_the_choice(tmp_path):
+    reward = Counting()
+    run = trainer(tmp_path, "auto", reward, max_steps=1)
+    run.train()
+    chosen = run.selection
+    run.train()
+    assert run.selection == chosen
+    assert len(reward.asked) == 2
+
+
+def test_the_log_says_what_was_chosen_and_how_surely(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="layerrl"):
+        run = trainer(tmp_path)
+        run.train()
+    [line] = [r.getMessage() for r in caplog.records if 'selection="auto"' in r.getMessage()]
+    assert f"trains {run.selection}" in line
+    assert "times the average layer's score; the best other layer has" in line
+    assert "resolved" in line
+
+
+def test_rloo(tmp_path):
+    kinds = {"trainer": LayerMaskedRLOOTrainer, "kind": RLOOConfig}
+    auto = trainer(tmp_path / "auto", **kinds)
+    auto.train()
+    plain = trainer(tmp_path / "plain", auto.selection, **kinds)
+    plain.train()
+    assert_same_run(auto, plain)
+
+
+def test_vllm_is_sent_everything_and_then_what_was_chosen(tmp_path, monkeypatch):
+    with in_place_of_vllm(monkeypatch):
+        run = trainer(tmp_path, use_vllm=True, vllm_mode="colocate")
+        run.train()
+    chosen = set(run.selection.parameters(run.model))
+    syncs = [set(names) for names in run.vllm_generation.llm.syncs]
+    # For the probe, once more when a layer has been chosen, and then what that has learned.
+    everything = {name for name, _ in run.model.named_parameters()}
+    assert syncs[:-1] == [everything, everything]
+    assert syncs[-1] == chosen
+
+
+class TestRefused:
+    @pytest.mark.parametrize("selection", ["auto:0", "auto:", "auto:x", "auto:-1"])
+    def test_a_number_that_is_none(self, tmp_path, selection):
+        with pytest.raises(SelectionError, match=r'expected "auto" \(one\) or "auto:K"'):
+            trainer(tmp_path, selection)
+
+    def test_more_layers_than_there_are(self, tmp_path):
+        with pytest.raises(SelectionError, match=r'"auto:5" asks for 5 layers.*the model has 4'):
+            trainer(tmp_path, "auto:5")
+
+    def test_outside_of_a_trainer(self):
+        with pytest.raises(SelectionError, match="'auto:2' is chosen by a trainer"):
+            select_layers(tiny("llama", 4), "auto:2")
+
+    def test_a_trainer_that_does_not_generate(self, tmp_path):
+        class Masked(LayerMaskedMixin, DPOTrainer):
+            pass
+
+        with pytest.raises(ProbeError, match=r'selection="auto" needs a trainer that generates'):
+            Masked(
+                tiny("llama", 4),
+                args=DPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+                train_dataset=Dataset.from_dict(PREFERENCES),
+                processing_class=tokenizer(),
+                selection="auto",
+            )
+
+    def test_an_optimizer_of_ones_own(self, tmp_path):
+        model = tiny("llama", 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(SelectionError, match="a SGD was passed in"):
+            trainer(tmp_path, model=model, arguments={"optimizers": (optimizer, None)})
+
+    def test_nothing_to_learn(self, tmp_path):
+        model = tiny("llama", 4)
+        flags = [p.requires_grad for p in model.parameters()]
+        run = trainer(
+            tmp_path, "auto", lambda completions, **_: [1.0] * len(completions), model=model
+        )
+        with pytest.raises(ProbeError, match="of 64 prompts tried, 0 have completions"):
+            run.train()
+        assert [p.requires_grad for p in model.parameters()] == flags
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_ctrl_c(self, tmp_path):
+        model = tiny("llama", 4)
+        before = bits(model)
+
+        def stop(**_: Any) -> list[float]:
+            raise KeyboardInterrupt
+
+        run = trainer(tmp_path, "auto", stop, model=model)
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+        assert all(p.requires_grad for p in model.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+        run.reward_funcs = [Counting()]
+        run.train()
+        assert len(run.selection.layers) == 1
+
+    def test_a_loader_that_gives_other_prompts(self, tmp_path):
+        run = trainer(tmp_path)
+        choose = run._auto.choose
+
+        def other(*args: Any) -> Any:
+            chosen = choose(*args)
+            run.train_dataset = run.train_dataset.select(range(100, 200)).map(
+                lambda row: {"prompt": row["prompt"] + "z"}
+            )
+            return chosen
+
+        run._auto.choose = other
+        with pytest.raises(ProbeError, match="now it gives others"):
+            run.train()
