@@ -31,11 +31,11 @@ SEPARATES = 0.6
 """Noise ceiling below which a suite says nothing."""
 
 
-def gradient(suite: Any, budget: int) -> ContributionReport:
+def scored(suite: Any, method: str, budget: int) -> ContributionReport:
     """The library's own."""
     return contribution_probe(
         suite.model(),
-        method="gradient",
+        method=method,
         reward_funcs=suite.reward,
         train_dataset=suite.data[0],
         processing_class=suite.tokenizer,
@@ -48,7 +48,8 @@ PROBES: dict[str, Callable[[Any], ContributionReport]] = {
     "position": lambda suite: contribution_probe(suite.model(), method="position"),
     "position:0.37": lambda suite: contribution_probe(suite.model(), method="position:0.37"),
     "published": lambda suite: contribution_probe(suite.model(), method="published"),
-    "gradient": lambda suite: gradient(suite, NUM_PROMPTS),
+    "gradient": lambda suite: scored(suite, "gradient", NUM_PROMPTS),
+    "rollout": lambda suite: scored(suite, "rollout", 2 * NUM_PROMPTS),
     "gradient norm": lambda suite: baselines.gradient_norm(suite, NUM_PROMPTS),
     "spectrum": baselines.spectrum,
     "bypass": lambda suite: baselines.bypass(suite, NUM_PROMPTS),

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from chain_sum import answers, distinct, reward
-from training import arguments, check_settings, parser, start, train, write_json
+from training import arguments, check_settings, parser, show, start, train, write_json
 
 from layerrl import ContributionReport, published_contributions, select_layers
-from layerrl.scoring import bootstrap, interval_of
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
         texts = answers(model, setup.tokenizer, held_out, options.tokens)
         found[name] = reward(texts, held_out["answer"])
         write_json(path, found)
-    show(found)
+    show(found, against="full")
 
 
 def strategies(
@@ -69,18 +68,6 @@ def strategies(
         (f"middle {k}", {"layers": f"middle:{k}"}, layer),
         (f"worst {k}", {"layers": worst}, layer),
     ]
-
-
-def show(scores: dict[str, list[float]]) -> None:
-    """Accuracy and difference to full, with 95 % intervals over problems."""
-    draws = bootstrap({name: [row] for name, row in scores.items()})
-    print(f"{len(scores['full'])} held-out problems, greedy, one seed")
-    print(f"{'':10} accuracy  95 %              to full  95 %")
-    for name, row in scores.items():
-        mean, full = (sum(values) / len(values) for values in (row, scores["full"]))
-        difference = interval_of(draws[name] - draws["full"])
-        own = f"{interval_of(draws[name]):.3f}"
-        print(f"{name:10} {mean:8.3f}  {own}  {mean - full:+7.3f}  {difference:+.3f}")
 
 
 def read(where: str) -> ContributionReport:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 from layerrl import LayerMaskedGRPOTrainer
+from layerrl.scoring import bootstrap, interval_of
 
 
 class Setup(NamedTuple):
@@ -135,6 +136,21 @@ def write_json(path: Path, values: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n")
     partial.replace(path)
+
+
+def show(scores: dict[str, list[float]], against: str) -> None:
+    """Accuracy and difference to one of them, with 95 % intervals over problems."""
+    draws = bootstrap({name: [row] for name, row in scores.items()})
+    width = max(map(len, scores))
+    print(f"{len(scores[against])} held-out problems, greedy, one seed")
+    print(f"{'':{width}} accuracy  95 %              to {against}  95 %")
+    for name, row in scores.items():
+        mean, other = (sum(values) / len(values) for values in (row, scores[against]))
+        difference = interval_of(draws[name] - draws[against])
+        own = f"{interval_of(draws[name]):.3f}"
+        print(
+            f"{name:{width}} {mean:8.3f}  {own}  {mean - other:+{3 + len(against)}.3f}  {difference:+.3f}"
+        )
 
 
 def check_settings(options: argparse.Namespace, **more: Any) -> None:

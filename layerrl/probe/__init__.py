@@ -20,6 +20,7 @@ from layerrl.probe.checks import (
 )
 from layerrl.probe.gradient import gradient_probe
 from layerrl.probe.priors import position_report, published_report
+from layerrl.probe.rollout import rollout_probe
 from layerrl.selection import select_layers
 from layerrl.sweep import Sweep, digest, digest_of_rows, settings_of
 from layerrl.sweep.executors import EXECUTORS
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
     from layerrl.report import ContributionReport
 
 _PRIORS = {"position": position_report, "published": published_report}
+_FROM_ROLLOUTS = {"rollout": rollout_probe, "gradient": gradient_probe}
 _ROLLOUTS = ("reward_funcs", "train_dataset", "args")
 _NEEDS = {
     "train": (*_ROLLOUTS, "eval_dataset", "output_dir"),
+    "rollout": _ROLLOUTS,
     "gradient": _ROLLOUTS,
     **dict.fromkeys(_PRIORS, ()),
 }
@@ -71,6 +74,7 @@ def contribution_probe(
     | method | what it does | what it needs |
     |---|---|---|
     | `"train"` | measures C(k), each layer's share of the full-parameter gain | everything |
+    | `"rollout"` | what a few steps of the layer gain on other prompts | rollouts |
     | `"gradient"` | what a step in the layer alone would gain on other prompts | rollouts |
     | `"published"` | C(k) of the paper's Qwen3-1.7B at the same relative depth | nothing |
     | `"position"` | how near the layer is to the middle | nothing |
@@ -163,8 +167,8 @@ def contribution_probe(
     # A trainer also puts hooks and casts on reward models.
     models = [model, *(found for found in functions if isinstance(found, nn.Module))]
     with random_state_kept():
-        if kind == "gradient":
-            return gradient_probe(
+        if kind in _FROM_ROLLOUTS:
+            return _FROM_ROLLOUTS[kind](
                 models,
                 make_trainer,
                 chosen,

@@ -53,7 +53,7 @@ def gradient_report(
         ),
         epsilon=args.adam_epsilon,
     )
-    _check_signal(rollouts)
+    check_signal(rollouts)
     scored_PL = gains_PL[int(len(gains_PL) * _UNSCORED) :]
     average = scored_PL.mean().item()
     if average <= 0:
@@ -83,7 +83,7 @@ def gradient_report(
             tokens=rollouts.num_tokens,
             forwards=units[1],
             backwards=units[1],
-            fraction=(units[0] + units[1] * _units(args)) / _run_units(args, trainer),
+            fraction=(units[0] + units[1] * _units(args)) / run_units(args, trainer),
         ),
     )
 
@@ -93,8 +93,16 @@ def _units(args: Any) -> int:  # noqa: ANN401
     return 4 if args.gradient_checkpointing else 3
 
 
-def _run_units(args: Any, trainer: Any) -> float:  # noqa: ANN401
-    """The same for the whole run: generating counts as a forward pass, and so does a reference."""
+def run_units(args: Any, trainer: Any) -> float:  # noqa: ANN401
+    """Forward passes that a whole run is worth, a generated completion and a reference one each.
+
+    Args:
+        args: The run's arguments.
+        trainer: A trainer of such a run.
+
+    Returns:
+        Passes of one completion.
+    """
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = args.max_steps * per_step
     if args.max_steps <= 0:
@@ -132,7 +140,15 @@ def check_trainer(trainer: Any, asked: str) -> None:  # noqa: ANN401
         )
 
 
-def _check_signal(rollouts: Rollouts) -> None:
+def check_signal(rollouts: Rollouts) -> None:
+    """Refuse answers that nothing can be learned from.
+
+    Args:
+        rollouts: All of them.
+
+    Raises:
+        ProbeError: If too few prompts have completions that were rewarded differently.
+    """
     found, tried = sum(rollouts.with_signal), len(rollouts.with_signal)
     trainer = rollouts.trainer
     what = (

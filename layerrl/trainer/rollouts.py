@@ -39,7 +39,9 @@ class Rollouts:
     trainer: Any
     num_prompts: int
     keep: Callable[[list[Any], dict[str, Any]], None] | None = None
-    """Called with the rows and the batch of each generation, to train on them later."""
+    """Called with the rows and the batch of each generation, to train on them later. The batches
+    after the first, and with `old` the first, hold log-probabilities of the model as it is now."""
+    old: bool = False
     num_tokens: int = field(default=0, init=False)
     """Completion tokens generated so far."""
     with_signal: list[bool] = field(default_factory=list, init=False)
@@ -98,7 +100,9 @@ class Rollouts:
             replaced_rewards(trainer, self._twice)
             if again and getattr(trainer, "environment_factories", None) is None
             else nullcontext(),
-            nullcontext() if first or self.keep is None else _scored_by_the_base(trainer),
+            _scored_by_the_base(trainer)
+            if (self.keep and not first) or self.old
+            else nullcontext(),
             watched_rewards(trainer, self._note),
         ):
             batch = trainer._generate_and_score_completions(rows)

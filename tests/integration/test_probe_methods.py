@@ -14,7 +14,6 @@ from torch.testing import assert_close
 from layerrl import ContributionReport, contribution_probe, published_contributions
 from layerrl.errors import ProbeError, ReportError, SelectionError
 from layerrl.trainer.probing import check_trainer
-from layerrl.trainer.rollouts import Rollouts
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
 from tests.runs import bits

@@ -1,0 +1,184 @@
+"""Scores from a few real steps of each layer on answers that all layers share."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, set_seed
+
+from layerrl.errors import ProbeError
+from layerrl.masking import as_found
+from layerrl.report import ContributionReport, Cost, Score
+from layerrl.selection import LayerSelection
+from layerrl.trainer.arguments import only_training
+from layerrl.trainer.probing import check_signal, check_trainer, run_units
+from layerrl.trainer.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import nn
+
+NUM_STEPS = 16
+
+
+def rollout_probe(
+    models: Sequence[nn.Module],
+    make_trainer: Callable[..., Any],
+    selection: LayerSelection,
+    *,
+    args: Any,  # noqa: ANN401
+    num_prompts: int,
+    seed: int,
+    settings: dict[str, Any],
+) -> ContributionReport:
+    r"""Train each layer on the base's answers to half of the prompts, and weigh those to the rest.
+
+    A held-out prompt's gain is $\sum_i w_i A_i$ over its completions, with their advantages $A_i$
+    and weights $w_i \propto \pi_k(y_i) / \pi(y_i)$ under the policy that training layer $k$ has
+    made of the base: how much better it would have answered, as far as these answers tell.
+
+    Args:
+        models: The base, and models that reward. As they were afterwards.
+        make_trainer: Makes a masked trainer from `model`, `args` and `selection`.
+        selection: Layers to score.
+        args: The trainer's arguments. Steps are taken with their learning rate, from the first on.
+        num_prompts: Prompts to generate for, at least two generation batches of them.
+        seed: Of the order of the prompts, and of their completions.
+        settings: What to keep in the report.
+
+    Returns:
+        The report. Scores are gains in advantage, in standard deviations of a group's rewards.
+
+    Raises:
+        ProbeError: If there is nothing to score.
+    """
+    per_batch = args.generation_batch_size // args.num_generations
+    whole = isinstance(num_prompts, int) and not isinstance(num_prompts, bool)
+    if not whole or num_prompts < 2 * per_batch or num_prompts % (2 * per_batch):
+        raise ProbeError(
+            f"budget is {num_prompts!r} prompts; method='rollout' trains on half of its generation "
+            f"batches and weighs the others: expected a multiple of {2 * per_batch}, twice "
+            f"generation_batch_size={args.generation_batch_size} by "
+            f"num_generations={args.num_generations}"
+        )
+    started, model = time.perf_counter(), models[0]
+    batches: list[dict[str, Any]] = []
+    with as_found(*models):
+        set_seed(seed)
+        trainer = make_trainer(model=model, args=_arguments(args, seed), selection=selection)
+        trainer.remove_callback(PrinterCallback)
+        check_trainer(trainer, "method='rollout'")
+        rollouts = Rollouts(trainer, num_prompts, lambda _, batch: batches.append(batch), old=True)
+        prompts = list(rollouts)
+        check_signal(rollouts)
+        lists = [parts for parts in prompts[len(prompts) // 2 :] if parts]
+        run = run_units(args, trainer)
+        trainer.accelerator.free_memory()
+        del trainer
+    trained_on = batches[: len(batches) // 2]
+    gains: dict[int, list[float]] = {}
+    for layer in selection.layers:
+        with as_found(*models):
+            set_seed(seed)
+            one = LayerSelection(
+                num_layers=selection.num_layers, layers=(layer,), modules=selection.modules
+            )
+            trainer = make_trainer(model=model, args=_arguments(args, seed), selection=one)
+            trainer.remove_callback(PrinterCallback)
+            with _weights_kept(one.parameters(model).values()):
+                given = cycle(trained_on)
+                trainer._generate_and_score_completions = lambda _, given=given: dict(next(given))
+                trainer.train()
+                gains[layer] = [_gain(trainer, parts) for parts in lists]
+            trainer.accelerator.free_memory()
+            del trainer
+    rows = sum(len(part["advantages"]) for parts in lists for part in parts)
+    steps = NUM_STEPS * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    number = len(selection.layers)
+    # A layer's backward ends there: one pass for what is above, and one for its own weights.
+    backwards = sum(1 - layer / selection.num_layers for layer in selection.layers)
+    generated = len(batches) * len(batches[0]["advantages"])
+    return ContributionReport(
+        method="rollout",
+        layers=tuple(
+            Score(scores=(tuple(gains[layer]),)) if layer in gains else Score(status="missing")
+            for layer in range(selection.num_layers)
+        ),
+        settings={
+            **settings,
+            "seed": seed,
+            "budget": rollouts.num_prompts,
+            "steps": NUM_STEPS,
+            "prompts_with_signal": sum(rollouts.with_signal),
+            "reward_noise": rollouts.reward_noise,
+        },
+        cost=Cost(
+            seconds=time.perf_counter() - started,
+            tokens=rollouts.num_tokens,
+            forwards=2 * generated + number * (steps + rows),
+            backwards=number * steps,
+            fraction=(2 * generated + number * (steps + rows) + backwards * steps + steps) / run,
+        ),
+    )
+
+
+def _arguments(args: Any, seed: int) -> Any:  # noqa: ANN401
+    args = only_training(args)
+    args.max_steps, args.seed = NUM_STEPS, seed
+    args.lr_scheduler_type, args.warmup_steps = "constant", 0
+    args.logging_strategy = "no"
+    args.num_iterations = 1
+    return args
+
+
+@torch.no_grad()
+def _gain(trainer: Any, parts: Sequence[dict[str, Any]]) -> float:  # noqa: ANN401
+    """Of one prompt, whose completions are in these micro-batches."""
+    logratios, advantages = [], []
+    with _scored(trainer) as logps:
+        for part in parts:
+            logps.clear()
+            trainer.compute_loss(trainer.model, part)
+            mask = part["completion_mask"] * part.get("tool_mask", 1)
+            logratios.append(((logps[0] - part["old_per_token_logps"]) * mask).sum(dim=1))
+            advantages.append(part["advantages"])
+    advantages_N = torch.cat(advantages).double()
+    weights_N = torch.cat(logratios).double().softmax(dim=0)
+    return (weights_N * advantages_N).sum().item() - advantages_N.mean().item()
+
+
+@contextmanager
+def _scored(trainer: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401
+    """The log-probabilities that a trainer's loss has asked for, pass by pass."""
+    found: list[Tensor] = []
+    score = trainer._get_per_token_logps_and_entropies
+
+    def noted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        result = score(*args, **kwargs)
+        found.append(result[0])
+        return result
+
+    trainer._get_per_token_logps_and_entropies = noted
+    try:
+        yield found
+    finally:
+        del trainer._get_per_token_logps_and_entropies
+
+
+@contextmanager
+def _weights_kept(parameters: Any) -> Iterator[None]:  # noqa: ANN401
+    """Give parameters their values back, bit for bit."""
+    parameters = list(parameters)
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
