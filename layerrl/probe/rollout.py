@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from itertools import cycle
@@ -77,6 +78,7 @@ def rollout_probe(
         rollouts = Rollouts(trainer, num_prompts, lambda _, batch: batches.append(batch), old=True)
         prompts = list(rollouts)
         check_signal(rollouts)
+        _check_halves(rollouts, num_prompts)
         lists = [parts for parts in prompts[len(prompts) // 2 :] if parts]
         run = run_units(args, trainer)
         trainer.accelerator.free_memory()
@@ -96,6 +98,11 @@ def rollout_probe(
                 trainer._generate_and_score_completions = lambda _, given=given: dict(next(given))
                 trainer.train()
                 gains[layer] = [_gain(trainer, parts) for parts in lists]
+            if not all(map(math.isfinite, gains[layer])):
+                raise ProbeError(
+                    f"after {NUM_STEPS} steps of layer {layer}, answers have no finite likelihood: "
+                    f"learning_rate={args.learning_rate} diverges. Lower it."
+                )
             trainer.accelerator.free_memory()
             del trainer
     rows = sum(len(part["advantages"]) for parts in lists for part in parts)
@@ -126,6 +133,21 @@ def rollout_probe(
             fraction=(2 * generated + number * (steps + rows) + backwards * steps + steps) / run,
         ),
     )
+
+
+def _check_halves(rollouts: Rollouts, num_prompts: int) -> None:
+    found = rollouts.with_signal
+    if len(found) < num_prompts:
+        raise ProbeError(
+            f"budget is {num_prompts} prompts, and train_dataset gives {len(found)} in whole "
+            "generation batches. Lower the budget."
+        )
+    halves = [sum(found[: len(found) // 2]), sum(found[len(found) // 2 :])]
+    if 0 in halves:
+        raise ProbeError(
+            f"prompts with completions that were rewarded differently: {halves[0]} of the half "
+            f"that is trained on, {halves[1]} of the other half. Raise the budget."
+        )
 
 
 def _arguments(args: Any, seed: int) -> Any:  # noqa: ANN401

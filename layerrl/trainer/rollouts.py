@@ -95,7 +95,7 @@ class Rollouts:
     def _generate(self, rows: list[Any]) -> dict[str, Any]:
         trainer = self.trainer
         first = not self.with_signal
-        again = first and self.keep is None
+        again = first and (self.keep is None or self.old)
         with (
             replaced_rewards(trainer, self._twice)
             if again and getattr(trainer, "environment_factories", None) is None
