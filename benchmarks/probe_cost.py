@@ -46,7 +46,7 @@ def measure(kind: str, num_prompts: int) -> dict[str, float | str]:
     """In this process."""
     import torch
     from baselines import trainer_for
-    from probe_fidelity import gradient
+    from probe_fidelity import scored
     from suites import SUITES
     from train_step import peak_bytes
 
@@ -55,7 +55,7 @@ def measure(kind: str, num_prompts: int) -> dict[str, float | str]:
     suite = SUITES["smollm2-chain_sum"]
     started, cost = time.perf_counter(), ""
     if kind == "gradient":
-        cost = str(gradient(suite, num_prompts).cost)
+        cost = str(scored(suite, "gradient", num_prompts).cost)
     else:
         trainer = trainer_for(suite, suite.model(), "full")
         part = next(parts[0] for parts in Rollouts(trainer, num_prompts) if parts)

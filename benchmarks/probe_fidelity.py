@@ -2,6 +2,7 @@
 
     python benchmarks/probe_fidelity.py --ground addition-llama  # the exact sweep of one suite
     python benchmarks/probe_fidelity.py                          # every probe against the truths
+    python benchmarks/probe_fidelity.py --picture docs/probe_fidelity.png
 
 Truths are kept in `benchmarks/ground_truth`, probes' reports in `runs/suites`; what is there is
 not made again. The targets are a layer's score at the end of its run and its mean along the run.
@@ -11,7 +12,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from torch import Tensor
 from layerrl import ContributionReport, contribution_probe
 from layerrl.proxies import position_scores
 from layerrl.report import Score
+from layerrl.scoring import Interval
 
 TRUTHS = Path(__file__).parent / "ground_truth"
 NUM_PROMPTS = 128
+"""Of probes that generate; suites whose batches are large have twice as many for \"rollout\"."""
 SEPARATES = 0.6
 """Noise ceiling below which a suite says nothing."""
 
@@ -49,7 +52,7 @@ PROBES: dict[str, Callable[[Any], ContributionReport]] = {
     "position:0.37": lambda suite: contribution_probe(suite.model(), method="position:0.37"),
     "published": lambda suite: contribution_probe(suite.model(), method="published"),
     "gradient": lambda suite: scored(suite, "gradient", NUM_PROMPTS),
-    "rollout": lambda suite: scored(suite, "rollout", 2 * NUM_PROMPTS),
+    "rollout": lambda suite: scored(suite, "rollout", suite.rollout_prompts),
     "gradient norm": lambda suite: baselines.gradient_norm(suite, NUM_PROMPTS),
     "spectrum": baselines.spectrum,
     "bypass": lambda suite: baselines.bypass(suite, NUM_PROMPTS),
@@ -64,6 +67,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of its runs")
     parser.add_argument("--suites", nargs="+", default=sorted(SUITES), choices=sorted(SUITES))
     parser.add_argument("--probes", nargs="+", default=list(PROBES), choices=list(PROBES))
+    parser.add_argument("--picture", type=Path, help="fidelity to the end against cost")
     options = parser.parse_args()
     if options.ground:
         ground(SUITES[options.ground], options.seeds)
@@ -75,7 +79,10 @@ def main() -> None:
         if path.exists()
     }
     for target in next(iter(truths.values())):
-        compare(target, {name: found[target] for name, found in truths.items()}, options.probes)
+        found = {name: found[target] for name, found in truths.items()}
+        summary = compare(target, found, options.probes)
+        if options.picture and target == "end":
+            picture(summary, options.picture)
 
 
 def ground(suite: Any, seeds: list[int]) -> None:
@@ -123,7 +130,19 @@ def along(report: ContributionReport) -> ContributionReport:
     return replace(report, layers=tuple(map(mean, report.layers)), full=mean(report.full))
 
 
-def compare(target: str, truths: dict[str, ContributionReport], probes: list[str]) -> None:
+@dataclass(frozen=True)
+class Overall:
+    """One probe over suites."""
+
+    spearman: float
+    interval: Interval
+    share: float | None
+    """Of a full run."""
+
+
+def compare(
+    target: str, truths: dict[str, ContributionReport], probes: list[str]
+) -> dict[str, Overall]:
     """A table for each suite, and one over those that separate their layers."""
     counted: dict[str, list[tuple[Fidelity, float | None]]] = {}
     for name, truth in truths.items():
@@ -145,12 +164,14 @@ def compare(target: str, truths: dict[str, ContributionReport], probes: list[str
             if counts:
                 counted.setdefault(probe, []).append((found, share))
     if not counted:
-        return
-    number = len(next(iter(counted.values())))
+        return {}
+    number, overall = len(counted["by lot"]), {}
     print(f"\n### All {number} suites that separate their layers, {target}\n")
     print("| probe | median Spearman | regret | top 3 | worst third avoided | median cost |")
     print("|---|---|---|---|---|---|")
     for probe, results in counted.items():
+        if len(results) < number:
+            continue  # a median over other suites
         found = [fidelity for fidelity, _ in results]
         shares = [share for _, share in results if share is not None]
         middle = statistics.median(one.spearman for one in found)
@@ -159,8 +180,41 @@ def compare(target: str, truths: dict[str, ContributionReport], probes: list[str
             f"{statistics.fmean(getattr(one, name) for one in found):.2f}"
             for name in ("regret", "top3", "avoided")
         ]
-        cost = percent(statistics.median(shares)) if shares else "-"
+        share = statistics.median(shares) if shares else None
+        overall[probe] = Overall(middle, spread, share)
+        cost = percent(share)
         print(f"| {probe} | {middle:.2f} {spread:.2f} | {' | '.join(means)} | {cost} |")
+    return overall
+
+
+def picture(overall: dict[str, Overall], path: Path) -> None:
+    """Median rank correlation of each probe against what it costs."""
+    from matplotlib.figure import Figure
+
+    free = 1e-3  # where probes that cost nothing are drawn
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    known = {name: one for name, one in overall.items() if one.share is not None}
+    at: dict[float, int] = {}
+    for name, one in known.items():
+        share = max(one.share or 0.0, free)
+        x = share * 1.5 ** at.setdefault(share, 0)  # side by side
+        at[share] += 1
+        low, high = one.interval.low, one.interval.high
+        own = name in ("gradient", "rollout")
+        ax.plot([x, x], [low, high], color="C0" if own else "0.6", lw=1.5)
+        ax.plot(x, one.spearman, "o", color="C0" if own else "0.6")
+        ax.annotate(
+            name, (x, high), xytext=(0, 4), textcoords="offset points", rotation=60, fontsize=8
+        )
+    ax.axhline(0, color="0.85", zorder=0)
+    ax.set_xscale("log")
+    ax.set(
+        xlabel="share of a full-parameter run (left: nothing)",
+        ylabel="median rank correlation with C",
+        ylim=(-1, 1.6),
+    )
+    figure.savefig(path, dpi=150)
 
 
 def fidelities(

@@ -65,6 +65,8 @@ class Suite:
     learning_rate: float = 3e-4
     full_learning_rate: float = 1e-4
     evaluated: int = 512
+    rollout_prompts = 256
+    """Of the probe that trains on half of them."""
 
     @property
     def task(self) -> Callable[[random.Random], tuple[str, str]]:
@@ -204,6 +206,7 @@ class SmolLM2:
 
     name: str = "smollm2-chain_sum"
     greedy = True
+    rollout_prompts = 128
     steps: int = 16
 
     @cached_property
@@ -270,7 +273,8 @@ class Multiplying(SmolLM2):
         return Dataset.from_list(rows[50:]), Dataset.from_list(rows[:50])
 
 
-SMALL = [Suite(f"{task}-{kind}") for task in TASKS for kind in ARCHITECTURES]
+# The fourth, addition-gpt_neox, knows nothing after 550 steps of pre-training.
+SMALL = [Suite(name) for name in ("addition-llama", "sorting-llama", "sorting-gpt_neox")]
 SUITES: dict[str, Suite | SmolLM2] = {
     suite.name: suite for suite in (*SMALL, SmolLM2(), Multiplying())
 }

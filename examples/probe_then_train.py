@@ -5,7 +5,7 @@
 
 Beside the probe's best layer, at equal steps: the middle layer, which needs no probe, and the
 probe's worst. Writes `runs/probe/report.json` and `scores.json`; what is there is not made again.
-A training script that only wants the best layer says `selection="auto"` and generates nothing twice.
+A script that only wants the best layer says `selection="auto"` and generates nothing twice.
 """
 
 import argparse

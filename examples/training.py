@@ -148,9 +148,8 @@ def show(scores: dict[str, list[float]], against: str) -> None:
         mean, other = (sum(values) / len(values) for values in (row, scores[against]))
         difference = interval_of(draws[name] - draws[against])
         own = f"{interval_of(draws[name]):.3f}"
-        print(
-            f"{name:{width}} {mean:8.3f}  {own}  {mean - other:+{3 + len(against)}.3f}  {difference:+.3f}"
-        )
+        to = f"{mean - other:+{3 + len(against)}.3f}"
+        print(f"{name:{width}} {mean:8.3f}  {own}  {to}  {difference:+.3f}")
 
 
 def check_settings(options: argparse.Namespace, **more: Any) -> None:

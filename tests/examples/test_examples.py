@@ -41,7 +41,7 @@ def run(example: Path, *options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-AGENT, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
+AGENT, PROBE, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
 
 
 def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: Path) -> None:
@@ -81,6 +81,21 @@ def test_a_sweep_and_the_strategies_that_follow_from_it(
         names = [line[:10].strip() for line in ended.stdout.splitlines()[2:]]
         assert names == ["base", "full", "only 1", "boost 1", "middle 1", "worst 1"]
     assert "only 1:" not in ended.stderr  # nothing is trained again
+
+
+def test_a_probe_and_the_layers_that_it_ranks(
+    model_folder: Path, problems: Path, tmp_path: Path
+) -> None:
+    shared = ["--model", model_folder, "--data", problems, "--steps", 2, "--budget", 32]
+    out = tmp_path / "out"
+    for _ in range(2):
+        ended = run(PROBE, *shared, "--output", out)
+        assert ended.returncode == 0, ended.stderr
+        assert "method 'gradient'" in ended.stdout
+        names = [line[:6].strip() for line in ended.stdout.splitlines()[-4:]]
+        assert names == ["base", "best", "middle", "worst"]
+    assert "best (" not in ended.stderr  # nothing is trained again
+    assert {"report.json", "scores.json", "settings.json"} <= {f.name for f in out.iterdir()}
 
 
 def test_layers_vote(model_folder: Path, problems: Path, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_every_probe_scores_every_layer(load: Any, tmp_path: Path, monkeypatch: 
         data=(Dataset.from_dict({"prompt": PROMPTS * 32}), None),
         reward=reward,
         args=lambda full=False: config(tmp_path, max_steps=2, seed=0),
+        rollout_prompts=64,
     )
     for name, probe in module.PROBES.items():
         found = probe(suite)
@@ -93,3 +94,11 @@ def test_every_probe_scores_every_layer(load: Any, tmp_path: Path, monkeypatch: 
     assert all(score > 0 for score in changed.scores.values())
     same = replace(changed, base=Score(score=0.0), full=Score(score=1.0))
     assert load("fidelity").fidelity(same, changed).spearman == 1
+
+
+def test_a_picture_of_what_costs_and_what_does_not(load: Any, tmp_path: Path) -> None:
+    module = load("probe_fidelity")
+    some = module.Overall(0.5, module.interval(torch.tensor([0.2, 0.8])), 0.1)
+    overall = {"gradient": some, "by lot": replace(some, share=0.0), "?": replace(some, share=None)}
+    module.picture(overall, tmp_path / "probes.png")
+    assert (tmp_path / "probes.png").stat().st_size > 10_000
