@@ -90,6 +90,7 @@ def ground(suite: Any, seeds: list[int]) -> None:
     train, held_out = suite.data
     report = contribution_probe(
         suite.model(),
+        method="train",
         reward_funcs=suite.reward,
         train_dataset=train,
         eval_dataset=held_out,

@@ -23,6 +23,7 @@ def main() -> None:
     shared = {"eval_strategy": "steps", "eval_steps": max(options.steps // 4, 1)}
     report = contribution_probe(
         setup.model(),
+        method="train",
         reward_funcs=reward,
         train_dataset=setup.data.train,
         eval_dataset=distinct(setup.data.held_out),

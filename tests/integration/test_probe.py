@@ -40,6 +40,7 @@ LAYERS = [0, 2]
 
 def probe(model: Any, folder: Any, **changes: Any) -> Any:
     values = {
+        "method": "train",
         "reward_funcs": reward,
         "train_dataset": TRAIN,
         "eval_dataset": HELD_OUT,

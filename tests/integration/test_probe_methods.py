@@ -347,9 +347,9 @@ class TestBadInput:
 
     def test_what_is_missing_is_named(self, model):
         with pytest.raises(ProbeError, match="'gradient' needs reward_funcs, train_dataset, args,"):
-            contribution_probe(model, method="gradient")
-        with pytest.raises(ProbeError, match=r"'train' needs .*, eval_dataset, output_dir, which"):
             contribution_probe(model)
+        with pytest.raises(ProbeError, match=r"'train' needs .*, eval_dataset, output_dir, which"):
+            contribution_probe(model, method="train")
 
     @pytest.mark.parametrize("budget", [0, 7, -1, 64.0, True, None])
     def test_a_budget_that_is_too_small_or_none(self, model, tmp_path, budget):
