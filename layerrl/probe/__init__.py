@@ -87,11 +87,11 @@ def contribution_probe(
 
     `"gradient"`: the base answers `budget` prompts, as at the beginning of a training, and each
     prompt's gradient is compared with the optimizer's step from the prompts before it. One backward
-    pass serves all layers. `"rollout"`: the base answers `budget` prompts, each layer alone takes 16
-    steps at the learning rate of `args` on the answers to half of them, and its score is how much
-    more likely that makes the better answers to the others. `"published:NAME"` takes another of the
-    paper's models, and `"position:0.37"` another centre than the middle. A method takes no notice
-    of what it does not need.
+    pass serves all layers. `"rollout"`: the base answers `budget` prompts, each layer alone takes
+    16 steps at the learning rate of `args` on the answers to half of them, and its score is how
+    much more likely that makes the better answers to the others. `"published:NAME"` takes another
+    of the paper's models, and `"position:0.37"` another centre than the middle. A method takes no
+    notice of what it does not need.
 
     Args:
         model: The base; it is as it was found when this returns or raises, and so are the global
@@ -108,8 +108,8 @@ def contribution_probe(
             same. None: `args`.
         layers: Layers to score, as `select_layers` takes them.
         modules: Globs inside the block: score only this part of each layer.
-        budget: Prompts that `"gradient"` and `"rollout"` generate for, `num_generations` completions
-            each; for `"rollout"` a multiple of two generation batches.
+        budget: Prompts that `"gradient"` and `"rollout"` generate for, `num_generations`
+            completions each; for `"rollout"` a multiple of two generation batches.
         seeds: Seeds of the runs. Methods without runs take the first.
         greedy: Evaluate greedily, one completion a prompt, instead of sampling as in training.
         halving: After an eighth, a quarter and a half of `args.max_steps`, drop the layers that are
