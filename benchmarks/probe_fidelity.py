@@ -249,7 +249,9 @@ def median_draws(draws: list[Tensor]) -> Tensor:
 
 def percent(share: float | None) -> str:
     """Of a full run."""
-    return "-" if share is None else f"{100 * share:.2g} %"
+    if share is None:
+        return "-"
+    return f"{100 * share:.0f} %" if share > 0.1 else f"{100 * share:.2g} %"
 
 
 def kept(name: str, probe: str) -> ContributionReport:
