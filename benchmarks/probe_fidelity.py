@@ -43,6 +43,7 @@ def scored(suite: Any, method: str, budget: int) -> ContributionReport:
         train_dataset=suite.data[0],
         processing_class=suite.tokenizer,
         args=suite.args(),
+        layers=suite.layers,
         budget=budget,
     )
 
@@ -97,6 +98,7 @@ def ground(suite: Any, seeds: list[int]) -> None:
         processing_class=suite.tokenizer,
         args=suite.args(),
         full_args=suite.args(full=True),
+        layers=suite.layers,
         seeds=seeds,
         greedy=suite.greedy,
         output_dir=FOLDER / suite.name / "sweep",

@@ -65,6 +65,7 @@ class Suite:
     learning_rate: float = 3e-4
     full_learning_rate: float = 1e-4
     evaluated: int = 512
+    layers = "all"
     rollout_prompts = 256
     """Of the probe that trains on half of them."""
 
@@ -206,6 +207,7 @@ class SmolLM2:
 
     name: str = "smollm2-chain_sum"
     greedy = True
+    layers: Any = "all"
     rollout_prompts = 128
     steps: int = 16
 
@@ -247,10 +249,13 @@ class SmolLM2:
 
 
 class Multiplying(SmolLM2):
-    """The same model on reasoning-gym's `products` of two digits, of which there are 100."""
+    """The same model on reasoning-gym's `products` of two digits, of which there are 100.
+
+    Its truth has eight of the layers: two seeds of all would take five hours.
+    """
 
     def __init__(self) -> None:
-        super().__init__("smollm2-products", steps=8)
+        super().__init__("smollm2-products", layers=[0, 3, 9, 15, 21, 24, 27, 29], steps=8)
 
     @cached_property
     def data(self) -> tuple[Dataset, Dataset]:
