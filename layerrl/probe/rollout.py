@@ -18,7 +18,7 @@ from layerrl.report import ContributionReport, Cost, Score
 from layerrl.selection import LayerSelection
 from layerrl.trainer.arguments import only_training
 from layerrl.trainer.probing import check_signal, check_trainer, run_units
-from layerrl.trainer.rollouts import Rollouts
+from layerrl.trainer.rollouts import Rollouts, in_its_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -69,20 +69,28 @@ def rollout_probe(
             f"num_generations={args.num_generations}"
         )
     started, model = time.perf_counter(), models[0]
-    batches: list[dict[str, Any]] = []
     with as_found(*models):
         set_seed(seed)
         trainer = make_trainer(model=model, args=_arguments(args, seed), selection=selection)
         trainer.remove_callback(PrinterCallback)
         check_trainer(trainer, "method='rollout'")
-        rollouts = Rollouts(trainer, num_prompts, lambda _, batch: batches.append(batch), old=True)
-        prompts = list(rollouts)
+        batches, prompts = [], []
+        rollouts = Rollouts(trainer, num_prompts, old="all")
+        with _noted(trainer, "_generate_and_score_completions", batches.append):
+            prompts += rollouts
         check_signal(rollouts)
         _check_halves(rollouts, num_prompts)
-        lists = [parts for parts in prompts[len(prompts) // 2 :] if parts]
+        if batches[0]["advantages"].ndim != 1:
+            raise ProbeError(
+                f"method='rollout' weighs whole answers, and {type(trainer).__name__} gives every "
+                "token an advantage of its own. Take method='gradient'."
+            )
+        held_out = [parts for parts in prompts[len(prompts) // 2 :] if parts]
+        with in_its_precision(trainer):
+            before = [_scores(trainer, parts) for parts in held_out]
         run = run_units(args, trainer)
         trainer.accelerator.free_memory()
-        del trainer
+        rollouts.trainer = trainer = None
     trained_on = batches[: len(batches) // 2]
     gains: dict[int, list[float]] = {}
     for layer in selection.layers:
@@ -91,21 +99,27 @@ def rollout_probe(
             one = LayerSelection(
                 num_layers=selection.num_layers, layers=(layer,), modules=selection.modules
             )
-            trainer = make_trainer(model=model, args=_arguments(args, seed), selection=one)
+            own = _arguments(args, seed)
+            own.use_vllm = False  # nothing is generated
+            trainer = make_trainer(model=model, args=own, selection=one)
             trainer.remove_callback(PrinterCallback)
             with _weights_kept(one.parameters(model).values()):
                 given = cycle(trained_on)
                 trainer._generate_and_score_completions = lambda _, given=given: dict(next(given))
                 trainer.train()
-                gains[layer] = [_gain(trainer, parts) for parts in lists]
+                after = (_scores(trainer, parts) for parts in held_out)
+                gains[layer] = [
+                    _gain(parts, *scores)
+                    for parts, *scores in zip(held_out, before, after, strict=True)
+                ]
             if not all(map(math.isfinite, gains[layer])):
                 raise ProbeError(
                     f"after {NUM_STEPS} steps of layer {layer}, answers have no finite likelihood: "
                     f"learning_rate={args.learning_rate} diverges. Lower it."
                 )
             trainer.accelerator.free_memory()
-            del trainer
-    rows = sum(len(part["advantages"]) for parts in lists for part in parts)
+            trainer = None
+    rows = sum(len(part["advantages"]) for parts in held_out for part in parts)
     steps = NUM_STEPS * args.per_device_train_batch_size * args.gradient_accumulation_steps
     number = len(selection.layers)
     # A layer's backward ends there: one pass for what is above, and one for its own weights.
@@ -120,7 +134,7 @@ def rollout_probe(
         settings={
             **settings,
             "seed": seed,
-            "budget": rollouts.num_prompts,
+            "budget": len(rollouts.with_signal),
             "steps": NUM_STEPS,
             "prompts_with_signal": sum(rollouts.with_signal),
             "reward_noise": rollouts.reward_noise,
@@ -154,43 +168,53 @@ def _arguments(args: Any, seed: int) -> Any:  # noqa: ANN401
     args = only_training(args)
     args.max_steps, args.seed = NUM_STEPS, seed
     args.lr_scheduler_type, args.warmup_steps = "constant", 0
-    args.logging_strategy = "no"
+    args.logging_strategy, args.report_to, args.log_completions = "no", [], False
     args.num_iterations = 1
     return args
 
 
 @torch.no_grad()
-def _gain(trainer: Any, parts: Sequence[dict[str, Any]]) -> float:  # noqa: ANN401
+def _scores(trainer: Any, parts: Sequence[dict[str, Any]]) -> list[Tensor]:  # noqa: ANN401
+    """Log-probabilities of each micro-batch's completions, without dropout."""
+    found: list[Any] = []
+    trainer.model.eval()
+    with _noted(trainer, "_get_per_token_logps_and_entropies", found.append):
+        for part in parts:
+            trainer.compute_loss(trainer.model, part)
+    trainer.model.train()
+    return [logps for logps, *_ in found]
+
+
+def _gain(
+    parts: Sequence[dict[str, Any]], before: Sequence[Tensor], after: Sequence[Tensor]
+) -> float:
     """Of one prompt, whose completions are in these micro-batches."""
     logratios, advantages = [], []
-    with _scored(trainer) as logps:
-        for part in parts:
-            logps.clear()
-            trainer.compute_loss(trainer.model, part)
-            mask = part["completion_mask"] * part.get("tool_mask", 1)
-            logratios.append(((logps[0] - part["old_per_token_logps"]) * mask).sum(dim=1))
-            advantages.append(part["advantages"])
+    for part, old, new in zip(parts, before, after, strict=True):
+        mask = part["completion_mask"] * part.get("tool_mask", 1)
+        counts = mask.any(dim=1)  # what was cut off may be masked as a whole
+        logratios.append(((new - old) * mask).sum(dim=1)[counts])
+        advantages.append(part["advantages"][counts])
     advantages_N = torch.cat(advantages).double()
     weights_N = torch.cat(logratios).double().softmax(dim=0)
     return (weights_N * advantages_N).sum().item() - advantages_N.mean().item()
 
 
 @contextmanager
-def _scored(trainer: Any) -> Iterator[list[Tensor]]:  # noqa: ANN401
-    """The log-probabilities that a trainer's loss has asked for, pass by pass."""
-    found: list[Tensor] = []
-    score = trainer._get_per_token_logps_and_entropies
+def _noted(trainer: Any, name: str, note: Callable[[Any], None]) -> Iterator[None]:  # noqa: ANN401
+    """Have somebody note all that a method of a trainer returns."""
+    method = getattr(trainer, name)
 
-    def noted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        result = score(*args, **kwargs)
-        found.append(result[0])
+    def noting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        result = method(*args, **kwargs)
+        note(result)
         return result
 
-    trainer._get_per_token_logps_and_entropies = noted
+    setattr(trainer, name, noting)
     try:
-        yield found
+        yield
     finally:
-        del trainer._get_per_token_logps_and_entropies
+        delattr(trainer, name)
 
 
 @contextmanager

@@ -14,20 +14,24 @@ import numpy as np
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
+from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError, SelectionError
 from layerrl.report import ContributionReport
 from layerrl.trainer.evaluation import random_state_kept
 from layerrl.trainer.probing import check_trainer, gradient_report
 from layerrl.trainer.rollouts import Rollouts
+from layerrl.trainer.schedule import LayerSchedule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from layerrl.selection import LayerSelection
 
 logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 64
 """Generation batches are taken until they have as many."""
-_REPORT = "contributions.json"
+REPORT = "contributions.json"
 
 
 class AutoSelection:
@@ -42,6 +46,7 @@ class AutoSelection:
         self.report: ContributionReport | None = None
         """What was chosen by; None before."""
         self._batches: list[_Batch] = []
+        self._probing = False
 
     @classmethod
     def of(cls, selection: object) -> AutoSelection | None:
@@ -66,30 +71,45 @@ class AutoSelection:
             )
         return cls(int(found[1] or 1))
 
-    def check(self, trainer: Any) -> None:  # noqa: ANN401
-        """Refuse, when a trainer is made, what could not be chosen when it trains.
+    def check(self, trainer: Any, num_layers: int) -> None:  # noqa: ANN401
+        """Refuse what could not be chosen, before anything is generated for it.
 
         Args:
-            trainer: The trainer, masked to all of its layers.
+            trainer: The trainer.
+            num_layers: Decoder layers of its model.
 
         Raises:
             ProbeError: If it cannot be probed.
-            SelectionError: If it has fewer layers.
+            SelectionError: If it has fewer layers, or what depends on them is made already.
         """
         check_trainer(trainer, 'selection="auto"')
-        if self.num_chosen > trainer.selection.num_layers:
+        if self.num_chosen > num_layers:
             raise SelectionError(
                 f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
-                f"{trainer.selection.num_layers}"
+                f"{num_layers}"
+            )
+        if getattr(unwrap(trainer.model), "is_quantized", False):
+            raise SelectionError(
+                'selection="auto" needs gradients of every layer, and layers of this base are '
+                "quantised. Probe the base in full precision with contribution_probe, and pass the "
+                "report's selection."
             )
         if trainer.optimizer is not None:
             raise SelectionError(
-                f'selection="auto" decides at train start what the optimizer updates, and a '
-                f"{type(trainer.optimizer).__name__} was passed in. Let the trainer make it from "
-                "its args."
+                f'selection="auto" decides at train start what the optimizer updates, and there is '
+                f"a {type(trainer.optimizer).__name__} already. Let the training make it from the "
+                "args."
+            )
+        if any(isinstance(c, LayerSchedule) for c in trainer.callback_handler.callbacks):
+            raise SelectionError(
+                'selection="auto" chooses the layers, and so does a LayerSchedule: take one of them'
             )
 
-    def choose(self, trainer: Any, resume_from_checkpoint: str | bool | None) -> LayerSelection:  # noqa: ANN401
+    def choose(
+        self,
+        trainer: Any,  # noqa: ANN401
+        resume_from_checkpoint: str | bool | None,
+    ) -> tuple[LayerSelection, ContributionReport]:
         """Score the layers, or read in a checkpoint how they were scored.
 
         Args:
@@ -97,18 +117,28 @@ class AutoSelection:
             resume_from_checkpoint: As `train` takes it.
 
         Returns:
-            The best layers.
+            The best layers, and what they were chosen by.
 
         Raises:
             ProbeError: If there is nothing to choose by.
+            SelectionError: If the checkpoint's run chose another number of layers.
         """
+        self.check(trainer, trainer.selection.num_layers)
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(trainer.args.output_dir)
+            if folder is None:
+                raise ProbeError(f"there is no checkpoint in {trainer.args.output_dir} to resume")
         report = self._read(Path(folder)) if folder else self._probed(trainer)
         with warnings.catch_warnings(record=True) as unresolved:
             warnings.simplefilter("always")
             selection = report.top(self.num_chosen)
+        known = report.settings.setdefault("chosen", [*selection.layers])
+        if known != [*selection.layers]:
+            raise SelectionError(
+                f'"auto:{self.num_chosen}" and the checkpoint {folder}, whose run trained the '
+                f'layers {known}: resume with selection="auto:{len(known)}"'
+            )
         scores, chosen = report.scores, {*selection.layers}
         best, rest = (
             [scores[k] for k in scores if (k in chosen) is side] for side in (True, False)
@@ -122,36 +152,59 @@ class AutoSelection:
             "; ".join(str(warning.message) for warning in unresolved)
             or "The choice is resolved on these prompts.",
         )
-        self.report = report
-        return selection
+        return selection, report
 
-    def kept(self, trainer: Any, rows: list[Any]) -> dict[str, Any] | None:  # noqa: ANN401
-        """The batch that the probe has made of these rows, with random state as it was then.
+    def batch(
+        self,
+        trainer: Any,  # noqa: ANN401
+        rows: list[Any],
+        answer: Callable[[list[Any]], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Answers to prompts: the probe's, where it was given the same ones first.
 
         Args:
             trainer: The trainer.
             rows: What the data loader gives.
+            answer: Generates and rewards.
 
         Returns:
-            The batch, once; None where there is none.
+            What the trainer's loss takes.
 
         Raises:
             ProbeError: If the rows are others than the probe was given.
         """
-        if not self._batches:
-            return None
+        if self._probing:
+            return self._recorded(trainer, rows, answer)
+        if not self._batches or not trainer.model.training:
+            return answer(rows)
         batch = self._batches.pop(0)
-        if [row["prompt"] for row in rows] != [row["prompt"] for row in batch.rows]:
+        if [row.get("prompt") for row in rows] != [row.get("prompt") for row in batch.rows]:
             raise ProbeError(
                 'selection="auto" has answered the prompts that the data loader gave first, and '
                 "now it gives others: nothing would be generated once. Make the loader repeat its "
                 "order, or probe with contribution_probe and pass the report's selection."
             )
         trainer.state.num_input_tokens_seen += batch.num_tokens  # the training began at 0
+        metrics = trainer._metrics["train"]
         for name, values in batch.metrics.items():
-            trainer._metrics["train"][name] += values
-        _set_random_state(batch.random_state)
+            metrics[name] += values
+        metrics["num_tokens"] = [trainer.state.num_input_tokens_seen]
+        _set_random_state(trainer, batch.random_state)
         return batch.inputs
+
+    def _recorded(
+        self,
+        trainer: Any,  # noqa: ANN401
+        rows: list[Any],
+        answer: Callable[[list[Any]], dict[str, Any]],
+    ) -> dict[str, Any]:
+        metrics, before = trainer._metrics["train"], trainer.state.num_input_tokens_seen
+        metrics.clear()  # of the probe's passes over the batch before
+        inputs = answer(rows)
+        counted = trainer.state.num_input_tokens_seen - before
+        state = _random_state(trainer)
+        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), state))
+        return inputs
 
     def clear(self) -> None:
         """Forget batches that were not asked for."""
@@ -164,14 +217,14 @@ class AutoSelection:
             folder: The checkpoint's.
         """
         if self.report is not None:
-            (folder / _REPORT).write_text(self.report.to_json() + "\n")
+            (folder / REPORT).write_text(self.report.to_json() + "\n")
 
     def _read(self, folder: Path) -> ContributionReport:
         try:
-            return ContributionReport.from_json((folder / _REPORT).read_text())
+            return ContributionReport.from_json((folder / REPORT).read_text())
         except OSError as error:
             raise ProbeError(
-                f'the checkpoint {folder} has no {_REPORT}: it is of a run without selection="auto"'
+                f'the checkpoint {folder} has no {REPORT}: it is of a run without selection="auto"'
                 f" ({error}). Pass the selection that it was trained with."
             ) from error
 
@@ -181,30 +234,27 @@ class AutoSelection:
         num_batches = -(-NUM_PROMPTS // per_batch)
         if args.max_steps > 0:  # no more than the run will take
             per_step = args.steps_per_generation * trainer.num_iterations
-            num_batches = min(
-                num_batches, -(-args.max_steps * args.gradient_accumulation_steps // per_step)
-            )
-        kept: list[_Batch] = []
-        metrics: dict[str, list[float]] = trainer._metrics["train"]
-
-        def keep(rows: list[Any], inputs: dict[str, Any]) -> None:
-            before = sum(batch.num_tokens for batch in kept)
-            num_tokens = trainer.state.num_input_tokens_seen - before
-            kept.append(_Batch(rows, inputs, num_tokens, dict(metrics), _random_state()))
-            metrics.clear()
-
-        rollouts = Rollouts(trainer, num_batches * per_batch, keep)
+            used = -(-args.max_steps * args.gradient_accumulation_steps // per_step)
+            num_batches = min(num_batches, used)
+        rollouts = Rollouts(trainer, num_batches * per_batch, old="later", twice=False)
+        adapts = getattr(trainer, "use_adaptive_entropy", False)
+        self.clear()
+        self._probing = True
         try:
+            trainer.use_adaptive_entropy = False  # its coefficient follows the training's passes
             with random_state_kept():
-                report = gradient_report(
+                return gradient_report(
                     rollouts, trainer.selection, args, {"seed": args.seed}, started
                 )
+        except BaseException:
+            self.clear()
+            raise
         finally:
-            metrics.clear()  # a training's are not the probe's
+            self._probing = False
+            trainer.use_adaptive_entropy = adapts
+            trainer._metrics["train"].clear()  # a training's are not the probe's
             for parameter in trainer.model.parameters():
                 parameter.grad = None
-        self._batches = kept
-        return report
 
 
 class _Batch(NamedTuple):
@@ -217,15 +267,16 @@ class _Batch(NamedTuple):
     random_state: Any
 
 
-def _random_state() -> Any:  # noqa: ANN401
-    devices = torch.accelerator.is_available() and torch.get_device_module().get_rng_state_all()
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+def _random_state(trainer: Any) -> Any:  # noqa: ANN401
+    device = trainer.accelerator.device
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), own
 
 
-def _set_random_state(state: Any) -> None:  # noqa: ANN401
-    python, array, cpu, devices = state
+def _set_random_state(trainer: Any, state: Any) -> None:  # noqa: ANN401
+    python, array, cpu, own = state
     random.setstate(python)
     np.random.set_state(array)
     torch.set_rng_state(cpu)
-    if devices:
-        torch.get_device_module().set_rng_state_all(devices)
+    if own is not None:
+        torch.get_device_module(trainer.accelerator.device).set_rng_state(own)

@@ -36,7 +36,7 @@ from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.shards import is_sharded, sharded_like, whole
 from layerrl.trainer import arguments, launchers, metrics
-from layerrl.trainer.auto import AutoSelection
+from layerrl.trainer.auto import REPORT, AutoSelection
 from layerrl.trainer.callbacks import FrozenCheck, SyncReference
 from layerrl.trainer.sync import WeightSync
 
@@ -203,9 +203,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if reference == "beta":
             self.beta = self.args.beta
         self.add_callback(FrozenCheck(self.check_frozen))
-        self._select_now(select_layers(self.model, selection))
+        selection = select_layers(self.model, selection)
         if auto is not None:
-            auto.check(self)
+            auto.check(self, selection.num_layers)
+        self._select_now(selection)
 
     def _select(
         self,
@@ -294,10 +295,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._mask_model()
         try:
             if self._auto is not None and self._auto.report is None:
-                resumed = args[0] if args else kwargs.get("resume_from_checkpoint")
-                selection = self._auto.choose(self, resumed)
-                self._mask.close()
-                self._select_now(selection)
+                self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
             return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         except BaseException:
             self._mask.close()
@@ -306,6 +304,18 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._replay.clear()
             if self._auto is not None:
                 self._auto.clear()
+
+    def _choose(self, resume_from_checkpoint: str | bool | None) -> None:
+        """What trains, where that is left to the trainer."""
+        assert self._auto is not None
+        selection, self._auto.report = self._auto.choose(self, resume_from_checkpoint)
+        self._mask.close()
+        try:
+            self._select_now(selection)
+        except BaseException:
+            self._auto.report = None
+            self._select_now(select_layers(self.model, "all"))
+            raise
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model, after checking that only the selection changed.
@@ -324,7 +334,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         folder = Path(output_dir or self.args.output_dir)
         if is_checkpoint and self.args.should_save:
             # What an earlier run left under this name, in whichever format.
-            for stale in (_REFERENCE, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+            for stale in (REPORT, _REFERENCE, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
                 (folder / stale).unlink(missing_ok=True)
             shutil.rmtree(folder / _DELTA, ignore_errors=True)
         if not is_checkpoint or self.checkpoint_format == "full":
@@ -585,9 +595,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._last_loaded_step = -1  # TRL syncs when this is not the present step
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """What the wrapped trainer makes of a batch, or has made of it to choose the layers."""
+        answer = self._answered
+        return answer(inputs) if self._auto is None else self._auto.batch(self, inputs, answer)
+
+    def _answered(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
         """Mark each row of a new batch, so that its recording is found after shuffling."""
-        if self._auto is not None and (kept := self._auto.kept(self, inputs)):
-            return kept
         with self._replay.generating(training=self.model.training) as recording:
             batch = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
         ids = batch["completion_ids"]

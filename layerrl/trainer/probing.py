@@ -74,7 +74,7 @@ def gradient_report(
         ),
         settings={
             **settings,
-            "budget": rollouts.num_prompts,
+            "budget": len(rollouts.with_signal),
             "prompts_with_signal": sum(rollouts.with_signal),
             "reward_noise": rollouts.reward_noise,
         },

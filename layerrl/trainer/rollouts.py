@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate.utils import convert_outputs_to_fp32
 from trl.trainer.utils import (
@@ -38,15 +38,16 @@ class Rollouts:
 
     trainer: Any
     num_prompts: int
-    keep: Callable[[list[Any], dict[str, Any]], None] | None = None
-    """Called with the rows and the batch of each generation, to train on them later. The batches
-    after the first, and with `old` the first, hold log-probabilities of the model as it is now."""
-    old: bool = False
+    old: Literal["none", "later", "all"] = "none"
+    """Which generation batches hold log-probabilities of the model as it is now, to train on when
+    it will have moved: those after the first, or all."""
+    twice: bool = True
+    """Ask for the rewards of the first batch a second time, to see whether they are the same."""
     num_tokens: int = field(default=0, init=False)
     """Completion tokens generated so far."""
     with_signal: list[bool] = field(default_factory=list, init=False)
     """For each prompt so far, whether its completions were rewarded differently."""
-    reward_noise: float = field(default=0.0, init=False)
+    reward_noise: float | None = field(default=None, init=False)
     """Mean absolute difference between two rewards of the same completion."""
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -64,7 +65,7 @@ class Rollouts:
         rows_left = self.num_prompts * size
         trainer.model.train()
         repeats = trainer.num_iterations * trainer.args.steps_per_generation
-        with _in_its_precision(trainer):
+        with in_its_precision(trainer):
             for rows in islice(trainer.get_train_dataloader(), 0, None, repeats):
                 batch = self._generate(rows[:rows_left])
                 yield from self._prompts(batch)
@@ -95,19 +96,17 @@ class Rollouts:
     def _generate(self, rows: list[Any]) -> dict[str, Any]:
         trainer = self.trainer
         first = not self.with_signal
-        again = first and (self.keep is None or self.old)
+        can_again = getattr(trainer, "environment_factories", None) is None
         with (
-            replaced_rewards(trainer, self._twice)
-            if again and getattr(trainer, "environment_factories", None) is None
+            replaced_rewards(trainer, self._again)
+            if first and self.twice and can_again
             else nullcontext(),
             _scored_by_the_base(trainer)
-            if (self.keep and not first) or self.old
+            if self.old == "all" or (self.old == "later" and not first)
             else nullcontext(),
             watched_rewards(trainer, self._note),
         ):
             batch = trainer._generate_and_score_completions(rows)
-        if self.keep is not None:
-            self.keep(rows, batch)
         mask: Tensor = batch["completion_mask"]
         if not mask.any():
             raise ProbeError(
@@ -121,14 +120,14 @@ class Rollouts:
     def _note(self, _: Any, rewards: list[float]) -> None:  # noqa: ANN401
         self.with_signal += rewarded_differently(rewards, self.trainer.num_generations)
 
-    def _twice(self, calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _again(self, calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Rewards that are looked at a second time, and warned of where they are others then."""
 
         def twice(*args: Any, **kwargs: Any) -> Tensor:
             rewards_BF, again_BF = (calculate(*args, **kwargs) for _ in range(2))
             difference_B = (rewards_BF - again_BF).nan_to_num().abs().sum(dim=1)
+            self.reward_noise = difference_B.mean().item()
             if num_differ := int((difference_B > 0).sum()):
-                self.reward_noise = difference_B.mean().item()
                 warnings.warn(
                     f"rewards of {num_differ} of {len(difference_B)} completions were others when "
                     f"asked for again, by {self.reward_noise:.3g} on average: part of what layers "
@@ -141,8 +140,15 @@ class Rollouts:
 
 
 @contextmanager
-def _in_its_precision(trainer: Any) -> Iterator[None]:  # noqa: ANN401
-    """Run the model as its training does: in mixed precision, where the arguments ask for it."""
+def in_its_precision(trainer: Any) -> Iterator[None]:  # noqa: ANN401
+    """Run the model as its training does: in mixed precision, where the arguments ask for it.
+
+    Args:
+        trainer: A trainer that may have trained or not.
+
+    Yields:
+        Nothing.
+    """
     model, accelerator = unwrap(trainer.model), trainer.accelerator
 
     def prepared(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer, RLOOConfig
 
 from layerrl import ContributionReport, LayerMaskedMixin, contribution_probe, select_layers
 from layerrl.errors import ProbeError, SelectionError
-from layerrl.trainer import LayerMaskedRLOOTrainer
+from layerrl.trainer import LayerMaskedRLOOTrainer, LayerSchedule
 from tests.engines import in_place_of_vllm
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
@@ -186,6 +186,44 @@ def test_the_log_says_what_was_chosen_and_how_surely(tmp_path, caplog):
     assert "resolved" in line
 
 
+@pytest.mark.parametrize("when", [{"eval_on_start": True}, {}])
+def test_evaluations_between_are_their_own(tmp_path, when):
+    reward = Counting()
+    other = Dataset.from_dict({"prompt": ["zz", "yy"]})
+    run = trainer(
+        tmp_path,
+        "auto",
+        reward,
+        per_device_train_batch_size=64,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        arguments={"eval_dataset": other},
+        **when,
+    )
+    run.train()
+    evaluated = [asked for asked in reward.asked if {*asked} <= {"zz", "yy"}]
+    assert len(evaluated) == 4 + len(when)
+    assert len(reward.asked) == 4 + len(evaluated)
+
+
+def test_metrics_of_later_batches_are_theirs_alone(tmp_path):
+    options = {"per_device_train_batch_size": 64, "max_steps": 4, "logging_steps": 1}
+    auto = trainer(tmp_path / "auto", **options)
+    auto.train()
+    plain = trainer(tmp_path / "plain", auto.selection, **options)
+    plain.train()
+    logs = [[row for row in run.state.log_history if "loss" in row] for run in (auto, plain)]
+    # The first two policies are the same in both runs, and all lengths of prompts are.
+    assert logs[0][0]["entropy"] == logs[1][0]["entropy"]
+    assert logs[0][0]["reward"] == logs[1][0]["reward"]
+    tokens = [row["num_tokens"] for row in logs[0]]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] < 4 * 1.5 * tokens[0]
+    assert logs[0][1]["entropy"] != logs[0][0]["entropy"]
+
+
 def test_rloo(tmp_path):
     kinds = {"trainer": LayerMaskedRLOOTrainer, "kind": RLOOConfig}
     auto = trainer(tmp_path / "auto", **kinds)
@@ -208,6 +246,32 @@ def test_vllm_is_sent_everything_and_then_what_was_chosen(tmp_path, monkeypatch)
 
 
 class TestRefused:
+    def test_a_schedule_beside_it(self, tmp_path):
+        schedule = LayerSchedule([0, 1], every=1)
+        with pytest.raises(SelectionError, match="and so does a LayerSchedule"):
+            trainer(tmp_path, arguments={"callbacks": [schedule]})
+
+    def test_resuming_where_there_is_nothing(self, tmp_path):
+        reward = Counting()
+        with pytest.raises(ProbeError, match="there is no checkpoint in"):
+            trainer(tmp_path, "auto", reward).train(resume_from_checkpoint=True)
+        assert not reward.asked
+
+    @pytest.mark.parametrize("checkpoint_format", ["delta", "full"])
+    def test_resuming_with_another_number_of_layers(self, tmp_path, checkpoint_format):
+        options = {"arguments": {"checkpoint_format": checkpoint_format}}
+        trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, **options).train()
+        options = {"arguments": {"checkpoint_format": checkpoint_format}}
+        with pytest.raises(SelectionError, match=r'resume with selection="auto:1"'):
+            trainer(tmp_path, "auto:2", **options).train(resume_from_checkpoint=True)
+
+    def test_a_report_that_an_earlier_run_left(self, tmp_path):
+        saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        trainer(tmp_path, **saving).train()
+        trainer(tmp_path, 1, **saving).train()
+        with pytest.raises(ProbeError, match=r"has no contributions\.json"):
+            trainer(tmp_path).train(resume_from_checkpoint=True)
+
     @pytest.mark.parametrize("selection", ["auto:0", "auto:", "auto:x", "auto:-1"])
     def test_a_number_that_is_none(self, tmp_path, selection):
         with pytest.raises(SelectionError, match=r'expected "auto" \(one\) or "auto:K"'):
@@ -237,7 +301,7 @@ class TestRefused:
     def test_an_optimizer_of_ones_own(self, tmp_path):
         model = tiny("llama", 4)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with pytest.raises(SelectionError, match="a SGD was passed in"):
+        with pytest.raises(SelectionError, match="there is a SGD already"):
             trainer(tmp_path, model=model, arguments={"optimizers": (optimizer, None)})
 
     def test_nothing_to_learn(self, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.testing import assert_close
+from trl import RLOOConfig
 
 from layerrl import (
     ContributionReport,
@@ -18,7 +19,8 @@ from layerrl import (
     published_contributions,
 )
 from layerrl.errors import ProbeError, ReportError, SelectionError
-from layerrl.probe.rollout import _gain
+from layerrl.probe.rollout import _gain, _scores
+from layerrl.trainer import LayerMaskedRLOOTrainer
 from layerrl.trainer.probing import check_trainer
 from layerrl.trainer.rollouts import Rollouts
 from tests.grpo import PROMPTS, config, make, tokenizer
@@ -222,12 +224,12 @@ class TestRollout:
             arguments={"reward_funcs": letters, "train_dataset": TRAIN},
             temperature=0.7,
         )
-        rollouts = Rollouts(trainer, 8, lambda rows, batch: None, old=True)
-        prompts = [[{**part} for part in parts] for parts in rollouts if parts]
+        prompts = [parts for parts in Rollouts(trainer, 8) if parts]
+        before = [_scores(trainer, parts) for parts in prompts]
         base = tiny("llama", 3)
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight += 0.5
-        for parts in prompts:
+        for parts, old in zip(prompts, before, strict=True):
             [part] = parts
             ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
             mask = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
@@ -241,7 +243,8 @@ class TestRollout:
             advantages = part["advantages"]
             expected = (ratios * advantages).sum() / ratios.sum() - advantages.mean()
             assert abs(expected) > 1e-3
-            assert _gain(trainer, parts) == pytest.approx(expected.item(), rel=1e-3)
+            found = _gain(parts, old, _scores(trainer, parts))
+            assert found == pytest.approx(expected.item(), rel=1e-3)
 
     def test_without_steps_nothing_is_gained(self, model, tmp_path):
         report = rollout(model, tmp_path, arguments={"learning_rate": 0.0})
@@ -269,6 +272,30 @@ class TestRollout:
     )
     def test_other_arguments(self, model, tmp_path, arguments):
         report = rollout(model, tmp_path, arguments=arguments)
+        assert min(report.scores.values()) > 0
+
+    def test_dropout_is_no_gain(self, tmp_path):
+        model = tiny("gpt2", 3)
+        model.config.resid_pdrop = 0.5
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        report = rollout(model, tmp_path, arguments={"learning_rate": 0.0})
+        assert report.scores == pytest.approx({0: 0, 1: 0, 2: 0}, abs=1e-6)
+
+    def test_rloo(self, model, tmp_path):
+        report = rollout(
+            model,
+            tmp_path,
+            trainer_class=LayerMaskedRLOOTrainer,
+            args=config(
+                tmp_path,
+                kind=RLOOConfig,
+                max_steps=100,
+                per_device_train_batch_size=64,
+                learning_rate=3e-3,
+            ),
+        )
         assert min(report.scores.values()) > 0
 
     def test_is_the_same_each_time(self, model, tmp_path):
