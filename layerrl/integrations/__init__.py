@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from layerrl.checkpointing import backward_from_first_trained
+from layerrl.blocks import find_blocks
+from layerrl.checkpointing import backward_from_first_trained, checkpoints_reentrantly
 from layerrl.errors import FrameworkError, SelectionError
 from layerrl.selection import LayerSelection, select_layers
 
@@ -103,6 +104,9 @@ def read_selection(model: nn.Module, text: str) -> LayerSelection:
 def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
     """Freeze what a selection does not train, and let the backward end at its first layer.
 
+    With reentrant checkpointing the whole backward stays: before 5.23, transformers checkpoints a
+    layer together with its hooks, so that none can give it an input with a gradient.
+
     Args:
         model: The model, before its optimizer exists and after checkpointing has been enabled.
         selection: What trains.
@@ -112,5 +116,6 @@ def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
     """
     stack = ExitStack()
     stack.enter_context(selection.masked(model))
-    stack.enter_context(backward_from_first_trained(model, selection))
+    if not checkpoints_reentrantly(find_blocks(model).modules[selection.first]):
+        stack.enter_context(backward_from_first_trained(model, selection))
     return stack
