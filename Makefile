@@ -64,7 +64,7 @@ test-integrations: $(FRAMEWORKS:%=test-%)
 
 $(FRAMEWORKS:%=test-%): export HF_HUB_OFFLINE := 1
 $(FRAMEWORKS:%=test-%): test-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/integrations/test_$*.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/integrations $(ARGS)
 
 check: lint types layers docs docstrings
 

@@ -87,7 +87,7 @@ def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
 
 
 def checkpoints_reentrantly(layer: nn.Module) -> bool:
-    """Whether a layer is checkpointed by reentrant autograd, which needs an input with a gradient."""
+    """Whether a layer is checkpointed reentrantly, for which its input must require a gradient."""
     if not getattr(layer, _FLAG, False):
         return False
     function = getattr(layer, "_gradient_checkpointing_func", None)

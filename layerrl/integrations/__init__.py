@@ -54,7 +54,10 @@ def require(framework: str, tested: str) -> None:
 
 
 def given() -> str:
-    """What `LAYERRL_SELECTION` says.
+    """The text in `LAYERRL_SELECTION`.
+
+    Returns:
+        It, not empty.
 
     Raises:
         SelectionError: If it says nothing. Training every layer instead would go unnoticed.

@@ -97,7 +97,7 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
             return module
         self._selection = selection = read_selection(module, given())
         self._mask = mask(module, selection)
-        if self.rank == 0:  # verl shows warnings only, and silence here would look like full training
+        if self.rank == 0:  # as a warning: verl shows no less, and silence means full training
             logger.warning("layerrl trains %s", selection)
         return module
 
@@ -194,8 +194,8 @@ def _refuse(model_config: Any, engine_config: Any, sync: str) -> None:  # noqa: 
     if strategy != "fsdp2":
         problem = (
             f"of strategy {strategy!r} layerrl knows nothing, and FSDP1 ('fsdp') flattens frozen "
-            "and trained tensors into one. Set actor_rollout_ref.actor.strategy=fsdp2 (and "
-            "actor_rollout_ref.ref.strategy=fsdp2), or leave VERL_ENGINE_VENDOR unset"
+            "and trained tensors into one. Set actor_rollout_ref.actor.strategy=fsdp2, or leave "
+            "VERL_ENGINE_VENDOR unset"
         )
     elif model_config.lora_rank > 0:
         problem = (

@@ -16,7 +16,7 @@ from tests.models import tiny
 
 if importlib.util.find_spec("openrlhf") is None:
     pytest.skip(
-        "openrlhf is not installed here: `make test-integrations` tests it in its own",
+        "openrlhf is not installed here: `make test-integrations` tests it where it is",
         allow_module_level=True,
     )
 
@@ -198,9 +198,7 @@ def test_steps_are_those_of_openrlhf_with_flags_set_by_hand(base, checkpointing)
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("reentrant", "expected"), [(False, [1, 1, 2, 2]), (True, [2, 2, 2, 2])]
-)
+@pytest.mark.parametrize(("reentrant", "expected"), [(False, [1, 1, 2, 2]), (True, [2, 2, 2, 2])])
 def test_backward_ends_at_the_first_trained_layer_unless_reentrant(
     base, reentrant, expected, monkeypatch
 ):
@@ -235,9 +233,7 @@ def test_a_reference_and_a_critic_are_not_masked(base):
     assert all(p.requires_grad for p in reference.model.module.parameters())
 
 
-def test_the_selection_travels_with_the_strategy_to_workers_without_the_variable(
-    base, monkeypatch
-):
+def test_the_selection_travels_with_the_strategy_to_workers_without_the_variable(base, monkeypatch):
     monkeypatch.setattr(upstream, "DeepspeedStrategy", LayerMaskedStrategy)
     sent = cloudpickle.dumps(get_strategy(settings()))
     monkeypatch.delenv("LAYERRL_SELECTION")

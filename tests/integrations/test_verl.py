@@ -17,7 +17,7 @@ from layerrl.errors import FrozenTensorError, LauncherError, SelectionError
 from tests.models import tiny
 
 pytest.importorskip(
-    "verl", reason="verl is not installed here: `make test-integrations` tests it in its own"
+    "verl", reason="verl is not installed here: `make test-integrations` tests it where it is"
 )
 
 from verl.plugin.platform import platform_manager
@@ -60,6 +60,7 @@ class Cpu(PlatformBase):
 
 platform_manager.set_platform(Cpu())
 
+from hydra import compose, initialize_config_module
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -117,7 +118,6 @@ def engine_for(base, *, initialize=True, checkpointing=True, lora_rank=0, **chan
     if initialize:
         engine.initialize()
     return engine
-
 
 
 class ByHand(FSDPEngineWithLMHead):
@@ -197,6 +197,25 @@ def test_verl_takes_the_engine_from_its_environment_variables():
     )
     engines = ["LayerMaskedFSDPEngine"] * 2 + ["FSDPEngineWithValueHead"]
     assert done.stdout.split() == engines
+
+
+def test_documented_overrides_are_in_verls_config():
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose(
+            "ppo_trainer",
+            [
+                "actor_rollout_ref.actor.strategy=fsdp2",
+                "actor_rollout_ref.rollout.free_cache_engine=False",
+                "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR=layerrl",
+            ],
+        )
+    roles = config.actor_rollout_ref
+    assert (roles.actor.strategy, roles.ref.strategy) == ("fsdp2", "fsdp2")
+    assert (roles.actor.fsdp_config.forward_only, roles.ref.fsdp_config.forward_only) == (
+        False,
+        True,
+    )
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_ENGINE_VENDOR == "layerrl"
 
 
 def test_only_the_selected_layer_trains_and_reaches_the_optimizer(base):
