@@ -7,6 +7,7 @@ both start their workers themselves.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import warnings
@@ -115,9 +116,10 @@ def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
         selection: What trains.
 
     Returns:
-        Undoes both when it is closed, and the latter also when nobody holds it any more.
+        Undoes both when it is closed, at the latest when Python ends.
     """
     stack = ExitStack()
+    atexit.register(stack.close)  # not later, when a half-dismantled Python would complain
     stack.enter_context(selection.masked(model))
     if not checkpoints_reentrantly(find_blocks(model).modules[selection.first]):
         stack.enter_context(backward_from_first_trained(model, selection))

@@ -173,7 +173,7 @@ def trained_names(base, text="1"):
 def sync(engine):
     tensors, adapter = engine.get_per_tensor_param(base_sync_done=True)
     assert adapter is None
-    return dict(tensors)
+    return {name: tensor.clone() for name, tensor in tensors}  # of one process it is the weight
 
 
 def test_verl_takes_the_engine_from_its_environment_variables():
@@ -349,6 +349,33 @@ def test_a_frozen_tensor_that_moved_is_an_error_at_the_next_save(base, tmp_path)
         engine.module.lm_head.weight.to_local()[0, 0] += 1
     with pytest.raises(FrozenTensorError, match="lm_head"):
         engine.save_checkpoint(str(tmp_path))
+
+
+def test_two_processes_take_the_steps_of_one(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERRL_SYNC", "trained")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    worker = [Path(__file__).with_name("verl_processes.py"), base, tmp_path]
+    subprocess.run([*launch, "--nproc-per-node=2", *worker], check=True, timeout=300)
+    one = engine_for(base)
+    everything = sync(one)
+    expected = steps(one)  # both processes have the same rows: the mean is that of one
+    trained = sync(one)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    elements = {name: p.numel() for name, p in one.module.named_parameters()}
+    for found, first, second, _, _ in results:
+        torch.testing.assert_close(
+            [norm for _, norm in found], [norm for _, norm in expected], rtol=1e-5, atol=0
+        )
+        assert [*first] == [*everything]
+        assert [*second] == [*trained] == trained_names(base)
+        torch.testing.assert_close(first, everything, rtol=0, atol=0)
+        torch.testing.assert_close(second, trained, rtol=1e-4, atol=1e-6)
+    parts = [part for *_, part, _ in results]
+    assert {name: parts[0][name] + parts[1][name] for name in elements} == elements
+    assert parts[0]["lm_head.weight"] < elements["lm_head.weight"]
+    states = sum(state for *_, state in results)
+    assert states == sum(elements[name] for name in trained_names(base))
 
 
 @pytest.mark.parametrize(
