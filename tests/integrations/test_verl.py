@@ -235,13 +235,17 @@ def test_only_the_selected_layer_trains_and_reaches_the_optimizer(base):
     assert all(named[name].grad is None for name in named if name not in held)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_steps_are_those_of_verl_with_flags_set_by_hand(base, checkpointing, monkeypatch):
-    engine = engine_for(base, checkpointing=checkpointing)
+@pytest.mark.parametrize(
+    "changes",
+    [{"checkpointing": True}, {"checkpointing": False}, {"mixed_precision": None}],
+    ids=["checkpointing", "no checkpointing", "verl's default precision, bfloat16"],
+)
+def test_steps_are_those_of_verl_with_flags_set_by_hand(base, changes, monkeypatch):
+    engine = engine_for(base, **changes)
     monkeypatch.setitem(
         EngineRegistry._engines["language_model"]["fsdp2"], ("cpu", "layerrl"), ByHand
     )
-    by_hand = engine_for(base, checkpointing=checkpointing)
+    by_hand = engine_for(base, **changes)
     assert type(by_hand) is ByHand
     assert steps(engine) == steps(by_hand)
     expected = weights(by_hand)
