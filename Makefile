@@ -15,7 +15,7 @@ help:
 	@echo "make test       run the tests (pytest options in ARGS)"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
-	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (2.4 GB, Linux x86-64)"
+	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (3 GB, Linux x86-64)"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
 	@echo "make docs       build the documentation into site/"
 	@echo "make clean      delete .venv, the built documentation and caches; runs/ stays"
