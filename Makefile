@@ -6,7 +6,8 @@ INSTALLED := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-slow test-vllm check lint types layers docs docstrings clean
+FRAMEWORKS := verl openrlhf
+.PHONY: help demo bench test test-slow test-vllm test-integrations $(FRAMEWORKS:%=test-%) check lint types layers docs docstrings clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
@@ -14,6 +15,7 @@ help:
 	@echo "make test       run the tests (pytest options in ARGS)"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
+	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (3 GB, Linux x86-64)"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
 	@echo "make docs       build the documentation into site/"
 	@echo "make clean      delete .venv, the built documentation and caches; runs/ stays"
@@ -51,6 +53,19 @@ $(VLLM)/.installed: tests/integration/vllm-requirements.txt
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integration/test_vllm_engine.py $(ARGS)
 
+# An environment for each: they pin different transformers, both older than layerrl's own tests use.
+.venv-%/.installed: tests/integrations/%-requirements.txt
+	@echo "Installing $* into .venv-$*: a few minutes the first time"
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-compile --no-deps -r $<
+	@touch $@
+
+test-integrations: $(FRAMEWORKS:%=test-%)
+
+$(FRAMEWORKS:%=test-%): export HF_HUB_OFFLINE := 1
+$(FRAMEWORKS:%=test-%): test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/integrations $(ARGS)
+
 check: lint types layers docs docstrings
 
 lint: $(INSTALLED)
@@ -70,5 +85,5 @@ docstrings: $(INSTALLED)
 	$(BIN)/interrogate layerrl
 
 clean:
-	rm -rf .venv $(VLLM) site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(VLLM) $(FRAMEWORKS:%=.venv-%) site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

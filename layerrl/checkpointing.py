@@ -48,7 +48,7 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
         for module in base.modules()
         if any(map(_requires_input_grad, module._forward_hooks.values()))
     ]
-    if _checkpoints_reentrantly(first):
+    if checkpoints_reentrantly(first):
         hook = first.register_forward_pre_hook(_require_input_grad, with_kwargs=True)
     try:
         for module, hooks in hooked:
@@ -86,7 +86,8 @@ def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
     return getattr(hook, "__name__", "") == "make_inputs_require_grads"
 
 
-def _checkpoints_reentrantly(layer: nn.Module) -> bool:
+def checkpoints_reentrantly(layer: nn.Module) -> bool:
+    """Whether a layer is checkpointed reentrantly, for which its input must require a gradient."""
     if not getattr(layer, _FLAG, False):
         return False
     function = getattr(layer, "_gradient_checkpointing_func", None)

@@ -43,3 +43,7 @@ class ProbeError(LayerRLError, ValueError):
 
 class EpisodeError(LayerRLError, ValueError):
     """Episodes that cannot be played or learned from, or settings for them that make no sense."""
+
+
+class FrameworkError(LayerRLError, ImportError):
+    """A framework that an integration plugs into is not installed."""

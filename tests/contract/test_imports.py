@@ -34,6 +34,7 @@ BUILTIN_BASE = {
     "JournalError": RuntimeError,
     "ProbeError": ValueError,
     "EpisodeError": ValueError,
+    "FrameworkError": ImportError,
 }
 
 

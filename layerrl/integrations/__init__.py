@@ -1,0 +1,126 @@
+"""Layer selections inside frameworks that bring their own trainer.
+
+`layerrl.integrations.verl` and `layerrl.integrations.openrlhf` are imported by who uses those
+frameworks, and by nothing else in layerrl. What to train is said in one environment variable, as
+both start their workers themselves.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import warnings
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from layerrl.blocks import find_blocks
+from layerrl.checkpointing import backward_from_first_trained, checkpoints_reentrantly
+from layerrl.errors import FrameworkError, SelectionError
+from layerrl.selection import LayerSelection, select_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SELECTION = "LAYERRL_SELECTION"
+_INTEGERS = re.compile(r"\s*-?\d+\s*(?:,\s*-?\d+\s*)*")
+
+
+def require(framework: str, tested: str) -> None:
+    """Make sure that a framework is installed, and say if it is not the version that was tested.
+
+    Args:
+        framework: Its name on PyPI, which is also the integration's.
+        tested: The version that `tests/integrations` runs.
+
+    Raises:
+        FrameworkError: If it is not installed.
+    """
+    try:
+        installed = version(framework)
+    except PackageNotFoundError:
+        raise FrameworkError(
+            f"layerrl.integrations.{framework} plugs into {framework}, which is not installed "
+            f"here. Install it with `pip install {framework}=={tested}`, the version it was "
+            "tested with."
+        ) from None
+    if installed != tested:
+        warnings.warn(
+            f"layerrl.integrations.{framework} was tested with {framework} {tested}, and "
+            f"{installed} is installed. It overrides methods that may have changed: compare a "
+            f"first checkpoint with the base, or install {framework}=={tested}.",
+            stacklevel=3,
+        )
+
+
+def given() -> str:
+    """The text in `LAYERRL_SELECTION`.
+
+    Returns:
+        It, not empty.
+
+    Raises:
+        SelectionError: If it says nothing. Training every layer instead would go unnoticed.
+    """
+    text = os.environ.get(SELECTION, "").strip()
+    if not text:
+        raise SelectionError(
+            f"the environment variable {SELECTION} is not set in this process: expected what to "
+            "train, such as 10, 10,12, middle:5, full, or the JSON of a selection (its to_json()). "
+            "Export it before the command, and where Ray runs already, give it in the runtime "
+            "environment too."
+        )
+    return text
+
+
+def read_selection(model: nn.Module, text: str) -> LayerSelection:
+    """A selection from its text form.
+
+    Args:
+        model: The model it is for, on any device. Not changed.
+        text: A layer or several with commas between (`"10"`, `"10,-1"`), a word that
+            `select_layers` takes (`"middle:5"`, `"40%:60%"`, `"full"`), or `to_json()` of a
+            selection, which can also hold boosts and parts of layers.
+
+    Returns:
+        The selection.
+
+    Raises:
+        SelectionError: If it does not fit the model, or is none of these.
+        ModelError: If the model's layers cannot be found.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> import torch
+        >>> with torch.device("meta"):
+        ...     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4))
+        >>> print(read_selection(model, "1,-1"))
+        layers 1, 3 of 4
+    """
+    if text.startswith("{"):
+        return select_layers(model, LayerSelection.from_json(text))
+    if _INTEGERS.fullmatch(text):
+        return select_layers(model, [int(layer) for layer in text.split(",")])
+    return select_layers(model, text)
+
+
+def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
+    """Freeze what a selection does not train, and let the backward end at its first layer.
+
+    With reentrant checkpointing the whole backward stays: before 5.23, transformers checkpoints a
+    layer together with its hooks, so that none can give it an input with a gradient.
+
+    Args:
+        model: The model, before its optimizer exists and after checkpointing has been enabled.
+        selection: What trains.
+
+    Returns:
+        Undoes both when it is closed, at the latest when Python ends.
+    """
+    stack = ExitStack()
+    atexit.register(stack.close)  # not later, when a half-dismantled Python would complain
+    stack.enter_context(selection.masked(model))
+    if not checkpoints_reentrantly(find_blocks(model).modules[selection.first]):
+        stack.enter_context(backward_from_first_trained(model, selection))
+    return stack
