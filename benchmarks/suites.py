@@ -254,6 +254,8 @@ class Multiplying(SmolLM2):
     Its truth has eight of the layers: two seeds of all would take five hours.
     """
 
+    rollout_prompts = 48  # all that whole generation batches of 50 problems have
+
     def __init__(self) -> None:
         super().__init__("smollm2-products", layers=[0, 3, 9, 15, 21, 24, 27, 29], steps=8)
 
