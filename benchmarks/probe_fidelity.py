@@ -187,6 +187,16 @@ def compare(
         overall[probe] = Overall(middle, spread, share)
         cost = percent(share)
         print(f"| {probe} | {middle:.2f} {spread:.2f} | {' | '.join(means)} | {cost} |")
+    if len(ours := counted.get("gradient", ())) == number:
+        print("\nMean Spearman of gradient, less that of")
+        for probe, results in counted.items():
+            if probe not in ("gradient", "by lot") and len(results) == number:
+                pairs = [(one, other) for (one, _), (other, _) in zip(ours, results, strict=True)]
+                mean = statistics.fmean(a.spearman - b.spearman for a, b in pairs)
+                found = [(a.spearman_D - b.spearman_D).nan_to_num() for a, b in pairs]
+                size = max(map(len, found))
+                draws_D = torch.stack([d.expand(size) for d in found]).mean(dim=0)
+                print(f"- {probe}: {mean:+.2f} {interval(draws_D):+.2f}")
     return overall
 
 
@@ -201,21 +211,20 @@ def picture(overall: dict[str, Overall], path: Path) -> None:
     at: dict[float, int] = {}
     for name, one in known.items():
         share = max(one.share or 0.0, free)
-        x = share * 1.5 ** at.setdefault(share, 0)  # side by side
+        x = share * 1.6 ** at.setdefault(share, 0)  # side by side
         at[share] += 1
         low, high = one.interval.low, one.interval.high
         own = name in ("gradient", "rollout")
         ax.plot([x, x], [low, high], color="C0" if own else "0.6", lw=1.5)
         ax.plot(x, one.spearman, "o", color="C0" if own else "0.6")
-        ax.annotate(
-            name, (x, high), xytext=(0, 4), textcoords="offset points", rotation=60, fontsize=8
-        )
+        ax.text(x, -0.97, name, rotation=90, ha="center", va="bottom", fontsize=8)
     ax.axhline(0, color="0.85", zorder=0)
     ax.set_xscale("log")
     ax.set(
         xlabel="share of a full-parameter run (left: nothing)",
         ylabel="median rank correlation with C",
-        ylim=(-1, 1.6),
+        xlim=(free / 2, 2 * max(free, *(one.share or free for one in known.values()))),
+        ylim=(-1, 1),
     )
     figure.savefig(path, dpi=150)
 
