@@ -59,6 +59,11 @@ def rollout_probe(
     Raises:
         ProbeError: If there is nothing to score.
     """
+    if not hasattr(args, "num_generations"):
+        raise ProbeError(
+            "method='rollout' needs a trainer that generates and rewards, such as GRPO's; args is "
+            f"a {type(args).__name__}"
+        )
     per_batch = args.generation_batch_size // args.num_generations
     whole = isinstance(num_prompts, int) and not isinstance(num_prompts, bool)
     if not whole or num_prompts < 2 * per_batch or num_prompts % (2 * per_batch):
@@ -122,6 +127,7 @@ def rollout_probe(
     rows = sum(len(part["advantages"]) for parts in held_out for part in parts)
     steps = NUM_STEPS * args.per_device_train_batch_size * args.gradient_accumulation_steps
     number = len(selection.layers)
+    held = (number + 1) * rows  # scored by the base, too
     # A layer's backward ends there: one pass for what is above, and one for its own weights.
     backwards = sum(1 - layer / selection.num_layers for layer in selection.layers)
     generated = len(batches) * len(batches[0]["advantages"])
@@ -142,9 +148,9 @@ def rollout_probe(
         cost=Cost(
             seconds=time.perf_counter() - started,
             tokens=rollouts.num_tokens,
-            forwards=2 * generated + number * (steps + rows),
+            forwards=2 * generated + number * steps + held,
             backwards=number * steps,
-            fraction=(2 * generated + number * (steps + rows) + backwards * steps + steps) / run,
+            fraction=(2 * generated + held + (number + backwards + 1) * steps) / run,
         ),
     )
 

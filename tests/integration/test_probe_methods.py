@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.testing import assert_close
-from trl import RLOOConfig
+from trl import RLOOConfig, SFTConfig
 
 from layerrl import (
     ContributionReport,
@@ -211,8 +211,9 @@ class TestRollout:
             assert report.interval(layer).low > 0  # there is something to learn, and it is learned
             assert score in report.interval(layer)
         assert report.settings["steps"] == 16
-        # 256 answers, generated and scored; 16 steps of 64 and 128 held-out answers a layer.
-        assert report.cost.forwards == 2 * 256 + 3 * (16 * 64 + 128)
+        # 256 answers, generated and scored; 128 held-out ones scored by the base; 16 steps of 64
+        # and those 128 a layer.
+        assert report.cost.forwards == 2 * 256 + 128 + 3 * (16 * 64 + 128)
         assert report.cost.backwards == 3 * 16 * 64
         assert ContributionReport.from_json(report.to_json()) == report
 
@@ -346,6 +347,11 @@ class TestRollout:
     def test_a_budget_that_is_no_two_halves(self, model, tmp_path, budget):
         with pytest.raises(ProbeError, match=r"expected a multiple of 32, twice generation_batch"):
             rollout(model, tmp_path, budget=budget)
+
+    def test_a_trainer_that_does_not_generate(self, model, tmp_path):
+        args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+        with pytest.raises(ProbeError, match="such as GRPO's; args is a SFTConfig"):
+            rollout(model, tmp_path, args=args)
 
     def test_a_data_set_smaller_than_the_budget(self, model, tmp_path):
         with pytest.raises(ProbeError, match="budget is 64 prompts, and train_dataset gives 48"):
