@@ -272,6 +272,30 @@ class TestWithASelection:
         train(resumed, resume_from_checkpoint=str(checkpoint))
         assert_close(bits(resumed.model), bits(whole.model), rtol=0, atol=0)
 
+    def test_chooses_its_layers_by_its_first_episodes(self, tmp_path):
+        class Low(Letters):
+            def step(self, action: str) -> tuple[str, float, bool, bool]:
+                seen, _, done, valid = super().step(action)
+                return seen, float(sum(letter < "P" for letter in action)), done, valid
+
+        def run(folder: str, selection: Any) -> Any:
+            made = gigpo(
+                tmp_path / folder,
+                trainer=LayerMaskedGiGPOTrainer,
+                selection=selection,
+                per_device_train_batch_size=256,
+                arguments={
+                    "train_dataset": Dataset.from_list(TASKS.to_list() * 8),
+                    "rollout_func": partial(ROLLOUT, environment=Low)(),
+                },
+            )
+            made.train()
+            return made
+
+        auto = run("auto", "auto")
+        assert len(auto.selection.layers) == 1
+        assert_same_run(auto, run("plain", auto.selection))
+
 
 class TestEvaluation:
     def test_a_step_of_an_only_episode_has_nothing_to_be_compared_with(self, tmp_path):
