@@ -148,6 +148,23 @@ class TestGradient:
         assert len(twice) == 64 * 4
         assert twice[: len(seen[0])] == seen[0]
 
+    @pytest.mark.parametrize("method", ["gradient", "rollout"])
+    @pytest.mark.parametrize("bf16", [True, False])
+    def test_passes_are_in_the_precision_of_the_training(self, model, tmp_path, method, bf16):
+        seen = []
+        layer = model.model.layers[0].mlp
+        hook = layer.register_forward_pre_hook(
+            lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+        )
+        gradient(
+            model,
+            tmp_path,
+            method=method,
+            arguments={"bf16": bf16, "per_device_train_batch_size": 64},
+        )
+        hook.remove()
+        assert {*seen} == {bf16}
+
     def test_leaves_everything_as_it_was(self, model, tmp_path):
         model.eval()
         model.lm_head.weight.requires_grad_(False)
