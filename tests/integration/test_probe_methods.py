@@ -292,6 +292,19 @@ class TestRollout:
         report = rollout(model, tmp_path, arguments=arguments)
         assert min(report.scores.values()) > 0
 
+    def test_steps_know_that_the_answers_are_the_bases(self, model, tmp_path, monkeypatch):
+        known = []
+        compute = LayerMaskedGRPOTrainer._compute_loss
+
+        def watched(trainer, policy, inputs):
+            known.append("old_per_token_logps" in inputs)
+            return compute(trainer, policy, inputs)
+
+        monkeypatch.setattr(LayerMaskedGRPOTrainer, "_compute_loss", watched)
+        rollout(model, tmp_path, layers=1)
+        assert len(known) > 16
+        assert all(known)
+
     def test_dropout_is_no_gain(self, tmp_path):
         model = tiny("gpt2", 3)
         model.config.resid_pdrop = 0.5
