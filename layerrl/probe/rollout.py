@@ -14,16 +14,18 @@ from transformers import PrinterCallback, set_seed
 
 from layerrl.errors import ProbeError
 from layerrl.masking import as_found
-from layerrl.report import ContributionReport, Cost, Score
+from layerrl.report import Cost
 from layerrl.selection import LayerSelection
 from layerrl.trainer.arguments import only_training
-from layerrl.trainer.probing import check_signal, check_trainer, run_units
+from layerrl.trainer.probing import check_signal, check_trainer, report_of, run_units
 from layerrl.trainer.rollouts import Rollouts, in_its_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
+
+    from layerrl.report import ContributionReport
 
 NUM_STEPS = 16
 
@@ -131,20 +133,12 @@ def rollout_probe(
     # A layer's backward ends there: one pass for what is above, and one for its own weights.
     backwards = sum(1 - layer / selection.num_layers for layer in selection.layers)
     generated = len(batches) * len(batches[0]["advantages"])
-    return ContributionReport(
-        method="rollout",
-        layers=tuple(
-            Score(scores=(tuple(gains[layer]),)) if layer in gains else Score(status="missing")
-            for layer in range(selection.num_layers)
-        ),
-        settings={
-            **settings,
-            "seed": seed,
-            "budget": len(rollouts.with_signal),
-            "steps": NUM_STEPS,
-            "prompts_with_signal": sum(rollouts.with_signal),
-            "reward_noise": rollouts.reward_noise,
-        },
+    return report_of(
+        "rollout",
+        gains,
+        rollouts,
+        num_layers=selection.num_layers,
+        settings={**settings, "seed": seed, "steps": NUM_STEPS},
         cost=Cost(
             seconds=time.perf_counter() - started,
             tokens=rollouts.num_tokens,

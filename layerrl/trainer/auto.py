@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import random
 import re
 import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError, SelectionError
 from layerrl.report import ContributionReport
-from layerrl.trainer.evaluation import random_state_kept
+from layerrl.trainer.evaluation import random_state, random_state_kept, set_random_state
 from layerrl.trainer.probing import check_trainer, gradient_report
 from layerrl.trainer.rollouts import Rollouts
 from layerrl.trainer.schedule import LayerSchedule
@@ -189,7 +186,7 @@ class AutoSelection:
         for name, values in batch.metrics.items():
             metrics[name] += values
         metrics["num_tokens"] = [trainer.state.num_input_tokens_seen]
-        _set_random_state(trainer, batch.random_state)
+        set_random_state(batch.random_state)
         return batch.inputs
 
     def _recorded(
@@ -202,8 +199,7 @@ class AutoSelection:
         metrics.clear()  # of the probe's passes over the batch before
         inputs = answer(rows)
         counted = trainer.state.num_input_tokens_seen - before
-        state = _random_state(trainer)
-        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), state))
+        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), random_state()))
         return inputs
 
     def clear(self) -> None:
@@ -265,18 +261,3 @@ class _Batch(NamedTuple):
     num_tokens: float
     metrics: dict[str, list[float]]
     random_state: Any
-
-
-def _random_state(trainer: Any) -> Any:  # noqa: ANN401
-    device = trainer.accelerator.device
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), own
-
-
-def _set_random_state(trainer: Any, state: Any) -> None:  # noqa: ANN401
-    python, array, cpu, own = state
-    random.setstate(python)
-    np.random.set_state(array)
-    torch.set_rng_state(cpu)
-    if own is not None:
-        torch.get_device_module(trainer.accelerator.device).set_rng_state(own)

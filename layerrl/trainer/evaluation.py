@@ -134,13 +134,37 @@ def replaced_rewards(
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Give Python's, numpy's and torch's global generators back as they were."""
-    python, array = random.getstate(), np.random.get_state()
+    before = random_state()
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(array)
+        set_random_state(before)
+
+
+def random_state() -> tuple[Any, ...]:
+    """States of Python's, numpy's and torch's global generators, the accelerator's included.
+
+    Returns:
+        What `set_random_state` takes.
+    """
+    python, array = random.getstate(), np.random.get_state()
+    found = torch.accelerator.is_available()
+    own = torch.get_device_module().get_rng_state() if found else None
+    return python, array, torch.get_rng_state(), own
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Go on from states that were taken before.
+
+    Args:
+        state: What `random_state` gave.
+    """
+    python, array, cpu, own = state
+    random.setstate(python)
+    np.random.set_state(array)
+    torch.set_rng_state(cpu)
+    if own is not None:
+        torch.get_device_module().set_rng_state(own)
 
 
 @contextmanager

@@ -227,8 +227,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         arguments.warn_of_frozen_head(self.model, self.selection)
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
-        base = DeltaBase.of(self.model, self.selection)
-        self._base = launchers.of_main_process(base, self.accelerator)
+        self._base: DeltaBase | None = None
+        if decided:
+            base = DeltaBase.of(self.model, self.selection)
+            self._base = launchers.of_main_process(base, self.accelerator)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
         self._replay = PrefixReplay(
             self.model,
@@ -367,6 +369,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         Raises:
             DeltaError: If the folder exists or cannot be written.
             FrozenTensorError: If a frozen tensor changed. Nothing is written then.
+            SelectionError: If `"auto"` has not chosen yet.
         """
         self.check_frozen()
         saved = self._save_delta(path, writes=self.accelerator.is_main_process)
@@ -374,6 +377,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         return saved if self.accelerator.is_main_process else None
 
     def _save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
+        if self._base is None:
+            raise SelectionError(
+                'selection="auto" chooses its layers when training starts: nothing is trained yet '
+                "that a delta could hold"
+            )
         return save_delta(
             self.model, path, selection=self.selection, base=self._base, is_main_process=writes
         )

@@ -12,6 +12,8 @@ from layerrl.proxies import held_out_gains
 from layerrl.report import ContributionReport, Cost, Score
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from layerrl.selection import LayerSelection
     from layerrl.trainer.rollouts import Rollouts
 
@@ -63,14 +65,51 @@ def gradient_report(
             "noise. Raise the budget or num_generations."
         )
     rows = (scored_PL.T / average).tolist()
-    scores = dict(zip(selection.layers, rows, strict=True))
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
+    return report_of(
+        "gradient",
+        dict(zip(selection.layers, rows, strict=True)),
+        rollouts,
+        num_layers=selection.num_layers,
+        settings=settings,
+        cost=Cost(
+            seconds=time.perf_counter() - started,
+            tokens=rollouts.num_tokens,
+            forwards=units[1],
+            backwards=units[1],
+            fraction=(units[0] + units[1] * units_of_a_pass(args)) / run_units(args, trainer),
+        ),
+    )
+
+
+def report_of(
+    method: str,
+    scores: Mapping[int, Sequence[float]],
+    rollouts: Rollouts,
+    *,
+    num_layers: int,
+    settings: dict[str, Any],
+    cost: Cost,
+) -> ContributionReport:
+    """A report on answers that all layers share.
+
+    Args:
+        method: How they were scored.
+        scores: One number per prompt, of each layer that was scored.
+        rollouts: The answers.
+        num_layers: Decoder layers of the model.
+        settings: What else to keep.
+        cost: What it took.
+
+    Returns:
+        The report.
+    """
     return ContributionReport(
-        method="gradient",
+        method=method,
         layers=tuple(
             Score(scores=(tuple(scores[layer]),)) if layer in scores else Score(status="missing")
-            for layer in range(selection.num_layers)
+            for layer in range(num_layers)
         ),
         settings={
             **settings,
@@ -78,18 +117,19 @@ def gradient_report(
             "prompts_with_signal": sum(rollouts.with_signal),
             "reward_noise": rollouts.reward_noise,
         },
-        cost=Cost(
-            seconds=time.perf_counter() - started,
-            tokens=rollouts.num_tokens,
-            forwards=units[1],
-            backwards=units[1],
-            fraction=(units[0] + units[1] * _units(args)) / run_units(args, trainer),
-        ),
+        cost=cost,
     )
 
 
-def _units(args: Any) -> int:  # noqa: ANN401
-    """Forward passes that a training pass over a completion is worth."""
+def units_of_a_pass(args: Any) -> int:  # noqa: ANN401
+    """Forward passes that a training pass over a completion is worth.
+
+    Args:
+        args: The trainer's.
+
+    Returns:
+        One for the forward and two for the backward; one more where activations are recomputed.
+    """
     return 4 if args.gradient_checkpointing else 3
 
 
@@ -109,7 +149,7 @@ def run_units(args: Any, trainer: Any) -> float:  # noqa: ANN401
         passes = args.num_train_epochs * args.num_iterations
         rows = passes * trainer.num_generations * len(trainer.train_dataset)
     reference = 1 if getattr(args, "beta", 0) else 0
-    return rows / args.num_iterations * (1 + reference) + rows * _units(args)
+    return rows / args.num_iterations * (1 + reference) + rows * units_of_a_pass(args)
 
 
 def check_trainer(trainer: Any, asked: str) -> None:  # noqa: ANN401

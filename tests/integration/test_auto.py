@@ -246,6 +246,11 @@ def test_vllm_is_sent_everything_and_then_what_was_chosen(tmp_path, monkeypatch)
 
 
 class TestRefused:
+    def test_a_delta_before_anything_was_chosen(self, tmp_path):
+        with pytest.raises(SelectionError, match="nothing is trained yet"):
+            trainer(tmp_path).save_delta(tmp_path / "delta")
+        assert not (tmp_path / "delta").exists()
+
     def test_a_schedule_beside_it(self, tmp_path):
         schedule = LayerSchedule([0, 1], every=1)
         with pytest.raises(SelectionError, match="and so does a LayerSchedule"):
