@@ -11,18 +11,21 @@ from torch import Tensor
 from layerrl import ContributionReport, LayerMaskedGRPOTrainer, select_layers
 from layerrl.blocks import find_blocks, replaced_forwards
 from layerrl.masking import parameters_by_layer
-from layerrl.report import Score
+from layerrl.report import Cost, Score
 from layerrl.trainer.arguments import only_training
+from layerrl.trainer.probing import run_units, units_of_a_pass
 from layerrl.trainer.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def report(method: str, scores: Sequence[float]) -> ContributionReport:
-    """Scores without intervals."""
+def report(method: str, scores: Sequence[float], fraction: float = 0.0) -> ContributionReport:
+    """Scores without intervals, and the share of a full run that they cost."""
     return ContributionReport(
-        method=method, layers=tuple(Score(score=float(score)) for score in scores)
+        method=method,
+        layers=tuple(Score(score=float(score)) for score in scores),
+        cost=Cost(tokens=None, forwards=None, fraction=fraction),
     )
 
 
@@ -30,15 +33,18 @@ def gradient_norm(suite: Any, num_prompts: int) -> ContributionReport:
     """Euclidean norm of each layer's mean policy gradient at the base."""
     model = suite.model()
     trainer = trainer_for(suite, model, "all")
-    for parts in Rollouts(trainer, num_prompts):
+    rollouts, scored = Rollouts(trainer, num_prompts), 0
+    for parts in rollouts:
         for part in parts:
             trainer.compute_loss(trainer.model, part).backward()
+            scored += len(part["advantages"])
+    passes = _generated(rollouts) + scored * units_of_a_pass(trainer.args)
     by_layer = parameters_by_layer(model, select_layers(model, "all"))
     norms = [
         math.sqrt(math.fsum(p.grad.square().sum().item() for p in layer if p.grad is not None))
         for layer in by_layer.values()
     ]
-    return report("gradient norm", norms)
+    return report("gradient norm", norms, passes / run_units(suite.args(), trainer))
 
 
 def spectrum(suite: Any) -> ContributionReport:
@@ -73,7 +79,8 @@ def bypass(suite: Any, num_prompts: int) -> ContributionReport:
     """How much less likely the base's own rewarded answers are without the layer."""
     model = suite.model()
     trainer = trainer_for(suite, model, "all")
-    batches = [part for parts in Rollouts(trainer, num_prompts) for part in parts]
+    rollouts = Rollouts(trainer, num_prompts)
+    batches = [part for parts in rollouts for part in parts]
     blocks = find_blocks(model).modules
 
     def likelihood() -> float:
@@ -91,7 +98,13 @@ def bypass(suite: Any, num_prompts: int) -> ContributionReport:
     for block in blocks:
         with replaced_forwards([block], lambda _, __: lambda hidden, *a, **k: hidden):
             scores.append(whole - likelihood())
-    return report("bypass", scores)
+    scored = sum(len(part["advantages"]) for part in batches)
+    passes = _generated(rollouts) + scored * (1 + len(blocks))
+    return report("bypass", scores, passes / run_units(suite.args(), trainer))
+
+
+def _generated(rollouts: Rollouts) -> int:
+    return len(rollouts.with_signal) * rollouts.trainer.num_generations
 
 
 def weight_change(suite: Any) -> ContributionReport:
@@ -110,7 +123,7 @@ def weight_change(suite: Any) -> ContributionReport:
             norm(a - b for a, b in zip(now[k], before[k], strict=True)) / norm(before[k])
             for k in now
         ]
-    return report("weight change", changes)
+    return report("weight change", changes, 1.0)
 
 
 def trainer_for(suite: Any, model: Any, selection: str, *, full: bool = False) -> Any:

@@ -5,12 +5,13 @@ Legend: D draws, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from layerrl.report import Score
 from layerrl.scoring import Interval, bootstrap, interval_of, spearman
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class Fidelity:
     spearman_D: Tensor
     kendall: float
     kendall_D: Tensor
+    beyond_depth: float
+    """Spearman of what a parabola over depth leaves of both: 0 for what knows no more than where a
+    layer lies; NaN where it leaves nothing."""
+    beyond_depth_D: Tensor
     regret: float
     """C of the best layer minus C of the one that the probe would choose."""
     top3: float
@@ -59,10 +64,21 @@ def fidelity(truth: ContributionReport, probe: ContributionReport) -> Fidelity:
         spearman_D=spearman(true_DL, found_DL),
         kendall=kendall(true_L, found_L).item(),
         kendall_D=kendall(true_DL, found_DL),
+        beyond_depth=spearman(*(without_trend(v, shared) for v in (true_L, found_L))).item(),
+        beyond_depth_D=spearman(*(without_trend(v, shared) for v in (true_DL, found_DL))),
         regret=(true_L[best[0]] - true_L[chosen[0]]).item() / (full - base),
         top3=len({*best[:3]} & {*chosen[:3]}) / 3,
         avoided=1 - len({*best[-third:]} & {*chosen[:third]}) / third,
     )
+
+
+def without_trend(values: Tensor, layers: Sequence[int]) -> Tensor:
+    """What the parabola over depth that fits best leaves, along the last dimension."""
+    depth_L = torch.tensor(layers, dtype=torch.double) / max(layers)
+    basis_L3 = torch.linalg.qr(torch.stack([depth_L**0, depth_L, depth_L**2], dim=1)).Q
+    left = values - values @ basis_L3 @ basis_L3.T
+    # Rounding leaves an order where there is none.
+    return left.masked_fill(left.abs() < 1e-9 * values.abs().amax(dim=-1, keepdim=True), 0.0)
 
 
 def at_random(truth: ContributionReport) -> Fidelity:
@@ -72,22 +88,49 @@ def at_random(truth: ContributionReport) -> Fidelity:
     third = max(len(true_L) // 3, 1) / len(true_L)
     none_1 = torch.zeros(1, dtype=torch.double)
     regret = (true_L.max() - true_L.mean()).item() / gain
-    return Fidelity(0.0, none_1, 0.0, none_1, regret, 3 / len(true_L), 1 - third)
+    return Fidelity(0.0, none_1, 0.0, none_1, 0.0, none_1, regret, 3 / len(true_L), 1 - third)
+
+
+def of_seeds(truth: ContributionReport, *, early: bool = False) -> Fidelity | None:
+    """What another sweep would be worth: each seed against the mean of the others, averaged.
+
+    Of the layers that have several seeds; None where fewer than three have.
+
+    Args:
+        truth: The sweep.
+        early: Take the scores that the one seed had when its runs were first evaluated.
+    """
+    several = [entry for entry in truth.layers if entry.scores and len(entry.scores) > 1]
+    if len(several) < 3:
+        return None
+    num_seeds = min(len(entry.scores) for entry in several)
+
+    def only(seeds: list[int], early: bool = False) -> ContributionReport:
+        def entry_of(entry: Score) -> Score:
+            if entry not in several:
+                return Score(status="missing")
+            rows = entry.curve[0][1] if early else entry.scores
+            return Score(scores=tuple(rows[seed] for seed in seeds))
+
+        return replace(truth, layers=tuple(map(entry_of, truth.layers)))
+
+    found = [
+        fidelity(only([s for s in range(num_seeds) if s != seed]), only([seed], early))
+        for seed in range(num_seeds)
+    ]
+    values = ([getattr(one, field.name) for one in found] for field in fields(Fidelity))
+    return Fidelity(
+        *(
+            torch.stack(v).nanmean(dim=0) if isinstance(v[0], Tensor) else sum(v) / num_seeds
+            for v in values
+        )
+    )
 
 
 def ceiling(truth: ContributionReport) -> float:
-    """Rank correlation of each seed's scores with the mean of the others', averaged over seeds.
-
-    Of the layers that have several seeds; NaN where fewer than three have.
-    """
-    rows = [torch.tensor(entry.scores).mean(1) for entry in truth.layers if entry.scores]
-    rows = [row for row in rows if len(row) > 1]
-    if len(rows) < 3:
-        return float("nan")
-    num_seeds = min(map(len, rows))
-    scores_SL = torch.stack([row[:num_seeds] for row in rows], dim=1)
-    others_SL = (scores_SL.sum(0) - scores_SL) / (num_seeds - 1)
-    return spearman(scores_SL, others_SL).mean().item()
+    """The noise ceiling: rank correlation of one seed with the mean of the others."""
+    found = of_seeds(truth)
+    return float("nan") if found is None else found.spearman
 
 
 def draws(report: ContributionReport, layers: Sequence[int]) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 
 import baselines
 import torch
-from fidelity import Fidelity, at_random, ceiling, fidelity, interval
+from fidelity import Fidelity, at_random, ceiling, fidelity, interval, of_seeds
 from suites import FOLDER, SUITES
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from layerrl import ContributionReport, contribution_probe
 from layerrl.proxies import position_scores
 from layerrl.report import Score
 from layerrl.scoring import Interval
+from layerrl.sweep.harness import weights_digest
 
 TRUTHS = Path(__file__).parent / "ground_truth"
 NUM_PROMPTS = 128
@@ -74,11 +75,19 @@ def main() -> None:
         ground(SUITES[options.ground], options.seeds)
         return
     paths = {name: TRUTHS / f"{name}.json" for name in options.suites}
-    truths = {
-        name: targets(ContributionReport.from_json(path.read_text()))
+    reports = {
+        name: ContributionReport.from_json(path.read_text())
         for name, path in paths.items()
         if path.exists()
     }
+    for name, report in reports.items():
+        found, measured = weights_digest(SUITES[name].model()), report.settings["base"]
+        if found != measured:
+            raise SystemExit(
+                f"{paths[name]} was measured on the base {measured}, and the one here is {found}: "
+                f"scores of one say nothing of the other. Make the truth anew: --ground {name}"
+            )
+    truths = {name: targets(report) for name, report in reports.items()}
     for target in next(iter(truths.values())):
         found = {name: found[target] for name, found in truths.items()}
         summary = compare(target, found, options.probes)
@@ -154,12 +163,16 @@ def compare(
         counts = top >= SEPARATES
         if not counts:
             print("Does not separate its layers: counts for nothing.\n")
-        print("| probe | Spearman | Kendall | regret | top 3 | worst third avoided | cost |")
-        print("|---|---|---|---|---|---|---|")
+        print("| probe | Spearman | Kendall | beyond depth | regret | top 3 | avoided | cost |")
+        print("|---|---|---|---|---|---|---|---|")
         for probe, found, share in fidelities(name, truths, probes):
+            rows = (
+                (found.spearman, found.spearman_D),
+                (found.kendall, found.kendall_D),
+                (found.beyond_depth, found.beyond_depth_D),
+            )
             cells = (
-                f"{found.spearman:.2f} {interval(found.spearman_D):.2f}",
-                f"{found.kendall:.2f} {interval(found.kendall_D):.2f}",
+                *(f"{value:.2f} {interval(draws_D):.2f}" for value, draws_D in rows),
                 *(f"{value:.2f}" for value in (found.regret, found.top3, found.avoided)),
                 percent(share),
             )
@@ -245,6 +258,14 @@ def fidelities(
     for probe in probes:
         report = kept(name, probe)
         yield probe, fidelity(truth, report), None if report.cost is None else report.cost.fraction
+    sweep = truth.full.seconds / len(truth.full.scores or [0])  # of one full run
+    sweep = sum(one.seconds / len(one.scores) for one in truth.layers if one.scores) / sweep + 1
+    for label, early, share in (
+        ("train, first quarter", True, sweep / 4),
+        ("another seed's sweep", False, sweep),
+    ):
+        if (found := of_seeds(truth, early=early)) is not None:
+            yield label, found, share
 
 
 def prior(truth: ContributionReport, centre: float) -> ContributionReport:

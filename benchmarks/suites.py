@@ -1,9 +1,11 @@
 """What probes are judged on: a base, a task, the arguments of its trainings.
 
-    python benchmarks/suites.py addition-llama     # pre-train its base, say what it knows
+    python benchmarks/suites.py addition-llama     # say what its base knows
 
-The small bases are trained here from scratch until they half-know a task, a few minutes each, and
-kept in `runs/suites`; the same call gives the same base.
+The small bases were trained here from scratch until they half-knew a task, a few minutes each, and
+are kept in `benchmarks/bases`: another machine, or another number of threads, rounds differently
+and ends with another base. The same call makes one where the folder is missing, for a truth of
+its own.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig
 
+BASES = Path(__file__).parent / "bases"
 FOLDER = Path("runs/suites")
 NUM_LAYERS, HIDDEN = 12, 64
 _SPECIAL = ["<pad>", "<eos>"]
@@ -96,10 +99,10 @@ class Suite:
         )
 
     def model(self) -> Any:
-        """The base, pre-trained on first use."""
-        folder = FOLDER / self.name
+        """The base, pre-trained where it is not kept."""
+        folder = BASES / self.name
         if not folder.exists():
-            model = self._pretrained()
+            model = self._pretrained().to(torch.bfloat16)  # half as large to keep
             unfinished = folder.with_name(folder.name + ".partial")
             model.save_pretrained(unfinished)
             unfinished.rename(folder)

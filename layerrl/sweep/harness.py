@@ -28,6 +28,7 @@ from layerrl.trainer.evaluation import (
     rewarded_differently,
     watched_rewards,
 )
+from layerrl.trainer.rollouts import in_its_precision
 
 if TYPE_CHECKING:
     import os
@@ -102,7 +103,7 @@ class Harness:
     @property
     def base(self) -> str:
         """What tells these weights from others."""
-        return hashlib.sha256(json.dumps(self._fingerprint).encode()).hexdigest()[:16]
+        return _digest(self._fingerprint)
 
     def measure(self, run: Run, since: int = 0) -> dict[str, Any]:
         """Train and score.
@@ -183,8 +184,7 @@ class Harness:
         return start
 
     def _scores(self, trainer: Any) -> list[float]:  # noqa: ANN401
-        # Training has prepared the model so; the base has not trained.
-        with trainer.accelerator.autocast():
+        with in_its_precision(trainer):  # the base has not trained
             return prompt_scores(trainer, self._eval_dataset, greedy=self._greedy)
 
     @torch.no_grad()
@@ -257,6 +257,15 @@ def _signal_expected(trainer: Any) -> Iterator[None]:  # noqa: ANN401
         yield
     if not differ:
         give_up("the whole run")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """What tells a model's weights from others, as `settings["base"]` of a report has it."""
+    return _digest(fingerprints(_tensors(model, copy_them=False)))
+
+
+def _digest(fingerprint: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
 
 
 def _tensors(model: nn.Module, *, copy_them: bool = True) -> dict[str, torch.Tensor]:
