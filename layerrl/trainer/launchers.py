@@ -36,6 +36,12 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return getattr(accelerator.state, "deepspeed_plugin", None) is not None
 
 
+def shards_model(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the model, or will: under FSDP and ZeRO-3."""
+    plugin: Any = getattr(accelerator.state, "deepspeed_plugin", None)
+    return uses_fsdp(accelerator) or (plugin is not None and plugin.zero_stage == 3)
+
+
 def refuse_launcher(
     selection: LayerSelection, accelerator: Accelerator, *, quantised: bool
 ) -> None:
@@ -63,12 +69,6 @@ def refuse_launcher(
             "gradient for all or none of them, and in which the reference and the frozen check "
             "cannot tell them apart. Use FSDP2: fsdp_version: 2 in "
             'accelerate\'s config, or fsdp_config={"version": 2} in the args.'
-        )
-    if uses_deepspeed(accelerator) and plugins.deepspeed_plugin.zero_stage == 3:
-        raise LauncherError(
-            f"DeepSpeed's ZeRO-3 was given for {selection}: it keeps every tensor in parts that "
-            "the reference, the delta and the frozen check cannot read. Use FSDP2, which shards "
-            "the same and can, or ZeRO-2."
         )
 
 
