@@ -34,9 +34,8 @@ def parts(tensor: Tensor) -> Tensor:
     mesh = _mesh(parameter.ds_process_group, part.device.type)
     first = mesh.get_local_rank() * part.numel()
     unpadded = part[: max(0, parameter.ds_numel - first)]
-    return DTensor.from_local(
-        unpadded, mesh, [Shard(0)], run_check=False, shape=(parameter.ds_numel,), stride=(1,)
-    )
+    size = torch.Size([parameter.ds_numel])
+    return DTensor.from_local(unpadded, mesh, [Shard(0)], run_check=False, shape=size, stride=(1,))
 
 
 @lru_cache(maxsize=8)
@@ -101,9 +100,10 @@ def write(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> None:
         handle.wait()
     under_way.clear()
     for parameter, value in values.items():
-        if hasattr(parameter, "ds_tensor"):
-            parameter.partition()  # pyright: ignore[reportCallIssue]
-        parts(parameter.detach() if isinstance(parameter, DTensor) else parameter).copy_(value)
+        let_go = getattr(parameter, "partition", None)
+        if callable(let_go):
+            let_go()
+        parts(parameter).copy_(value)
 
 
 def whole_state(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -494,10 +494,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
 
     def _follow_shards(self) -> None:
         """Go on in parts: of other parameters under FSDP2, of the same ones under ZeRO-3."""
-        parameters = {plain_name(n): p for n, p in unwrap(self.model).named_parameters()}
-        if self._in_parts or not is_sharded(parameters[next(iter(self._trained))]):
+        if self._in_parts or not launchers.shards_model(self.accelerator):
             return
-        self._in_parts = True
+        parameters = {plain_name(n): p for n, p in unwrap(self.model).named_parameters()}
+        self._in_parts = is_sharded(parameters[next(iter(self._trained))])
+        if not self._in_parts:
+            return
         self._trained = self.selection.parameters(self.model)
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
@@ -658,6 +660,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
 
     def _scored(self, compute: Callable[[], Any], tokens_BT2: Tensor, *, training: bool) -> Any:  # noqa: ANN401
         """What a pass over these tokens computes, with the prefix replayed where that is known."""
+        self._follow_shards()  # an evaluation shards the model, too
         held = self._replay.num_bytes if self._spends_freed_memory else 0
         stepped = self.state.global_step > 0
         with self._kept.during(tokens_BT2[..., 0].numel(), held=held, stepped=stepped):
