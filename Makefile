@@ -34,13 +34,16 @@ demo: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
 
-# No test may depend on a model hub.
+# No test may depend on a model hub. One process a core, each with one thread, takes whole files, since
+# the tests of one share what its fixtures trained, in their order, which has the long ones early.
 test test-slow: export HF_HUB_OFFLINE := 1
+test test-slow: export OMP_NUM_THREADS := 1
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not cuda" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not cuda" $(ARGS)
 
 # Its own environment: vLLM pins an older transformers than layerrl needs, and works with both.
 VLLM := .venv-vllm

@@ -11,6 +11,7 @@ import torch
 from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
+    MistralConfig,
     PretrainedConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -67,6 +68,15 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
     tie_word_embeddings=False,
 )
+MISTRAL_7B = MistralConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+)
 QUANTISED = {
     "bf16": {},
     "8 bit": {"load_in_8bit": True},
@@ -102,7 +112,11 @@ def main() -> None:
         print(row(model, f"layer {layer}", plan(config, layer)))
     print()
     print(*ON_A_CARD, sep="\n")
-    for name, described in (("Qwen3-8B", config), ("Llama-3.1-8B", LLAMA_8B)):
+    for name, described in (
+        ("Qwen3-8B", config),
+        ("Llama-3.1-8B", LLAMA_8B),
+        ("Mistral-7B", MISTRAL_7B),
+    ):
         for bits in QUANTISED:
             print(row_on_a_card(name, described, bits, "middle"))
         print(row_on_a_card(name, described, "4 bit", "middle:5"))

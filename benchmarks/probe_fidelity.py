@@ -18,14 +18,22 @@ from typing import Any
 
 import baselines
 import torch
-from fidelity import Fidelity, at_random, ceiling, fidelity, interval, of_seeds
+from fidelity import (
+    Fidelity,
+    at_random,
+    ceiling,
+    fidelity,
+    interval,
+    of_seeds,
+    without_trend,
+)
 from suites import FOLDER, SUITES
 from torch import Tensor
 
 from layerrl import ContributionReport, contribution_probe
 from layerrl.proxies import position_scores
 from layerrl.report import Score
-from layerrl.scoring import Interval
+from layerrl.scoring import Interval, spearman
 from layerrl.sweep.harness import weights_digest
 
 TRUTHS = Path(__file__).parent / "ground_truth"
@@ -179,6 +187,8 @@ def compare(
             print(f"| {probe} | {' | '.join(cells)} |")
             if counts:
                 counted.setdefault(probe, []).append((found, share))
+        if {"gradient", "published"} <= {*probes}:
+            print(f'\n"gradient" and "published": {agreement(name, *truth.scores)}')
     if not counted:
         return {}
     number, overall = len(counted["by lot"]), {}
@@ -211,6 +221,16 @@ def compare(
                 draws_D = torch.stack([d.expand(size) for d in found]).mean(dim=0)
                 print(f"- {probe}: {mean:+.2f} {interval(draws_D):+.2f}")
     return overall
+
+
+def agreement(name: str, *layers: int) -> str:
+    """Does the gradient of this model look like the paper's profile of another one?"""
+    a_L, b_L = (
+        torch.tensor([kept(name, probe).scores[k] for k in layers], dtype=torch.double)
+        for probe in ("gradient", "published")
+    )
+    beyond = spearman(without_trend(a_L, layers), without_trend(b_L, layers))
+    return f"Spearman {spearman(a_L, b_L):.2f}, beyond depth {beyond:.2f}"
 
 
 def picture(overall: dict[str, Overall], path: Path) -> None:

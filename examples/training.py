@@ -32,10 +32,11 @@ class Setup(NamedTuple):
     tokenizer: Any
     data: Problems
 
-    def model(self) -> Any:
-        """The base, fresh."""
+    def model(self, **options: Any) -> Any:
+        """The base, fresh, in float32 unless the options say otherwise."""
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).to(device)
+        options = {"dtype": torch.float32} | options
+        return AutoModelForCausalLM.from_pretrained(self.base, **options).to(device)
 
 
 def parser(description: str, output: str, *, steps: int = 15) -> argparse.ArgumentParser:

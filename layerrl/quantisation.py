@@ -112,7 +112,7 @@ def quantised_base(args: Any) -> Iterator[None]:  # noqa: ANN401
     def validate(model: Any) -> None:  # noqa: ANN401
         if getattr(model, "is_quantized", False):
             _refuse_others(model, vllm=getattr(args, "use_vllm", False))
-            _keep_layout(model)
+            keep_layout(model)
 
     trainer.validate_quantization_for_training = validate
     try:
@@ -145,13 +145,20 @@ def _refuse_others(model: Any, *, vllm: bool) -> None:  # noqa: ANN401
         )
 
 
-def _keep_layout(model: nn.Module) -> None:
-    """Keep 4-bit weights as they were loaded.
+def keep_layout(model: nn.Module) -> None:
+    """Keep 4-bit weights as they were loaded; every masked trainer does this when it is made.
 
     On CPUs that multiply in bfloat16, the first evaluation repacks them, for good: they would have
-    other bits, and layers under them no gradient.
+    other bits, and layers under them no gradient. Unpacking rounds the scales once more, so call it
+    before a model is evaluated that will be trained.
+
+    Args:
+        model: The model. What is packed is unpacked, and nothing will be packed again.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.state_dict()  # unpacks
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+            state: Any = getattr(module.weight, "quant_state", None)
+            if state is not None and state.absmax.dim() > 1:  # 0.50 leaves them transposed
+                state.absmax = state.absmax.T.reshape(-1).float()

@@ -41,7 +41,7 @@ def run(example: Path, *options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-AGENT, PROBE, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
+AGENT, PROBE, QUANTISED, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
 
 
 def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: Path) -> None:
@@ -108,6 +108,21 @@ def test_layers_vote(model_folder: Path, problems: Path, tmp_path: Path) -> None
         "layer-2",
         "layer-full",
     }
+
+
+def test_a_layer_of_a_base_in_4_bits(model_folder: Path, problems: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    shared = ["--model", model_folder, "--data", problems, "--steps", 2, "--layers", 1]
+    out = tmp_path / "out"
+    for _ in range(2):
+        ended = run(QUANTISED, *shared, "--output", out)
+        assert ended.returncode == 0, ended.stderr
+        names = [line[:13].strip() for line in ended.stdout.splitlines()[3:7]]
+        assert names == ["base", "4-bit base", "4-bit trained", "merged"]
+    assert {f.name for f in out.iterdir()} == {"delta", "merged", "summary.json", "trainer"}
+    sizes = json.loads((out / "summary.json").read_text())["frozen_bytes"]
+    (measured, in_bf16), planned = sizes["all"], sizes["all, planned"]
+    assert planned == [pytest.approx(measured, rel=0.1), in_bf16]
 
 
 def test_an_agent_learns_one_layer_and_all(tmp_path: Path) -> None:

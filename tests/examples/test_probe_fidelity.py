@@ -60,6 +60,44 @@ def test_the_ceiling_is_the_agreement_of_seeds(load: Any) -> None:
     assert ceiling(turned) == pytest.approx(-1)
 
 
+def test_a_quarter_of_another_seed_is_judged_by_the_others_ends(load: Any) -> None:
+    of_seeds = load("fidelity").of_seeds
+    ends, early = (0.1, 0.2, 0.3), (0.3, 0.2, 0.1)
+    rows = [
+        Score(scores=((end,), (end,)), curve=((2, ((first,), (first,))),))
+        for end, first in zip(ends, early, strict=True)
+    ]
+    truth = report(layers=(*rows, Score(scores=((9.0,),))))  # one seed says nothing of seeds
+    assert of_seeds(truth).spearman == pytest.approx(1)
+    assert of_seeds(truth).regret == 0
+    assert of_seeds(truth, early=True).spearman == pytest.approx(-1)
+    assert of_seeds(truth, early=True).regret == pytest.approx((0.3 - 0.1) / 0.5)
+    assert of_seeds(report(layers=tuple(rows[:2]))) is None
+
+
+def test_beyond_depth_is_what_a_parabola_leaves(load: Any) -> None:
+    module, depth = load("fidelity"), torch.arange(6, dtype=torch.double)
+    left = module.without_trend(depth**2 - 3 * depth + 1, range(6))
+    assert left.tolist() == [0.0] * 6
+    bump = torch.tensor([0.0, 1.0, 0.0, 0.0, -1.0, 0.0], dtype=torch.double)
+    trends = (depth**2 + bump, -(depth**2) + bump)
+    found = module.fidelity(*(report(*trend.tolist()) for trend in trends))
+    assert found.spearman < 0
+    assert found.beyond_depth == pytest.approx(1)
+    assert torch.tensor(module.fidelity(report(*trends[0]), report(*range(6))).beyond_depth).isnan()
+
+
+def test_a_truth_of_another_base_is_refused(load: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    module = load("probe_fidelity")
+    monkeypatch.setattr(module, "TRUTHS", tmp_path)
+    monkeypatch.setattr(module, "SUITES", {"x": SimpleNamespace(model=lambda: tiny("llama", 4))})
+    truth = report(0.1, 0.2, settings={"base": "of yesterday"})
+    (tmp_path / "x.json").write_text(truth.to_json())
+    monkeypatch.setattr("sys.argv", ["probe_fidelity.py", "--suites", "x"])
+    with pytest.raises(SystemExit, match="measured on the base of yesterday, and the one here is"):
+        module.main()
+
+
 def test_the_median_of_two_suites_lies_between_them(load: Any) -> None:
     found = load("probe_fidelity").median_draws([torch.tensor([0.0, 0.4]), torch.tensor([1.0])])
     assert found.tolist() == pytest.approx([0.5, 0.7])

@@ -161,6 +161,16 @@ class TestTraining:
             assert error < 0.05, name  # bfloat16
 
     @in_each_kind
+    def test_an_evaluation_before_it_is_made_mixes_up_no_scales(self, base, kind, tmp_path):
+        model, tokens = quantised(base, kind), torch.arange(4, 36)[None]
+        with torch.no_grad():
+            expected = model.train()(tokens).logits.float()
+            model.eval()(tokens)
+            make(model, tmp_path, selection=LAYER)
+            found = model.train()(tokens).logits.float()
+        assert (found - expected).norm() / expected.norm() < 0.05  # bfloat16, scales rounded twice
+
+    @in_each_kind
     def test_trains_the_layer_and_nothing_else(self, base, kind, tmp_path):
         model = quantised(base, kind)
         before = bits(model)
