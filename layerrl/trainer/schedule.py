@@ -150,6 +150,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
         """Refuse what cannot take turns."""
         self._active = None
         self._refuse_layers(given["model"])
+        launchers.refuse_schedule(args)  # DeepSpeed's optimizer holds none of the model's tensors
         self._refuse_optimizer(given["model"], given["optimizer"])
         if hasattr(args, "weight_sync_steps"):
             raise SelectionError(
@@ -157,7 +158,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 "that it will send, and sends those that train: with layers that take turns the "
                 "server would wait for the rest. Use a trainer that generates between its steps."
             )
-        launchers.refuse_schedule(args)
         known = state.stateful_callbacks.get(type(self).__name__, self.state())
         if isinstance(known, list):
             raise SelectionError(f"the trainer has {len(known)} schedules, expected one")

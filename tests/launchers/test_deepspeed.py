@@ -11,19 +11,34 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layerrl import load_delta, select_layers
 from layerrl.errors import LauncherError
+from layerrl.trainer import LayerSchedule
 from layerrl.trainer.launchers import refuse_launcher
+from tests.grpo import PROMPTS
 from tests.launchers.launch import launch
 from tests.launchers.test_launchers import CONFIGS, LAYER, SAVING, distance
+from tests.launchers.worker import rollout
 from tests.models import tiny
 from tests.runs import in_layers, saved
 
 pytest.importorskip("deepspeed")
 
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.3}
+TWICE = {"num_iterations": 2}
+HALF = {"dtype": "bfloat16", "learning_rate": 1e-5}  # of these steps bfloat16 loses most
+BEST = {  # by what does not depend on the number of processes, as a mean of losses does
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_reward",
+    "arguments": {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS})},
+}
 # Tensors as small as these would otherwise stay gathered after they were first needed.
 IN_PARTS = {"stage3_param_persistence_threshold": 0}
 
@@ -34,6 +49,12 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
         settings["stage3_gather_16bit_weights_on_model_save"] = True
     values = {"zero_optimization": {"stage": stage, **settings}, "gradient_clipping": "auto"}
     return {"deepspeed": {**values, **dict.fromkeys(auto, "auto")}}
+
+
+def of_equal_length(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Completions whose means are the same whichever of them are passed together."""
+    found = rollout(prompts, trainer)
+    return {**found, "completion_ids": [(ids * 5)[:5] for ids in found["completion_ids"]]}
 
 
 def example() -> dict[str, Any]:
@@ -91,10 +112,15 @@ def job(folder: Path, name: str, num_processes: int, **changes: Any) -> dict[str
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Any:
+    equal: Any = {"rollout_func": of_equal_length}
     jobs = {
         "layer": job(folder, "one", 1, **SAVING),
         "full": job(folder, "one-full", 1, selection="full"),
         "synced": job(folder, "one-synced", 1, **SYNCED),
+        "iterated": job(folder, "one-iterated", 1, **TWICE),
+        "accumulated": job(folder, "one-accumulated", 1, arguments=equal),
+        "best": job(folder, "one-best", 1, **BEST, per_device_eval_batch_size=8),
+        "half": job(folder, "one-half", 1, **HALF),
     }
     return {name: run for name, [run] in launch(folder / "jobs-one", jobs, num_processes=1).items()}
 
@@ -106,6 +132,8 @@ def found(folder: Path, one: Any) -> dict[str, list[Any]]:
     )
     three = zero(3, **IN_PARTS)
     changed: Any = {"callbacks": [FrozenChanges()]}
+    equal: Any = {"rollout_func": of_equal_length}
+    turns: Any = {"callbacks": [LayerSchedule([1, 2], every=2)]}
     damaged: Any = {"callbacks": [CheckpointLosesFrozen(Path(by_zero3) / "global_step3")]}
     changes = {
         "zero1": {**zero(1), **SAVING},
@@ -119,6 +147,19 @@ def found(folder: Path, one: Any) -> dict[str, list[Any]]:
         "zero3-path-resumed": {**three, "loads": False, "resume": by_zero3},
         "zero3-full": {**three, "selection": "full"},
         "zero3-synced": {**three, **SYNCED},
+        "zero3-iterated": {**three, **TWICE},
+        "zero3-accumulated": {
+            **three,
+            "arguments": equal,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 2,
+        },
+        "zero3-best": {**three, **BEST, "per_device_eval_batch_size": 4},
+        "zero3-half": {**three, **HALF, "bf16": True},
+        "zero3-cast": {**three, "bf16": True},
+        "zero2-cast": {**zero(2), "bf16": True},
+        "zero3-schedule": {**three, "selection": [1, 2], "arguments": turns},
+        "zero3-auto": {**three, "selection": "auto"},
         "zero3-generated": {**three, "arguments": {"rollout_func": None}, "max_steps": 2},
         "zero3-changed": {**three, "arguments": changed},
         "zero3-to-zero1": {**zero(1), "resume": by_zero3},
@@ -131,12 +172,13 @@ def found(folder: Path, one: Any) -> dict[str, list[Any]]:
 
 
 LIKE_ONE = ["zero1", "zero2", "resumed", "zero3", "zero3-gathered", "zero3-path", "zero3-resumed"]
+LIKE_ONE += ["zero3-path-resumed", "zero3-synced", "zero3-iterated", "zero3-accumulated"]
 
 
-@pytest.mark.parametrize("name", [*LIKE_ONE, "zero3-path-resumed", "zero3-synced"])
+@pytest.mark.parametrize("name", [*LIKE_ONE, "zero3-best"])
 def test_trains_the_layer_as_one_process_does(folder, found, one, name):
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    expected = one["synced" if "synced" in name else "layer"]
+    expected = one.get(name.removeprefix("zero3-"), one["layer"])
     before = base.state_dict()
     layer = {name for name in before if in_layers(name, [LAYER])}
     for process in found[name]:
@@ -159,6 +201,13 @@ def test_trains_the_layer_as_one_process_does(folder, found, one, name):
 def test_does_not_take_a_checkpoint_written_without_it(found):
     for error in found["foreign"]:
         assert "was written without DeepSpeed and this run is with it" in error
+
+
+@pytest.mark.parametrize("name", ["zero2-cast", "zero3-cast"])
+def test_mixed_precision_that_would_round_frozen_tensors_is_refused(found, name):
+    for error in found[name]:
+        assert "DeepSpeed with bf16 was given for layer 2 of 4 of a model in torch.float32" in error
+        assert "bf16=False" in error
 
 
 class TestZero3:
@@ -203,6 +252,34 @@ class TestZero3:
     def test_so_is_a_checkpoint_that_lost_the_frozen_tensors(self, found):
         for error in found["zero3-damaged"]:
             assert "FrozenTensorError" in error
+
+    def test_ends_with_its_best_checkpoint(self, folder, found):
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        load_delta(base, folder / "zero3-best" / "checkpoint-2" / "delta")
+        for process in found["zero3-best"]:
+            assert distance(process["weights"], base.state_dict()) == 0
+
+    def test_loses_no_small_steps_of_a_model_in_half_precision(self, folder, found, one):
+        """But for elements next to where one rounds up and another down."""
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+        before, expected = base.state_dict(), one["half"]["weights"]
+        for process in found["zero3-half"]:
+            assert not isinstance(process, str), process
+            weights = process["weights"]
+            moved = {n: (weights[n] != before[n]).sum().item() for n in before}
+            assert {n for n, count in moved.items() if count} <= {
+                n for n in before if in_layers(n, [LAYER])
+            }
+            assert sum(moved.values()) > 400
+            assert sum((weights[n] != expected[n]).sum().item() for n in before) < 20
+
+    def test_layers_that_take_turns_are_refused(self, found):
+        for error in found["zero3-schedule"]:
+            assert "LayerSchedule was given under DEEPSPEED" in error
+
+    def test_so_is_a_choice_by_gradients(self, found):
+        for error in found["zero3-auto"]:
+            assert "looks at whole gradients, and this run's model is sharded" in error
 
     def test_does_not_take_a_checkpoint_of_another_stage(self, found):
         for error in found["zero1-to-zero3"]:
