@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -150,14 +151,16 @@ class LayerSchedule(TrainerCallback, ExportableState):
         """Refuse what cannot take turns."""
         self._active = None
         self._refuse_layers(given["model"])
-        launchers.refuse_schedule(args)  # DeepSpeed's optimizer holds none of the model's tensors
-        self._refuse_optimizer(given["model"], given["optimizer"])
+        # DeepSpeed's holds tensors of its own: it is refused below, for what it is.
+        if not isinstance(given["optimizer"], DeepSpeedOptimizerWrapper):
+            self._refuse_optimizer(given["model"], given["optimizer"])
         if hasattr(args, "weight_sync_steps"):
             raise SelectionError(
                 f"{type(args).__name__}: the trainer told vLLM, when it was made, of every weight "
                 "that it will send, and sends those that train: with layers that take turns the "
                 "server would wait for the rest. Use a trainer that generates between its steps."
             )
+        launchers.refuse_schedule(args)
         known = state.stateful_callbacks.get(type(self).__name__, self.state())
         if isinstance(known, list):
             raise SelectionError(f"the trainer has {len(known)} schedules, expected one")
