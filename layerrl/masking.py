@@ -44,7 +44,7 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         Name to 16 hexadecimal digits: the same on every device, another one for other bits.
     """
     sums = {
-        name: _checksum(local(tensor.detach()), _weights(tensor.device))
+        name: _checksum(local(tensor).detach(), _weights(tensor.device))
         for name, tensor in tensors.items()
         if not tensor.is_meta
     }

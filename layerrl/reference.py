@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from layerrl.shards import forget_gathered, sharded_like
+from layerrl.shards import is_sharded, parts, sharded_like, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +31,7 @@ class ReferenceModel(nn.Module):
         self._trained = dict(trained)
         # A list in the order of `trained`: parameter names may not contain dots.
         self.initial = nn.ParameterList(
-            nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            nn.Parameter(parts(parameter).detach().clone(), requires_grad=False)
             for parameter in trained.values()
         )
 
@@ -77,7 +76,7 @@ class ReferenceModel(nn.Module):
         [policy] = self._policy
         training = [module for module in policy.modules() if module.training]
         own = [
-            parameter.detach().clone() if isinstance(parameter, DTensor) else parameter.data
+            parts(parameter).detach().clone() if is_sharded(parameter) else parameter.data
             for parameter in self._trained.values()
         ]
         try:
@@ -91,13 +90,13 @@ class ReferenceModel(nn.Module):
                 module.training = True
 
     def _give(self, values: Iterable[Tensor]) -> None:
-        """Put values into the policy: into the shards, which FSDP2 knows by their storage."""
-        for parameter, value in zip(self._trained.values(), values, strict=True):
-            if isinstance(parameter, DTensor):
-                parameter.detach().copy_(value)
-            else:
-                parameter.data = value.data
-        forget_gathered(self._policy[0])
+        """Put values into the policy: into parts, where it has some, which are known by storage."""
+        given = dict(zip(self._trained.values(), values, strict=True))
+        sharded = {parameter: value for parameter, value in given.items() if is_sharded(parameter)}
+        if sharded:
+            write(self._policy[0], sharded)
+        for parameter in given.keys() - sharded.keys():
+            parameter.data = given[parameter].data
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the policy's own

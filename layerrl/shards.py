@@ -1,29 +1,68 @@
-"""Tensors of which each process holds a part, as FSDP2 keeps them."""
+"""Tensors of which each process holds a part, as FSDP2 and DeepSpeed's ZeRO-3 keep them."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+def parts(tensor: Tensor) -> Tensor:
+    """What each process holds of a tensor, as one that torch knows to be in parts.
+
+    Between passes ZeRO-3 leaves a parameter empty and keeps each process's part in an attribute:
+    the elements in a row, as many for each, padded at the end.
+
+    Args:
+        tensor: Any.
+
+    Returns:
+        For a parameter of ZeRO-3, its elements in a row, as a `DTensor` over the same memory; the
+        tensor itself for any other.
+    """
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor
+    parameter: Any = tensor
+    part = parameter.ds_tensor.detach()
+    mesh = _mesh(parameter.ds_process_group, part.device.type)
+    first = mesh.get_local_rank() * part.numel()
+    unpadded = part[: max(0, parameter.ds_numel - first)]
+    size = torch.Size([parameter.ds_numel])
+    return DTensor.from_local(unpadded, mesh, [Shard(0)], run_check=False, shape=size, stride=(1,))
+
+
+@lru_cache(maxsize=8)
+def _mesh(group: Any, device_type: str) -> DeviceMesh:  # noqa: ANN401
+    return DeviceMesh.from_group(group, device_type)
+
+
+def shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole of a tensor."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Every process has to ask where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    held = parts(tensor)
+    return held.full_tensor().view(shape(tensor)) if isinstance(held, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds: all of it where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    held = parts(tensor)
+    return held.to_local() if isinstance(held, DTensor) else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each process holds a part."""
-    return isinstance(tensor, DTensor)
+    return isinstance(parts(tensor), DTensor)
 
 
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
@@ -34,24 +73,37 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
         parameter: Says how to shard.
 
     Returns:
-        `value` itself where the parameter is not sharded, or both are.
+        `value` itself where the parameter is not sharded, or both are; otherwise one like the
+        parameter's `parts`.
     """
-    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+    like = parts(parameter)
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
-    on_device = value.detach().to(parameter.device)
-    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements)
+    on_device = value.detach().to(like.device).reshape(like.shape)
+    return distribute_tensor(on_device, like.device_mesh, like.placements)
 
 
-def forget_gathered(model: nn.Module) -> None:
-    """Let the next pass gather sharded tensors anew, after their parts were written to.
+@torch.no_grad()
+def write(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> None:
+    """Overwrite parameters, so that the next pass gathers sharded ones anew.
 
     Args:
-        model: The model. FSDP2 keeps some tensors gathered until a backward that need not come.
+        model: Theirs. FSDP2 and ZeRO-3 keep some tensors gathered after a pass.
+        values: Parameter to value, which is as `sharded_like` gives it.
     """
     for module in model.modules():
         reshard = getattr(module, "reshard", None)
         if callable(reshard) and hasattr(module, "unshard"):
             reshard()
+    under_way = getattr(model, "ds_inflight_param_registry", {})  # ZeRO-3's, of the pass before
+    for handle in under_way.values():
+        handle.wait()
+    under_way.clear()
+    for parameter, value in values.items():
+        let_go = getattr(parameter, "partition", None)
+        if callable(let_go):
+            let_go()
+        parts(parameter).copy_(value)
 
 
 def whole_state(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from layerrl.blocks import unwrap
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints
 from layerrl.selection import LayerSelection
-from layerrl.shards import forget_gathered, sharded_like, whole
+from layerrl.shards import shape, sharded_like, whole, write
 
 FORMAT_VERSION = 1
 _TENSORS, _META = "delta.safetensors", "delta.json"
@@ -187,7 +187,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
         trained = selection.parameters(model)
     except SelectionError as error:
         raise DeltaError(f"the delta at {path} does not fit the model: {error}") from error
-    current = checkpoint_form(model, trained)
+    current = checkpoint_form(model, _whole(trained))
     if set(current) != set(tensors):
         raise DeltaError(
             f"the delta at {path} does not fit {type(unwrap(model)).__name__}: "
@@ -251,19 +251,19 @@ def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+    return {name: whole(tensor).detach() for name, tensor in tensors.items()}
 
 
 def _write(
     model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
     """Undo `checkpoint_form`: it only moves elements, so follow each one's position through it."""
-    sizes = [parameter.numel() for parameter in trained.values()]
+    sizes = [shape(parameter).numel() for parameter in trained.values()]
     positions = torch.arange(sum(sizes)).split(sizes)
     form = checkpoint_form(
         model,
         {
-            name: position.view(parameter.shape)
+            name: position.view(shape(parameter))
             for (name, parameter), position in zip(trained.items(), positions, strict=True)
         },
     )
@@ -276,10 +276,13 @@ def _write(
     flat = torch.empty(sum(sizes), dtype=widest)
     for name, position in form.items():
         flat[position.reshape(-1)] = tensors[name].reshape(-1).to(flat.dtype)
-    with torch.no_grad():
-        for parameter, values in zip(trained.values(), flat.split(sizes), strict=True):
-            parameter.copy_(sharded_like(values.view(parameter.shape), parameter))
-    forget_gathered(model)
+    write(
+        model,
+        {
+            parameter: sharded_like(values.view(shape(parameter)), parameter)
+            for parameter, values in zip(trained.values(), flat.split(sizes), strict=True)
+        },
+    )
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import TrainerCallback
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from layerrl.shards import parts
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -42,5 +44,6 @@ class SyncReference(SyncRefModelCallback):
             target_model: The `ReferenceModel`, changed.
             alpha: Share of the policy.
         """
-        trained = nn.ParameterList(target_model.trained.values())
-        SyncRefModelCallback.sync_target_model(trained, target_model.initial, alpha)
+        # TRL would gather what ZeRO-3 has in parts; both sides here are in the same parts.
+        trained = nn.ParameterList(parts(tensor) for tensor in target_model.trained.values())
+        SyncRefModelCallback._sync_target_model(trained, target_model.initial, alpha)

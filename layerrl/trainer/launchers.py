@@ -15,7 +15,7 @@ from layerrl.errors import DeltaError, LauncherError
 from layerrl.shards import sharded_state, whole_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from accelerate import Accelerator
     from torch.optim import Optimizer
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
 _DEEPSPEED = "latest"  # the file in which DeepSpeed names the part of a checkpoint that is its own
+_ZERO3_MODEL = "zero_pp_rank_*_model_states.pt"  # its parts of a model; ZeRO-1 and 2 write it whole
+# Settings of ZeRO-3 with which each process holds one exact part on its device: the defaults.
+_ZERO3_IN_PLACE = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "mics_shard_size": -1,
+}
 
 
 def uses_fsdp(accelerator: Accelerator) -> bool:
@@ -34,6 +42,17 @@ def uses_fsdp(accelerator: Accelerator) -> bool:
 def uses_deepspeed(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed trains."""
     return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+
+
+def uses_zero3(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed trains, and keeps the model's tensors in parts."""
+    plugins: Any = accelerator.state
+    return uses_deepspeed(accelerator) and plugins.deepspeed_plugin.zero_stage == 3
+
+
+def shards_model(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the model, or will."""
+    return uses_fsdp(accelerator) or uses_zero3(accelerator)
 
 
 def refuse_launcher(
@@ -47,8 +66,8 @@ def refuse_launcher(
         quantised: Whether the base is.
 
     Raises:
-        LauncherError: Under FSDP1 or DeepSpeed's ZeRO-3; of a quantised base, under any FSDP or
-            DeepSpeed.
+        LauncherError: Under FSDP1; under a ZeRO-3 whose parts are not all that counts; of a
+            quantised base, under any FSDP or DeepSpeed.
     """
     if quantised and (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
         raise LauncherError(
@@ -64,11 +83,25 @@ def refuse_launcher(
             "cannot tell them apart. Use FSDP2: fsdp_version: 2 in "
             'accelerate\'s config, or fsdp_config={"version": 2} in the args.'
         )
-    if uses_deepspeed(accelerator) and plugins.deepspeed_plugin.zero_stage == 3:
+    if uses_zero3(accelerator):
+        settings = plugins.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        _refuse_parts_elsewhere(selection, settings)
+
+
+def _refuse_parts_elsewhere(selection: LayerSelection, settings: Mapping[str, Any]) -> None:
+    given = {
+        "offload_param": (settings.get("offload_param") or {}).get("device", "none"),
+        **{name: settings.get(name, usual) for name, usual in _ZERO3_IN_PLACE.items()},
+    }
+    usual = {"offload_param": "none", **_ZERO3_IN_PLACE}
+    other = {name: value for name, value in given.items() if value not in (None, usual[name])}
+    if other:
         raise LauncherError(
-            f"DeepSpeed's ZeRO-3 was given for {selection}: it keeps every tensor in parts that "
-            "the reference, the delta and the frozen check cannot read. Use FSDP2, which shards "
-            "the same and can, or ZeRO-2."
+            f"DeepSpeed's ZeRO-3 was given for {selection} with "
+            + ", ".join(f"{name}: {value}" for name, value in other.items())
+            + ", which keeps the model's parts on another device, more than once or rounded: the "
+            "reference and the frozen check read and write them where they usually are. Leave it "
+            "out (offload_optimizer may stay), or use FSDP2."
         )
 
 
@@ -142,8 +175,8 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator) -> None:
         accelerator: The trainer's.
 
     Raises:
-        DeltaError: If it was written with DeepSpeed and this run is without it, or the opposite; if
-            it is a whole model and the same is true of FSDP.
+        DeltaError: If it was written with DeepSpeed and this run is without it, or the opposite,
+            or the same is true of ZeRO-3; if it is a whole model and the same is true of FSDP.
     """
     by_deepspeed = (folder / _DEEPSPEED).is_file()
     if by_deepspeed != uses_deepspeed(accelerator):
@@ -154,6 +187,16 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator) -> None:
             "or start a new run from its weights"
             f"{' (load_delta on its folder delta)' if (folder / 'delta').is_dir() else ''}."
         )
+    if by_deepspeed:
+        states = folder / (folder / _DEEPSPEED).read_text().strip()
+        by_zero3 = any(states.glob(_ZERO3_MODEL))
+        if by_zero3 != uses_zero3(accelerator):
+            wrote, runs = ("with", "without") if by_zero3 else ("without", "with")
+            raise DeltaError(
+                f"the checkpoint {folder} was written {wrote} DeepSpeed's ZeRO-3 and this run is "
+                f"{runs} it: DeepSpeed cannot convert between its stages. Resume with the stage "
+                "that wrote it."
+            )
     by_fsdp = any(folder.glob(f"{FSDP_MODEL_NAME}*"))
     if not (folder / "delta").is_dir() and not by_deepspeed and by_fsdp != uses_fsdp(accelerator):
         wrote, runs = ("with", "without") if by_fsdp else ("without", "with")

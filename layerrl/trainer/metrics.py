@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerrl.masking import norm
 from layerrl.precision import MASTER
-from layerrl.shards import whole
+from layerrl.shards import parts, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -65,7 +65,7 @@ def relative_updates(
         return {}
     start = {id(parameter): initial[name] for name, parameter in trained.items()}
     return {
-        layer: norm(state.get(p, {}).get(MASTER, p) - start[id(p)] for p in parameters)
+        layer: norm(parts(state.get(p, {}).get(MASTER, p)) - start[id(p)] for p in parameters)
         / norm(start[id(p)] for p in parameters)
         for layer, parameters in by_layer.items()
     }

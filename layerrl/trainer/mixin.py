@@ -34,7 +34,7 @@ from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
-from layerrl.shards import is_sharded, sharded_like, whole
+from layerrl.shards import is_sharded, parts, shape, sharded_like, whole
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.auto import REPORT, AutoSelection
 from layerrl.trainer.callbacks import FrozenCheck, SyncReference
@@ -227,6 +227,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         arguments.warn_of_frozen_head(self.model, self.selection)
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)
+        self._in_parts = is_sharded(next(iter(self._trained.values())))
         self._base: DeltaBase | None = None
         if decided:
             base = DeltaBase.of(self.model, self.selection)
@@ -243,9 +244,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
             frozen = [p for p in self.model.parameters() if id(p) not in trained]
-            spared = sum(p.nbytes for p in frozen) if reference else 0
-            # FSDP2 would have sharded that model, too.
-            sharded = launchers.uses_fsdp(self.accelerator)
+            spared = sum(p.element_size() * shape(p).numel() for p in frozen) if reference else 0
+            # Whatever shards this model would have sharded that one, too.
+            sharded = launchers.shards_model(self.accelerator)
             budget = spared // (self.accelerator.num_processes if sharded else 1)
         self._kept = KeptActivations(self.model, self.selection, budget)
         self._weight_sync = None
@@ -259,7 +260,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if reference:
             self._set_reference(decided)
         if not self._initial and not full and decided:
-            self._initial = {name: p.detach().clone() for name, p in self._trained.items()}
+            self._initial = {n: parts(p).detach().clone() for n, p in self._trained.items()}
         self._mask_model()
 
     @property
@@ -353,7 +354,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         remove_dummy_checkpoint(self.args.should_save, str(folder), [SAFE_WEIGHTS_NAME])
         self._save_delta(folder / _DELTA, writes=self.args.should_save)
         if isinstance(getattr(self, "ref_model", None), ReferenceModel):
-            reference = {name: whole(value) for name, value in self.ref_model.tensors.items()}
+            reference = {
+                name: whole(value).view(shape(self._trained[name]))
+                for name, value in self.ref_model.tensors.items()
+            }
             if self.args.should_save:
                 save_file(reference, folder / _REFERENCE)
 
@@ -468,7 +472,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if "loss" in logs:
             state = getattr(self.optimizer, "state", {})
             moved = metrics.relative_updates(self._by_layer, self._trained, self._initial, state)
-            size = sum(p.numel() for p in self._trained.values() if p.requires_grad)
+            size = sum(shape(p).numel() for p in self._trained.values() if p.requires_grad)
             logs["layerrl/trained_parameters"] = float(size)
             logs.update(metrics.named("grad_norm", self._grad_norms))
             logs.update(metrics.named("relative_update", moved))
@@ -489,10 +493,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._initial = self.ref_model.tensors
 
     def _follow_shards(self) -> None:
-        """Go on with the parameters that FSDP2 put in the place of those before, in parts."""
+        """Go on in parts: of other parameters under FSDP2, of the same ones under ZeRO-3."""
+        if self._in_parts or not launchers.shards_model(self.accelerator):
+            return
         parameters = {plain_name(n): p for n, p in unwrap(self.model).named_parameters()}
-        before = next(iter(self._trained.items()))
-        if is_sharded(before[1]) or not is_sharded(parameters[before[0]]):
+        self._in_parts = is_sharded(parameters[next(iter(self._trained))])
+        if not self._in_parts:
             return
         self._trained = self.selection.parameters(self.model)
         self._by_layer = parameters_by_layer(self.model, self.selection)
@@ -505,6 +511,21 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self.ref_model.follow(self._trained)
             initial = self.ref_model.tensors if shared else initial
         self._initial = initial
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """The wrapped trainer's scheduler.
+
+        Transformers asks for it when the model has been sharded, before it loads a checkpoint.
+
+        Args:
+            *args: The trainer's own arguments.
+            **kwargs: The trainer's own arguments.
+
+        Returns:
+            What the wrapped trainer returns.
+        """
+        self._follow_shards()
+        return super().create_scheduler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._as_in_one_process():
@@ -537,7 +558,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         **kwargs: Any,
     ) -> tuple[int, int]:
         """Go on with this epoch's order of the data: TRL's sampler would repeat the first one's."""
-        if launchers.uses_fsdp(self.accelerator):
+        if launchers.shards_model(self.accelerator):
             self.check_frozen()  # before it takes the tensors apart
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
@@ -639,6 +660,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
 
     def _scored(self, compute: Callable[[], Any], tokens_BT2: Tensor, *, training: bool) -> Any:  # noqa: ANN401
         """What a pass over these tokens computes, with the prefix replayed where that is known."""
+        self._follow_shards()  # an evaluation shards the model, too
         held = self._replay.num_bytes if self._spends_freed_memory else 0
         stepped = self.state.global_step > 0
         with self._kept.during(tokens_BT2[..., 0].numel(), held=held, stepped=stepped):

@@ -1,31 +1,80 @@
 """DeepSpeed's ZeRO on a CPU, where it is installed: `pip install deepspeed` (not a dependency)."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from layerrl import load_delta
+from layerrl import load_delta, select_layers
+from layerrl.errors import LauncherError
+from layerrl.trainer.launchers import refuse_launcher
 from tests.launchers.launch import launch
-from tests.launchers.test_launchers import LAYER, SAVING, distance
+from tests.launchers.test_launchers import CONFIGS, LAYER, SAVING, distance
 from tests.models import tiny
 from tests.runs import in_layers, saved
 
 pytest.importorskip("deepspeed")
 
+SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.3}
+# Tensors as small as these would otherwise stay gathered after they were first needed.
+IN_PARTS = {"stage3_param_persistence_threshold": 0}
 
-def zero(stage: int) -> dict[str, Any]:
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
     auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-    values = {"zero_optimization": {"stage": stage}, "gradient_clipping": "auto"}
+    if stage == 3:  # or save_model() writes no model
+        settings["stage3_gather_16bit_weights_on_model_save"] = True
+    values = {"zero_optimization": {"stage": stage, **settings}, "gradient_clipping": "auto"}
     return {"deepspeed": {**values, **dict.fromkeys(auto, "auto")}}
+
+
+def example() -> dict[str, Any]:
+    """The settings that `accelerate launch` makes of the example's config."""
+    file = str(CONFIGS / "zero3.yaml")
+    given = ["--config_file", file, "--main_process_port", "0", "train.py"]
+    parsed, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    _, variables = prepare_deepspeed_cmd_env(parsed)
+    with patch.dict(os.environ, variables):
+        return {"deepspeed": DeepSpeedPlugin().deepspeed_config}
+
+
+class FrozenChanges(TrainerCallback):
+    """Writes to this process's part of a frozen tensor after the second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            parameter = kwargs["model"].get_parameter("model.layers.0.mlp.up_proj.weight")
+            parameter.ds_tensor[0] += 1
+
+
+class CheckpointLosesFrozen(TrainerCallback):
+    """Zeroes the frozen tensors in what DeepSpeed will load, as it once lost them on resume."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        file = self.folder / f"zero_pp_rank_{args.process_index}_mp_rank_00_model_states.pt"
+        states = torch.load(file, weights_only=False)
+        for fragment in states["frozen_param_fragments"].values():
+            fragment.zero_()
+        torch.save(states, file)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
-    saved(folder / "base", tiny("llama", 4))
+    # Norms of 15 elements: what two processes hold of them differs in size.
+    saved(folder / "base", tiny("qwen3", 4, hidden_size=15))
     return folder
 
 
@@ -42,36 +91,69 @@ def job(folder: Path, name: str, num_processes: int, **changes: Any) -> dict[str
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Any:
-    found = launch(folder / "jobs-one", {"layer": job(folder, "one", 1, **SAVING)}, num_processes=1)
-    return found["layer"][0]
+    jobs = {
+        "layer": job(folder, "one", 1, **SAVING),
+        "full": job(folder, "one-full", 1, selection="full"),
+        "synced": job(folder, "one-synced", 1, **SYNCED),
+    }
+    return {name: run for name, [run] in launch(folder / "jobs-one", jobs, num_processes=1).items()}
 
 
 @pytest.fixture(scope="module")
 def found(folder: Path, one: Any) -> dict[str, list[Any]]:
-    jobs = {
-        "zero1": job(folder, "zero1", 2, **zero(1), **SAVING),
-        "zero2": job(folder, "zero2", 2, **zero(2)),
-        "resumed": job(folder, "resumed", 2, **zero(1), resume=str(folder / "zero1/checkpoint-3")),
-        "foreign": job(folder, "foreign", 2, **zero(1), resume=str(folder / "one/checkpoint-3")),
-        "zero3": job(folder, "zero3", 2, **zero(3)),
+    by_one, by_zero1, by_zero3 = (
+        str(folder / name / "checkpoint-3") for name in ("one", "zero1", "zero3")
+    )
+    three = zero(3, **IN_PARTS)
+    changed: Any = {"callbacks": [FrozenChanges()]}
+    damaged: Any = {"callbacks": [CheckpointLosesFrozen(Path(by_zero3) / "global_step3")]}
+    changes = {
+        "zero1": {**zero(1), **SAVING},
+        "zero2": zero(2),
+        "resumed": {**zero(1), "resume": by_zero1},
+        "foreign": {**zero(1), "resume": by_one},
+        "zero3": {**three, **SAVING},
+        "zero3-gathered": example(),
+        "zero3-path": {**three, "loads": False},
+        "zero3-resumed": {**three, "resume": by_zero3},
+        "zero3-path-resumed": {**three, "loads": False, "resume": by_zero3},
+        "zero3-full": {**three, "selection": "full"},
+        "zero3-synced": {**three, **SYNCED},
+        "zero3-generated": {**three, "arguments": {"rollout_func": None}, "max_steps": 2},
+        "zero3-changed": {**three, "arguments": changed},
+        "zero3-to-zero1": {**zero(1), "resume": by_zero3},
+        "zero1-to-zero3": {**three, "resume": by_zero1},
+        "zero3-damaged": {**three, "arguments": damaged, "resume": by_zero3},
     }
+    jobs = {name: job(folder, name, 2, **changed) for name, changed in changes.items()}
     variables = {"DS_ACCELERATOR": "cpu"}
     return launch(folder / "jobs", jobs, num_processes=2, environment=variables)
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "resumed"])
+LIKE_ONE = ["zero1", "zero2", "resumed", "zero3", "zero3-gathered", "zero3-path", "zero3-resumed"]
+
+
+@pytest.mark.parametrize("name", [*LIKE_ONE, "zero3-path-resumed", "zero3-synced"])
 def test_trains_the_layer_as_one_process_does(folder, found, one, name):
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    expected = one["synced" if "synced" in name else "layer"]
     before = base.state_dict()
     layer = {name for name in before if in_layers(name, [LAYER])}
     for process in found[name]:
         assert not isinstance(process, str), process
         assert process["wrapper"] == "DeepSpeedEngine"
+        assert process["replays"]
         weights = process["weights"]
         assert {n for n in before if not weights[n].equal(before[n])} == layer
-        assert distance(weights, one["weights"]) <= 1e-5
+        assert distance(weights, expected["weights"]) <= 1e-5
+        for now, then in zip(process["log"], expected["log"], strict=True):
+            for key in ("kl", "grad_norm", f"layerrl/relative_update/layer_{LAYER}"):
+                if key in then and key in now:  # ZeRO has no gradients left for some
+                    assert now[key] == pytest.approx(then[key], rel=1e-3, abs=1e-9), key
     load_delta(base, folder / name / "delta")
-    assert distance(base.state_dict(), one["weights"]) <= 1e-5
+    assert distance(base.state_dict(), expected["weights"]) <= 1e-5
+    model = AutoModelForCausalLM.from_pretrained(folder / name / "model", dtype=torch.float32)
+    assert distance(model.state_dict(), expected["weights"]) <= 1e-5
 
 
 def test_does_not_take_a_checkpoint_written_without_it(found):
@@ -79,6 +161,68 @@ def test_does_not_take_a_checkpoint_written_without_it(found):
         assert "was written without DeepSpeed and this run is with it" in error
 
 
-def test_zero3_is_refused(found):
-    for error in found["zero3"]:
-        assert "LauncherError: DeepSpeed's ZeRO-3 was given for layer 2 of 4" in error
+class TestZero3:
+    """Each process holds a part of every tensor, frozen or trained."""
+
+    def test_trains_the_full_model_as_one_process_does(self, found, one):
+        for process in found["zero3-full"]:
+            assert not isinstance(process, str), process
+            assert distance(process["weights"], one["full"]["weights"]) <= 1e-5
+
+    @pytest.mark.parametrize(("name", "in_parts"), [("zero3", False), ("zero3-path", True)])
+    def test_takes_a_model_or_a_path(self, found, name, in_parts):
+        """A model is taken apart when training starts, one from a path while it is loaded."""
+        for process in found[name]:
+            assert process["made_in_parts"] is in_parts
+
+    def test_halves_the_model_and_what_the_optimizer_keeps_of_the_layer(self, found, one):
+        for process in found["zero3"]:
+            for of, whole in (("local_bytes", 1), ("optimizer_bytes", 2)):  # two moments
+                half = whole * one["layer"][of if whole == 1 else "trained_bytes"] / 2
+                assert half <= process[of] < 1.01 * half
+
+    def test_checkpoints_hold_the_whole_delta(self, folder, one):
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        expected = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        load_delta(base, folder / "zero3" / "checkpoint-3" / "delta")
+        load_delta(expected, folder / "one" / "checkpoint-3" / "delta")
+        assert distance(base.state_dict(), expected.state_dict()) <= 1e-5
+
+    def test_generates(self, folder, found):
+        before = AutoModelForCausalLM.from_pretrained(folder / "base").state_dict()
+        for process in found["zero3-generated"]:
+            assert not isinstance(process, str), process
+            changed = {n for n, t in process["weights"].items() if not t.equal(before[n])}
+            assert changed == {name for name in before if in_layers(name, [LAYER])}
+
+    def test_a_change_of_a_frozen_part_is_an_error(self, found):
+        for error in found["zero3-changed"]:
+            assert "1 of 36 frozen tensors are not what they were" in error
+            assert "model.layers.0.mlp.up_proj.weight" in error
+
+    def test_so_is_a_checkpoint_that_lost_the_frozen_tensors(self, found):
+        for error in found["zero3-damaged"]:
+            assert "FrozenTensorError" in error
+
+    def test_does_not_take_a_checkpoint_of_another_stage(self, found):
+        for error in found["zero1-to-zero3"]:
+            assert "was written without DeepSpeed's ZeRO-3 and this run is with it" in error
+        for error in found["zero3-to-zero1"]:
+            assert "was written with DeepSpeed's ZeRO-3 and this run is without it" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"offload_param": {"device": "cpu"}}, "offload_param: cpu"),
+        ({"zero_hpz_partition_size": 2}, "zero_hpz_partition_size: 2"),
+        ({"zero_quantized_weights": True}, "zero_quantized_weights: True"),
+        ({"offload_param": {"device": "none"}, "mics_shard_size": 2}, "mics_shard_size: 2"),
+    ],
+)
+def test_zero3_that_keeps_parts_elsewhere_is_refused(settings, shown):
+    plugin = DeepSpeedPlugin(hf_ds_config=zero(3, **settings)["deepspeed"])
+    launcher: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    selection = select_layers(tiny("llama", 3), 1)
+    with pytest.raises(LauncherError, match=f"for layer 1 of 3 with {shown}, which"):
+        refuse_launcher(selection, launcher, quantised=False)

@@ -6,18 +6,20 @@ Started by `tests.launchers.launch`.
 import os
 import traceback
 from collections import defaultdict
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from layerrl.blocks import unwrap
 from layerrl.errors import LayerRLError
@@ -66,34 +68,69 @@ def whole(tensor: Tensor) -> Tensor:
     return full.detach().cpu().clone()
 
 
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, ZeRO-3's parameters hold what they stand for, as DeepSpeed itself gathers it."""
+    parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter between two passes."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)
+
+
 def run(
     base: str,
     output: str,
     *,
     selection: Any = None,
     dtype: str = "float64",
+    loads: bool = True,
     arguments: dict[str, Any] | None = None,
     resume: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """One training, and all that the other processes are asked to agree with."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    """One training, and all that the other processes are asked to agree with.
+
+    `loads`: the model is loaded here; otherwise the trainer does, from its path.
+    """
+    unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
+    settings = {**SETTINGS, **changes}
+    if loads:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    else:
+        model, settings["model_init_kwargs"] = base, {"dtype": dtype}
     trainer: Any = make(
         model,
         output,
         selection=selection,
         arguments={"rollout_func": rollout, **(arguments or {})},
-        **{**SETTINGS, **changes},
+        **settings,
         accelerator_config={"use_configured_state": "ACCELERATE_USE_FSDP" in os.environ},
     )
+    made_in_parts = any(hasattr(p, "ds_tensor") for p in trainer.model.parameters())
     with Traffic() as traffic:
         trainer.train(resume_from_checkpoint=resume)
     trainer.save_delta(Path(output) / "delta")
     trainer.save_model(str(Path(output) / "model"))
     model = unwrap(trainer.model)
     names = {id(p): name for name, p in model.named_parameters()}
+    states = list(trainer.optimizer.state.values())
+    local_bytes = sum(held(p).nbytes for p in model.parameters())
+    with gathered(model):
+        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        trained_bytes = sum(p.nbytes for p in trainer.selection.parameters(model).values())
     return {
-        "weights": {name: whole(tensor) for name, tensor in model.state_dict().items()},
+        "weights": weights,
         "optimizer": {
             f"{names[id(p)]}: {key}": whole(value)
             for p, state in trainer.optimizer.state.items()
@@ -103,12 +140,10 @@ def run(
         },
         "log": trainer.state.log_history,
         "traffic": dict(traffic.num_bytes),
-        "local_bytes": sum(
-            (p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters()
-        ),
-        "trained_bytes": sum(
-            p.numel() * p.element_size() for p in trainer.selection.parameters(model).values()
-        ),
+        "optimizer_bytes": sum(held(value).nbytes for value in tree_leaves(states) if value.dim()),
+        "local_bytes": local_bytes,
+        "trained_bytes": trained_bytes,
+        "made_in_parts": made_in_parts,
         "replays": bool(trainer._replay._verified),
         "wrapper": type(trainer.model_wrapped).__name__,
     }
