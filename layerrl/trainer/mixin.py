@@ -589,6 +589,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
             return
         reference = self._saved_reference(folder)
+        assert self._base is not None  # "auto" has chosen before anything is loaded
         restore_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
         if reference:
             self.ref_model.load_tensors(reference)
