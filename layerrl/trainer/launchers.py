@@ -66,8 +66,8 @@ def refuse_launcher(
         quantised: Whether the base is.
 
     Raises:
-        LauncherError: Under FSDP1; under a ZeRO-3 whose parts are not all that counts; of a
-            quantised base, under any FSDP or DeepSpeed.
+        LauncherError: Under FSDP1; under a DeepSpeed that makes the optimizer, or a ZeRO-3 whose
+            parts are not all that counts; of a quantised base, under any FSDP or DeepSpeed.
     """
     if quantised and (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
         raise LauncherError(
@@ -83,9 +83,20 @@ def refuse_launcher(
             "cannot tell them apart. Use FSDP2: fsdp_version: 2 in "
             'accelerate\'s config, or fsdp_config={"version": 2} in the args.'
         )
+    if uses_deepspeed(accelerator) and "optimizer" in plugins.deepspeed_plugin.deepspeed_config:
+        raise LauncherError(
+            f'DeepSpeed\'s config has an "optimizer" for {selection}, whose optimizer the trainer '
+            "makes from its args: what trains, each tensor at its layer's rate. Leave it out of "
+            "the config, and set optim, learning_rate and weight_decay in the args."
+        )
     if uses_zero3(accelerator):
         settings = plugins.deepspeed_plugin.deepspeed_config["zero_optimization"]
         _refuse_parts_elsewhere(selection, settings)
+
+
+def casts_model(accelerator: Accelerator) -> bool:
+    """Whether the model itself goes over to the dtype of mixed precision when training starts."""
+    return uses_deepspeed(accelerator) and accelerator.mixed_precision in ("bf16", "fp16")
 
 
 def _refuse_parts_elsewhere(selection: LayerSelection, settings: Mapping[str, Any]) -> None:
