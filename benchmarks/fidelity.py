@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement of one probe with the truth of one suite; draws hold the noise of both."""
+    """Agreement of one probe with the truth of one suite.
+
+    Draws hold the noise of both, on top of what the values have of it already; one draw: unknown.
+    """
 
     spearman: float
     spearman_D: Tensor
     kendall: float
     kendall_D: Tensor
     beyond_depth: float
-    """Spearman of what a parabola over depth leaves of both: 0 for what knows no more than where a
-    layer lies; NaN where it leaves nothing."""
+    """Spearman of what a parabola over depth leaves of both; NaN where it leaves nothing. To be
+    compared with that of position priors, which are no parabolas and so not 0."""
     beyond_depth_D: Tensor
     regret: float
     """C of the best layer minus C of the one that the probe would choose."""
@@ -38,6 +41,9 @@ class Fidelity:
     """Share of the probe's best three that are among the best three."""
     avoided: float
     """Share of the worst third that is not in the probe's best third."""
+
+
+_WITH_DRAWS = ("spearman", "kendall", "beyond_depth")
 
 
 def kendall(first: Tensor, second: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ def fidelity(truth: ContributionReport, probe: ContributionReport) -> Fidelity:
         torch.tensor([report.scores[k] for k in shared], dtype=torch.double)
         for report in (truth, probe)
     )
-    base, full = truth.base.score, truth.full.score
+    gain = truth.full.score - truth.base.score
     third = max(len(shared) // 3, 1)
     best, chosen = (values.argsort(descending=True).tolist() for values in (true_L, found_L))
     return Fidelity(
@@ -66,7 +72,7 @@ def fidelity(truth: ContributionReport, probe: ContributionReport) -> Fidelity:
         kendall_D=kendall(true_DL, found_DL),
         beyond_depth=spearman(*(without_trend(v, shared) for v in (true_L, found_L))).item(),
         beyond_depth_D=spearman(*(without_trend(v, shared) for v in (true_DL, found_DL))),
-        regret=(true_L[best[0]] - true_L[chosen[0]]).item() / (full - base),
+        regret=(true_L[best[0]] - true_L[chosen[0]]).item() / gain if gain > 0 else float("nan"),
         top3=len({*best[:3]} & {*chosen[:3]}) / 3,
         avoided=1 - len({*best[-third:]} & {*chosen[:third]}) / third,
     )
@@ -118,13 +124,13 @@ def of_seeds(truth: ContributionReport, *, early: bool = False) -> Fidelity | No
         fidelity(only([s for s in range(num_seeds) if s != seed]), only([seed], early))
         for seed in range(num_seeds)
     ]
-    values = ([getattr(one, field.name) for one in found] for field in fields(Fidelity))
-    return Fidelity(
-        *(
-            torch.stack(v).nanmean(dim=0) if isinstance(v[0], Tensor) else sum(v) / num_seeds
-            for v in values
-        )
-    )
+    means = {
+        field.name: sum(getattr(one, field.name) for one in found) / num_seeds
+        for field in fields(Fidelity)
+        if not field.name.endswith("_D")
+    }
+    unknown = {f"{name}_D": torch.tensor([means[name]]).double() for name in _WITH_DRAWS}
+    return Fidelity(**means, **unknown)
 
 
 def ceiling(truth: ContributionReport) -> float:

@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def main() -> None:
         if path.exists()
     }
     for name, report in reports.items():
-        found, measured = weights_digest(SUITES[name].model()), report.settings["base"]
+        found, measured = base_of(name), report.settings["base"]
         if found != measured:
             raise SystemExit(
                 f"{paths[name]} was measured on the base {measured}, and the one here is {found}: "
@@ -120,11 +121,11 @@ def ground(suite: Any, seeds: list[int]) -> None:
         greedy=suite.greedy,
         output_dir=FOLDER / suite.name / "sweep",
     )
+    TRUTHS.mkdir(exist_ok=True)
+    (TRUTHS / f"{suite.name}.json").write_text(report.to_json() + "\n")
     print(report)
     for target, truth in targets(report).items():
         print(f"Noise ceiling of {target}: {ceiling(truth):.2f}")
-    TRUTHS.mkdir(exist_ok=True)
-    (TRUTHS / f"{suite.name}.json").write_text(report.to_json() + "\n")
 
 
 def targets(report: ContributionReport) -> dict[str, ContributionReport]:
@@ -180,7 +181,7 @@ def compare(
                 (found.beyond_depth, found.beyond_depth_D),
             )
             cells = (
-                *(f"{value:.2f} {interval(draws_D):.2f}" for value, draws_D in rows),
+                *(shown(*row) for row in rows),
                 *(f"{value:.2f}" for value in (found.regret, found.top3, found.avoided)),
                 percent(share),
             )
@@ -201,15 +202,14 @@ def compare(
         found = [fidelity for fidelity, _ in results]
         shares = [share for _, share in results if share is not None]
         middle = statistics.median(one.spearman for one in found)
-        spread = interval(median_draws([one.spearman_D for one in found]))
+        draws_D = median_draws([one.spearman_D for one in found])
         means = [
             f"{statistics.fmean(getattr(one, name) for one in found):.2f}"
             for name in ("regret", "top3", "avoided")
         ]
         share = statistics.median(shares) if shares else None
-        overall[probe] = Overall(middle, spread, share)
-        cost = percent(share)
-        print(f"| {probe} | {middle:.2f} {spread:.2f} | {' | '.join(means)} | {cost} |")
+        overall[probe] = Overall(middle, interval(draws_D), share)
+        print(f"| {probe} | {shown(middle, draws_D)} | {' | '.join(means)} | {percent(share)} |")
     if len(ours := counted.get("gradient", ())) == number:
         print("\nMean Spearman of gradient, less that of")
         for probe, results in counted.items():
@@ -219,8 +219,14 @@ def compare(
                 found = [(a.spearman_D - b.spearman_D).nan_to_num() for a, b in pairs]
                 size = max(map(len, found))
                 draws_D = torch.stack([d.expand(size) for d in found]).mean(dim=0)
-                print(f"- {probe}: {mean:+.2f} {interval(draws_D):+.2f}")
+                known = len(results[0][0].spearman_D) > 1
+                print(f"- {probe}: {mean:+.2f}{f' {interval(draws_D):+.2f}' if known else ''}")
     return overall
+
+
+def shown(value: float, draws_D: Tensor) -> str:
+    """With its interval, where there is one."""
+    return f"{value:.2f} {interval(draws_D):.2f}" if len(draws_D) > 1 else f"{value:.2f}"
 
 
 def agreement(name: str, *layers: int) -> str:
@@ -306,9 +312,15 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.0f} %" if share > 0.1 else f"{100 * share:.2g} %"
 
 
+@cache
+def base_of(name: str) -> str:
+    """What tells a suite's base from others."""
+    return weights_digest(SUITES[name].model())
+
+
 def kept(name: str, probe: str) -> ContributionReport:
-    """A probe's report, made when it is asked for the first time."""
-    path = FOLDER / f"{name}.probes" / f"{probe}.json"
+    """A probe's report on the base, made when it is asked for the first time."""
+    path = FOLDER / f"{name}.probes" / base_of(name) / f"{probe}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(PROBES[probe](SUITES[name]).to_json())

@@ -1,6 +1,6 @@
 """Score every layer before training, train the best one, and see whether the score was right.
 
-    python examples/probe_then_train.py                      # SmolLM2, half an hour of one core
+    python examples/probe_then_train.py                      # SmolLM2, ten minutes of one core
     python examples/probe_then_train.py --method position
 
 Beside the probe's best layer, at equal steps: the middle layer, which needs no probe, and the

@@ -110,18 +110,20 @@ def refuse_announced_weights(
         )
 
 
-def refuse_cast(args: Any, model: nn.Module | None) -> None:  # noqa: ANN401
-    """TRL casts the whole model, for good, when it generates with continuous batching."""
-    if model is None or not getattr(args, "use_transformers_continuous_batching", False):
+def refuse_cast(args: Any, model: nn.Module | None, by_deepspeed: bool) -> None:  # noqa: ANN401
+    """TRL casts the whole model, for good, for continuous batching; DeepSpeed for bf16 and fp16."""
+    by_trl = getattr(args, "use_transformers_continuous_batching", False)
+    if model is None or not (by_trl or by_deepspeed):
         return
     cast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     others = {p.dtype for p in model.parameters()} - {cast}
     if cast is not None and others:
+        who = "DeepSpeed" if by_deepspeed else "use_transformers_continuous_batching"
+        when = "when training starts" if by_deepspeed else "in the first generation"
         raise SelectionError(
-            f"use_transformers_continuous_batching would cast the model from {others.pop()} to "
-            f"{cast} in the first generation, frozen tensors included. Load the model in {cast} "
-            f'(model_init_kwargs={{"dtype": "{str(cast).removeprefix("torch.")}"}}), or switch '
-            "mixed precision off (bf16=False)."
+            f"{who} would cast the model from {others.pop()} to {cast} {when}, frozen tensors "
+            f'included. Load the model in {cast} (model_init_kwargs={{"dtype": '
+            f'"{str(cast).removeprefix("torch.")}"}}), or switch mixed precision off (bf16=False).'
         )
 
 

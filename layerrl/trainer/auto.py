@@ -186,7 +186,7 @@ class AutoSelection:
         for name, values in batch.metrics.items():
             metrics[name] += values
         metrics["num_tokens"] = [trainer.state.num_input_tokens_seen]
-        set_random_state(batch.random_state)
+        set_random_state(batch.random_state, trainer.accelerator.device)
         return batch.inputs
 
     def _recorded(
@@ -199,7 +199,8 @@ class AutoSelection:
         metrics.clear()  # of the probe's passes over the batch before
         inputs = answer(rows)
         counted = trainer.state.num_input_tokens_seen - before
-        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), random_state()))
+        state = random_state(trainer.accelerator.device)
+        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), state))
         return inputs
 
     def clear(self) -> None:

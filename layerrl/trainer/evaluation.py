@@ -134,37 +134,40 @@ def replaced_rewards(
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Give Python's, numpy's and torch's global generators back as they were."""
-    before = random_state()
+    before = random_state(torch.device("cpu"))
     try:
-        yield
+        with torch.random.fork_rng():  # of all accelerators
+            yield
     finally:
-        set_random_state(before)
+        set_random_state(before, torch.device("cpu"))
 
 
-def random_state() -> tuple[Any, ...]:
-    """States of Python's, numpy's and torch's global generators, the accelerator's included.
+def random_state(device: torch.device) -> tuple[Any, ...]:
+    """States of the global generators of Python, numpy, torch on the CPU and torch on a device.
+
+    Args:
+        device: An accelerator; the CPU adds nothing.
 
     Returns:
         What `set_random_state` takes.
     """
-    python, array = random.getstate(), np.random.get_state()
-    found = torch.accelerator.is_available()
-    own = torch.get_device_module().get_rng_state() if found else None
-    return python, array, torch.get_rng_state(), own
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), own
 
 
-def set_random_state(state: tuple[Any, ...]) -> None:
+def set_random_state(state: tuple[Any, ...], device: torch.device) -> None:
     """Go on from states that were taken before.
 
     Args:
         state: What `random_state` gave.
+        device: As it was given there.
     """
     python, array, cpu, own = state
     random.setstate(python)
     np.random.set_state(array)
     torch.set_rng_state(cpu)
     if own is not None:
-        torch.get_device_module().set_rng_state(own)
+        torch.get_device_module(device).set_rng_state(own)
 
 
 @contextmanager

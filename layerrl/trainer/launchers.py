@@ -12,19 +12,17 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather, gat
 from accelerate.utils.constants import FSDP_MODEL_NAME
 
 from layerrl.errors import DeltaError, LauncherError
-from layerrl.shards import is_sharded, sharded_state, whole_state
+from layerrl.shards import sharded_state, whole_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from accelerate import Accelerator
-    from torch import nn
     from torch.optim import Optimizer
 
     from layerrl.delta import DeltaBase
     from layerrl.selection import LayerSelection
 
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _DEEPSPEED = "latest"  # the file in which DeepSpeed names the part of a checkpoint that is its own
 _ZERO3_MODEL = "zero_pp_rank_*_model_states.pt"  # its parts of a model; ZeRO-1 and 2 write it whole
 # Settings of ZeRO-3 with which each process holds one exact part on its device: the defaults.
@@ -68,8 +66,8 @@ def refuse_launcher(
         quantised: Whether the base is.
 
     Raises:
-        LauncherError: Under FSDP1; under a ZeRO-3 whose parts are not all that counts; of a
-            quantised base, under any FSDP or DeepSpeed.
+        LauncherError: Under FSDP1; under a DeepSpeed that makes the optimizer, or a ZeRO-3 whose
+            parts are not all that counts; of a quantised base, under any FSDP or DeepSpeed.
     """
     if quantised and (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
         raise LauncherError(
@@ -85,9 +83,20 @@ def refuse_launcher(
             "cannot tell them apart. Use FSDP2: fsdp_version: 2 in "
             'accelerate\'s config, or fsdp_config={"version": 2} in the args.'
         )
+    if uses_deepspeed(accelerator) and "optimizer" in plugins.deepspeed_plugin.deepspeed_config:
+        raise LauncherError(
+            f'DeepSpeed\'s config has an "optimizer" for {selection}, whose optimizer the trainer '
+            "makes from its args: what trains, each tensor at its layer's rate. Leave it out of "
+            "the config, and set optim, learning_rate and weight_decay in the args."
+        )
     if uses_zero3(accelerator):
         settings = plugins.deepspeed_plugin.deepspeed_config["zero_optimization"]
         _refuse_parts_elsewhere(selection, settings)
+
+
+def casts_model(accelerator: Accelerator) -> bool:
+    """Whether the model itself goes over to the dtype of mixed precision when training starts."""
+    return uses_deepspeed(accelerator) and accelerator.mixed_precision in ("bf16", "fp16")
 
 
 def _refuse_parts_elsewhere(selection: LayerSelection, settings: Mapping[str, Any]) -> None:
@@ -104,34 +113,6 @@ def _refuse_parts_elsewhere(selection: LayerSelection, settings: Mapping[str, An
             + ", which keeps the model's parts on another device, more than once or rounded: the "
             "reference and the frozen check read and write them where they usually are. Leave it "
             "out (offload_optimizer may stay), or use FSDP2."
-        )
-
-
-def refuse_cast(selection: LayerSelection, accelerator: Accelerator, model: nn.Module) -> None:
-    """DeepSpeed's mixed precision casts a whole model, for good, when it takes it over.
-
-    Under ZeRO-3 the frozen check could not tell: it starts anew when the model is taken apart. A
-    model that was loaded in parts has been cast by then, and is not again.
-
-    Args:
-        selection: What trains; of `"full"` nothing is frozen.
-        accelerator: The trainer's.
-        model: The model that it will train.
-
-    Raises:
-        LauncherError: If a tensor would get another dtype.
-    """
-    half = _HALF.get(accelerator.mixed_precision)
-    if selection.full or half is None or not uses_deepspeed(accelerator):
-        return
-    whole = {p.dtype for p in model.parameters() if p.is_floating_point() and not is_sharded(p)}
-    if whole - {half}:
-        raise LauncherError(
-            f"DeepSpeed with {accelerator.mixed_precision} was given for {selection} of a model in "
-            f"{', '.join(sorted(map(str, whole)))}: it would cast all of it to {half} when "
-            f"training starts, frozen tensors included. Load the model in {half}, of which "
-            "DeepSpeed updates what trains in float32, or switch mixed precision off "
-            f"({accelerator.mixed_precision}=False)."
         )
 
 

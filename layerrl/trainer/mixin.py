@@ -222,9 +222,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._selection = selection
         quantised = getattr(unwrap(self.model), "is_quantized", False)
         launchers.refuse_launcher(self.selection, self.accelerator, quantised=quantised)
-        launchers.refuse_cast(self.selection, self.accelerator, self.model)
         launchers.refuse_disagreement(self.selection, self.accelerator)
-        arguments.refuse_cast(self.args, None if full else self.model)
+        arguments.refuse_cast(
+            self.args, None if full else self.model, launchers.casts_model(self.accelerator)
+        )
         arguments.warn_of_frozen_head(self.model, self.selection)
         self._by_layer = parameters_by_layer(self.model, self.selection)
         self._trained = self.selection.parameters(self.model)

@@ -70,6 +70,7 @@ def test_a_quarter_of_another_seed_is_judged_by_the_others_ends(load: Any) -> No
     truth = report(layers=(*rows, Score(scores=((9.0,),))))  # one seed says nothing of seeds
     assert of_seeds(truth).spearman == pytest.approx(1)
     assert of_seeds(truth).regret == 0
+    assert len(of_seeds(truth).spearman_D) == 1  # no interval
     assert of_seeds(truth, early=True).spearman == pytest.approx(-1)
     assert of_seeds(truth, early=True).regret == pytest.approx((0.3 - 0.1) / 0.5)
     assert of_seeds(report(layers=tuple(rows[:2]))) is None
@@ -96,6 +97,13 @@ def test_a_truth_of_another_base_is_refused(load: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr("sys.argv", ["probe_fidelity.py", "--suites", "x"])
     with pytest.raises(SystemExit, match="measured on the base of yesterday, and the one here is"):
         module.main()
+
+
+def test_bases_that_are_kept_are_those_of_their_truths(load: Any) -> None:
+    module = load("probe_fidelity")
+    for suite in load("suites").SMALL:
+        truth = ContributionReport.from_json((module.TRUTHS / f"{suite.name}.json").read_text())
+        assert module.base_of(suite.name) == truth.settings["base"]
 
 
 def test_the_median_of_two_suites_lies_between_them(load: Any) -> None:

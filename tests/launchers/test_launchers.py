@@ -307,6 +307,31 @@ class TestRefused:
         with pytest.raises(LauncherError, match="a quantised base was given for layer 1 of 3"):
             refuse_launcher(selection, launcher, quantised=True)
 
+    @pytest.mark.parametrize(
+        ("settings", "shown"),
+        [
+            ({"offload_param": {"device": "cpu"}}, "offload_param: cpu"),
+            ({"zero_hpz_partition_size": 2}, "zero_hpz_partition_size: 2"),
+            ({"zero_quantized_weights": True}, "zero_quantized_weights: True"),
+            ({"offload_param": {"device": "none"}, "mics_shard_size": 2}, "mics_shard_size: 2"),
+        ],
+    )
+    def test_zero3_with_parts_elsewhere(self, settings, shown):
+        plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": settings})
+        launcher: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+        selection = select_layers(tiny("llama", 3), 1)
+        with pytest.raises(LauncherError, match=f"for layer 1 of 3 with {shown}, which"):
+            refuse_launcher(selection, launcher, quantised=False)
+
+    @pytest.mark.parametrize("stage", [1, 3])
+    def test_an_optimizer_of_deepspeed_s_own(self, stage):
+        config = {"zero_optimization": {}, "optimizer": {"type": "AdamW"}}
+        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+        launcher: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+        selection = select_layers(tiny("llama", 3), 1)
+        with pytest.raises(LauncherError, match='config has an "optimizer" for layer 1 of 3'):
+            refuse_launcher(selection, launcher, quantised=False)
+
     def test_processes_that_disagree(self, runs):
         for error in runs.ddp["disagree"]:
             assert "process 0 layer 1 of 4, process 1 layer 2 of 4" in error
