@@ -43,9 +43,6 @@ class Fidelity:
     """Share of the worst third that is not in the probe's best third."""
 
 
-_WITH_DRAWS = ("spearman", "kendall", "beyond_depth")
-
-
 def kendall(first: Tensor, second: Tensor) -> Tensor:
     """Rank correlation tau-b along the last dimension; NaN where one side has no order."""
     a, b = ((v[..., :, None] - v[..., None, :]).sign() for v in (first.double(), second.double()))
@@ -106,31 +103,26 @@ def of_seeds(truth: ContributionReport, *, early: bool = False) -> Fidelity | No
         truth: The sweep.
         early: Take the scores that the one seed had when its runs were first evaluated.
     """
-    several = [entry for entry in truth.layers if entry.scores and len(entry.scores) > 1]
-    if len(several) < 3:
+    counts = [len(entry.scores or ()) for entry in truth.layers]
+    if sum(count > 1 for count in counts) < 3:
         return None
-    num_seeds = min(len(entry.scores) for entry in several)
+    seeds = range(min(count for count in counts if count > 1))
 
-    def only(seeds: list[int], early: bool = False) -> ContributionReport:
+    def only(chosen: list[int], early: bool = False) -> ContributionReport:
         def entry_of(entry: Score) -> Score:
-            if entry not in several:
+            if entry.scores is None or len(entry.scores) < 2:
                 return Score(status="missing")
             rows = entry.curve[0][1] if early else entry.scores
-            return Score(scores=tuple(rows[seed] for seed in seeds))
+            return Score(scores=tuple(rows[seed] for seed in chosen))
 
         return replace(truth, layers=tuple(map(entry_of, truth.layers)))
 
-    found = [
-        fidelity(only([s for s in range(num_seeds) if s != seed]), only([seed], early))
-        for seed in range(num_seeds)
-    ]
+    found = [fidelity(only([*{*seeds} - {seed}]), only([seed], early)) for seed in seeds]
     means = {
-        field.name: sum(getattr(one, field.name) for one in found) / num_seeds
+        field.name: sum(getattr(one, field.name.removesuffix("_D")) for one in found) / len(found)
         for field in fields(Fidelity)
-        if not field.name.endswith("_D")
     }
-    unknown = {f"{name}_D": torch.tensor([means[name]]).double() for name in _WITH_DRAWS}
-    return Fidelity(**means, **unknown)
+    return Fidelity(**{n: torch.tensor([v]) if n.endswith("_D") else v for n, v in means.items()})
 
 
 def ceiling(truth: ContributionReport) -> float:

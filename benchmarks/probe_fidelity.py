@@ -284,8 +284,10 @@ def fidelities(
     for probe in probes:
         report = kept(name, probe)
         yield probe, fidelity(truth, report), None if report.cost is None else report.cost.fraction
-    sweep = truth.full.seconds / len(truth.full.scores or [0])  # of one full run
-    sweep = sum(one.seconds / len(one.scores) for one in truth.layers if one.scores) / sweep + 1
+    full, *layers = (
+        run.seconds / len(run.scores) for run in (truth.full, *truth.layers) if run.scores
+    )
+    sweep = 1 + math.fsum(layers) / full  # in full runs: one seed of all
     for label, early, share in (
         ("train, first quarter", True, sweep / 4),
         ("another seed's sweep", False, sweep),

@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -151,16 +150,14 @@ class LayerSchedule(TrainerCallback, ExportableState):
         """Refuse what cannot take turns."""
         self._active = None
         self._refuse_layers(given["model"])
-        # DeepSpeed's holds tensors of its own: it is refused below, for what it is.
-        if not isinstance(given["optimizer"], DeepSpeedOptimizerWrapper):
-            self._refuse_optimizer(given["model"], given["optimizer"])
         if hasattr(args, "weight_sync_steps"):
             raise SelectionError(
                 f"{type(args).__name__}: the trainer told vLLM, when it was made, of every weight "
                 "that it will send, and sends those that train: with layers that take turns the "
                 "server would wait for the rest. Use a trainer that generates between its steps."
             )
-        launchers.refuse_schedule(args)
+        launchers.refuse_schedule(args)  # before the optimizer: DeepSpeed's holds others' tensors
+        self._refuse_optimizer(given["model"], given["optimizer"])
         known = state.stateful_callbacks.get(type(self).__name__, self.state())
         if isinstance(known, list):
             raise SelectionError(f"the trainer has {len(known)} schedules, expected one")

@@ -1,6 +1,5 @@
 """Layers that take turns: one set at a time, exactly, and resumed in the middle."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -298,14 +297,11 @@ class TestBadInput:
         make_one(2).train(resume_from_checkpoint=checkpoint)
 
     def test_an_optimizer_that_updates_layer_by_layer(self, tmp_path):
-        schedule, model = LayerSchedule([0], every=1), tiny("llama", 1)
-        only_layers = select_layers(model, "all")
-        with (
-            only_layers.masked(model),
-            pytest.raises(SelectionError, match=r"Dummy.*holds nothing"),
-        ):
-            schedule.on_train_begin(
-                SimpleNamespace(optim="galore_adamw_layerwise"),
+        model = tiny("llama", 1)
+        trainer = make(model, tmp_path, selection="all")
+        with pytest.raises(SelectionError, match=r"Dummy.*holds nothing"):
+            LayerSchedule([0], every=1).on_train_begin(
+                trainer.args,
                 TrainerState(max_steps=1),
                 None,
                 model=model,

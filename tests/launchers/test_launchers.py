@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from layerrl import load_delta, select_layers
-from layerrl.errors import DeltaError, LauncherError
+from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
-from layerrl.trainer.launchers import refuse_launcher
+from layerrl.trainer.arguments import refuse_cast
+from layerrl.trainer.launchers import casts_model, refuse_launcher
 from tests.grpo import config, make
 from tests.launchers.launch import launch
 from tests.models import tiny
@@ -322,6 +323,18 @@ class TestRefused:
         selection = select_layers(tiny("llama", 3), 1)
         with pytest.raises(LauncherError, match=f"for layer 1 of 3 with {shown}, which"):
             refuse_launcher(selection, launcher, quantised=False)
+
+    def test_deepspeed_that_rounds_what_is_frozen(self, tmp_path):
+        plugin = SimpleNamespace(zero_stage=1, deepspeed_config={})
+        launcher: Any = SimpleNamespace(
+            state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision="bf16"
+        )
+        model, args = tiny("llama", 3), config(tmp_path, bf16=True)
+        with pytest.raises(SelectionError, match=r"DeepSpeed would cast .* torch.float32 to torch"):
+            refuse_cast(args, model, casts_model(launcher))
+        refuse_cast(args, model.to(torch.bfloat16), casts_model(launcher))
+        launcher.mixed_precision = "no"
+        refuse_cast(args, model.float(), casts_model(launcher))
 
     @pytest.mark.parametrize("stage", [1, 3])
     def test_an_optimizer_of_deepspeed_s_own(self, stage):
