@@ -117,8 +117,8 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
-        assert bool(masked._replay._verified) == (beta > 0 or num_iterations > 1)
-        assert masked._replay.enabled
+        assert bool(masked._passes.replay.num_replayed) == (beta > 0 or num_iterations > 1)
+        assert masked._passes.replay.enabled
         assert warnings(caplog) == []
 
     @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
-        assert masked._replay._verified
-        assert masked._replay.enabled
+        assert masked._passes.replay.num_replayed
+        assert masked._passes.replay.enabled
         assert warnings(caplog) == []
 
     def test_keeps_frozen_tensors_of_a_following_reference_out_of_its_rounding(self, base):
@@ -204,7 +204,7 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, layers)
-        assert bool(masked._replay._verified) == (0 not in layers)
+        assert bool(masked._passes.replay.num_replayed) == (0 not in layers)
 
     def test_in_rloo(self, base, tmp_path):
         arguments = {
@@ -232,7 +232,7 @@ class TestEqualsFreezingByHand:
         plain, masked = trainers
         assert_same_run(masked, plain)
         assert isinstance(masked.ref_model, ReferenceModel)
-        assert masked._replay._verified
+        assert masked._passes.replay.num_replayed
 
     @pytest.mark.parametrize("fails", ["reward", "backward"])
     def test_after_an_exception_in_the_middle_of_a_step(self, base, fails):
@@ -311,7 +311,7 @@ class TestOptimisationsOnAndOff:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not masked._replay.enabled
+        assert not masked._passes.replay.enabled
 
 
 class TestReplay:
@@ -363,8 +363,8 @@ class TestReplay:
     def test_forgets_the_recording_when_training_ends(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, **REUSED)
         train(trainer)
-        assert trainer._replay._verified
-        assert not trainer._replay._recordings
+        assert trainer._passes.replay.num_replayed
+        assert not trainer._passes.replay._batches
 
 
 class TestFamilies:
@@ -381,8 +381,8 @@ class TestFamilies:
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
         assert warnings(caplog) == []
-        assert masked._replay._verified
-        assert masked._replay.enabled
+        assert masked._passes.replay.num_replayed
+        assert masked._passes.replay.enabled
         # The second batch of completions and half of the third, four passes each.
         assert passes.ran[4:] == [True, False, False, False, True, False, False]
 
@@ -393,7 +393,7 @@ class TestFamilies:
         plain, masked = trained_pair(folder, **REUSED)
         assert all(metric(plain, "aux_loss"))
         assert_same_run(masked, plain)
-        assert len(warnings(caplog)) == (not masked._replay.enabled)
+        assert len(warnings(caplog)) == (not masked._passes.replay.enabled)
 
     @pytest.mark.parametrize("num_iterations", [1, 2])
     @pytest.mark.parametrize("layer", [2, 3])
@@ -403,7 +403,7 @@ class TestFamilies:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not masked._replay.enabled
+        assert not masked._passes.replay.enabled
         [warning] = warnings(caplog)
         assert "KeyError: 'sliding_attention'" in warning or "'full_attention'" in warning
 
@@ -412,7 +412,7 @@ class TestFamilies:
         folder = saved(tmp_path / "base", tiny("gpt2", 4))
         plain, masked = trained_pair(folder, beta=0.04, num_iterations=num_iterations)
         assert_same_run(masked, plain)
-        assert not masked._replay.enabled
+        assert not masked._passes.replay.enabled
         [warning] = warnings(caplog)
         assert "differ by 0." in warning
         assert "2 layers" in warning
@@ -428,28 +428,3 @@ class TestFamilies:
             train(trainer)
         assert_same_run(masked, plain)
         assert len(warnings(caplog)) == 1
-
-
-class TestRecordWhileGenerating:
-    """Not bit for bit, but no pass over a batch runs the prefix once the first has matched."""
-
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {},
-            {"beta": 0.04, "num_iterations": 2},
-            {"steps_per_generation": 2, "num_iterations": 2, "max_completion_length": 9},
-            evaluation(eval_on_start=True),
-        ],
-        ids=["policy alone", "reference and iterations", "several batches", "evaluation"],
-    )
-    def test_trains_as_recording_in_a_pass_does(self, base, caplog, changes):
-        masked = {"record_while_generating": True}
-        plain, sampling = pair(base, masked=masked, max_steps=6, **changes)
-        passes = Passes(sampling, sampling.model.model.layers[0])
-        train(plain, sampling)
-        # Only the pass in which it was compared, of training and of evaluation.
-        assert sum(passes.ran) == (2 if "eval_strategy" in changes else 1)
-        assert sampling._replay.samples
-        assert "will not be replayed" not in caplog.text
-        assert_close(bits(sampling.model), bits(plain.model), rtol=1e-3, atol=1e-4)
