@@ -230,6 +230,8 @@ class Prefix:
                 raise _RestartError
             self._places, self.replays = places, True
             return
+        if why is None and self._asked:
+            why = self._more_is_asked()
         if why is None and not self._records:
             why = (
                 "a call is over rows that no call before was over, or over the same with other "
@@ -245,10 +247,7 @@ class Prefix:
     ) -> str | None:
         """What stands against replaying these rows in this call."""
         if self._asked:
-            return (
-                f"it is asked for more than its output ({', '.join(self._asked)}), which frozen "
-                "layers contribute to"
-            )
+            return self._more_is_asked()
         if self.kind in self._replay.refused:
             return "the layers draw random numbers, or are not called as they were"
         tensors = [hidden_states(args, kwargs), *(value for _, value in leaves(args, kwargs))]
@@ -259,6 +258,12 @@ class Prefix:
         if depends_on_other_rows(self._replay.prefix) and not whole_call(places):
             return "a row's result depends on its neighbours (8-bit weights), which are others now"
         return None
+
+    def _more_is_asked(self) -> str:
+        return (
+            f"a call asks for more than its output ({', '.join(self._asked)}), which frozen layers "
+            "contribute to"
+        )
 
     def _run_observed(self) -> None:
         self._runs = True
