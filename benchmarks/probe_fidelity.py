@@ -305,10 +305,14 @@ def fidelities(
 def fitted_prior(name: str, truths: dict[str, ContributionReport]) -> ContributionReport:
     """The position prior of a suite whose centre ranks the layers of the other suites best."""
     others = [other for key, other in truths.items() if key != name]
-    centre = max(
-        (number / 20 for number in range(21)),
-        key=lambda depth: math.fsum(fidelity(o, prior(o, depth)).spearman for o in others),
-    )
+
+    def agreement_at(centre: float) -> float:
+        return math.fsum(
+            spearman([*o.scores.values()], [prior(o, centre).scores[k] for k in o.scores]).item()
+            for o in others
+        )
+
+    centre = max((number / 20 for number in range(21)), key=agreement_at)
     return prior(truths[name], centre)
 
 

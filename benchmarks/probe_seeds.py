@@ -9,8 +9,8 @@ lines to measure them again.
 
 import argparse
 import json
-import math
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--suites", nargs="+", default=sorted(SUITES), choices=sorted(SUITES))
+    parser.add_argument("--stored", action="store_true", help="measure nothing")
     parser.add_argument("--docs", type=Path, help="folder whose results.md gets the table too")
     options = parser.parse_args()
     rows = stored()
-    for seed in options.seeds:
+    for seed in [] if options.stored else options.seeds:
         for suite in options.suites:
             if not any((row["suite"], row["seed"]) == (suite, seed) for row in rows):
                 rows.append(measured(suite, seed))
@@ -81,8 +82,6 @@ def table(rows: list[Row], suites: list[str], seeds: list[int]) -> str:
         for name in sorted(SUITES)
     }
     found = {(row["suite"], row["seed"]): fidelity_of(row, truths[row["suite"]]) for row in rows}
-    by_seed = [[found[suite, seed] for suite in suites] for seed in seeds]
-    by_suite = [[found[suite, seed] for seed in seeds] for suite in suites]
     fitted = [fidelity(truths[suite], fitted_prior(suite, truths)) for suite in suites]
     ceilings = [ceiling(truths[suite]) for suite in suites]
     lines = [
@@ -90,23 +89,29 @@ def table(rows: list[Row], suites: list[str], seeds: list[int]) -> str:
         "| another sweep |",
         f"|---|{'---|' * (len(seeds) + 3)}",
     ]
-    for suite, column, prior, top in zip(suites, by_suite, fitted, ceilings, strict=True):
-        values = [one.spearman for one in column]
+    for suite, prior, top in zip(suites, fitted, ceilings, strict=True):
+        probes = [found.get((suite, seed)) for seed in seeds]
+        values = [None if one is None else one.spearman for one in probes]
         lines.append(row_of(f"`{suite}`", values, prior.spearman, top))
-    medians = [statistics.median(one.spearman for one in column) for column in by_seed]
-    prior = statistics.median(one.spearman for one in fitted)
-    lines.append(row_of("median over suites", medians, prior, statistics.median(ceilings)))
-    for name, label in (
-        ("regret", "mean regret"),
-        ("top3", "mean share of the best three found"),
-        ("avoided", "mean share of the worst third avoided"),
-    ):
-        *means, prior = (
-            math.fsum(getattr(one, name) for one in column) / len(suites)
-            for column in (*by_seed, fitted)
-        )
-        lines.append(row_of(label, means, prior))
+    for label, of in OVER_SUITES.items():
+        columns = [[found.get((suite, seed)) for suite in suites] for seed in seeds]
+        values = [None if None in column else of(column) for column in columns]
+        top = statistics.median(ceilings) if of is median_spearman else None
+        lines.append(row_of(label, values, of(fitted), top))
     return "\n".join(lines)
+
+
+def median_spearman(suites: Sequence[Fidelity]) -> float:
+    """Median of the rank correlations with C."""
+    return statistics.median(one.spearman for one in suites)
+
+
+OVER_SUITES: dict[str, Callable[[Sequence[Any]], float]] = {
+    "median over suites": median_spearman,
+    "mean regret": lambda suites: statistics.fmean(one.regret for one in suites),
+    "best three found": lambda suites: statistics.fmean(one.top3 for one in suites),
+    "worst third avoided": lambda suites: statistics.fmean(one.avoided for one in suites),
+}
 
 
 def fidelity_of(row: Row, truth: ContributionReport) -> Fidelity:
@@ -114,7 +119,7 @@ def fidelity_of(row: Row, truth: ContributionReport) -> Fidelity:
     if row["base"] != truth.settings["base"]:
         raise SystemExit(
             f"{STORE}: seed {row['seed']} of {row['suite']} was probed on the base {row['base']}, "
-            f"its truth was measured on {truth.settings['base']}. Delete the line to probe again."
+            f"its truth on {truth.settings['base']}. Delete the line to probe again."
         )
     scores = {int(layer): score for layer, score in row["scores"].items()}
     layers = tuple(
@@ -124,10 +129,12 @@ def fidelity_of(row: Row, truth: ContributionReport) -> Fidelity:
     return fidelity(truth, ContributionReport(method="gradient", layers=layers))
 
 
-def row_of(label: str, values: list[float], *others: float) -> str:
-    """One row of the table: seeds, their median, what they are compared with."""
-    numbers = [f"{value:.2f}" for value in (*values, statistics.median(values), *others)]
-    return f"| {' | '.join([label, *numbers, *['-'] * (2 - len(others))])} |"
+def row_of(label: str, values: list[float | None], *others: float | None) -> str:
+    """One row: seeds, the median of those that are measured, what they are compared with."""
+    known = [value for value in values if value is not None]
+    middle = statistics.median(known) if known else None
+    cells = ("-" if v is None else f"{v:.2f}" for v in (*values, middle, *others))
+    return f"| {' | '.join((label, *cells))} |"
 
 
 if __name__ == "__main__":
