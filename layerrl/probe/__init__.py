@@ -95,7 +95,7 @@ def contribution_probe(
 
     Scores of `"gradient"` and `"rollout"` change with the seed, which draws prompts and
     completions; their intervals are over the prompts of one seed. On five suites the median rank
-    correlation of `"gradient"` with C(k) was RANGE over five seeds, and that of another seed's
+    correlation of `"gradient"` with C(k) was 0.56 to 0.90 over five seeds, and that of another seed's
     sweep 0.84. Measure the layers that a decision rests on with `"train"`.
 
     Args:
