@@ -95,8 +95,8 @@ def contribution_probe(
 
     Scores of `"gradient"` and `"rollout"` change with the seed, which draws prompts and
     completions; their intervals are over the prompts of one seed. On five suites the median rank
-    correlation of `"gradient"` with C(k) was 0.56 to 0.90 over five seeds, and that of another seed's
-    sweep 0.84. Measure the layers that a decision rests on with `"train"`.
+    correlation of `"gradient"` with C(k) was 0.56 to 0.90 over five seeds (two of the suites: one
+    seed), and that of another seed's sweep 0.84. Measure what a decision rests on with `"train"`.
 
     Args:
         model: The base; it is as it was found when this returns or raises, and so are the global
