@@ -106,6 +106,12 @@ def test_the_docs_say_what_was_measured(seeds: Any) -> None:
     assert page[before + len(seeds.GAP[0]) : after].strip() == text, (
         "run benchmarks/probe_seeds.py --stored --docs docs, and correct the texts"
     )
+    columns = "smollm2-chain_sum smollm2-products sorting-llama sorting-gpt_neox addition-llama"
+    at_first = {
+        line.split("`")[1]: line.split(" | ")[1] for line in text.splitlines() if "`" in line
+    }
+    [of_all_probes] = (line for line in page.splitlines() if line.startswith('| `"gradient"`, 128'))
+    assert of_all_probes.split(" | ")[1:6] == [at_first[suite] for suite in columns.split()]
     [medians] = (line for line in text.splitlines() if line.startswith("| median |"))
     *by_seed, fitted, sweep = map(float, medians.strip("| ").split(" | ")[1:])
     low, high = f"{min(by_seed):.2f}", f"{max(by_seed):.2f}"
