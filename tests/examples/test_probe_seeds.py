@@ -107,9 +107,8 @@ def test_the_docs_say_what_was_measured(seeds: Any) -> None:
         "run benchmarks/probe_seeds.py --stored --docs docs, and correct the texts"
     )
     columns = "smollm2-chain_sum smollm2-products sorting-llama sorting-gpt_neox addition-llama"
-    at_first = {
-        line.split("`")[1]: line.split(" | ")[1] for line in text.splitlines() if "`" in line
-    }
+    suites = [line.split("`")[1:] for line in text.splitlines() if line.startswith("| `")]
+    at_first = {name: cells.split(" | ")[1] for name, cells in suites}
     [of_all_probes] = (line for line in page.splitlines() if line.startswith('| `"gradient"`, 128'))
     assert of_all_probes.split(" | ")[1:6] == [at_first[suite] for suite in columns.split()]
     [medians] = (line for line in text.splitlines() if line.startswith("| median |"))
