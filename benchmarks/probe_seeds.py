@@ -1,6 +1,7 @@
 """How much does the gradient probe's ranking depend on its seed? Five suites by five seeds.
 
-    python benchmarks/probe_seeds.py --docs docs  # measure what is missing, write the table
+    python benchmarks/probe_seeds.py                       # measure what is missing
+    python benchmarks/probe_seeds.py --stored --docs docs  # write the table of what was measured
 
 The seed draws the probe's prompts and their completions; base and truth stay the same. Each
 finished probe is a line of `benchmarks/probe_seeds.jsonl`. A stopped call continues there; delete
