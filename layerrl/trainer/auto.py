@@ -148,7 +148,7 @@ class AutoSelection:
             min(best),
             margin,
             "; ".join(str(warning.message) for warning in unresolved)
-            or "The choice is resolved on these prompts.",
+            or "The choice is resolved on these prompts; another seed draws others.",
         )
         return selection, report
 

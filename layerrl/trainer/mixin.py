@@ -86,8 +86,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         *args: The trainer's own arguments.
         selection: What trains: a `LayerSelection` or anything `select_layers` takes, resolved
             against the trainer's model. `"auto"` or `"auto:K"` in a trainer that generates: the K
-            best layers by `contribution_probe`'s `"gradient"`, chosen when training starts by its
-            first generation batches (64 prompts or more), which are then trained on. Until then
+            layers that `contribution_probe`'s `"gradient"` scores highest when training starts, on
+            its first generation batches (64 prompts or more), which are then trained on. Until then
             `selection` is all layers. Checkpoints hold the report, and resume on it.
         prefix_cache_bytes: Most memory the recorded hidden states of one batch may take, on the
             device; a larger batch is not recorded. 0: never record.
