@@ -1,6 +1,6 @@
 """One layer of every decoder family that one small config can make, against TRL by hand.
 
-    make test-slow ARGS="tests/equivalence/test_all_families.py"
+make test-slow ARGS="tests/equivalence/test_all_families.py"
 """
 
 from typing import Any
@@ -64,12 +64,12 @@ DENSE = """
     internlm3 jais2 lfm2 lfm3 llama mamba ministral ministral3 mistral modernbert-decoder mpt
     nanochat nemotron olmo olmo2 olmo3 olmo_hybrid openai-gpt opt persimmon phi phi3 qwen2 qwen3
     qwen3_5_text qwen3_next recurrent_gemma seed_oss smollm3 stablelm starcoder2 vaultgemma xglm
-""".split()
+"""
 EXPERTS = """
     cohere2_moe dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe gpt_oss granitemoe granitemoeshared
     hunyuan_v1_moe jetmoe laguna llama4_text mellum minimax_m2 mixtral olmoe phimoe qwen2_moe
     qwen3_5_moe_text qwen3_moe solar_open
-""".split()
+"""
 LAYER = 2
 
 
@@ -89,8 +89,8 @@ def run(model: PreTrainedModel, folder: Any, **who: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [(family, torch.float32) for family in DENSE + EXPERTS]
-    + [(family, torch.bfloat16) for family in EXPERTS],
+    [(family, torch.float32) for family in (DENSE + EXPERTS).split()]
+    + [(family, torch.bfloat16) for family in EXPERTS.split()],
     ids=str,
 )
 def test_equals_freezing_by_hand(tmp_path, family, dtype):
