@@ -58,7 +58,7 @@ CONFIG = TEXT | {
     "word_embed_proj_dim": 16,
 }
 DENSE = """
-    afmoe apertus arcee aria_text bitnet bloom cohere cohere2 cwm doge ernie4_5 exaone4 falcon_h1
+    afmoe apertus arcee aria_text bitnet bloom cohere cohere2 cwm ernie4_5 exaone4 falcon_h1
     falcon_mamba flint gemma gemma2 gemma3_text gemma4_text glm glm4 gpt-sw3 gpt2 gpt_bigcode
     gpt_neox gpt_neox_japanese gptj granite granite_swa helium hunyuan_v1_dense hyperclovax
     internlm3 jais2 lfm2 lfm3 llama mamba ministral ministral3 mistral modernbert-decoder mpt
