@@ -216,7 +216,7 @@ class _Masters:
             half.data.copy_(master.data)
             if master.grad is None:
                 half.grad = None
-            elif master.grad is not grad or grad._version:
+            elif grad is None or master.grad is not grad or grad._version:
                 half.grad = master.grad.to(half.dtype)
             if done or half in self.values or state.get(half):
                 self._publish(half, master.data)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
+from transformers.trainer_pt_utils import remove_dummy_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import RepeatSampler
 
@@ -28,6 +28,12 @@ from layerrl.masking import (
     frozen_tensors,
     parameters_by_layer,
     scale_learning_rates,
+)
+from layerrl.optimizer import (
+    check_steps,
+    only_parameters,
+    refuse_updates_in_backward,
+    updates_in_backward,
 )
 from layerrl.precision import HALF, step_in_float32
 from layerrl.quantisation import quantised_base
@@ -125,6 +131,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         ref_model: Any
         vllm_generation: Any
         optimizer: Any
+        optimizer_cls_and_kwargs: Any
         accelerator: Any
         is_fsdp_enabled: bool
         args: Any
@@ -416,7 +423,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 selection, or has one learning rate where the selection scales some.
         """
         new = self.optimizer is None
-        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        model = args[0] if args else kwargs.get("model")
+        if new and self.optimizer_cls_and_kwargs is None and updates_in_backward(self.args.optim):
+            self._refuse_updates_in_backward(f"optim={self.args.optim}")
+        hide_frozen = only_parameters(model or self.model, self._trained.values())
+        with nullcontext() if self.selection.full else hide_frozen:
+            optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             self._fit_optimizer(optimizer, new)
         except SelectionError:
@@ -425,28 +437,29 @@ class LayerMaskedMixin(metaclass=_OneMask):
             raise
         return optimizer
 
+    def _refuse_updates_in_backward(self, name: str) -> None:
+        refuse_updates_in_backward(name, self.selection, master_weights=self._keeps_masters())
+
+    def _keeps_masters(self) -> bool:
+        return self._master_weights and any(p.dtype in HALF for p in self._trained.values())
+
     def _fit_optimizer(self, optimizer: Optimizer, new: bool) -> None:
-        layer_wise = isinstance(optimizer, LayerWiseDummyOptimizer)
-        own = self._optimizer_is_own or (new and not layer_wise)
+        if updates_in_backward(optimizer):
+            self._refuse_updates_in_backward(type(optimizer).__name__)
+            return
+        own = self._optimizer_is_own or new
         if not own and set(self.selection.learning_rate_scale) != {1.0}:
-            why = "updates layer by layer" if layer_wise else "was passed in ready-made"
             raise SelectionError(
                 f"{self.selection}: the scales cannot be put into {type(optimizer).__name__}, "
-                f"which {why}. Let the trainer build an ordinary optimizer from its args, or "
-                "select without boost."
+                "which was passed in ready-made. Let the trainer build an ordinary optimizer from "
+                "its args, or select without boost."
             )
-        if new and not layer_wise:
+        if new:
             scale_learning_rates(optimizer, self.model, self.selection)
-        if not layer_wise:
-            check_optimizer(optimizer, self.model, self.selection)
-        if self._master_weights and any(p.dtype in HALF for p in self._trained.values()):
-            if layer_wise:
-                raise SelectionError(
-                    f"optim={self.args.optim} updates layer by layer and can keep no float32 "
-                    "master weights for tensors in half precision. Choose another optimizer, load "
-                    "the model in float32, or pass master_weights=False and lose small steps."
-                )
+        check_optimizer(optimizer, self.model, self.selection)
+        if self._keeps_masters():
             step_in_float32(optimizer)
+        check_steps(optimizer, lambda: self.selection.parameters(self.model))
         self._optimizer_is_own = own
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
