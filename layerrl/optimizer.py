@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -69,38 +68,41 @@ def refuse_updates_in_backward(
         )
 
 
-@contextmanager
-def only_parameters(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    """Inside, a model lists no other parameters than these.
+def keep_only(optimizer: Any, parameters: Collection[nn.Parameter]) -> None:  # noqa: ANN401
+    """Take everything but these parameters out of a new optimizer.
 
-    Transformers builds GaLore, APOLLO and LOMO from `model.named_parameters()`, frozen ones too;
-    so may a factory in `optimizer_cls_and_kwargs`.
+    Transformers builds GaLore, APOLLO and LOMO over the whole model, frozen tensors too; a factory
+    in `optimizer_cls_and_kwargs` may do the same. What these draw for each parameter (APOLLO's
+    seeds) depends on its place among all, so that they are not given fewer to begin with.
 
     Args:
-        model: Its `parameters` and `named_parameters` are replaced on the instance.
-        parameters: Those that remain.
+        optimizer: Just made; its groups and state are changed in place, and those of optimizers
+            inside of it.
+        parameters: Those that stay.
 
-    Yields:
-        Nothing.
+    Raises:
+        SelectionError: If it projects some of the gradients, but none of these.
     """
     chosen = {id(parameter) for parameter in parameters}
-    listed = model.named_parameters
-
-    def named_parameters(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in listed(*args, **kwargs) if id(p) in chosen)
-
-    def parameters_only(recurse: bool = True) -> Iterator[nn.Parameter]:
-        return (parameter for _, parameter in named_parameters(recurse=recurse))
-
-    replaced = {"named_parameters": named_parameters, "parameters": parameters_only}
-    before = {name: vars(model)[name] for name in replaced if name in vars(model)}
-    vars(model).update(replaced)
-    try:
-        yield
-    finally:
-        for name in replaced:
-            del vars(model)[name]
-        vars(model).update(before)
+    one_each = getattr(optimizer, "optimizer_dict", {})  # transformers' layer-wise ones
+    for parameter in [p for p in one_each if id(p) not in chosen]:
+        del one_each[parameter]
+    low_rank, projected = False, 0
+    for inner in nested(optimizer):
+        if inner is optimizer and one_each:
+            continue  # transformers' stand-in, with a tensor of no model
+        for group in inner.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) in chosen]
+            low_rank = low_rank or "rank" in group
+            projected += len(group["params"]) if "rank" in group else 0
+        for parameter in [p for p in inner.state if id(p) not in chosen]:
+            del inner.state[parameter]
+    if low_rank and not projected:
+        raise SelectionError(
+            f"{type(optimizer).__name__} projects the gradients of the linear layers that "
+            "optim_target_modules matches, and none of them trains: name modules of the trained "
+            "layers, or choose another optim."
+        )
 
 
 def nested(optimizer: Any) -> Iterator[Any]:  # noqa: ANN401

@@ -31,7 +31,7 @@ from layerrl.masking import (
 )
 from layerrl.optimizer import (
     check_steps,
-    only_parameters,
+    keep_only,
     refuse_updates_in_backward,
     updates_in_backward,
 )
@@ -423,13 +423,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 selection, or has one learning rate where the selection scales some.
         """
         new = self.optimizer is None
-        model = args[0] if args else kwargs.get("model")
         if new and self.optimizer_cls_and_kwargs is None and updates_in_backward(self.args.optim):
             self._refuse_updates_in_backward(f"optim={self.args.optim}")
-        hide_frozen = only_parameters(model or self.model, self._trained.values())
-        with nullcontext() if self.selection.full else hide_frozen:
-            optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         try:
+            if new and not self.selection.full:
+                keep_only(optimizer, self._trained.values())
             self._fit_optimizer(optimizer, new)
         except SelectionError:
             if new:
