@@ -5,18 +5,15 @@ from __future__ import annotations
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from layerrl.errors import SelectionError
 from layerrl.masking import fingerprints
-from layerrl.precision import HALF, MASTER, stepped_value, unwrap_optimizer
+from layerrl.precision import HALF, MASTER, nested, stepped_value, unwrap_optimizer
 from layerrl.shards import local
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from layerrl.selection import LayerSelection
 
@@ -103,31 +100,6 @@ def keep_only(optimizer: Any, parameters: Collection[nn.Parameter]) -> None:  # 
             "optim_target_modules matches, and none of them trains: name modules of the trained "
             "layers, or choose another optim."
         )
-
-
-def nested(optimizer: Any) -> Iterator[Any]:  # noqa: ANN401
-    """An optimizer and all that it holds in attributes, lists or dicts, at any depth.
-
-    Args:
-        optimizer: Anything with `param_groups` and `state`.
-
-    Yields:
-        Each once, from the outside in.
-    """
-    queue, seen = [optimizer], set()
-    while queue:
-        item = queue.pop(0)
-        if id(item) in seen or isinstance(item, torch.Tensor):
-            continue
-        seen.add(id(item))
-        if isinstance(item, dict):
-            queue += item.values()
-        elif isinstance(item, list | tuple):
-            queue += item
-        elif hasattr(item, "param_groups") and hasattr(item, "state"):
-            yield item
-            own = {"param_groups", "state", "defaults"}
-            queue += [value for name, value in vars(item).items() if name not in own]
 
 
 def check_steps(

@@ -78,6 +78,33 @@ def stepped_value(optimizer: Any, parameter: Tensor) -> Tensor:  # noqa: ANN401
     return half.float() if held is None else torch.where(held.to(half.dtype) == half, held, half)
 
 
+def nested(optimizer: Any) -> Iterator[Any]:  # noqa: ANN401
+    """An optimizer and all that it holds in attributes, lists or dicts, at any depth.
+
+    Args:
+        optimizer: Anything with `param_groups` and `state`.
+
+    Yields:
+        Each once, from the outside in.
+    """
+    queue: list[Any] = [optimizer]
+    seen: dict[int, Any] = {}
+    while queue:
+        item = queue.pop(0)
+        if id(item) in seen or isinstance(item, torch.Tensor):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, list | tuple):
+            queue += item
+        elif hasattr(item, "param_groups") and hasattr(item, "state"):
+            yield item
+            own = {"param_groups", "state", "defaults"}
+            attributes = getattr(item, "__dict__", {}).items()
+            queue += [value for name, value in attributes if name not in own]
+
+
 class _Masters:
     """An optimizer's master values.
 
@@ -104,6 +131,7 @@ class _Masters:
             replaced[name] = self._touching(getattr(optimizer, name))
         for name, function in replaced.items():
             setattr(optimizer, name, MethodType(function, optimizer))
+        _widen_state(optimizer)
 
     def _stepping(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def step_on_masters(_: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -245,6 +273,25 @@ def _other_methods(cls: type) -> set[str]:
         and not name.startswith("_")
         and not hasattr(Optimizer, name)
     }
+
+
+def _widen_state(optimizer: Any) -> None:  # noqa: ANN401
+    """Put what optimizers have made of half-precision parameters beforehand in float32."""
+    inner = [*nested(optimizer)]
+    queue: list[Any] = [value for one in inner for value in (one.state, *vars(one).values())]
+    parameters = [p for one in inner for group in one.param_groups for p in group["params"]]
+    seen: dict[int, Any] = {id(parameter): parameter for parameter in parameters}
+    while queue:
+        item = queue.pop()
+        if id(item) in seen or isinstance(item, nn.Parameter):  # of the model, perhaps frozen
+            continue
+        seen[id(item)] = item
+        if isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, list | tuple):
+            queue += item
+        elif isinstance(item, torch.Tensor) and item.dtype in HALF:
+            item.data = item.data.float()
 
 
 def _count(values: Any, key: str) -> int:  # noqa: ANN401

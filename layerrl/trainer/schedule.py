@@ -12,8 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from layerrl.blocks import find_blocks
 from layerrl.errors import SelectionError
-from layerrl.optimizer import nested
-from layerrl.precision import MASTER
+from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
 
 if TYPE_CHECKING:
