@@ -31,8 +31,7 @@ def updates_in_backward(optimizer: Any) -> bool:  # noqa: ANN401
         True for LOMO and for transformers' layer-wise optimizers.
     """
     if isinstance(optimizer, str):
-        name = str(getattr(optimizer, "value", optimizer))
-        return name.endswith("_layerwise") or name in {known.lower() for known in _LOMO}
+        return optimizer.endswith("_layerwise") or optimizer in [name.lower() for name in _LOMO]
     optimizer = unwrap_optimizer(optimizer)
     return isinstance(getattr(optimizer, "optimizer_dict", None), dict) or (
         type(optimizer).__name__ in _LOMO

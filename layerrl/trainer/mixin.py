@@ -423,8 +423,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 selection, or has one learning rate where the selection scales some.
         """
         new = self.optimizer is None
-        if new and self.optimizer_cls_and_kwargs is None and updates_in_backward(self.args.optim):
-            self._refuse_updates_in_backward(f"optim={self.args.optim}")
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if new and self.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
+            self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             if new and not self.selection.full:

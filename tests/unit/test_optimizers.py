@@ -12,9 +12,12 @@ from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam, RAdam
 from torch.testing import assert_close
 from transformers.optimization import Adafactor as TransformersAdafactor
 
+from layerrl import select_layers
 from layerrl.errors import SelectionError
 from layerrl.optimizer import check_steps, keep_only, nested
 from layerrl.precision import step_in_float32, stepped_value
+from tests.grpo import make
+from tests.models import tiny
 from tests.optimizers import (
     Averaging,
     Both,
@@ -26,6 +29,16 @@ from tests.optimizers import (
     OnCopies,
     Perturbing,
     Saved,
+)
+from tests.runs import (
+    assert_same_run,
+    bits,
+    evaluation,
+    metric,
+    optimizer_state,
+    pair,
+    saved,
+    train,
 )
 
 SHAPES = [(6, 4), (4,), (5, 6)]
@@ -407,3 +420,160 @@ class TestKeepOnly:
         groups: Any = [{"params": parameters[:1], "rank": 2}, {"params": parameters[1:]}]
         with pytest.raises(SelectionError, match="optim_target_modules matches, and none of them"):
             keep_only(SGD(groups, lr=LR), parameters[1:])
+
+
+LOW_RANK = {"optim_target_modules": ["attn", "mlp"], "optim_args": "rank=2,update_proj_gap=2"}
+BY_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "galore_adamw": LOW_RANK,
+    "galore_adafactor": {"optim_target_modules": "all-linear"},
+    "galore_adamw_layerwise": {"optim_target_modules": r".*\.mlp\..*"},
+    "apollo_adamw": {**LOW_RANK, "optim_args": "rank=1"},
+    "apollo_adamw_layerwise": {**LOW_RANK, "optim_args": "rank=1"},
+    "lomo": {"max_grad_norm": 0.0},
+    "schedule_free_adamw": {"lr_scheduler_type": "constant", **evaluation()},
+    "schedule_free_sgd": {"lr_scheduler_type": "constant", **evaluation()},
+    "schedule_free_radam": {"lr_scheduler_type": "constant", **evaluation(4), "max_steps": 8},
+    "lion_8bit": {},
+    "adafactor": {},
+    "sgd": {"optim_args": "momentum=0.9", "gradient_accumulation_steps": 2},
+}
+LIBRARIES = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "schedule": "schedulefree",
+    "lion": "bitsandbytes",
+}
+
+
+def need(optim: str) -> None:
+    library = LIBRARIES.get(optim.split("_", maxsplit=1)[0])
+    if library:
+        pytest.importorskip(library)
+
+
+class AllOfIt:
+    """A factory that takes the whole model, as one for Muon and AdamW may."""
+
+    def __call__(self, model, **options):
+        return Both(model.parameters(), **options)
+
+
+class TestTrainer:
+    def trainer(self, folder: Any, kind: Any = None, dtype: Any = torch.bfloat16, **changes: Any):
+        model = tiny("llama", 4).to(dtype)
+        arguments = {"selection": 2, **changes.pop("arguments", {})}
+        if kind is not None:
+            held = select_layers(model, arguments["selection"]).parameters(model).values()
+            arguments["optimizers"] = (kind(held, lr=1e-2), None)
+        return make(model, folder, arguments=arguments, selection=2, **changes)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("optim", BY_TRANSFORMERS)
+    def test_is_layers_frozen_by_hand(self, tmp_path, optim, dtype):
+        need(optim)
+        changes = {"max_steps": 3, **BY_TRANSFORMERS[optim]}
+        folder = saved(tmp_path / "base", tiny("llama", 4).to(dtype))
+        masked = {"master_weights": False}
+        plain, trainer = pair(folder, dtype=dtype, masked=masked, optim=optim, **changes)
+        before = bits(trainer.model)
+        train(plain, trainer)
+        for state in (*plain.optimizer.state.values(), *trainer.optimizer.state.values()):
+            if "projector" in state:
+                state["projector"] = state["projector"].ortho_matrix
+        if optim.startswith("apollo") and "layerwise" not in optim:
+            trained = [*trainer._trained.values()]  # of frozen ones, plain TRL has seeds as state
+            assert {*trainer.optimizer.state} <= {*trained}
+            for parameter in plain.model.parameters():
+                if not parameter.requires_grad:
+                    plain.optimizer.state.pop(parameter, None)
+        assert_same_run(trainer, plain)
+        changed = {n for n, now in bits(trainer.model).items() if not torch.equal(now, before[n])}
+        assert changed
+        assert changed <= {*trainer._trained}
+
+    @pytest.mark.parametrize(
+        "optim", ["galore_adamw", "schedule_free_adamw", "schedule_free_radam"]
+    )
+    def test_steps_in_float32(self, tmp_path, optim):
+        need(optim)
+        changes = {**BY_TRANSFORMERS[optim], "max_steps": 12, "learning_rate": 1e-6}
+        trainer = self.trainer(tmp_path, optim=optim, **changes)
+        before = bits(trainer.model)
+        trainer.train()
+        state = trainer.optimizer.state
+        for name, parameter in trainer._trained.items():
+            master = state[parameter]["master"]
+            assert master.dtype == torch.float32
+            assert (master != before[name].float()).float().mean() > 0.3
+            assert_close(parameter.data, master.bfloat16(), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", [Both, partial(Both, shared=False), Nested, Saved, Delegating])
+    def test_a_composite_moves_every_tensor(self, tmp_path, kind, dtype):
+        trainer = self.trainer(tmp_path, kind, dtype, warmup_steps=1)
+        before = bits(trainer.model)
+        trainer.train()
+        after = bits(trainer.model)
+        changed = {name for name, now in after.items() if not torch.equal(now, before[name])}
+        assert changed == {*trainer._trained}
+        inner = [*nested(trainer.optimizer)]
+        for one in inner:
+            keys = [{*state} - {"master"} for state in one.state.values()]
+            assert len(keys) <= len(trainer._trained)
+        moments = {id(p) for one in inner for p, s in one.state.items() if {*s} - {"master"}}
+        assert moments == {id(p) for p in trainer._trained.values()}
+
+    def test_a_composite_resumes_from_its_own_state_dict(self, tmp_path):
+        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        whole, resumed = (self.trainer(tmp_path / n, Saved, **saving) for n in ("whole", "resumed"))
+        train(whole)
+        train(resumed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        assert_close(bits(resumed.model), bits(whole.model), rtol=0, atol=0)
+        assert_close(optimizer_state(resumed), optimizer_state(whole), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_one_that_does_not_reach_its_tensors(self, tmp_path, dtype):
+        trainer = self.trainer(tmp_path, OnCopies, dtype)
+        with pytest.raises(SelectionError, match=r"OnCopies did not reach 9 of 9 .*\.layers\.2\."):
+            trainer.train()
+
+    def test_no_alarm_in_a_warmup_without_state(self, tmp_path):
+        trainer = self.trainer(tmp_path, SGD, torch.float32, warmup_steps=2)
+        trainer.train()
+        assert metric(trainer, "learning_rate")[0] == 0.0
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_factory_over_the_whole_model(self, tmp_path, dtype):
+        trainer = self.trainer(tmp_path, dtype=dtype)
+        trainer.optimizer_cls_and_kwargs = (AllOfIt, {"lr": 1e-2})  # GRPO has no argument for it
+        before = bits(trainer.model)
+        trainer.train()
+        after = bits(trainer.model)
+        changed = {name for name, now in after.items() if not torch.equal(now, before[name])}
+        assert changed == {*trainer._trained}
+
+    @pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
+    @pytest.mark.parametrize(
+        ("dtype", "boost", "why"),
+        [(torch.bfloat16, None, "master_weights=False"), (torch.float32, {2: 2.0}, "boost")],
+    )
+    def test_an_update_in_the_backward_is_refused_before_it_is_made(
+        self, tmp_path, optim, dtype, boost, why
+    ):
+        need(optim)
+        model = tiny("llama", 4).to(dtype)
+        selection = select_layers(model, 2, boost=boost)
+        trainer = make(model, tmp_path, selection=selection, optim=optim, **BY_TRANSFORMERS[optim])
+        with pytest.raises(SelectionError, match=f"{optim}.*{why}"):
+            trainer.train()
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+        assert not any(p._backward_hooks for p in model.parameters())
+        assert trainer.optimizer is None
+
+    def test_a_projection_of_frozen_layers_alone(self, tmp_path):
+        need("galore_adamw")
+        changes = {"optim_target_modules": r".*layers\.1\.mlp\..*"}
+        trainer = self.trainer(tmp_path, optim="galore_adamw", **changes)
+        with pytest.raises(SelectionError, match="optim_target_modules matches, and none of them"):
+            trainer.train()
