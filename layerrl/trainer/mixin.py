@@ -35,7 +35,7 @@ from layerrl.optimizer import (
     refuse_updates_in_backward,
     updates_in_backward,
 )
-from layerrl.precision import HALF, step_in_float32
+from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
 from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
@@ -263,6 +263,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
+        self._fitted: Any = None
         self._sampler: Any = None
         self._mask = ExitStack()
         self._initial: Mapping[str, Tensor] = {}
@@ -444,6 +445,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         return self._master_weights and any(p.dtype in HALF for p in self._trained.values())
 
     def _fit_optimizer(self, optimizer: Optimizer, new: bool) -> None:
+        self._fitted = optimizer = unwrap_optimizer(optimizer)
         if updates_in_backward(optimizer):
             self._refuse_updates_in_backward(type(optimizer).__name__)
             return
@@ -540,6 +542,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
             What the wrapped trainer returns.
         """
         self._follow_shards()
+        if not launchers.uses_deepspeed(self.accelerator):  # which wraps it in one of its own
+            optimizer = unwrap_optimizer(self.optimizer)
+            if optimizer is not None and optimizer is not self._fitted:  # made in a subclass
+                self._fit_optimizer(optimizer, False)
         return super().create_scheduler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -12,10 +12,11 @@ from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam, RAdam
 from torch.testing import assert_close
 from transformers.optimization import Adafactor as TransformersAdafactor
 
-from layerrl import select_layers
+from layerrl import LayerMaskedGRPOTrainer, select_layers
 from layerrl.errors import SelectionError
 from layerrl.optimizer import check_steps, keep_only, nested
 from layerrl.precision import step_in_float32, stepped_value
+from layerrl.trainer.schedule import LayerSchedule
 from tests.grpo import make
 from tests.models import tiny
 from tests.optimizers import (
@@ -468,8 +469,14 @@ class TestTrainer:
             arguments["optimizers"] = (kind(held, lr=1e-2), None)
         return make(model, folder, arguments=arguments, selection=2, **changes)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("optim", BY_TRANSFORMERS)
+    @pytest.mark.parametrize(
+        ("optim", "dtype"),
+        [
+            *((optim, torch.float32) for optim in BY_TRANSFORMERS),
+            *((optim, torch.bfloat16) for optim in ("schedule_free_adamw", "lomo", "lion_8bit")),
+        ],
+        ids=str,
+    )
     def test_is_layers_frozen_by_hand(self, tmp_path, optim, dtype):
         need(optim)
         changes = {"max_steps": 3, **BY_TRANSFORMERS[optim]}
@@ -577,3 +584,37 @@ class TestTrainer:
         trainer = self.trainer(tmp_path, optim="galore_adamw", **changes)
         with pytest.raises(SelectionError, match="optim_target_modules matches, and none of them"):
             trainer.train()
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_one_that_a_subclass_makes(self, tmp_path, frozen):
+        class Own(LayerMaskedGRPOTrainer):
+            def create_optimizer(self, model=None):
+                held = [p for p in self.model.parameters() if frozen or p.requires_grad]
+                self.optimizer = AdamW(held, lr=1e-6)
+                return self.optimizer
+
+        trainer = self.trainer(tmp_path, trainer=Own)
+        if frozen:
+            with pytest.raises(SelectionError, match="holds frozen .*a create_optimizer of"):
+                trainer.train()
+        else:
+            trainer.train()
+            state = trainer.optimizer.state
+            assert all("master" in state[p] for p in trainer._trained.values())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_layers_that_take_turns_start_anew_inside_of_a_composite(self, tmp_path, dtype):
+        schedule = LayerSchedule([1, 2], every=2)
+        arguments = {"selection": [1, 2], "callbacks": [schedule]}
+        trainer = self.trainer(tmp_path, Both, dtype, arguments=arguments, max_steps=4)
+        trainer.train()
+        moments = {
+            p
+            for one in nested(trainer.optimizer)
+            for p, state in one.state.items()
+            if {*state} - {"master"}
+        }
+        assert moments <= {*trainer.model.model.layers[2].parameters()}
+        assert len(moments) == 9
+        masters = {p for p, state in trainer.optimizer.state.items() if "master" in state}
+        assert len(masters) == (18 if dtype == torch.bfloat16 else 0)
