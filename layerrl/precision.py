@@ -241,12 +241,15 @@ class _Masters:
         state = getattr(self.optimizer, "state", {})
         for half, master, grad in pairs:
             _swap(half, master)
-            half.data.copy_(master.data)
             if master.grad is None:
                 half.grad = None
-            elif grad is None or master.grad is not grad or grad._version:
+            elif half.grad is None:
                 half.grad = master.grad.to(half.dtype)
+            elif master.grad is not grad or master.grad._version:
+                half.grad.copy_(master.grad)
+            # A first step that failed before it made any state can be tried again.
             if done or half in self.values or state.get(half):
+                half.data.copy_(master.data)
                 self._publish(half, master.data)
 
     def _publish(self, parameter: Any, value: Tensor) -> None:  # noqa: ANN401

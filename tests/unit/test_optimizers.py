@@ -595,7 +595,7 @@ class TestTrainer:
 
         trainer = self.trainer(tmp_path, trainer=Own)
         if frozen:
-            with pytest.raises(SelectionError, match="holds frozen .*a create_optimizer of"):
+            with pytest.raises(SelectionError, match=r"holds frozen .*a create_optimizer of"):
                 trainer.train()
         else:
             trainer.train()
