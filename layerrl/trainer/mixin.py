@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, remove_dummy_checkpoint
+from transformers.trainer_pt_utils import remove_dummy_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl.trainer.utils import RepeatSampler
 
@@ -28,7 +28,13 @@ from layerrl.masking import (
     parameters_by_layer,
     scale_learning_rates,
 )
-from layerrl.precision import HALF, step_in_float32
+from layerrl.optimizer import (
+    check_steps,
+    keep_only,
+    refuse_updates_in_backward,
+    updates_in_backward,
+)
+from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
 from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.selection import LayerSelection, select_layers
@@ -118,6 +124,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         ref_model: Any
         vllm_generation: Any
         optimizer: Any
+        optimizer_cls_and_kwargs: Any
         accelerator: Any
         is_fsdp_enabled: bool
         args: Any
@@ -242,6 +249,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
+        self._fitted: Any = None
         self._sampler: Any = None
         self._mask = ExitStack()
         self._initial: Mapping[str, Tensor] = {}
@@ -402,8 +410,13 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 selection, or has one learning rate where the selection scales some.
         """
         new = self.optimizer is None
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if new and self.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
+            self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         try:
+            if new and not self.selection.full:
+                keep_only(optimizer, self._trained.values())
             self._fit_optimizer(optimizer, new)
         except SelectionError:
             if new:
@@ -411,28 +424,30 @@ class LayerMaskedMixin(metaclass=_OneMask):
             raise
         return optimizer
 
+    def _refuse_updates_in_backward(self, name: str) -> None:
+        refuse_updates_in_backward(name, self.selection, master_weights=self._keeps_masters())
+
+    def _keeps_masters(self) -> bool:
+        return self._master_weights and any(p.dtype in HALF for p in self._trained.values())
+
     def _fit_optimizer(self, optimizer: Optimizer, new: bool) -> None:
-        layer_wise = isinstance(optimizer, LayerWiseDummyOptimizer)
-        own = self._optimizer_is_own or (new and not layer_wise)
+        self._fitted = optimizer = unwrap_optimizer(optimizer)
+        if updates_in_backward(optimizer):
+            self._refuse_updates_in_backward(type(optimizer).__name__)
+            return
+        own = self._optimizer_is_own or new
         if not own and set(self.selection.learning_rate_scale) != {1.0}:
-            why = "updates layer by layer" if layer_wise else "was passed in ready-made"
             raise SelectionError(
                 f"{self.selection}: the scales cannot be put into {type(optimizer).__name__}, "
-                f"which {why}. Let the trainer build an ordinary optimizer from its args, or "
-                "select without boost."
+                "which was passed in ready-made. Let the trainer build an ordinary optimizer from "
+                "its args, or select without boost."
             )
-        if new and not layer_wise:
+        if new:
             scale_learning_rates(optimizer, self.model, self.selection)
-        if not layer_wise:
-            check_optimizer(optimizer, self.model, self.selection)
-        if self._master_weights and any(p.dtype in HALF for p in self._trained.values()):
-            if layer_wise:
-                raise SelectionError(
-                    f"optim={self.args.optim} updates layer by layer and can keep no float32 "
-                    "master weights for tensors in half precision. Choose another optimizer, load "
-                    "the model in float32, or pass master_weights=False and lose small steps."
-                )
+        check_optimizer(optimizer, self.model, self.selection)
+        if self._keeps_masters():
             step_in_float32(optimizer)
+        check_steps(optimizer, lambda: self.selection.parameters(self.model))
         self._optimizer_is_own = own
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -518,6 +533,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
             What the wrapped trainer returns.
         """
         self._follow_shards()
+        if not launchers.uses_deepspeed(self.accelerator):  # which wraps it in one of its own
+            optimizer = unwrap_optimizer(self.optimizer)
+            if optimizer is not None and optimizer is not self._fitted:  # made in a subclass
+                self._fit_optimizer(optimizer, False)
         return super().create_scheduler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
