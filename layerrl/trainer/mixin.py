@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABCMeta
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +34,7 @@ from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
+from layerrl.selection.masked import TrainingMask
 from layerrl.shards import is_sharded, parts, shape, sharded_like, whole
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.auto import REPORT, AutoSelection
@@ -66,7 +67,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
     `class MyTrainer(LayerMaskedMixin, GRPOTrainer)` takes a few keywords more than the trainer it
     wraps. Everything outside the selection is frozen when the trainer has been made, compared with
     its fingerprint at train start, at every save and at train end, and never reaches the optimizer.
-    If making the trainer or training fails, every `requires_grad` flag is what it was before.
+    When `train` returns or fails, or making the trainer fails, every `requires_grad` flag is what
+    it was before the trainer was made; the next `train` masks anew.
 
     The backward ends at the first trained layer, and only layers from there up are checkpointed.
     The reference (`beta > 0`; DPO, KTO without a `ref_model`) is the model that was passed, kept as
@@ -187,6 +189,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             nullcontext() if full else quantised_base(args_given),
         ):
             super().__init__(*args, **kwargs)
+        self._mask = TrainingMask()
         self._auto = auto
         self._spends_freed_memory = activation_bytes is None
         self._master_weights = master_weights and not full
@@ -257,13 +260,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
         self._sampler: Any = None
-        self._mask = ExitStack()
         self._initial: Mapping[str, Tensor] = {}
         if reference:
             self._set_reference(decided)
         if not self._initial and not full and decided:
             self._initial = {n: parts(p).detach().clone() for n, p in self._trained.items()}
-        self._mask_model()
+        self._mask.put_on(self.selection, self.model)
 
     @property
     def selection(self) -> LayerSelection:
@@ -297,14 +299,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
         Raises:
             FrozenTensorError: If a frozen tensor changed, at train start, at a save or at the end.
         """
-        self._mask_model()
         try:
-            if self._auto is not None and self._auto.report is None:
-                self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
-            return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        except BaseException:
-            self._mask.close()
-            raise
+            with self._mask.during_training():
+                self._mask.put_on(self.selection, self.model)
+                if self._auto is not None and self._auto.report is None:
+                    self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
+                return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._replay.clear()
             if self._auto is not None:
@@ -314,7 +314,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         """What trains, where that is left to the trainer."""
         assert self._auto is not None
         selection, self._auto.report = self._auto.choose(self, resume_from_checkpoint)
-        self._mask.close()
+        self._mask.take_off()
         try:
             self._select_now(selection)
         except BaseException:
@@ -416,7 +416,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 selection, or has one learning rate where the selection scales some.
         """
         new = self.optimizer is None
-        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        with self.selection.masked(self.model):  # it may be made before or after a training
+            optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             self._fit_optimizer(optimizer, new)
         except SelectionError:
@@ -479,10 +480,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
             logs.update(metrics.named("grad_norm", self._grad_norms))
             logs.update(metrics.named("relative_update", moved))
         super().log(logs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _mask_model(self) -> None:
-        self._mask.close()
-        self._mask.enter_context(self.selection.masked(self.model))
 
     def _set_reference(self, decided: bool) -> None:
         # Before anything trains, the model is its own reference.
