@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, Trainer
 
-from layerrl.blocks import is_peft, unwrap
+from layerrl.blocks import adapters, unwrap
 from layerrl.errors import SelectionError, TrainerError
 
 if TYPE_CHECKING:
@@ -82,19 +82,28 @@ def check_keywords(
         )
 
 
-def refuse_peft(selection: object, model: object, peft_config: object) -> None:
-    """A selection and PEFT both choose what trains."""
-    if isinstance(model, nn.Module) and is_peft(model):
-        given = "a PEFT model"
-    elif peft_config is not None:
-        given = "peft_config"
-    else:
-        return
-    raise SelectionError(
-        f"selection={selection!r} was given together with {given}: two ways of choosing what "
-        "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
-        "layers)."
-    )
+def refuse_peft(selection: object, model: object, peft_config: object = None) -> None:
+    """Refuse PEFT beside a selection: both choose what trains.
+
+    Args:
+        selection: What trains, as it was given.
+        model: The model, or what stands for it until it is loaded.
+        peft_config: The trainer's argument of that name.
+
+    Raises:
+        SelectionError: If there is a `peft_config`, or the model has adapters, wrapped by PEFT or
+            put into it by transformers (`model.add_adapter`) or `inject_adapter_in_model`.
+    """
+    given = "peft_config" if peft_config is not None else ""
+    if isinstance(model, nn.Module):
+        given = adapters(model) or given
+    if given:
+        raise SelectionError(
+            f"selection={selection!r} was given together with {given}: two ways of choosing what "
+            "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
+            "layers), or merge the adapters into the model first (merge_and_unload of a PEFT "
+            "model)."
+        )
 
 
 def refuse_announced_weights(

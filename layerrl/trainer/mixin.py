@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABCMeta
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ from layerrl.trainer.sync import WeightSync
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch.optim import Optimizer
 
@@ -132,6 +133,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         args: Any
         state: Any
         add_callback: Any
+        remove_callback: Any
+        model_init: Any
+        place_model_on_device: bool
+        _move_model_to_device: Any
         _save: Any
     else:
 
@@ -206,7 +211,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if reference == "beta":
             self.beta = self.args.beta
         self.add_callback(FrozenCheck(self.check_frozen))
-        selection = select_layers(self.model, selection)
+        given, selection = selection, select_layers(self.model, selection)
+        self._choice = selection if isinstance(given, Iterator) else given
         if auto is not None:
             auto.check(self, selection.num_layers)
         self._select_now(selection)
@@ -222,6 +228,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
     ) -> None:
         """Everything that depends on what trains; little of it where that is still to be chosen."""
         full, decided = selection.full, self._auto is None or self._auto.report is not None
+        arguments.refuse_peft(selection, self.model)
         self._selection = selection
         quantised = getattr(unwrap(self.model), "is_quantized", False)
         launchers.refuse_launcher(self.selection, self.accelerator, quantised=quantised)
@@ -301,7 +308,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
         """
         try:
             with self._mask.during_training():
-                self._mask.put_on(self.selection, self.model)
+                if self.model_init is None:
+                    arguments.refuse_peft(self.selection, self.model)
+                    self._mask.put_on(self.selection, self.model)
                 if self._auto is not None and self._auto.report is None:
                     self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
                 return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -309,6 +318,28 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._replay.clear()
             if self._auto is not None:
                 self._auto.clear()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:  # noqa: ANN401
+        """A new model from the trainer's `model_init`, which it is masked on from now on.
+
+        Args:
+            trial: The trial of a hyperparameter search.
+
+        Returns:
+            The model.
+
+        Raises:
+            SelectionError: If the selection does not fit it.
+        """
+        model: nn.Module = super().call_model_init(trial)  # pyright: ignore[reportAttributeAccessIssue]
+        if hasattr(self, "_choice"):  # not the first one, which is masked when all else is made
+            selection = select_layers(model, self._choice)
+            self._mask.take_off()
+            self.model = model
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
+            self._select_now(selection)
+        return model
 
     def _choose(self, resume_from_checkpoint: str | bool | None) -> None:
         """What trains, where that is left to the trainer."""
@@ -486,6 +517,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self.ref_model = ReferenceModel(self.model, self._trained if decided else {})
         if not decided:
             return
+        self.remove_callback(SyncReference)
         if getattr(self.args, "sync_ref_model", False):
             self.add_callback(SyncReference(self.ref_model, self.accelerator))
         elif not self.selection.full:

@@ -8,7 +8,7 @@ from abc import ABC, ABCMeta
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -187,6 +187,28 @@ class TestSelection:
         with pytest.raises(SelectionError, match="given together with a PEFT model"):
             make(adapted, tmp_path, selection=1)
 
+    @pytest.mark.parametrize("put", ["transformers", "peft", "ia3"])
+    @pytest.mark.parametrize("selection", [1, "full"])
+    def test_together_with_adapters_in_the_model_is_refused(self, model, tmp_path, put, selection):
+        put_adapter(model, put)
+        before = flags_of(model)
+        with pytest.raises(SelectionError, match="given together with a model with adapters, in"):
+            make(model, tmp_path, selection=selection)
+        assert flags_of(model) == before
+
+    @pytest.mark.parametrize("put", ["transformers", "peft"])
+    def test_adapters_put_into_the_model_later_are_refused(self, model, flags, tmp_path, put):
+        trainer = make(model, tmp_path, selection=1)
+        put_adapter(model, put)
+        with pytest.raises(SelectionError, match="given together with a model with adapters, in"):
+            trainer.train()
+
+    def test_adapters_that_were_taken_out_again_are_no_problem(self, model, tmp_path):
+        put_adapter(model, "transformers")
+        model.delete_adapter("default")
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        make(adapted.merge_and_unload(), tmp_path, selection=1).train()
+
     def test_together_with_a_peft_model_is_refused_behind_a_subclass_that_passes_arguments_on(
         self, model, tmp_path
     ):
@@ -200,6 +222,17 @@ class TestSelection:
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
         with pytest.raises(SelectionError, match="given together with a PEFT model"):
             make(adapted, tmp_path, selection=1, trainer=Masked)
+
+
+def put_adapter(model: nn.Module, how: str) -> None:
+    """Adapters in the model, which is not wrapped."""
+    if how == "transformers":
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    elif how == "peft":
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+    else:
+        config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+        inject_adapter_in_model(config, model)
 
 
 class Interruption(Exception):
