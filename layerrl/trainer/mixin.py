@@ -39,7 +39,7 @@ from layerrl.selection.masked import TrainingMask
 from layerrl.shards import is_sharded, parts, shape, sharded_like, whole
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.auto import REPORT, AutoSelection
-from layerrl.trainer.callbacks import FrozenCheck, SyncReference
+from layerrl.trainer.callbacks import FrozenCheck, SyncReference, refuse_callbacks
 from layerrl.trainer.sync import WeightSync
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         state: Any
         add_callback: Any
         remove_callback: Any
+        callback_handler: Any
         model_init: Any
         place_model_on_device: bool
         _move_model_to_device: Any
@@ -307,6 +308,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             FrozenTensorError: If a frozen tensor changed, at train start, at a save or at the end.
         """
         try:
+            refuse_callbacks(self.callback_handler.callbacks, self.selection)
             with self._mask.during_training():
                 if self.model_init is None:
                     arguments.refuse_peft(self.selection, self.model)
@@ -515,6 +517,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
     def _set_reference(self, decided: bool) -> None:
         # Before anything trains, the model is its own reference.
         self.ref_model = ReferenceModel(self.model, self._trained if decided else {})
+        if hasattr(self.callback_handler, "ref_model"):  # of TRL's DPO with BEMA
+            self.callback_handler.ref_model = self.ref_model
         if not decided:
             return
         self.remove_callback(SyncReference)
