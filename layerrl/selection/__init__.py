@@ -262,7 +262,8 @@ class LayerSelection:
         Raises:
             SelectionError: If the selection does not fit the model, or the tool cannot express it:
                 no tool takes boosts or `"full"`, slime no parts of layers and no vision-language
-                model, and PEFT nothing without a linear module.
+                model, and PEFT nothing without a linear module, nor the shared experts and dense
+                MLPs of models whose experts it adapts by the same names.
             ModelError: If the model's layers cannot be found.
 
         Example:
