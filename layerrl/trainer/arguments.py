@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, Trainer
 
-from layerrl.blocks import adapters, unwrap
-from layerrl.errors import SelectionError, TrainerError
+from layerrl.blocks import adapters, count_layers, meta_model, unwrap
+from layerrl.errors import ModelError, SelectionError, TrainerError
+from layerrl.selection import select_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,6 +145,34 @@ def config_at(path: Any, args: Any) -> Any:  # noqa: ANN401
         return AutoConfig.from_pretrained(path, **options)
     except (OSError, TypeError, ValueError):
         return None
+
+
+def chosen_early(described: Any, selection: Any) -> Any:  # noqa: ANN401
+    """Resolve a selection before weights are loaded, to find a mistake in it.
+
+    Args:
+        described: The model, or the config at its path.
+        selection: As the trainer is given it. It is resolved again against the loaded model, which
+            may have another number of layers than its config says.
+
+    Returns:
+        The `LayerSelection`; what was given, where only the loaded model can tell.
+
+    Raises:
+        SelectionError: If it does not fit the model.
+        ModelError: If the model's layers cannot be found.
+    """
+    try:
+        return select_layers(described, selection)
+    except (ModelError, SelectionError):
+        if isinstance(described, nn.Module):
+            raise
+    try:
+        described = meta_model(described)
+    except Exception:  # whatever a model's code needs
+        count_layers(described)
+        return selection
+    return select_layers(described, selection)
 
 
 class StandIn(nn.Module):

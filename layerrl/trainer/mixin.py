@@ -180,9 +180,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         # A path's config will do, so that a typo is not found after minutes of loading weights.
         args_given = given.get("args")
         is_model = isinstance(model, nn.Module)
+        choice = [*selection] if isinstance(selection, Iterator) else selection
         described = model if is_model else arguments.config_at(model, args_given)
         if described is not None:
-            selection = select_layers(described, selection)
+            selection = arguments.chosen_early(described, choice)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
         if not full:
             arguments.refuse_announced_weights(type(self), selection, given, known)
@@ -212,8 +213,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if reference == "beta":
             self.beta = self.args.beta
         self.add_callback(FrozenCheck(self.check_frozen))
-        given, selection = selection, select_layers(self.model, selection)
-        self._choice = selection if isinstance(given, Iterator) else given
+        self._choice = choice
+        selection = select_layers(self.model, choice)
         if auto is not None:
             auto.check(self, selection.num_layers)
         self._select_now(selection)
