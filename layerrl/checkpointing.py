@@ -86,7 +86,7 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
 _checkpointed_around: WeakSet[nn.Module] = WeakSet()
 
 
-class _WithoutGradient(Exception):  # noqa: N818 - never seen outside
+class _WithoutGradient(Exception):
     """A layer runs without a gradient in a pass that has one."""
 
 
@@ -204,7 +204,8 @@ def _require_input_grad(
 
 def _is_inside_checkpoint() -> bool:
     """Whether this is recomputed without reentry: as it is now, though hooks are gone by then."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: FBT003
+    top: Any = getattr(torch._C, "_autograd")._top_saved_tensors_default_hooks  # noqa: B009
+    hooks = top(False)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
@@ -226,7 +227,7 @@ def _first_with_gradient(values: Sequence[Any]) -> tuple[list[Any], bool]:
         if isinstance(value, Tensor) and value.is_floating_point():
             given[index] = _with_gradient(value)
             return given, True
-        if type(value) in (tuple, list):
+        if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
             inner, found = _first_with_gradient(value)
             if found:
                 given[index] = type(value)(inner)

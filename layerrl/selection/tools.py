@@ -93,7 +93,7 @@ def _linear_modules(base: nn.Module, trained: set[str], selection: LayerSelectio
     if rewritten:
         raise SelectionError(
             f"peft cannot be told to train {selection}: in a {type(base).__name__}, it takes "
-            f"{rewritten[0]!r} and {len(rewritten) - 1} others of these {len(names)} linear modules "
+            f"{rewritten[0]!r} and {len(rewritten) - 1} others of {len(names)} linear modules "
             "for the experts of every layer, and would adapt those. Select what it does not "
             'rewrite, such as modules="self_attn.*", or train the layers themselves.'
         )

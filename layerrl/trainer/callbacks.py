@@ -31,9 +31,9 @@ def refuse_callbacks(callbacks: Iterable[TrainerCallback], selection: LayerSelec
     for callback in callbacks:
         if isinstance(callback, BEMACallback) and not selection.full:
             raise SelectionError(
-                f"{type(callback).__name__} was given for {selection}: it pairs the parameters that "
-                "train with all of the model's, and would fail at its first update. Leave it out, "
-                'or train with selection="full".'
+                f"{type(callback).__name__} was given for {selection}: it pairs the parameters "
+                "that train with all of the model's, and would fail at its first update. Leave it "
+                'out, or train with selection="full".'
             )
 
 
