@@ -442,7 +442,7 @@ class TestConfigThatCountsOtherwiseThanItsModel:
             trainer = make(str(tmp_path / "model"), tmp_path, selection=layers)
             assert trainer.selection.num_layers == 2
         for layers in (2, -3, "last:3"):
-            with pytest.raises(SelectionError, match="has 2 decoder layers|expected 1 to 2"):
+            with pytest.raises(SelectionError, match=r"has 2 decoder layers|expected 1 to 2"):
                 make(str(tmp_path / "model"), tmp_path, selection=layers)
 
     def test_is_refused_where_no_model_can_say(self, monkeypatch):
