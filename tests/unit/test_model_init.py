@@ -183,16 +183,11 @@ def test_a_hyperparameter_search_trains_the_layers_in_each_trial(tmp_path, monke
 def test_trl_s_trainers_that_make_models(tmp_path, cls, config):
     kind = type("Masked", (LayerMaskedMixin, cls), {})
     made = Made()
+    settings = {"max_steps": 2, "gradient_checkpointing": False, "disable_dropout": False}
     trainer = kind(
         model_init=made,
         selection=2,
-        args=config(
-            str(tmp_path),
-            max_steps=2,
-            gradient_checkpointing=False,
-            is_encoder_decoder=False,
-            **QUIETLY,
-        ),
+        args=config(str(tmp_path), is_encoder_decoder=False, **settings, **QUIETLY),
         train_dataset=Dataset.from_dict(PREFERENCES),
         processing_class=tokenizer(),
     )
