@@ -4,23 +4,19 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers import trainer as transformers_trainer
 from transformers.hyperparameter_search import HyperParamSearchBackendBase
 from transformers.trainer_utils import BestRun, HPSearchBackend
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from layerrl import LayerMaskedMixin, load_delta
 from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
-from tests.grpo import QUIETLY, tokenizer
+from tests.grpo import QUIETLY
 from tests.models import tiny
 from tests.runs import bits, freeze_by_hand, in_layers, moved
 
 ROWS = [{"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, 7]}] * 16
-PREFERENCES = {"prompt": ["ab", "cd"], "chosen": ["e", "fg"], "rejected": ["h", "i"]}
 
 
 class Masked(LayerMaskedMixin, Trainer):
@@ -175,21 +171,3 @@ def test_a_hyperparameter_search_trains_the_layers_in_each_trial(tmp_path, monke
         now = bits(model)
         assert {n for n in now if not torch.equal(now[n], before[n])} == layer(model, 2)
         assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("cls", "config"), [(CPOTrainer, CPOConfig), (ORPOTrainer, ORPOConfig)], ids=["cpo", "orpo"]
-)
-def test_trl_s_trainers_that_make_models(tmp_path, cls, config):
-    kind = type("Masked", (LayerMaskedMixin, cls), {})
-    made = Made()
-    settings = {"max_steps": 2, "gradient_checkpointing": False, "disable_dropout": False}
-    trainer = kind(
-        model_init=made,
-        selection=2,
-        args=config(str(tmp_path), is_encoder_decoder=False, **settings, **QUIETLY),
-        train_dataset=Dataset.from_dict(PREFERENCES),
-        processing_class=tokenizer(),
-    )
-    trainer.train()
-    assert moved(trainer, made.before[-1]) == layer(made[-1], 2)
