@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from abc import ABCMeta
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,16 +39,17 @@ from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
 from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.selection import LayerSelection, select_layers
+from layerrl.selection.masked import TrainingMask
 from layerrl.shards import is_sharded, parts, shape, sharded_like, whole
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.auto import REPORT, AutoSelection
-from layerrl.trainer.callbacks import FrozenCheck, SyncReference
+from layerrl.trainer.callbacks import FrozenCheck, SyncReference, refuse_callbacks
 from layerrl.trainer.passes import Passes
 from layerrl.trainer.sync import WeightSync
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch.optim import Optimizer
 
@@ -70,7 +72,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
     `class MyTrainer(LayerMaskedMixin, GRPOTrainer)` takes a few keywords more than the trainer it
     wraps. Everything outside the selection is frozen when the trainer has been made, compared with
     its fingerprint at train start, at every save and at train end, and never reaches the optimizer.
-    If making the trainer or training fails, every `requires_grad` flag is what it was before.
+    When `train` returns or fails, or making the trainer fails, every `requires_grad` flag is what
+    it was before the trainer was made; the next `train` masks anew.
 
     The backward ends at the first trained layer, and only layers from there up are checkpointed.
     The reference (`beta > 0`; DPO, KTO without a `ref_model`) is the model that was passed, kept as
@@ -130,6 +133,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         args: Any
         state: Any
         add_callback: Any
+        remove_callback: Any
+        callback_handler: Any
+        model_init: Any
+        place_model_on_device: bool
+        _move_model_to_device: Any
         _save: Any
     else:
 
@@ -168,9 +176,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         # A path's config will do, so that a typo is not found after minutes of loading weights.
         args_given = given.get("args")
         is_model = isinstance(model, nn.Module)
+        choice = [*selection] if isinstance(selection, Iterator) else selection
         described = model if is_model else arguments.config_at(model, args_given)
         if described is not None:
-            selection = select_layers(described, selection)
+            selection = arguments.chosen_early(described, choice)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
         if not full:
             arguments.refuse_announced_weights(type(self), selection, given, known)
@@ -183,6 +192,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             nullcontext() if full else quantised_base(args_given),
         ):
             super().__init__(*args, **kwargs)
+        self._mask = TrainingMask()
         self._auto = auto
         self._master_weights = master_weights and not full
         self.checkpoint_format = "full" if full else checkpoint_format
@@ -195,7 +205,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if reference == "beta":
             self.beta = self.args.beta
         self.add_callback(FrozenCheck(self.check_frozen))
-        selection = select_layers(self.model, selection)
+        self._choice = choice
+        selection = select_layers(self.model, choice)
         if auto is not None:
             auto.check(self, selection.num_layers)
         self._select_now(selection)
@@ -210,6 +221,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
     ) -> None:
         """Everything that depends on what trains; little of it where that is still to be chosen."""
         full, decided = selection.full, self._auto is None or self._auto.report is not None
+        arguments.refuse_peft(selection, self.model)
         self._selection = selection
         quantised = getattr(unwrap(self.model), "is_quantized", False)
         launchers.refuse_launcher(self.selection, self.accelerator, quantised=quantised)
@@ -251,13 +263,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._optimizer_is_own = False
         self._fitted: Any = None
         self._sampler: Any = None
-        self._mask = ExitStack()
         self._initial: Mapping[str, Tensor] = {}
         if reference:
             self._set_reference(decided)
         if not self._initial and not full and decided:
             self._initial = {n: parts(p).detach().clone() for n, p in self._trained.items()}
-        self._mask_model()
+        self._mask.put_on(self.selection, self.model)
 
     @property
     def selection(self) -> LayerSelection:
@@ -291,24 +302,47 @@ class LayerMaskedMixin(metaclass=_OneMask):
         Raises:
             FrozenTensorError: If a frozen tensor changed, at train start, at a save or at the end.
         """
-        self._mask_model()
         try:
-            if self._auto is not None and self._auto.report is None:
-                self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
-            return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        except BaseException:
-            self._mask.close()
-            raise
+            refuse_callbacks(self.callback_handler.callbacks, self.selection)
+            with self._mask.during_training():
+                if self.model_init is None:
+                    arguments.refuse_peft(self.selection, self.model)
+                    self._mask.put_on(self.selection, self.model)
+                if self._auto is not None and self._auto.report is None:
+                    self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
+                return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._passes.replay.clear()
             if self._auto is not None:
                 self._auto.clear()
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:  # noqa: ANN401
+        """A new model from the trainer's `model_init`, which it is masked on from now on.
+
+        Args:
+            trial: The trial of a hyperparameter search.
+
+        Returns:
+            The model.
+
+        Raises:
+            SelectionError: If the selection does not fit it.
+        """
+        model: nn.Module = super().call_model_init(trial)  # pyright: ignore[reportAttributeAccessIssue]
+        if hasattr(self, "_choice"):  # not the first one, which is masked when all else is made
+            selection = select_layers(model, self._choice)
+            self._mask.take_off()
+            self.model = model
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
+            self._select_now(selection)
+        return model
+
     def _choose(self, resume_from_checkpoint: str | bool | None) -> None:
         """What trains, where that is left to the trainer."""
         assert self._auto is not None
         selection, self._auto.report = self._auto.choose(self, resume_from_checkpoint)
-        self._mask.close()
+        self._mask.take_off()
         try:
             self._select_now(selection)
         except BaseException:
@@ -413,7 +447,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if new and self.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
             self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks
-        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        with self.selection.masked(self.model):  # it may be made before or after a training
+            optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             if new and not self.selection.full:
                 keep_only(optimizer, self._trained.values())
@@ -486,15 +521,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
             logs.update(metrics.named("relative_update", moved))
         super().log(logs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _mask_model(self) -> None:
-        self._mask.close()
-        self._mask.enter_context(self.selection.masked(self.model))
-
     def _set_reference(self, decided: bool) -> None:
         # Before anything trains, the model is its own reference.
         self.ref_model = ReferenceModel(self.model, self._trained if decided else {})
+        if hasattr(self.callback_handler, "ref_model"):  # of TRL's DPO with BEMA
+            self.callback_handler.ref_model = self.ref_model
         if not decided:
             return
+        self.remove_callback(SyncReference)
         if getattr(self.args, "sync_ref_model", False):
             self.add_callback(SyncReference(self.ref_model, self.accelerator))
         elif not self.selection.full:
