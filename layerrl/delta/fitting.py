@@ -209,8 +209,8 @@ def _other_values(delta: Delta, values: Mapping[str, tuple[str, str]], hint: str
     if trained and len(trained) == len(values) and as_it_is == delta.fingerprints[first]:
         return f"the delta at {path} is already in this model ({first!r} holds it)"
     text = (
-        f"{first!r} is not the tensor that the delta at {path} was "
-        f"{'made from' if trained else 'trained on top of, frozen'}: fingerprint {found}, expected "
+        f"{first!r} is not the {'tensor' if trained else 'frozen tensor'} that the delta at {path} "
+        f"was {'made from' if trained else 'trained with'}: fingerprint {found}, expected "
         f"{base.fingerprints[first]}. Its base is {origin(delta)}, in {base.dtypes[first]}; other "
         f"weights, or the same rounded to fewer bits, are refused. {len(values)} of "
         f"{len(base.fingerprints)} recorded tensors differ: {described(values)}."

@@ -107,7 +107,7 @@ def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str
     for name in delta.fingerprints:
         delta.tensor(name)
     there = {*stored.values()}
-    absent = [name for name in delta.fingerprints if name not in there]
+    absent = sorted(name for name in delta.fingerprints if name not in there)
     if absent:
         raise DeltaError(
             f"the base {base} has no tensor {absent[0]!r}, which the delta at {delta.path} replaces "

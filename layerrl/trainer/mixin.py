@@ -128,6 +128,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         accelerator: Any
         is_fsdp_enabled: bool
         args: Any
+        processing_class: Any
         state: Any
         add_callback: Any
         _save: Any
@@ -231,10 +232,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._trained = self.selection.parameters(self.model)
         self._in_parts = is_sharded(next(iter(self._trained.values())))
         self._base: DeltaBase | None = None
-        if decided:
-            base = DeltaBase.of(self.model, self.selection)
-            self._base = launchers.of_main_process(base, self.accelerator)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        if decided:
+            base = DeltaBase.of(self.model, self.selection, frozen=self._frozen)
+            self._base = launchers.of_main_process(base, self.accelerator)
         self._replay = PrefixReplay(
             self.model,
             self.selection,
@@ -389,7 +390,13 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 "that a delta could hold"
             )
         return save_delta(
-            self.model, path, selection=self.selection, base=self._base, is_main_process=writes
+            self.model,
+            path,
+            selection=self.selection,
+            base=self._base,
+            processing_class=self.processing_class,
+            is_main_process=writes,
+            check_frozen=False,  # both callers have compared them
         )
 
     def check_frozen(self) -> None:
