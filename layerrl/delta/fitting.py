@@ -120,10 +120,10 @@ def check_base(
         then = base.shapes[name]
         if base.vocabulary and then[:1] == [base.vocabulary] and shape[1:] == then[1:]:
             raise DeltaError(
-                f"this base has a vocabulary of {shape[0]} rows ({name!r}), the delta at {path} was "
-                f"made on one of {base.vocabulary}: tokens were added or removed after the base was "
-                "loaded. Save the model with the resized embeddings (model.save_pretrained) before "
-                "training, and use that as the base."
+                f"this base has a vocabulary of {shape[0]} rows ({name!r}), the delta at {path} "
+                f"was made on one of {base.vocabulary}: tokens were added or removed after the "
+                "base was loaded. Save the model with resized embeddings (model.save_pretrained) "
+                "before training, and use that as the base."
             )
     for name in sorted(found.shapes, key=lambda name: name not in base.trained):
         raise DeltaError(
@@ -174,8 +174,8 @@ def check_same_base(delta: Delta, base: DeltaBase) -> None:
             f"{path} was made from another base than this run's: the fingerprint of {name!r} is "
             f"{base.fingerprints.get(name)}, expected {then.fingerprints.get(name)}. "
             f"{len(differing)} of {len(names)} recorded tensors differ: {described(differing)}. "
-            "Start from the model that the run started from: if an earlier stage trained them, load "
-            "or merge that stage's delta first."
+            "Start from the model that the run started from: if an earlier stage trained them, "
+            "load or merge that stage's delta first."
         )
     if delta.version == 1:
         _warn_of_version(delta)
