@@ -43,12 +43,12 @@ class Checkpoint:
         self.sources: dict[str, Path] = {}
         """Name inside a copy of the folder to the file with these tensors."""
         self._index: dict[str, Any] | None = None
-        weight_map: dict[str, str] = {}
+        self._weight_map: dict[str, str] = {}
         if (folder / _SINGLE).is_file():  # first, as upstream
             self.sources[_SINGLE] = folder / _SINGLE
         elif (folder / INDEX).is_file():
             self._index = json_object(folder / INDEX)
-            weight_map = self._read_index(self._index.get("weight_map"))
+            self._weight_map = self._read_index(self._index.get("weight_map"))
         else:
             raise DeltaError(
                 f"no safetensors checkpoint at {folder}: neither {INDEX} nor {_SINGLE}. Write one "
@@ -60,7 +60,7 @@ class Checkpoint:
             with readable(source) as opened:
                 for name in opened.keys():  # noqa: SIM118 - no mapping
                     self.shards_of.setdefault(name, []).append(shard)
-        for name, shard in weight_map.items():
+        for name, shard in self._weight_map.items():
             if shard not in self.shards_of.get(name, ()):
                 raise DeltaError(
                     f"{folder / INDEX} is damaged: {self.sources[shard]} holds no {name!r}"
@@ -105,15 +105,10 @@ class Checkpoint:
             (made / shard).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, made / shard)
         if self._index is not None:
-            names = {
-                name: shards[0] if entry not in shards else entry
-                for name, entry in self._index["weight_map"].items()
-                for shards in [self.shards_of[name]]
-            }
-            if names == self._index["weight_map"]:
+            index = {**self._index, "weight_map": self._weight_map}
+            if index == self._index:
                 shutil.copyfile(self.folder / INDEX, made / INDEX)
             else:
-                index = {**self._index, "weight_map": names}
                 (made / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def replace_in(self, made: Path, name: str, tensor: Tensor) -> None:
@@ -242,7 +237,7 @@ def json_object(file: Path) -> dict[str, Any]:
     """What a JSON file of a model holds."""
     try:
         data = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DeltaError(f"no transformers model at {file.parent}: {file.name}: {error}") from error
     if not isinstance(data, dict):
         raise DeltaError(f"{file} is damaged: expected a JSON object, got {data!r:.80}")

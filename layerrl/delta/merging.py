@@ -136,6 +136,11 @@ def _check_selection(
             trained, known = tensors_of(delta.selection, model, checkpoint.shards_of)
         except SelectionError as error:
             raise DeltaError(f"the delta at {delta.path} does not fit the base: {error}") from error
+    if delta.version > 1 and (unknown := sorted(known - {*stored})):
+        raise DeltaError(
+            f"the base has {len(unknown)} tensors that the base of the delta at {delta.path} had "
+            f"not, such as {unknown[0]!r}. Its base is {origin(delta)}."
+        )
     if trained != own:
         wrong = sorted(own - trained) or sorted(trained - own)
         raise DeltaError(
@@ -143,11 +148,6 @@ def _check_selection(
             f"{'replaces' if own - trained else 'does not replace'} {wrong[0]!r} ({len(wrong)} "
             "such tensors): its tensors are not those of its selection. It was damaged, or not "
             "written by save_delta."
-        )
-    if delta.version > 1 and (unknown := sorted(known - {*stored})):
-        raise DeltaError(
-            f"the base has {len(unknown)} tensors that the base of the delta at {delta.path} had "
-            f"not, such as {unknown[0]!r}. Its base is {origin(delta)}."
         )
 
 
