@@ -62,9 +62,10 @@ class Comparison:
         if tensor.is_meta:
             raise DeltaError(f"{name!r} is on the meta device: load the model's weights first")
         packed, was_packed = is_packed(tensor), name in self.base.quantised
-        if packed != was_packed:
+        other_shape = list(tensor.shape) != self.base.shapes[name]
+        if packed != was_packed or (packed and other_shape):  # or packed in another layout
             self.uncompared.append(name)
-        elif list(tensor.shape) != self.base.shapes[name]:
+        elif other_shape:
             self.shapes[name] = list(tensor.shape)
         else:
             dtype = getattr(torch, self.base.dtypes[name])
