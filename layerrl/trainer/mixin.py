@@ -382,7 +382,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             base=self._base,
             processing_class=self.processing_class,
             is_main_process=writes,
-            check_frozen=False,  # both callers have compared them
+            check_frozen=self.selection.full,  # others were compared by both callers
         )
 
     def check_frozen(self) -> None:
