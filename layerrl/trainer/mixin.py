@@ -131,6 +131,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         accelerator: Any
         is_fsdp_enabled: bool
         args: Any
+        processing_class: Any
         state: Any
         add_callback: Any
         remove_callback: Any
@@ -234,10 +235,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._trained = self.selection.parameters(self.model)
         self._in_parts = is_sharded(next(iter(self._trained.values())))
         self._base: DeltaBase | None = None
-        if decided:
-            base = DeltaBase.of(self.model, self.selection)
-            self._base = launchers.of_main_process(base, self.accelerator)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        if decided:
+            base = DeltaBase.of(self.model, self.selection, frozen=self._frozen)
+            self._base = launchers.of_main_process(base, self.accelerator)
         budget = activation_bytes or 0
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
@@ -417,7 +418,13 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 "that a delta could hold"
             )
         return save_delta(
-            self.model, path, selection=self.selection, base=self._base, is_main_process=writes
+            self.model,
+            path,
+            selection=self.selection,
+            base=self._base,
+            processing_class=self.processing_class,
+            is_main_process=writes,
+            check_frozen=self.selection.full,  # others were compared by both callers
         )
 
     def check_frozen(self) -> None:
