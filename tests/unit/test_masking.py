@@ -42,6 +42,19 @@ def random_bytes(num_elements: int, dtype: torch.dtype) -> Tensor:
 
 
 class TestFingerprints:
+    @pytest.mark.parametrize(
+        ("num_elements", "digits"),
+        [
+            (0, "0000000000000000"),
+            (2**19, "4a05d18ab11f7147"),
+            (2**18 * 3 + 5, "247576f872f6d8bc"),
+        ],
+    )
+    def test_are_those_that_deltas_on_disk_have(self, num_elements, digits):
+        generator = torch.Generator().manual_seed(0)
+        tensor = torch.randn(num_elements, generator=generator)
+        assert fingerprints({"": tensor}) == {"": digits}
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_any_single_flipped_bit_changes_it(self, dtype):
         data = random_bytes(3, dtype)
