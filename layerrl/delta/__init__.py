@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
+from layerrl.delta.card import write_card
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints
 from layerrl.selection import LayerSelection
@@ -155,6 +156,7 @@ def save_delta(
         save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
         text = json.dumps({**meta, "sha256": _digest(meta)}, indent=1)
         (folder / _META).write_text(text + "\n")
+        write_card(folder, meta)
     return Path(path)
 
 
@@ -197,7 +199,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
         if tensor.is_meta:
             raise DeltaError(f"{name!r} is on the meta device: load the model's weights first")
         check_base(name, tensor, meta, path)
-    _write(model, trained, tensors)
+    put_tensors(model, trained, tensors)
     return selection
 
 
@@ -227,7 +229,7 @@ def restore_delta(
                 f"{path} was made from another base than this run's: the fingerprint of {name!r} "
                 f"is {found}, expected {described['base_fingerprint']}"
             )
-    _write(model, selection.parameters(model), tensors)
+    put_tensors(model, selection.parameters(model), tensors)
 
 
 def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -254,7 +256,7 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor).detach() for name, tensor in tensors.items()}
 
 
-def _write(
+def put_tensors(
     model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
     """Undo `checkpoint_form`: it only moves elements, so follow each one's position through it."""
