@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import remove_dummy_checkpoint
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from layerrl.delta import restore_delta
+from layerrl.delta import put_tensors, restore_delta
 from layerrl.delta.card import CARD, write_card
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints
@@ -27,10 +27,10 @@ from layerrl.reference import ReferenceModel
 from layerrl.shards import shape, whole
 from layerrl.trainer import launchers
 from layerrl.trainer.auto import REPORT
-from layerrl.trainer.whole_models import load_whole_model
+from layerrl.trainer.whole_models import CheckpointError, trained_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from layerrl.delta.card import Beside
 
@@ -284,8 +284,8 @@ class Checkpoints:
             Whether it is loaded; otherwise the wrapped trainer has to.
 
         Raises:
-            DeltaError: If it is damaged, incomplete, or of another run.
-            FrozenTensorError: If it holds a whole model whose frozen tensors are others.
+            CheckpointError: If it holds a whole model that is not of this run.
+            DeltaError: If it is damaged or incomplete, or its delta is not of this run.
         """
         trainer = self._trainer
         launchers.refuse_checkpoint(folder, trainer.accelerator, has_delta=bool(delta_in(folder)))
@@ -294,10 +294,11 @@ class Checkpoints:
         delta = delta_in(folder)
         if delta is None and (trainer.selection.full or in_parts or quantised):
             return False
-        if resumes and (folder.is_dir()):
-            self._check_state(folder, delta)
+        optimizer = self._state(folder, delta) if resumes and folder.is_dir() else {}
         if delta is None:
-            load_whole_model(trainer.model, folder, trainer.selection)
+            tensors = trained_tensors(trainer.model, folder, trainer.selection)
+            self._check_optimizer(folder, optimizer)
+            put_tensors(trainer.model, trainer.selection.parameters(trainer.model), tensors)
             return True
         assert trainer._base is not None  # "auto" has chosen before anything is loaded
         reference = self.reference(folder)
@@ -375,46 +376,44 @@ class Checkpoints:
     def _has_reference(self) -> bool:
         return isinstance(getattr(self._trainer, "ref_model", None), ReferenceModel)
 
-    def _check_state(self, folder: Path, delta: Path | None) -> None:
-        """What transformers would find out when the weights are loaded already."""
+    def _state(self, folder: Path, delta: Path | None) -> dict[str, Any]:
+        """The optimizer's state, if there is one; transformers reads it after the weights."""
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError) as error:
             raise DeltaError(
                 f"{folder} is no checkpoint to resume from: its {TRAINER_STATE_NAME} is missing or "
                 f"damaged ({error}). It was not written to its end, or is "
-                + (
-                    "a delta alone: load_delta(model, folder)"
-                    if delta
-                    else "a model alone: pass it"
-                )
-                + ", and start a new run."
+                f"{'a delta alone: call load_delta' if delta else 'a model alone: pass it'}, and "
+                "start a new run."
             ) from error
-        if not (folder / OPTIMIZER_NAME).is_file():  # of save_only_model, or the launcher's own
-            return
-        trained = self._trainer._trained.values()
+        file = folder / OPTIMIZER_NAME
+        if not file.is_file():  # of save_only_model, or the launcher's own
+            return {}
         try:
-            state = torch.load(
-                folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True
-            )
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, EOFError, RuntimeError, ValueError) as error:
-            raise DeltaError(f"{folder / OPTIMIZER_NAME} is damaged: {error!s:.200}") from error
-        if "layerwise" in str(self._trainer.args.optim):
-            return  # which keeps its states elsewhere
+            raise DeltaError(f"{file} is damaged: {error!s:.200}") from error
+
+    def _check_optimizer(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Whether a whole model's checkpoint has the optimizer of what trains here."""
+        trainer = self._trainer
         held = sum(len(group["params"]) for group in state.get("param_groups", ()))
+        if not held or "layerwise" in str(trainer.args.optim):  # which has states of its own
+            return
         moments = Counter(
             tuple(values["exp_avg"].shape)
             for values in state.get("state", {}).values()
             if isinstance(values, dict) and isinstance(values.get("exp_avg"), Tensor)
         )
-        others = moments - Counter(tuple(shape(parameter)) for parameter in trained)
-        if held not in (0, len(trained)) or others:
-            raise DeltaError(
-                f"{folder / OPTIMIZER_NAME} holds the state of {held} tensors, "
-                f"{self._trainer.selection} trains {len(trained)}"
-                + (f", none of shape {[*next(iter(others))]}" if others else "")
-                + ": it is of a run that trained something else. Nothing was loaded. Resume it "
-                "with the selection that wrote it, or start a new run from its weights."
+        others = moments - Counter(tuple(shape(p)) for p in trainer._trained.values())
+        if held != len(trainer._trained) or others:
+            raise CheckpointError(
+                f"{folder / OPTIMIZER_NAME} holds the state of {held} tensors"
+                + (f", one of them of shape {[*next(iter(others))]}" if others else "")
+                + f"; {trainer.selection} trains {len(trainer._trained)} others. It is of a run "
+                "that trained something else. Nothing was loaded. Resume it with the selection "
+                "that wrote it, or start a new run from its weights: pass the folder as the model."
             )
 
 

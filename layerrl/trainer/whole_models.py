@@ -16,7 +16,7 @@ from transformers.utils import (
 )
 
 from layerrl.blocks import plain_name, unwrap
-from layerrl.delta import checkpoint_form, put_tensors
+from layerrl.delta import checkpoint_form
 from layerrl.errors import DeltaError, FrozenTensorError
 from layerrl.masking import fingerprints, frozen_tensors
 
@@ -29,22 +29,28 @@ if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
 
-def load_whole_model(model: nn.Module, folder: Path, selection: LayerSelection) -> None:
-    """Take the trained tensors of a whole model, if everything else in it is as in this one.
+class CheckpointError(DeltaError, FrozenTensorError):
+    """A whole model's checkpoint of another run: with it, frozen tensors would have changed."""
+
+
+def trained_tensors(model: nn.Module, folder: Path, selection: LayerSelection) -> dict[str, Tensor]:
+    """The trained tensors of a whole model, if everything else in it is as in this one.
 
     Args:
-        model: The run's. Only what the selection trains is overwritten, after the checks.
+        model: The run's. Not changed.
         folder: A checkpoint that has weights as `save_pretrained` writes them.
         selection: What trains.
 
+    Returns:
+        Name in a checkpoint to tensor, as `put_tensors` takes them.
+
     Raises:
+        CheckpointError: If a frozen tensor is another one than the model's.
         DeltaError: If there are no weights, they cannot be read, or those that train are missing or
             have other shapes.
-        FrozenTensorError: If a frozen tensor is another one than the model's.
     """
-    trained = selection.parameters(model)
     frozen = checkpoint_form(model, frozen_tensors(model, selection))
-    wanted = checkpoint_form(model, trained)
+    wanted = checkpoint_form(model, selection.parameters(model))
     other_names = _other_names(model)
     with ExitStack() as files, _readable(folder):
         stored = _stored(folder, files)
@@ -55,14 +61,14 @@ def load_whole_model(model: nn.Module, folder: Path, selection: LayerSelection) 
         ]
         if differ:
             shown = ", ".join(differ[:5]) + (", ..." if len(differ) > 5 else "")
-            raise FrozenTensorError(
+            raise CheckpointError(
                 f"{len(differ)} of {len(frozen)} frozen tensors are not this run's in the "
                 f"checkpoint {folder}: {shown}. It is another base's checkpoint, or of a run that "
                 f"trained more than {selection}. Nothing was loaded. Resume it with the base and "
                 "the selection that wrote it, or start a new run from its weights: pass the "
                 "folder as the model."
             )
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, tensor in wanted.items():
             if name not in stored:
                 raise DeltaError(
@@ -74,7 +80,7 @@ def load_whole_model(model: nn.Module, folder: Path, selection: LayerSelection) 
                     f"{name!r} has shape {list(tensors[name].shape)} in the checkpoint {folder}, "
                     f"and {list(tensor.shape)} in the model"
                 )
-        put_tensors(model, trained, tensors)
+        return tensors
 
 
 @contextmanager
