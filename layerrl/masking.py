@@ -94,11 +94,37 @@ def frozen_tensors(model: nn.Module, selection: LayerSelection) -> dict[str, Ten
         for name, parameter in base.named_parameters()
         if id(parameter) not in chosen
     }
-    for prefix, module in base.named_modules():
+    return frozen | dict(_persistent_buffers(model))
+
+
+def saved_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All that is saved with a model.
+
+    Args:
+        model: Any, wrapped or not.
+
+    Returns:
+        Plain name to parameter or persistent buffer, each once; and further names of shared ones,
+        to the first.
+    """
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    parameters = unwrap(model).named_parameters(remove_duplicate=False)
+    for name, tensor in (*parameters, *_persistent_buffers(model)):
+        name = plain_name(name)
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)], tensors[name] = name, tensor
+    return tensors, tied
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in unwrap(model).named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                frozen[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer
-    return frozen
+                yield plain_name(f"{prefix}.{name}" if prefix else name), buffer
 
 
 def check_frozen(model: nn.Module, selection: LayerSelection, recorded: Mapping[str, str]) -> None:

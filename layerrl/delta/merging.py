@@ -1,164 +1,258 @@
-"""A delta in its base: a whole model on disk, without one in memory."""
+"""Deltas in their base: a whole model on disk, without one in memory."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from layerrl.delta import check_base, check_model_type, new_folder, read_meta, read_tensor
-from layerrl.errors import DeltaError
+from layerrl.delta.checkpoint import (
+    INDEX,
+    Checkpoint,
+    compared,
+    described_model,
+    stored_names,
+    tensors_of,
+)
+from layerrl.delta.fitting import STAGES, check_base, check_model_type, origin, place_of
+from layerrl.delta.folder import Delta, new_folder
+from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
+from layerrl.delta.settings import computing_settings
+from layerrl.errors import DeltaError, SelectionError
+from layerrl.selection import LayerSelection
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Replaced:
+    """What takes the place of a tensor of the base."""
+
+    delta: Delta
+    name: str
+
+    def __call__(self) -> Tensor:
+        return self.delta.tensor(self.name)
 
 
 def merge_delta(
-    base: str | os.PathLike[str], path: str | os.PathLike[str], out: str | os.PathLike[str]
+    base: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    union: bool = False,
 ) -> Path:
     """Write the base with a delta in it: a whole model that plain transformers loads.
 
     Shards are copied as files and only the bytes of the delta's tensors are replaced, so memory
-    holds one tensor at a time and everything else stays bit for bit what it was.
+    holds one tensor at a time and everything else stays bit for bit what it was. Nothing outside
+    `out` is written.
 
     Args:
-        base: Folder of the base's safetensors checkpoint, or its hub id.
-        path: A delta's folder.
+        base: Folder of the base's safetensors checkpoint, or its hub id: then of the commit that
+            the delta was made from, if it knows that.
+        path: A delta's folder; or several, in the order in which they were trained on top of each
+            other.
         out: Folder to make. It is written under another name and renamed when complete.
+        union: The deltas were made side by side, from the same base, and train different tensors.
 
     Returns:
-        The folder: weights in the base's dtypes, with its config and tokenizer files.
+        The folder: weights in the base's dtypes with its config; the tokenizer, chat template and
+        generation config are those of the (last) delta where it has some, or else the base's.
 
     Raises:
-        DeltaError: If either input is missing or damaged, the base is not the one the delta was
-            made from or is quantised, or `out` exists or cannot be written. Nothing is left
-            half-written.
+        DeltaError: If an input is missing or damaged, the base is quantised, a delta was not made
+            from what is below it, two of a union train the same tensor, or `out` exists or cannot
+            be written. Nothing is left half-written.
     """
-    meta = read_meta(Path(path))
-    made_from = os.fspath(base) == meta["base_model"]
-    folder = _checkpoint_folder(base, meta["base_revision"] if made_from else None)
-    config = _json_object(folder / "config.json")
-    check_model_type(meta["model_type"], config.get("model_type"), path)
+    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    deltas = [Delta.read(each) for each in paths]
+    if not deltas:
+        raise DeltaError("no delta was given to merge: expected a folder or several")
+    folder = _checkpoint_folder(base, deltas[0])
+    checkpoint = Checkpoint(folder)
+    for delta in deltas:
+        check_model_type(delta, checkpoint.config.get("model_type"))
+    _refuse_quantised(base, checkpoint.config)
+    model = described_model(folder)
+    config: Any = checkpoint.config if model is None else model.config
+    settings = computing_settings(config)
+    above: dict[str, _Replaced] = {}
+    for index, delta in enumerate(deltas):
+        stored = stored_names(checkpoint, delta.base, model)
+        own = _replaced(base, delta, stored)
+        _check_selection(delta, checkpoint, model, stored, set(own))
+        if union and (twice := sorted({*own} & {*above})):
+            raise DeltaError(
+                f"{twice[0]!r} is replaced by both {above[twice[0]].delta.path} and {delta.path} "
+                f"({len(twice)} tensors): a union takes deltas of different layers. If one was "
+                "trained on top of the other, merge them in that order without union=True."
+            )
+        found = compared(checkpoint, delta.base, stored, {} if union else above)
+        check_base(delta, found, config=settings, hint=_hint(deltas, index, union=union))
+        above |= own
+    _warn_of_rounding(checkpoint, above, out)
+    _warn_of_other_files(deltas, union=union)
+    _write(checkpoint, above, deltas, Path(out))
+    return Path(out)
+
+
+def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str, _Replaced]:
+    """Name in the checkpoint to what a delta puts there; every one of its tensors is read once."""
+    for name in delta.fingerprints:
+        delta.tensor(name)
+    there = {*stored.values()}
+    absent = [name for name in delta.fingerprints if name not in there]
+    if absent:
+        raise DeltaError(
+            f"the base {base} has no tensor {absent[0]!r}, which the delta at {delta.path} replaces "
+            f"({len(absent)} of {len(delta.fingerprints)} are missing). Is it the model it was made "
+            "from?"
+        )
+    return {
+        name: _Replaced(delta=delta, name=recorded)
+        for name, recorded in stored.items()
+        if recorded in delta.fingerprints
+    }
+
+
+def _check_selection(
+    delta: Delta,
+    checkpoint: Checkpoint,
+    model: nn.Module | None,
+    stored: Mapping[str, str],
+    own: set[str],
+) -> None:
+    """A delta's tensors must be exactly those of its selection, and its record complete."""
+    if model is None:
+        trained, known = _in_selected_layers(delta.selection, own), {*stored}
+    else:
+        try:
+            trained, known = tensors_of(delta.selection, model, checkpoint.shards_of)
+        except SelectionError as error:
+            raise DeltaError(f"the delta at {delta.path} does not fit the base: {error}") from error
+    if trained != own:
+        wrong = sorted(own - trained) or sorted(trained - own)
+        raise DeltaError(
+            f"the delta at {delta.path} trained {delta.selection}, but "
+            f"{'replaces' if own - trained else 'does not replace'} {wrong[0]!r} ({len(wrong)} such "
+            "tensors): its tensors are not those of its selection. It was damaged, or not written "
+            "by save_delta."
+        )
+    if delta.version > 1 and (unknown := sorted(known - {*stored})):
+        raise DeltaError(
+            f"the base has {len(unknown)} tensors that the base of the delta at {delta.path} had "
+            f"not, such as {unknown[0]!r}. Its base is {origin(delta)}."
+        )
+
+
+def _in_selected_layers(selection: LayerSelection, own: set[str]) -> set[str]:
+    """What can be told from names alone, of a model whose code is not in transformers."""
+    if selection.full:
+        return own
+    inside = {name: place for name in own if (place := place_of(name)) is not None}
+    path = Counter(path for path, _ in inside.values()).most_common(1)
+    return {
+        name for name, (p, k) in inside.items() if p == path[0][0] and k in selection.layers
+    }
+
+
+def _hint(deltas: list[Delta], index: int, *, union: bool) -> str:
+    """What to do about a delta that was not made from what is below it."""
+    delta, others = deltas[index], [d for d in deltas if d is not deltas[index]]
+    if delta.base_digest is None:
+        return STAGES
+    for other in others:
+        if other.result_digest == delta.base_digest:
+            return (
+                f" The delta at {delta.path} was made on top of the one at {other.path}: "
+                + ("merge them in that order, without union=True." if union else "give that first.")
+            )
+    if not union and any(other.base_digest == delta.base_digest for other in deltas[:index]):
+        return (
+            " The deltas were made side by side, from the same base: union=True merges those of "
+            "different layers."
+        )
+    if index:
+        return f" A stage between {deltas[index - 1].path} and {delta.path} is missing." + STAGES
+    return STAGES
+
+
+def _refuse_quantised(base: object, config: Mapping[str, Any]) -> None:
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise DeltaError(
             f"the base {base} is quantised ({method}), expected the full-precision model that it "
             "was made from: merge into that one, and quantise the result if you need to."
         )
-    shard_of = _shard_of(folder)
-    if absent := sorted(set(meta["tensors"]) - set(shard_of)):
-        raise DeltaError(
-            f"the base {base} has no tensor {absent[0]!r}, which the delta at {path} replaces "
-            f"({len(absent)} of {len(meta['tensors'])} are missing). Is it the model it was made "
-            "from?"
-        )
+
+
+def _warn_of_rounding(
+    checkpoint: Checkpoint, above: Mapping[str, _Replaced], out: object
+) -> None:
     lost = trained = 0
-    for name in meta["tensors"]:
-        tensor = read_tensor(Path(path), name, meta)
+    for name, before in checkpoint.tensors(only=above):
+        tensor = above[name]()
         trained += tensor.numel()
-        with _readable(folder / shard_of[name]) as shard:
-            replaced = shard.get_tensor(name)
-        check_base(name, replaced, meta, path)
-        if tensor.dtype != replaced.dtype:
-            lost += int(((tensor.to(replaced.dtype) == replaced) & (tensor != replaced)).sum())
+        if tensor.dtype != before.dtype:
+            lost += int(((tensor.to(before.dtype) == before) & (tensor != before)).sum())
     if lost:
         warnings.warn(
             f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "
             f"can hold: in {out} they are as before training. Merge onto a float32 copy of the "
             "base to keep them.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    kept = {*shard_of.values()}
-    if _SINGLE not in kept:
-        kept.add(_INDEX)
+
+
+def _warn_of_other_files(deltas: list[Delta], *, union: bool) -> None:
+    having = [delta for delta in deltas if delta.files]
+    if union and any(delta.files != having[-1].files for delta in having):
+        warnings.warn(
+            "the deltas of this union hold different tokenizer or generation files: those of "
+            f"{having[-1].path} are taken.",
+            stacklevel=3,
+        )
+
+
+def _write(
+    checkpoint: Checkpoint, above: Mapping[str, _Replaced], deltas: list[Delta], out: Path
+) -> None:
+    last = next((delta for delta in reversed(deltas) if delta.files), deltas[-1])
+    left_out = replaced_by(last.files) | {INDEX, "delta.json"}
+    if (checkpoint.folder / "delta.json").exists():
+        left_out.add("README.md")  # is about that delta
     with new_folder(out) as made:
-        for file in sorted(folder.iterdir()):
-            weights = file.suffix in _OTHER_WEIGHTS or ".safetensors" in file.name
-            if file.is_file() and (file.name in kept or not weights):
+        for file in sorted(checkpoint.folder.iterdir()):
+            weights = file.suffix in WEIGHTS or ".safetensors" in file.name
+            if file.is_file() and not weights and file.name not in left_out:
                 shutil.copyfile(file, made / file.name)
-        if (folder / "additional_chat_templates").is_dir():
-            shutil.copytree(
-                folder / "additional_chat_templates", made / "additional_chat_templates"
-            )
-        for name in meta["tensors"]:
-            tensor = read_tensor(Path(path), name, meta)
-            _replace_bytes(made / shard_of[name], name, tensor)
-    return Path(out)
+        templates = checkpoint.folder / TEMPLATES
+        if templates.is_dir() and TEMPLATES not in left_out:
+            shutil.copytree(templates, made / TEMPLATES)
+        copy_processing(last.path, last.files, made)
+        checkpoint.copy_to(made)
+        for name, tensor in above.items():
+            checkpoint.replace_in(made, name, tensor())
 
 
-def _checkpoint_folder(base: str | os.PathLike[str], revision: str | None) -> Path:
+def _checkpoint_folder(base: str | os.PathLike[str], delta: Delta) -> Path:
     folder = Path(base)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
+    revision = delta.base.revision if os.fspath(base) == delta.base.name else None
     try:
-        patterns = ["*.safetensors", _INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+        patterns = ["*.safetensors", INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
         return Path(snapshot_download(os.fspath(base), revision=revision, allow_patterns=patterns))
     except Exception as error:  # whatever the hub client raises, the sentence is the same
+        at = f" at commit {revision}, which the delta was made from," if revision else ""
         raise DeltaError(
-            f"base {os.fspath(base)!r} is no folder here and no model the hub gives: {error}"
+            f"base {os.fspath(base)!r}{at} is no folder here and no model the hub gives: {error}"
         ) from error
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise DeltaError(f"no transformers model at {file.parent}: {file.name}: {error}") from error
-    if not isinstance(data, dict):
-        raise DeltaError(f"{file} is damaged: expected a JSON object, got {data!r:.80}")
-    return data
-
-
-def _shard_of(folder: Path) -> dict[str, str]:
-    """Tensor name to the file of a checkpoint that holds it; the single file first, as upstream."""
-    if (folder / _SINGLE).is_file():
-        with _readable(folder / _SINGLE) as shard:
-            return dict.fromkeys(shard.keys(), _SINGLE)
-    if not (folder / _INDEX).is_file():
-        raise DeltaError(
-            f"no safetensors checkpoint at {folder}: neither {_INDEX} nor {_SINGLE}. Write one "
-            "with model.save_pretrained(...); pickled and GGUF weights are not read."
-        )
-    shard_of = _json_object(folder / _INDEX).get("weight_map")
-    if not isinstance(shard_of, dict):
-        raise DeltaError(f"{folder / _INDEX} is damaged: it has no weight_map")
-    for file in sorted(set(shard_of.values())):
-        with _readable(folder / file):
-            pass
-    return shard_of
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            yield shard
-    except (OSError, SafetensorError) as error:
-        raise DeltaError(f"the base's {file} is missing or damaged: {error}") from error
-
-
-def _replace_bytes(file: Path, name: str, tensor: Tensor) -> None:
-    """Overwrite one tensor in a safetensors file, in the dtype it has there."""
-    with safe_open(file, framework="pt") as shard:
-        dtype = shard.get_tensor(name).dtype
-    with file.open("r+b") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        begin, end = json.loads(stream.read(header_size))[name]["data_offsets"]
-        data = tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        if len(data) != end - begin:
-            raise DeltaError(
-                f"{name!r} takes {len(data)} bytes, {file.name} has {end - begin} for it"
-            )
-        stream.seek(8 + header_size + begin)
-        stream.write(data)

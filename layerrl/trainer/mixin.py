@@ -411,7 +411,13 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 "that a delta could hold"
             )
         return save_delta(
-            self.model, path, selection=self.selection, base=self._base, is_main_process=writes
+            self.model,
+            path,
+            selection=self.selection,
+            base=self._base,
+            processing_class=getattr(self, "processing_class", None),
+            is_main_process=writes,
+            check_frozen=False,  # the caller has
         )
 
     def check_frozen(self) -> None:

@@ -1,0 +1,276 @@
+"""A model's safetensors checkpoint on disk: where each tensor lies, what it is, a copy to write to.
+
+Paths in an index are data: nothing outside the folder that is being made is opened for writing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from layerrl.delta.fitting import Comparison
+from layerrl.errors import DeltaError
+from layerrl.masking import saved_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from layerrl.delta.record import DeltaBase
+    from layerrl.selection import LayerSelection
+
+INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Checkpoint:
+    """The weights of a checkpoint folder, found once.
+
+    Raises:
+        DeltaError: If the folder holds no such checkpoint, or a shard or the index is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = json_object(folder / "config.json")
+        self.sources: dict[str, Path] = {}
+        """Name inside a copy of the folder to the file with these tensors."""
+        self._index: dict[str, Any] | None = None
+        weight_map: dict[str, str] = {}
+        if (folder / _SINGLE).is_file():  # first, as upstream
+            self.sources[_SINGLE] = folder / _SINGLE
+        elif (folder / INDEX).is_file():
+            self._index = json_object(folder / INDEX)
+            weight_map = self._read_index(self._index.get("weight_map"))
+        else:
+            raise DeltaError(
+                f"no safetensors checkpoint at {folder}: neither {INDEX} nor {_SINGLE}. Write one "
+                "with model.save_pretrained(...); pickled and GGUF weights are not read."
+            )
+        self.shards_of: dict[str, list[str]] = {}
+        """Tensor to the shards that hold it, usually one."""
+        for shard, source in self.sources.items():
+            with readable(source) as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    self.shards_of.setdefault(name, []).append(shard)
+        for name, shard in weight_map.items():
+            if shard not in self.shards_of.get(name, ()):
+                raise DeltaError(
+                    f"{folder / INDEX} is damaged: {self.sources[shard]} holds no {name!r}"
+                )
+
+    def _read_index(self, weight_map: object) -> dict[str, str]:
+        """Give every shard a name inside the folder, wherever it lies."""
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise DeltaError(f"{self.folder / INDEX} is damaged: it has no weight_map")
+        inside: dict[object, str] = {}
+        for entry in dict.fromkeys(map(str, weight_map.values())):
+            if plain := _plain(entry):
+                inside[entry] = plain
+                self.sources[plain] = self.folder / plain
+        for name, entry in weight_map.items():
+            if entry in inside:
+                continue
+            if not isinstance(entry, str) or not entry.endswith(".safetensors") or "\0" in entry:
+                raise DeltaError(
+                    f"{self.folder / INDEX} is damaged: {name!r} lies in {entry!r}, expected the "
+                    "name of a .safetensors file"
+                )
+            source = (self.folder / entry).resolve()
+            known = [shard for shard, file in self.sources.items() if file.resolve() == source]
+            shard, number = source.name, 1
+            while not known and shard.lower() in {name.lower() for name in self.sources}:
+                shard, number = f"{source.stem}-{number}.safetensors", number + 1
+            inside[entry] = known[0] if known else shard
+            self.sources.setdefault(inside[entry], source)
+        return {name: inside[entry] for name, entry in weight_map.items()}
+
+    def tensors(self, *, only: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Some tensors, one at a time; several times where several shards hold it."""
+        for source in self.sources.values():
+            with readable(source) as opened:
+                for name in [name for name in opened.keys() if name in only]:  # noqa: SIM118
+                    yield name, opened.get_tensor(name)
+
+    def copy_to(self, made: Path) -> None:
+        """Copy the shards, and an index that names the copies."""
+        for shard, source in self.sources.items():
+            (made / shard).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, made / shard)
+        if self._index is not None:
+            names = {
+                name: shards[0] if entry not in shards else entry
+                for name, entry in self._index["weight_map"].items()
+                for shards in [self.shards_of[name]]
+            }
+            if names == self._index["weight_map"]:
+                shutil.copyfile(self.folder / INDEX, made / INDEX)
+            else:
+                index = {**self._index, "weight_map": names}
+                (made / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def replace_in(self, made: Path, name: str, tensor: Tensor) -> None:
+        """Overwrite a tensor in a copy, wherever it holds it, in the dtype that it has there."""
+        for shard in self.shards_of[name]:
+            _replace_bytes(made / shard, name, tensor)
+
+
+def _plain(entry: str) -> str | None:
+    """The normal form of a path that goes down from its folder; None for any other."""
+    path = PurePosixPath(entry)
+    goes_down = not path.is_absolute() and path.parts and ".." not in path.parts
+    usable = "\0" not in entry and "\\" not in entry and entry.endswith(".safetensors")
+    return str(path) if goes_down and usable else None
+
+
+def stored_names(
+    checkpoint: Checkpoint, base: DeltaBase, model: nn.Module | None
+) -> dict[str, str]:
+    """The tensors of a checkpoint that a record knows.
+
+    A tensor that the model shares may lie in a checkpoint under any of its names, or several.
+    Checkpoints of the model without its head leave out the prefix of the model inside.
+
+    Args:
+        checkpoint: Any.
+        base: The record.
+        model: The model that the checkpoint describes, if that is known.
+
+    Returns:
+        Name in the checkpoint to the recorded one.
+    """
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    recorded = {name: name for name in base.fingerprints} | base.tied
+    bare = not any(name.startswith(prefix) for name in checkpoint.shards_of)
+    found: dict[str, str] = {}
+    for name in checkpoint.shards_of:
+        known = recorded.get(name)
+        if known is None:
+            known = recorded.get(prefix + name if bare else name.removeprefix(prefix))
+        if known is not None:
+            found[name] = known
+    return found
+
+
+def compared(
+    checkpoint: Checkpoint,
+    base: DeltaBase,
+    stored: Mapping[str, str],
+    above: Mapping[str, Callable[[], Tensor]],
+) -> Comparison:
+    """Compare a checkpoint with a record, tensor by tensor.
+
+    Args:
+        checkpoint: Any.
+        base: The record.
+        stored: As `stored_names` gives it.
+        above: Name in the checkpoint to what a delta puts in its place: it counts as it is, or as
+            the checkpoint's dtype rounds it.
+
+    Returns:
+        What differs.
+    """
+    found = Comparison(base)
+    for name, tensor in checkpoint.tensors(only=stored):
+        new = above[name]() if name in above else None
+        found.add(stored[name], *([tensor] if new is None else [new, new.to(tensor.dtype)]))
+    return found
+
+
+def described_model(folder: Path) -> nn.Module | None:
+    """The model that a folder's config describes, on `meta`; None where transformers has none."""
+    from transformers import AutoConfig
+
+    from layerrl.blocks import meta_model
+
+    try:
+        return meta_model(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception:  # code of the model's own, or a version that does not know it
+        return None
+
+
+def loaded_as(model: Any, names: Mapping[str, Any]) -> dict[str, str]:  # noqa: ANN401
+    """What transformers makes of a checkpoint's tensors.
+
+    Args:
+        model: The model that it is loaded into; `meta` will do.
+        names: The checkpoint's.
+
+    Returns:
+        Name in the checkpoint to the tensor in the model that it is, or is a part of. Without those
+        that the model ignores.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    state, prefix = model.state_dict(), model.base_model_prefix
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found: dict[str, str] = {}
+    for name in sorted(names, key=dot_natural_key):
+        loaded, _ = rename_source_key(name, renamings, converters, prefix, state)
+        if loaded not in state and name in state:
+            loaded, _ = rename_source_key(name, [], [], prefix, state)
+        if loaded in state:
+            found[name] = loaded
+    return found
+
+
+def tensors_of(
+    selection: LayerSelection, model: nn.Module, names: Mapping[str, Any]
+) -> tuple[set[str], set[str]]:
+    """Which tensors of a checkpoint a selection trains, and which the model reads at all."""
+    loaded = loaded_as(model, names)
+    _, tied = saved_tensors(model)
+    trained = selection.parameters(model)
+    return {n for n, name in loaded.items() if tied.get(name, name) in trained}, {*loaded}
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """What a JSON file of a model holds."""
+    try:
+        data = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DeltaError(f"no transformers model at {file.parent}: {file.name}: {error}") from error
+    if not isinstance(data, dict):
+        raise DeltaError(f"{file} is damaged: expected a JSON object, got {data!r:.80}")
+    return data
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[Any]:
+    """A base's safetensors file, open."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, DeltaError):
+            raise
+        raise DeltaError(f"the base's {file} is missing or damaged: {error}") from error
+
+
+def _replace_bytes(file: Path, name: str, tensor: Tensor) -> None:
+    with safe_open(file, framework="pt") as shard:
+        dtype = shard.get_tensor(name).dtype
+    with file.open("r+b") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        begin, end = json.loads(stream.read(header_size))[name]["data_offsets"]
+        data = tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        if len(data) != end - begin:
+            raise DeltaError(
+                f"{name!r} takes {len(data)} bytes, {file.name} has {end - begin} for it"
+            )
+        stream.seek(8 + header_size + begin)
+        stream.write(data)

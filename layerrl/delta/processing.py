@@ -1,0 +1,136 @@
+"""The tokenizer or processor, its chat template and the generation settings of a run, in its delta."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from layerrl.blocks import unwrap
+from layerrl.delta.record import vocabulary
+from layerrl.errors import DeltaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import nn
+
+WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".ckpt")
+}
+_NEVER = {"config.json", "delta.json", "readme.md", "model.safetensors.index.json"}
+_GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"
+# What some tokenizer class writes: a base's own goes where a run had another tokenizer.
+_TOKENIZER = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json"),
+    *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", TEMPLATES),
+}
+
+
+def refuse_misfit(processing_class: Any, model: nn.Module) -> None:  # noqa: ANN401
+    """A tokenizer must not give ids that the model has no embedding for.
+
+    Args:
+        processing_class: A tokenizer, or a processor with one; others pass.
+        model: Any.
+
+    Raises:
+        DeltaError: If it does, with the tokens.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    rows, ids = vocabulary(model), getattr(tokenizer, "get_vocab", dict)()
+    unknown = sorted(
+        (index, token) for token, index in ids.items() if rows is not None and index >= rows
+    )
+    if unknown:
+        tokens = ", ".join(f"{token!r} ({index})" for index, token in unknown[:5])
+        raise DeltaError(
+            f"{len(unknown)} tokens of the {type(tokenizer).__name__} have ids beyond the model's "
+            f"vocabulary of {rows} rows: {tokens}{', ...' if len(unknown) > 5 else ''}. Resize the "
+            "embeddings before the trainer is made, save that model as the base, or take the "
+            "tokenizer that belongs to the model."
+        )
+
+
+def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> None:  # noqa: ANN401
+    """Write a tokenizer or processor, and the model's generation settings.
+
+    Args:
+        processing_class: Anything with `save_pretrained`.
+        model: The model that it was used with.
+        folder: Where to.
+
+    Raises:
+        DeltaError: If the tokenizer does not fit the model.
+    """
+    if not callable(getattr(processing_class, "save_pretrained", None)):
+        raise DeltaError(
+            f"processing_class is {processing_class!r:.80}, expected a tokenizer or processor with "
+            "save_pretrained"
+        )
+    refuse_misfit(processing_class, model)
+    processing_class.save_pretrained(folder)
+    settings = getattr(unwrap(model), "generation_config", None)
+    if settings is not None:
+        settings.to_json_file(folder / _GENERATION)  # save_pretrained refuses what generate takes
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """Every file in a folder that is neither a delta's nor a model's, with its SHA-256."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: _sha256(path) for name, path in names.items() if not _is_refused(name)}
+
+
+def refuse_file_name(name: str) -> None:
+    """A name in a description must be that of a file inside the folder, and of no model's.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if _is_refused(name):
+        raise ValueError(f"{name!r} is no file of a tokenizer, processor or generation config")
+
+
+def _is_refused(name: str) -> bool:
+    path = PurePosixPath(name)
+    odd = "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts
+    weights = any(suffix.lower() in WEIGHTS for suffix in path.suffixes)
+    return odd or not path.parts or str(path) != name or weights or path.name.lower() in _NEVER
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def replaced_by(files: Iterable[str]) -> set[str]:
+    """What of a base these files stand in for."""
+    names = {PurePosixPath(file).parts[0] for file in files}
+    return names | (_TOKENIZER if names & _TOKENIZER else set())
+
+
+def copy_processing(source: Path, files: Mapping[str, str], made: Path) -> None:
+    """Copy a delta's files into a merged folder.
+
+    Args:
+        source: The delta's folder.
+        files: Name to SHA-256.
+        made: Where to.
+
+    Raises:
+        DeltaError: If one is missing or was changed.
+    """
+    for name, sum_then in files.items():
+        if not (source / name).is_file():
+            raise DeltaError(f"{source / name} is missing, which was written with the delta")
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, made / name)
+        if _sha256(made / name) != sum_then:
+            raise DeltaError(
+                f"{source / name} was changed after it was written: checksum differs. Change it in "
+                "the merged folder instead."
+            )

@@ -1,0 +1,230 @@
+"""The record of a whole base: every tensor, the vocabulary, what its config computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerrl.blocks import unwrap
+from layerrl.delta.fitting import is_packed
+from layerrl.delta.origin import commit_of
+from layerrl.delta.settings import computing_settings
+from layerrl.masking import fingerprints, saved_tensors
+from layerrl.shards import is_sharded, shape, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from layerrl.selection import LayerSelection
+
+_IN_LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaBase:
+    """The whole model that a delta will be applied to, taken before training."""
+
+    name: str | None
+    """Hub id or folder that the base came from, where its config says so."""
+    revision: str | None
+    """Commit of that hub id, where the files in the cache say so."""
+    model_type: str | None
+    """The config's architecture, `"llama"`."""
+    trained: tuple[str, ...]
+    """Checkpoint names of the tensors that the delta replaces."""
+    dtypes: dict[str, str]
+    """Checkpoint name to dtype of every tensor, trained and frozen, persistent buffers included."""
+    shapes: dict[str, list[int]]
+    """Checkpoint name to shape of each of them."""
+    fingerprints: dict[str, str]
+    """Checkpoint name to fingerprint of each of them."""
+    tied: dict[str, str]
+    """Further names of shared tensors, to the name that is recorded above."""
+    quantised: tuple[str, ...]
+    """Those of them that were packed by a quantisation."""
+    vocabulary: int | None
+    """Rows of the input embedding."""
+    config: dict[str, Any] | None
+    """Settings of the config that change what it computes; None: a model without one."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        selection: LayerSelection,
+        *,
+        frozen: Mapping[str, str] | None = None,
+    ) -> DeltaBase:
+        """Record a model as it is now: call it before training.
+
+        Args:
+            model: The model that will be trained. Not changed. Collective: call on every rank where
+                it is sharded.
+            selection: What will train.
+            frozen: `fingerprints(frozen_tensors(model, selection))` of this moment, if you have
+                them: these tensors are not read again, unless their form on disk differs.
+
+        Returns:
+            The record that `save_delta` takes as `base`.
+        """
+        trained = {id(parameter) for parameter in selection.parameters(model).values()}
+        tensors, tied = saved_tensors(model)
+        replaced: list[str] = []
+        dtypes, shapes, marks, packed = {}, {}, {}, []
+        for source, form in in_checkpoint_form(model, tensors):
+            for name, tensor in form.items():
+                dtypes[name] = dtype_name(tensor)
+                shapes[name] = list(tensor.shape)
+            if any(id(tensors[name]) in trained for name in source):
+                replaced += form
+            packed += [name for name in form if any(is_packed(tensors[n]) for n in source)]
+            # What shards hold has fingerprints of their own, and what is converted is other bits.
+            known = None
+            if len(source) == 1 and not is_sharded(tensors[source[0]]):
+                [mine] = source
+                if all(tensor is tensors[mine] for tensor in form.values()):
+                    known = (frozen or {}).get(mine)
+            marks |= dict.fromkeys(form, known) if known else fingerprints(form)
+        config = getattr(unwrap(model), "config", None)
+        record = cls(
+            name=getattr(config, "_name_or_path", None) or None,
+            revision=getattr(config, "_commit_hash", None),
+            model_type=model_type(model),
+            trained=tuple(replaced),
+            dtypes=dtypes,
+            shapes=shapes,
+            fingerprints=marks,
+            tied=checkpoint_names(model, tensors, tied),
+            quantised=tuple(packed),
+            vocabulary=vocabulary(model),
+            config=None if config is None else computing_settings(config),
+        )
+        if record.name is None or record.revision is not None:
+            return record
+        return replace(record, revision=commit_of(record))
+
+    @property
+    def digest(self) -> str:
+        """One number for all tensors: that of a delta's base and of its result tell a stack."""
+        return digest_of(self.fingerprints)
+
+    def stored_under(self, name: str) -> tuple[str, ...]:
+        """All names that a recorded tensor may have in a checkpoint."""
+        return (name, *(alias for alias, first in self.tied.items() if first == name))
+
+    def as_json(self) -> dict[str, Any]:
+        """What `delta.json` holds of it beside the trained tensors."""
+        return {
+            "digest": self.digest,
+            "vocabulary": self.vocabulary,
+            "config": self.config,
+            "tied": self.tied,
+            "quantised": list(self.quantised),
+            "frozen": {
+                name: {
+                    "dtype": self.dtypes[name],
+                    "shape": self.shapes[name],
+                    "fingerprint": self.fingerprints[name],
+                }
+                for name in self.fingerprints
+                if name not in set(self.trained)
+            },
+        }
+
+
+def digest_of(marks: Mapping[str, str]) -> str:
+    """A SHA-256 of all fingerprints of a model."""
+    return hashlib.sha256(json.dumps(dict(sorted(marks.items()))).encode()).hexdigest()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """`"bfloat16"`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def model_type(model: nn.Module) -> str | None:
+    """The architecture that a model's config names."""
+    return getattr(getattr(unwrap(model), "config", None), "model_type", None)
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Rows of the input embedding; None where there is none."""
+    try:
+        weight = unwrap(model).get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+        return shape(weight)[0]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def in_checkpoint_form(
+    model: nn.Module, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Tensors as a checkpoint would hold them, a few at a time.
+
+    Most are only named otherwise, if at all. Others are converted (fused experts are split), layer
+    by layer, so that shards are gathered, and copies made, of one layer at a time.
+
+    Args:
+        model: Theirs. Collective where it is sharded.
+        tensors: Plain name to tensor.
+
+    Yields:
+        Plain names, and the full tensors made of these by their names in a checkpoint.
+    """
+    empty = stand_ins(tensors)
+    form = _checkpoint_form(model, empty)
+    same = {id(tensor): name for name, tensor in empty.items()}
+    renamed = {same[id(tensor)]: name for name, tensor in form.items() if id(tensor) in same}
+    groups: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if name in renamed:
+            yield (name,), {renamed[name]: whole(tensor).detach() if is_sharded(tensor) else tensor}
+        else:
+            inside = _IN_LAYER.match(name)
+            groups.setdefault(inside[1] if inside else name, []).append(name)
+    made = {name for name in form if name not in set(renamed.values())}
+    parts = [[empty[name] for name in group] for group in groups.values()]
+    alone = [
+        set(_checkpoint_form(model, dict(zip(group, part, strict=True))))
+        for group, part in zip(groups.values(), parts, strict=True)
+    ]
+    if alone and (set().union(*alone) != made or sum(map(len, alone)) != len(made)):
+        groups = {"": [name for group in groups.values() for name in group]}
+    for group in groups.values():
+        full = {name: whole(tensors[name]).detach() for name in group}
+        yield tuple(group), _checkpoint_form(model, full)
+
+
+def checkpoint_names(
+    model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> dict[str, str]:
+    """Further names of shared tensors in a checkpoint, to the first name there."""
+    if not tied:
+        return {}
+    pairs: dict[str, str] = {}
+    for alias, first in tied.items():
+        for name in (alias, first):
+            form = list(_checkpoint_form(model, stand_ins({name: tensors[first]})))
+            pairs[name] = form[0] if len(form) == 1 else name
+    return {pairs[alias]: pairs[first] for alias, first in tied.items()}
+
+
+def stand_ins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Full tensors on `meta` in the place of others."""
+    return {
+        name: torch.empty(shape(tensor), dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
+
+
+def _checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from layerrl import delta  # which imports this module
+
+    return delta.checkpoint_form(model, tensors)

@@ -1,0 +1,65 @@
+"""Which settings of a model's config make it compute otherwise."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# Names, dtypes, how a model is trained or generates: none of them changes what a pass computes.
+_NO_COMPUTATION = re.compile(
+    r"_.*|architectures|auto_map|(torch_)?dtype|transformers_version|name_or_path|tokenizer_class"
+    r"|use_cache|gradient_checkpointing|torchscript|return_dict.*|output_.*|prefix|num_labels"
+    r"|id2label|label2id|problem_type|finetuning_task|task_specific_params|quantization_config"
+    r"|compression_config|distributed_config|(attn|experts)_implementation|initializer_.*|init_.*"
+    r"|(pad|bos|eos|sep|cls|unk|decoder_start|forced_\w+)_token_id"
+    r"|.*(dropout|drop_path|drop_rate|_pdrop|layerdrop|jitter|loss).*|chunk_size_feed_forward"
+)
+
+
+def computing_settings(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Settings of a config that change what its model computes.
+
+    Args:
+        config: A transformers config, or what its JSON file holds.
+
+    Returns:
+        Key to value as in JSON, with nested configs.
+    """
+    values = config if isinstance(config, dict) else config.to_dict()
+    return _kept(json.loads(json.dumps(values, default=str)))
+
+
+def _kept(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _kept(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if not _NO_COMPUTATION.fullmatch(key)
+    }
+
+
+def differing_settings(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that two configs both have, with other values.
+
+    A key that one of them lacks belongs to another version of transformers. Inside of a setting
+    that is a dict itself (rope), a key that is left out counts as None.
+
+    Returns:
+        Dotted name of a setting to what it is and was.
+    """
+    return dict(_differing(now, recorded, "", lenient=True))
+
+
+def _differing(
+    now: Mapping[str, Any], then: Mapping[str, Any], path: str, *, lenient: bool
+) -> Iterator[tuple[str, str]]:
+    for key in sorted({*now} & {*then} if lenient else {*now} | {*then}):
+        value, recorded = now.get(key), then.get(key)
+        if isinstance(value, dict) and isinstance(recorded, dict):
+            is_config = "model_type" in value and "model_type" in recorded
+            yield from _differing(value, recorded, f"{path}{key}.", lenient=is_config)
+        elif value != recorded:
+            yield f"{path}{key}", f"{path}{key} is {value!r}, was {recorded!r}"
