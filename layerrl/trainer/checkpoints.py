@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.trainer_pt_utils import remove_dummy_checkpoint
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from layerrl.delta import put_tensors, restore_delta
+from layerrl.delta import put_tensors, tensors_of_run
 from layerrl.delta.card import CARD, write_card
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints
@@ -294,15 +295,15 @@ class Checkpoints:
         delta = delta_in(folder)
         if delta is None and (trainer.selection.full or in_parts or quantised):
             return False
-        optimizer = self._state(folder, delta) if resumes and folder.is_dir() else {}
+        assert trainer._base is not None  # "auto" has chosen before anything is loaded
         if delta is None:
             tensors = trained_tensors(trainer.model, folder, trainer.selection)
-            self._check_optimizer(folder, optimizer)
-            put_tensors(trainer.model, trainer.selection.parameters(trainer.model), tensors)
-            return True
-        assert trainer._base is not None  # "auto" has chosen before anything is loaded
-        reference = self.reference(folder)
-        restore_delta(trainer.model, delta, selection=trainer.selection, base=trainer._base)
+        else:
+            tensors = tensors_of_run(delta, trainer.selection, trainer._base)
+        reference = {} if delta is None else self.reference(folder)
+        if resumes:
+            self._check_state(folder, of_delta=delta is not None)
+        put_tensors(trainer.model, trainer.selection.parameters(trainer.model), tensors)
         if reference:
             trainer.ref_model.load_tensors(reference)
         return True
@@ -314,11 +315,15 @@ class Checkpoints:
             folder: The checkpoint's.
 
         Raises:
-            DeltaError: If the launcher cannot load it, or its reference is missing or damaged.
+            DeltaError: If the launcher cannot load it, its delta is not of this run, or its
+                reference is missing or damaged.
         """
         trainer, delta = self._trainer, delta_in(folder)
         launchers.refuse_checkpoint(folder, trainer.accelerator, has_delta=delta is not None)
-        if delta is not None and (reference := self.reference(folder)):
+        if delta is None:
+            return
+        tensors_of_run(delta, trainer.selection, trainer._base)
+        if reference := self.reference(folder):
             trainer.ref_model.load_tensors(reference)
 
     def reference(self, folder: Path) -> dict[str, Tensor]:
@@ -376,24 +381,26 @@ class Checkpoints:
     def _has_reference(self) -> bool:
         return isinstance(getattr(self._trainer, "ref_model", None), ReferenceModel)
 
-    def _state(self, folder: Path, delta: Path | None) -> dict[str, Any]:
-        """The optimizer's state, if there is one; transformers reads it after the weights."""
+    def _check_state(self, folder: Path, *, of_delta: bool) -> None:
+        """What transformers would only find out after it has loaded the weights."""
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())
         except (OSError, ValueError) as error:
             raise DeltaError(
                 f"{folder} is no checkpoint to resume from: its {TRAINER_STATE_NAME} is missing or "
                 f"damaged ({error}). It was not written to its end, or is "
-                f"{'a delta alone: call load_delta' if delta else 'a model alone: pass it'}, and "
-                "start a new run."
+                f"{'a delta alone: call load_delta' if of_delta else 'a model alone: pass it'}, "
+                "and start a new run."
             ) from error
         file = folder / OPTIMIZER_NAME
         if not file.is_file():  # of save_only_model, or the launcher's own
-            return {}
+            return
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, EOFError, RuntimeError, ValueError) as error:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
             raise DeltaError(f"{file} is damaged: {error!s:.200}") from error
+        if not of_delta:
+            self._check_optimizer(folder, state)
 
     def _check_optimizer(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Whether a whole model's checkpoint has the optimizer of what trains here."""
