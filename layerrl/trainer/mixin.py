@@ -37,6 +37,7 @@ from layerrl.trainer.auto import AutoSelection
 from layerrl.trainer.callbacks import DeltaOnTop, FrozenCheck, SyncReference
 from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
 from layerrl.trainer.sync import WeightSync
+from layerrl.trainer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import os
@@ -177,6 +178,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         refuse_readers(given.get("callbacks") or (), checkpoint_format)
         if not full:
             arguments.refuse_announced_weights(type(self), selection, given, known)
+        vocabulary = Vocabulary(model, described, given.get("processing_class"))
         generates = hasattr(super(), "_generate_and_score_completions")
         reference = arguments.second_model(given, known, generates=generates)
         if reference == "ref_model":
@@ -205,6 +207,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self.add_callback(FrozenCheck(self.check_frozen))
         self.add_callback(DeltaOnTop(self._checkpoints))
         selection = select_layers(self.model, selection)
+        vocabulary.check(self.model, getattr(self, "processing_class", None), selection)
         if auto is not None:
             auto.check(self, selection.num_layers)
         self._select_now(selection)
