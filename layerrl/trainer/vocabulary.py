@@ -111,17 +111,16 @@ def _warn_of_change(
     }
     if not (resized or new):
         return
-    rows = (
-        f"{name} was saved with an embedding of {saved} rows, and it has {size}" if resized else ""
-    )
-    added = f"{_named(new)} of the tokenizer are not in that of {name}" if new else ""
+    found = [f"the tokenizer has {_named(new)} that came after {name} was saved"] if new else []
+    if resized:
+        found.append(f"the embedding has {size} rows, and {name} was saved with {saved}")
     needs = (
         " The delta fits this model only: save it (model.save_pretrained) before training, as the "
         "base to load or merge the delta into."
     )
     warnings.warn(
-        f"{'; '.join(filter(None, [rows, added]))}. {selection} trains no row of the embedding: "
-        f"random ones stay so.{needs if resized else ''} To have them trained, {_TRAIN_FIRST}.",
+        f"{', and '.join(found)}. {selection} trains no row of the embedding: random ones stay so."
+        f"{needs if resized else ''} To have them trained, {_TRAIN_FIRST}.",
         stacklevel=5,
     )
 
@@ -161,4 +160,4 @@ def _size(config: Any) -> int | None:  # noqa: ANN401
 
 def _named(tokens: dict[str, int]) -> str:
     shown = ", ".join(map(repr, sorted(tokens, key=tokens.__getitem__)[:5]))
-    return f"{len(tokens)} tokens ({shown}{', ...' if len(tokens) > 5 else ''})"
+    return f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} ({shown}{', ...' if len(tokens) > 5 else ''})"

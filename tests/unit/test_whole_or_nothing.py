@@ -78,7 +78,6 @@ class TestFolder:
         assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
 
 
-
 def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -217,9 +216,7 @@ class TestReference:
             pytest.param(
                 lambda t: t.update({NAME: t[NAME].bfloat16()}), "torch.bfloat16", id="dtype"
             ),
-            pytest.param(
-                lambda t: t.update({NAME: t[NAME] + 1e-3}), "fingerprint of", id="values"
-            ),
+            pytest.param(lambda t: t.update({NAME: t[NAME] + 1e-3}), "fingerprint of", id="values"),
             pytest.param(
                 lambda t: t.update({NAME: t[NAME].t().contiguous()}), r"\(16, 32\)", id="shape"
             ),
