@@ -160,4 +160,5 @@ def _size(config: Any) -> int | None:  # noqa: ANN401
 
 def _named(tokens: dict[str, int]) -> str:
     shown = ", ".join(map(repr, sorted(tokens, key=tokens.__getitem__)[:5]))
-    return f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} ({shown}{', ...' if len(tokens) > 5 else ''})"
+    more = ", ..." if len(tokens) > 5 else ""
+    return f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} ({shown}{more})"

@@ -125,7 +125,7 @@ class TestAddedByTheUser:
         model, own = load(base), tokenizer()
         own.add_tokens(["<think>"])
         model.resize_token_embeddings(len(own), mean_resizing=False)
-        match = r"1 token \('<think>'\).*has 65 rows, and .*base was saved with 64.*layer 2 of 4 trains no row.*save it"
+        match = r"1 token \('<think>'\).*has 65 rows, and .*base was saved with 64.*save it"
         with pytest.warns(UserWarning, match=match):
             trainer = make(model, tmp_path, selection=2, arguments={"processing_class": own})
         trainer.train()
