@@ -54,7 +54,7 @@ def main() -> None:
         "layer": selection.layers[0] if len(selection.layers) == 1 else list(selection.layers),
         "trained_parameters": sum(p.numel() for p in selection.parameters(model).values()),
         "total_parameters": sum(p.numel() for p in model.parameters()),
-        "delta_bytes": sum(file.stat().st_size for file in delta.iterdir()),
+        "delta_bytes": sum(file.stat().st_size for file in delta.glob("delta.*")),
         "seconds": round(time.time() - started, 1),
         "seed": options.seed,
         "model": options.model,

@@ -28,7 +28,15 @@ from layerrl.delta.fitting import (
     check_settings,
     described,
 )
-from layerrl.delta.folder import FORMAT_VERSION, META, TENSORS, Delta, difference, digest, new_folder
+from layerrl.delta.folder import (
+    FORMAT_VERSION,
+    META,
+    TENSORS,
+    Delta,
+    difference,
+    digest,
+    new_folder,
+)
 from layerrl.delta.processing import save_processing, sums_of
 from layerrl.delta.record import (
     DeltaBase,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +43,12 @@ class Checkpoint:
         self.sources: dict[str, Path] = {}
         """Name inside a copy of the folder to the file with these tensors."""
         self._index: dict[str, Any] | None = None
-        weight_map: dict[str, str] = {}
+        self._weight_map: dict[str, str] = {}
         if (folder / _SINGLE).is_file():  # first, as upstream
             self.sources[_SINGLE] = folder / _SINGLE
         elif (folder / INDEX).is_file():
             self._index = json_object(folder / INDEX)
-            weight_map = self._read_index(self._index.get("weight_map"))
+            self._weight_map = self._read_index(self._index.get("weight_map"))
         else:
             raise DeltaError(
                 f"no safetensors checkpoint at {folder}: neither {INDEX} nor {_SINGLE}. Write one "
@@ -59,7 +60,7 @@ class Checkpoint:
             with readable(source) as opened:
                 for name in opened.keys():  # noqa: SIM118 - no mapping
                     self.shards_of.setdefault(name, []).append(shard)
-        for name, shard in weight_map.items():
+        for name, shard in self._weight_map.items():
             if shard not in self.shards_of.get(name, ()):
                 raise DeltaError(
                     f"{folder / INDEX} is damaged: {self.sources[shard]} holds no {name!r}"
@@ -69,27 +70,27 @@ class Checkpoint:
         """Give every shard a name inside the folder, wherever it lies."""
         if not isinstance(weight_map, dict) or not weight_map:
             raise DeltaError(f"{self.folder / INDEX} is damaged: it has no weight_map")
-        inside: dict[object, str] = {}
-        for entry in dict.fromkeys(map(str, weight_map.values())):
-            if plain := _plain(entry):
-                inside[entry] = plain
-                self.sources[plain] = self.folder / plain
         for name, entry in weight_map.items():
-            if entry in inside:
-                continue
             if not isinstance(entry, str) or not entry.endswith(".safetensors") or "\0" in entry:
                 raise DeltaError(
                     f"{self.folder / INDEX} is damaged: {name!r} lies in {entry!r}, expected the "
                     "name of a .safetensors file"
                 )
-            source = (self.folder / entry).resolve()
-            known = [shard for shard, file in self.sources.items() if file.resolve() == source]
-            shard, number = source.name, 1
-            while not known and shard.lower() in {name.lower() for name in self.sources}:
-                shard, number = f"{source.stem}-{number}.safetensors", number + 1
-            inside[entry] = known[0] if known else shard
-            self.sources.setdefault(inside[entry], source)
+        inside = {entry: plain for entry in weight_map.values() if (plain := _plain(entry))}
+        self.sources |= {plain: self.folder / plain for plain in inside.values()}
+        for entry in dict.fromkeys(weight_map.values()):
+            if entry not in inside:
+                source = (self.folder / entry).resolve()
+                same = [shard for shard, file in self.sources.items() if file.resolve() == source]
+                inside[entry] = same[0] if same else self._free_name(source)
+                self.sources.setdefault(inside[entry], source)
         return {name: inside[entry] for name, entry in weight_map.items()}
+
+    def _free_name(self, source: Path) -> str:
+        # A file of the name that upstream looks for first would hide the index.
+        taken = {name.lower() for name in (*self.sources, _SINGLE)}
+        names = (f"{source.stem}-{number}.safetensors" for number in count(1))
+        return next(name for name in chain([source.name], names) if name.lower() not in taken)
 
     def tensors(self, *, only: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Some tensors, one at a time; several times where several shards hold it."""
@@ -104,15 +105,10 @@ class Checkpoint:
             (made / shard).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, made / shard)
         if self._index is not None:
-            names = {
-                name: shards[0] if entry not in shards else entry
-                for name, entry in self._index["weight_map"].items()
-                for shards in [self.shards_of[name]]
-            }
-            if names == self._index["weight_map"]:
+            index = {**self._index, "weight_map": self._weight_map}
+            if index == self._index:
                 shutil.copyfile(self.folder / INDEX, made / INDEX)
             else:
-                index = {**self._index, "weight_map": names}
                 (made / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def replace_in(self, made: Path, name: str, tensor: Tensor) -> None:
@@ -125,8 +121,7 @@ def _plain(entry: str) -> str | None:
     """The normal form of a path that goes down from its folder; None for any other."""
     path = PurePosixPath(entry)
     goes_down = not path.is_absolute() and path.parts and ".." not in path.parts
-    usable = "\0" not in entry and "\\" not in entry and entry.endswith(".safetensors")
-    return str(path) if goes_down and usable else None
+    return str(path) if goes_down and "\\" not in entry else None
 
 
 def stored_names(
@@ -242,7 +237,7 @@ def json_object(file: Path) -> dict[str, Any]:
     """What a JSON file of a model holds."""
     try:
         data = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DeltaError(f"no transformers model at {file.parent}: {file.name}: {error}") from error
     if not isinstance(data, dict):
         raise DeltaError(f"{file} is damaged: expected a JSON object, got {data!r:.80}")

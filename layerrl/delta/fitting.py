@@ -62,9 +62,10 @@ class Comparison:
         if tensor.is_meta:
             raise DeltaError(f"{name!r} is on the meta device: load the model's weights first")
         packed, was_packed = is_packed(tensor), name in self.base.quantised
-        if packed != was_packed:
+        other_shape = list(tensor.shape) != self.base.shapes[name]
+        if packed != was_packed or (packed and other_shape):  # or packed in another layout
             self.uncompared.append(name)
-        elif list(tensor.shape) != self.base.shapes[name]:
+        elif other_shape:
             self.shapes[name] = list(tensor.shape)
         else:
             dtype = getattr(torch, self.base.dtypes[name])
@@ -120,10 +121,10 @@ def check_base(
         then = base.shapes[name]
         if base.vocabulary and then[:1] == [base.vocabulary] and shape[1:] == then[1:]:
             raise DeltaError(
-                f"this base has a vocabulary of {shape[0]} rows ({name!r}), the delta at {path} was "
-                f"made on one of {base.vocabulary}: tokens were added or removed after the base was "
-                "loaded. Save the model with the resized embeddings (model.save_pretrained) before "
-                "training, and use that as the base."
+                f"this base has a vocabulary of {shape[0]} rows ({name!r}), the delta at {path} "
+                f"was made on one of {base.vocabulary}: tokens were added or removed after the "
+                "base was loaded. Save the model with resized embeddings (model.save_pretrained) "
+                "before training, and use that as the base."
             )
     for name in sorted(found.shapes, key=lambda name: name not in base.trained):
         raise DeltaError(
@@ -174,8 +175,8 @@ def check_same_base(delta: Delta, base: DeltaBase) -> None:
             f"{path} was made from another base than this run's: the fingerprint of {name!r} is "
             f"{base.fingerprints.get(name)}, expected {then.fingerprints.get(name)}. "
             f"{len(differing)} of {len(names)} recorded tensors differ: {described(differing)}. "
-            "Start from the model that the run started from: if an earlier stage trained them, load "
-            "or merge that stage's delta first."
+            "Start from the model that the run started from: if an earlier stage trained them, "
+            "load or merge that stage's delta first."
         )
     if delta.version == 1:
         _warn_of_version(delta)
@@ -209,8 +210,8 @@ def _other_values(delta: Delta, values: Mapping[str, tuple[str, str]], hint: str
     if trained and len(trained) == len(values) and as_it_is == delta.fingerprints[first]:
         return f"the delta at {path} is already in this model ({first!r} holds it)"
     text = (
-        f"{first!r} is not the tensor that the delta at {path} was "
-        f"{'made from' if trained else 'trained on top of, frozen'}: fingerprint {found}, expected "
+        f"{first!r} is not the {'tensor' if trained else 'frozen tensor'} that the delta at {path} "
+        f"was {'made from' if trained else 'trained with'}: fingerprint {found}, expected "
         f"{base.fingerprints[first]}. Its base is {origin(delta)}, in {base.dtypes[first]}; other "
         f"weights, or the same rounded to fewer bits, are refused. {len(values)} of "
         f"{len(base.fingerprints)} recorded tensors differ: {described(values)}."

@@ -59,6 +59,12 @@ class Delta:
     def tensor(self, name: str) -> Tensor:
         """One of the trained tensors, checked against the description.
 
+        Args:
+            name: Its name in a checkpoint.
+
+        Returns:
+            The tensor, as it was written.
+
         Raises:
             DeltaError: If it is not the one that was written.
         """
@@ -84,6 +90,12 @@ class Delta:
     def read(cls, path: str | os.PathLike[str]) -> Delta:
         """A delta's description, checked against itself and against the tensors' names.
 
+        Args:
+            path: Its folder.
+
+        Returns:
+            The delta, no tensor of which is read.
+
         Raises:
             DeltaError: If a file is missing or damaged, or of a newer format.
         """
@@ -102,7 +114,9 @@ class Delta:
                     f"{FORMAT_VERSION}. Upgrade layerrl."
                 )
             if meta.pop("sha256") != digest(meta):
-                raise DeltaError(f"{path / META} was changed after it was written: checksum differs")
+                raise DeltaError(
+                    f"{path / META} was changed after it was written: checksum differs"
+                )
             delta = cls._described(path, meta)
             with safe_open(path / TENSORS, framework="pt") as stored:
                 names = dict.fromkeys(stored.keys())
@@ -111,7 +125,9 @@ class Delta:
         except (OSError, SafetensorError) as error:
             raise DeltaError(f"{path / TENSORS} is damaged: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise DeltaError(f"{path / META} is damaged: {type(error).__name__}: {error}") from error
+            raise DeltaError(
+                f"{path / META} is damaged: {type(error).__name__}: {error}"
+            ) from error
         if set(names) != set(delta.fingerprints):
             raise DeltaError(
                 f"{path / TENSORS} is damaged: {difference(names, delta.fingerprints)}"
@@ -182,7 +198,7 @@ class Delta:
 
 def _kind(value: Any, kind: Any, what: str) -> Any:  # noqa: ANN401
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{what} is {value!r:.80}")  # noqa: TRY004 - one kind for all damage
+        raise ValueError(f"{what} is {value!r:.80}")
     return value
 
 

@@ -107,12 +107,12 @@ def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str
     for name in delta.fingerprints:
         delta.tensor(name)
     there = {*stored.values()}
-    absent = [name for name in delta.fingerprints if name not in there]
+    absent = sorted(name for name in delta.fingerprints if name not in there)
     if absent:
         raise DeltaError(
-            f"the base {base} has no tensor {absent[0]!r}, which the delta at {delta.path} replaces "
-            f"({len(absent)} of {len(delta.fingerprints)} are missing). Is it the model it was made "
-            "from?"
+            f"the base {base} has no tensor {absent[0]!r}, which the delta at {delta.path} "
+            f"replaces ({len(absent)} of {len(delta.fingerprints)} are missing). Is it the model "
+            "it was made from?"
         )
     return {
         name: _Replaced(delta=delta, name=recorded)
@@ -136,18 +136,18 @@ def _check_selection(
             trained, known = tensors_of(delta.selection, model, checkpoint.shards_of)
         except SelectionError as error:
             raise DeltaError(f"the delta at {delta.path} does not fit the base: {error}") from error
-    if trained != own:
-        wrong = sorted(own - trained) or sorted(trained - own)
-        raise DeltaError(
-            f"the delta at {delta.path} trained {delta.selection}, but "
-            f"{'replaces' if own - trained else 'does not replace'} {wrong[0]!r} ({len(wrong)} such "
-            "tensors): its tensors are not those of its selection. It was damaged, or not written "
-            "by save_delta."
-        )
     if delta.version > 1 and (unknown := sorted(known - {*stored})):
         raise DeltaError(
             f"the base has {len(unknown)} tensors that the base of the delta at {delta.path} had "
             f"not, such as {unknown[0]!r}. Its base is {origin(delta)}."
+        )
+    if trained != own:
+        wrong = sorted(own - trained) or sorted(trained - own)
+        raise DeltaError(
+            f"the delta at {delta.path} trained {delta.selection}, but "
+            f"{'replaces' if own - trained else 'does not replace'} {wrong[0]!r} ({len(wrong)} "
+            "such tensors): its tensors are not those of its selection. It was damaged, or not "
+            "written by save_delta."
         )
 
 
@@ -157,9 +157,7 @@ def _in_selected_layers(selection: LayerSelection, own: set[str]) -> set[str]:
         return own
     inside = {name: place for name in own if (place := place_of(name)) is not None}
     path = Counter(path for path, _ in inside.values()).most_common(1)
-    return {
-        name for name, (p, k) in inside.items() if p == path[0][0] and k in selection.layers
-    }
+    return {name for name, (p, k) in inside.items() if p == path[0][0] and k in selection.layers}
 
 
 def _hint(deltas: list[Delta], index: int, *, union: bool) -> str:
@@ -169,9 +167,8 @@ def _hint(deltas: list[Delta], index: int, *, union: bool) -> str:
         return STAGES
     for other in others:
         if other.result_digest == delta.base_digest:
-            return (
-                f" The delta at {delta.path} was made on top of the one at {other.path}: "
-                + ("merge them in that order, without union=True." if union else "give that first.")
+            return f" The delta at {delta.path} was made on top of the one at {other.path}: " + (
+                "merge them in that order, without union=True." if union else "give that first."
             )
     if not union and any(other.base_digest == delta.base_digest for other in deltas[:index]):
         return (
@@ -192,9 +189,7 @@ def _refuse_quantised(base: object, config: Mapping[str, Any]) -> None:
         )
 
 
-def _warn_of_rounding(
-    checkpoint: Checkpoint, above: Mapping[str, _Replaced], out: object
-) -> None:
+def _warn_of_rounding(checkpoint: Checkpoint, above: Mapping[str, _Replaced], out: object) -> None:
     lost = trained = 0
     for name, before in checkpoint.tensors(only=above):
         tensor = above[name]()

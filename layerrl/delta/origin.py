@@ -41,8 +41,9 @@ def commit_of(base: DeltaBase) -> str | None:
         for folder in sorted((repo / "snapshots").glob("*"))
         if _COMMIT.fullmatch(folder.name) and (folder / "config.json").is_file()
     ]
+    with_weights = [folder for folder in commits if any(folder.glob("*.safetensors"))]
     alike: dict[frozenset[tuple[str, Path]], list[str]] = {}
-    for folder in commits:
+    for folder in with_weights or commits:
         files = [*folder.glob("*.safetensors*"), folder / "config.json"]
         blobs = frozenset((file.name, file.resolve()) for file in files)
         alike.setdefault(blobs, []).append(folder.name)

@@ -1,4 +1,4 @@
-"""The tokenizer or processor, its chat template and the generation settings of a run, in its delta."""
+"""A run's tokenizer or processor, chat template and generation config, kept with its delta."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def refuse_misfit(processing_class: Any, model: nn.Module) -> None:  # noqa: ANN
     """A tokenizer must not give ids that the model has no embedding for.
 
     Args:
-        processing_class: A tokenizer, or a processor with one; others pass.
+        processing_class: A tokenizer, or a processor with one; others pass. So do ids that the
+            tokenizer in the model's own folder or repository has already.
         model: Any.
 
     Raises:
@@ -46,6 +47,9 @@ def refuse_misfit(processing_class: Any, model: nn.Module) -> None:  # noqa: ANN
         (index, token) for token, index in ids.items() if rows is not None and index >= rows
     )
     if unknown:
+        usual = _ids_of_base(tokenizer, model)
+        unknown = [(index, token) for index, token in unknown if usual.get(token) != index]
+    if unknown:
         tokens = ", ".join(f"{token!r} ({index})" for index, token in unknown[:5])
         raise DeltaError(
             f"{len(unknown)} tokens of the {type(tokenizer).__name__} have ids beyond the model's "
@@ -53,6 +57,17 @@ def refuse_misfit(processing_class: Any, model: nn.Module) -> None:  # noqa: ANN
             "embeddings before the trainer is made, save that model as the base, or take the "
             "tokenizer that belongs to the model."
         )
+
+
+def _ids_of_base(tokenizer: Any, model: nn.Module) -> dict[str, int]:  # noqa: ANN401
+    """Some models are published with a token too many (Gemma 3's images, in its text models)."""
+    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
+    if not name or getattr(tokenizer, "name_or_path", None) != name:
+        return {}
+    try:
+        return type(tokenizer).from_pretrained(name, local_files_only=True).get_vocab()
+    except Exception:  # whatever a tokenizer's own code raises: it is not known
+        return {}
 
 
 def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> None:  # noqa: ANN401

@@ -74,16 +74,13 @@ class DeltaBase:
         Returns:
             The record that `save_delta` takes as `base`.
         """
-        trained = {id(parameter) for parameter in selection.parameters(model).values()}
+        trained = _checkpoint_form(model, stand_ins(selection.parameters(model)))
         tensors, tied = saved_tensors(model)
-        replaced: list[str] = []
         dtypes, shapes, marks, packed = {}, {}, {}, []
         for source, form in in_checkpoint_form(model, tensors):
             for name, tensor in form.items():
                 dtypes[name] = dtype_name(tensor)
                 shapes[name] = list(tensor.shape)
-            if any(id(tensors[name]) in trained for name in source):
-                replaced += form
             packed += [name for name in form if any(is_packed(tensors[n]) for n in source)]
             # What shards hold has fingerprints of their own, and what is converted is other bits.
             known = None
@@ -97,7 +94,7 @@ class DeltaBase:
             name=getattr(config, "_name_or_path", None) or None,
             revision=getattr(config, "_commit_hash", None),
             model_type=model_type(model),
-            trained=tuple(replaced),
+            trained=tuple(trained),
             dtypes=dtypes,
             shapes=shapes,
             fingerprints=marks,

@@ -30,7 +30,8 @@ def computing_settings(config: Any) -> dict[str, Any]:  # noqa: ANN401
         Key to value as in JSON, with nested configs.
     """
     values = config if isinstance(config, dict) else config.to_dict()
-    return _kept(json.loads(json.dumps(values, default=str)))
+    kept = _kept(json.loads(json.dumps(values, default=str)))
+    return {key: value for key, value in kept.items() if key != "model_type"}  # compared apart
 
 
 def _kept(values: dict[str, Any]) -> dict[str, Any]:

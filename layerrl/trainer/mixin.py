@@ -126,6 +126,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         accelerator: Any
         is_fsdp_enabled: bool
         args: Any
+        processing_class: Any
         state: Any
         _save: Any
         _get_output_dir: Any
@@ -235,10 +236,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._trained = self.selection.parameters(self.model)
         self._in_parts = is_sharded(next(iter(self._trained.values())))
         self._base: DeltaBase | None = None
-        if decided:
-            base = DeltaBase.of(self.model, self.selection)
-            self._base = launchers.of_main_process(base, self.accelerator)
         self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        if decided:
+            base = DeltaBase.of(self.model, self.selection, frozen=self._frozen)
+            self._base = launchers.of_main_process(base, self.accelerator)
         self._replay = PrefixReplay(
             self.model,
             self.selection,
@@ -418,9 +419,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
             path,
             selection=self.selection,
             base=self._base,
-            processing_class=getattr(self, "processing_class", None),
+            processing_class=self.processing_class,
             is_main_process=writes,
-            check_frozen=False,  # the caller has
+            check_frozen=False,  # whoever calls this has compared them
         )
 
     def check_frozen(self) -> None:

@@ -112,13 +112,15 @@ class TestFolder:
         meta = json.loads((tmp_path / "delta" / "delta.json").read_text())
         digest = meta.pop("sha256")
         assert digest == hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-        described = meta.pop("tensors")
+        described, recorded = meta.pop("tensors"), meta.pop("base")
         assert LayerSelection.from_json(json.dumps(meta.pop("selection"))) == selection
         assert meta == {
-            "format_version": 1,
+            "format_version": 2,
             "base_model": None,
             "base_revision": None,
             "model_type": "llama",
+            "result": DeltaBase.of(model, selection).digest,
+            "files": {},
         }
         assert described.keys() == tensors.keys()
         assert described[WEIGHT] == {
@@ -127,6 +129,20 @@ class TestFolder:
             "fingerprint": fingerprints(tensors)[WEIGHT],
             "base_dtype": "float32",
             "base_fingerprint": fingerprints(before)[WEIGHT],
+        }
+        frozen = recorded.pop("frozen")
+        assert {*frozen} == {*before} - {*tensors}
+        assert frozen["lm_head.weight"] == {
+            "dtype": "float32",
+            "shape": [64, 16],
+            "fingerprint": fingerprints(before)["lm_head.weight"],
+        }
+        assert recorded.pop("config")["rope_parameters"]["rope_theta"] == 10000.0
+        assert recorded == {
+            "digest": DeltaBase.of(tiny("llama"), selection).digest,
+            "vocabulary": 64,
+            "tied": {},
+            "quantised": [],
         }
 
     def test_says_where_the_base_came_from(self, base, tmp_path):
@@ -431,11 +447,11 @@ class TestDamagedDelta:
     def test_newer_format_version(self, use, delta):
         meta = json.loads((delta / "delta.json").read_text())
         (delta / "delta.json").write_text(json.dumps({**meta, "format_version": 7}))
-        use(delta, "has format version 7; this layerrl reads up to 1. Upgrade layerrl")
+        use(delta, "has format version 7; this layerrl reads up to 2. Upgrade layerrl")
 
     def test_newer_format_with_other_fields(self, use, delta):
-        (delta / "delta.json").write_text('{"format_version": 2, "layers": []}')
-        use(delta, "has format version 2; this layerrl reads up to 1")
+        (delta / "delta.json").write_text('{"format_version": 3, "layers": []}')
+        use(delta, "has format version 3; this layerrl reads up to 2")
 
     @pytest.mark.parametrize("text", ["[1]", "{}", '{"format_version": null}', '"delta"', "3"])
     def test_json_of_something_else(self, use, delta, text):

@@ -227,6 +227,25 @@ class TestDelta:
             assert_close(tensor, expected, rtol=0, atol=0)
             assert_close(loaded.state_dict()[name].bfloat16(), expected, rtol=0, atol=0)
 
+    def test_is_refused_by_another_base_as_far_as_that_can_be_told(self, run, base, tmp_path):
+        """What is packed on one side cannot be compared; embeddings and norms are not packed."""
+        _, folder = run
+        model = load(base)
+        packed = r"21 of 39 tensors are quantised .* layers 0-1, 3 of 'model\.layers'"
+        with pytest.warns(match=packed):
+            load_delta(model, folder / "delta")
+        model = load(base)
+        model.model.layers[0].input_layernorm.weight.data[0] += 1
+        with pytest.raises(DeltaError, match=r"'model\.layers\.0\.input_layernorm\.weight' is not"):
+            load_delta(model, folder / "delta")
+        model.save_pretrained(tmp_path / "other")
+        with pytest.raises(DeltaError, match=r"'model\.layers\.0\.input_layernorm\.weight' is not"):
+            merge_delta(tmp_path / "other", folder / "delta", tmp_path / "never")
+        model = quantised(base, "4 bit, double")
+        model.model.layers[0].mlp.up_proj.weight.data[0] ^= 1
+        with pytest.raises(DeltaError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' is not"):
+            load_delta(model, folder / "delta")
+
     def test_goes_into_the_quantised_base_in_memory(self, run, base):
         trainer, folder = run
         model = quantised(base, "4 bit, double")
