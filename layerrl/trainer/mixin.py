@@ -105,12 +105,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
             values, and its checkpoint holds them. Not for `"full"`, which is the plain trainer.
         checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
             and the trainer's state, and resume on the same base; `"full"`: whole models, as the
-            trainer's own. `save_model()` writes a whole model either way.
+            trainer's own, for tools that take checkpoints for models. `save_model()` and
+            `push_to_hub()` write a whole model either way.
         **kwargs: The trainer's own arguments.
 
     Raises:
         SelectionError: If the selection does not fit the model, or comes with a `peft_config` or a
-            PEFT model, which also choose what trains.
+            PEFT model, which also choose what trains; if tokens were added whose embedding rows it
+            does not train; if a callback takes checkpoints for models that hold a delta.
         TrainerError: If the class behind the mixin is no trainer, is masked already, or is one that
             cannot be masked.
         ModelError: If the model's decoder layers cannot be found.
@@ -334,6 +336,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model, after checking that only the selection changed.
+
+        A delta that lies in the folder is brought to the same state.
 
         Args:
             output_dir: Folder, by default the args' `output_dir`.
