@@ -163,12 +163,14 @@ class Checkpoints:
         """After a whole model was written, leave no delta of another state beside it.
 
         Args:
-            folder: Where the model is. Every process has to call this.
+            folder: Where the model is. Every process has to call this if the model is sharded.
             pushes: Whether it will be pushed: a hub may have an older delta, so there is a new one.
         """
         trainer = self._trainer
         known = trainer.checkpoint_format == "delta" and trainer._base is not None
-        there = launchers.agree(trainer.accelerator, (folder / _DELTA[-1]).exists())
+        there = (folder / _DELTA[-1]).exists()
+        if launchers.shards_model(trainer.accelerator):  # else one process may save alone
+            there = launchers.agree(trainer.accelerator, there)
         if known and (pushes or there):
             self._put_delta(folder, card=False)
             self.describe(folder, beside="same")
