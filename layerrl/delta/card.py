@@ -39,7 +39,7 @@ def write_card(
     meta: Mapping[str, Any],
     *,
     beside: Beside = "nothing",
-    path: str = "path/to/this/folder",
+    hub_id: str | None = None,
 ) -> None:
     """Write a folder's README, or put the delta's part into the one that is there.
 
@@ -47,7 +47,7 @@ def write_card(
         folder: Where the delta lies.
         meta: The delta's description, as in `delta.json`.
         beside: A whole model in the same folder: none, the same state, or maybe an earlier one.
-        path: What the README calls the folder.
+        hub_id: The repository that the folder is pushed to.
     """
     from huggingface_hub import ModelCard
 
@@ -64,8 +64,10 @@ def write_card(
         data.base_model = base
     if beside != "same":
         data.library_name = "layerrl"
+    elif data.library_name == "layerrl":
+        data.library_name = "transformers"
     data.tags = [*dict.fromkeys([*(data.tags or []), "layerrl"])]
-    own = _text(meta, path) + _WHOLE[beside] + "\n"
+    own = _text(meta, hub_id) + _WHOLE[beside] + "\n"
     if others and beside != "same":
         own += _OTHERS_TEXT
     card.text = "\n".join(["", _BEGIN, own.rstrip(), _END, *(["", others] if others else []), ""])
@@ -77,9 +79,11 @@ def write_card(
         temporary.unlink(missing_ok=True)
 
 
-def _text(meta: Mapping[str, Any], path: str) -> str:
+def _text(meta: Mapping[str, Any], hub_id: str | None) -> str:
     selection = LayerSelection.from_json(json.dumps(meta["selection"]))
     base = meta.get("base_model") or "path/to/the/base"
+    folder = '"path/to/this/folder"' if hub_id is None else f"snapshot_download({hub_id!r})"
+    imports = "" if hub_id is None else "from huggingface_hub import snapshot_download\n"
     revision = f", at revision `{meta['base_revision']}`" if meta.get("base_revision") else ""
     return f"""# Delta: {selection}
 
@@ -87,10 +91,11 @@ def _text(meta: Mapping[str, Any], path: str) -> str:
 tensors of {selection}, and nothing else. `delta.json` knows that base. Load it with layerrl:
 
 ```python
-from layerrl import load_delta, merge_delta
+{imports}from layerrl import load_delta, merge_delta
 
-load_delta(model, {json.dumps(path)})  # into the base, a model in memory
-merge_delta({json.dumps(base)}, {json.dumps(path)}, "merged")  # a whole model in a new folder
+folder = {folder}
+load_delta(model, folder)  # into the base, a model in memory
+merge_delta({json.dumps(base)}, folder, "merged")  # or a whole model in a new folder
 ```
 
 """

@@ -240,8 +240,8 @@ class Checkpoints:
             return
         self._beside = beside or self._beside
         meta = json.loads((folder / _DELTA[-1]).read_text())
-        path = getattr(trainer, "hub_model_id", None) or "path/to/this/folder"
-        write_card(folder, meta, beside=self._beside, path=path)
+        hub_id = getattr(trainer, "hub_model_id", None)
+        write_card(folder, meta, beside=self._beside, hub_id=hub_id)
 
     # What is loaded
 

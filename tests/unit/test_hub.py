@@ -95,7 +95,8 @@ def test_the_card_says_how_to_load_it_and_that_it_is_no_model(hub, base, tmp_pat
     assert card.data.library_name == "layerrl"
     assert {"layerrl", "trl", "grpo"} <= set(card.data.tags)
     text = card.text
-    assert 'load_delta(model, "me/x")' in text
+    assert "folder = snapshot_download('me/x')" in text
+    assert "load_delta(model, folder)" in text
     assert "layer 2 of 4" in text
     assert "no whole model" in text
     assert 'checkpoint_format="full"' in text
@@ -121,7 +122,9 @@ def test_at_the_end_the_whole_model_and_its_delta_are_of_one_state(hub, base, tm
     model = AutoModelForCausalLM.from_pretrained(hub.folder, dtype=torch.float32)
     assert_close(bits(model), bits(trainer.model), rtol=0, atol=0)
     assert_result_is_at(hub.folder, base, trainer, tmp_path / "merged")
-    text = ModelCard.load(hub.folder / "README.md").text
+    card = ModelCard.load(hub.folder / "README.md")
+    assert card.data.library_name == "transformers"
+    text = card.text
     assert "The whole model lies beside it" in text
     assert "earlier" not in text
 
