@@ -50,12 +50,13 @@ def write_card(
         hub_id: The repository that the folder is pushed to.
     """
     from huggingface_hub import ModelCard
+    from yaml import YAMLError  # huggingface_hub reads cards with it
 
     file, empty = folder / CARD, "---\n{}\n---\n"
     found = file.read_text(encoding="utf-8") if file.is_file() else empty
     try:
         card = ModelCard(found, ignore_metadata_errors=True)
-    except ValueError:  # no YAML between the dashes: it is text
+    except (ValueError, YAMLError):  # no YAML between the dashes: it is text
         card = ModelCard(empty + found)
     others = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL).strip()
     data: Any = card.data
