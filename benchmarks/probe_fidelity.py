@@ -44,7 +44,7 @@ SEPARATES = 0.6
 """Noise ceiling below which a suite says nothing."""
 
 
-def scored(suite: Any, method: str, budget: int) -> ContributionReport:
+def scored(suite: Any, method: str, budget: int, seed: int = 0) -> ContributionReport:
     """The library's own."""
     return contribution_probe(
         suite.model(),
@@ -55,6 +55,7 @@ def scored(suite: Any, method: str, budget: int) -> ContributionReport:
         args=suite.args(),
         layers=suite.layers,
         budget=budget,
+        seeds=[seed],
     )
 
 
@@ -220,13 +221,22 @@ def compare(
                 size = max(map(len, found))
                 draws_D = torch.stack([d.expand(size) for d in found]).mean(dim=0)
                 known = len(results[0][0].spearman_D) > 1
-                print(f"- {probe}: {mean:+.2f}{f' {interval(draws_D):+.2f}' if known else ''}")
+                print(f"- {probe}: {shown(mean, draws_D if known else draws_D[:1], '+.2f')}")
     return overall
 
 
-def shown(value: float, draws_D: Tensor) -> str:
-    """With its interval, where there is one."""
-    return f"{value:.2f} {interval(draws_D):.2f}" if len(draws_D) > 1 else f"{value:.2f}"
+def shown(value: float, draws_D: Tensor, spec: str = ".2f") -> str:
+    """A value with its interval, where there is one.
+
+    Draws have more noise than the value, which pulls correlations towards 0. Where that puts the
+    value itself outside, they are no interval of it and are named for what they are.
+    """
+    if len(draws_D) < 2:
+        return f"{value:{spec}}"
+    found = interval(draws_D)
+    if value in found:
+        return f"{value:{spec}} {found:{spec}}"
+    return f"{value:{spec}} (resampled: {found.low:{spec}} to {found.high:{spec}})"
 
 
 def agreement(name: str, *layers: int) -> str:
@@ -252,9 +262,10 @@ def picture(overall: dict[str, Overall], path: Path) -> None:
         share = max(one.share or 0.0, free)
         x = share * 1.6 ** at.setdefault(share, 0)  # side by side
         at[share] += 1
-        low, high = one.interval.low, one.interval.high
         own = name in ("gradient", "rollout")
-        ax.plot([x, x], [low, high], color="C0" if own else "0.6", lw=1.5)
+        if one.spearman in one.interval:  # or it is none, see `shown`
+            ends = one.interval.low, one.interval.high
+            ax.plot([x, x], ends, color="C0" if own else "0.6", lw=1.5)
         ax.plot(x, one.spearman, "o", color="C0" if own else "0.6")
         ax.text(x, -0.97, name, rotation=90, ha="center", va="bottom", fontsize=8)
     ax.axhline(0, color="0.85", zorder=0)
@@ -274,13 +285,8 @@ def fidelities(
     """Each probe's agreement with one suite's truth, and its share of a full run's cost."""
     truth = truths[name]
     yield "by lot", at_random(truth), 0.0
-    others = [other for key, other in truths.items() if key != name]
-    if others:
-        centre = max(
-            (number / 20 for number in range(21)),
-            key=lambda depth: math.fsum(fidelity(o, prior(o, depth)).spearman for o in others),
-        )
-        yield "position, fitted elsewhere", fidelity(truth, prior(truth, centre)), 0.0
+    if len(truths) > 1:
+        yield "position, fitted elsewhere", fidelity(truth, fitted_prior(name, truths)), 0.0
     for probe in probes:
         report = kept(name, probe)
         yield probe, fidelity(truth, report), None if report.cost is None else report.cost.fraction
@@ -294,6 +300,20 @@ def fidelities(
     ):
         if (found := of_seeds(truth, early=early)) is not None:
             yield label, found, share
+
+
+def fitted_prior(name: str, truths: dict[str, ContributionReport]) -> ContributionReport:
+    """The position prior of a suite whose centre ranks the layers of the other suites best."""
+    others = [other for key, other in truths.items() if key != name]
+
+    def agreement_at(centre: float) -> float:
+        return math.fsum(
+            spearman([*o.scores.values()], [prior(o, centre).scores[k] for k in o.scores]).item()
+            for o in others
+        )
+
+    centre = max((number / 20 for number in range(21)), key=agreement_at)
+    return prior(truths[name], centre)
 
 
 def prior(truth: ContributionReport, centre: float) -> ContributionReport:

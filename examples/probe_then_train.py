@@ -5,7 +5,8 @@
 
 Beside the probe's best layer, at equal steps: the middle layer, which needs no probe, and the
 probe's worst. Writes `runs/probe/report.json` and `scores.json`; what is there is not made again.
-A script that only wants the best layer says `selection="auto"` and generates nothing twice.
+The score depends on the seed of the probe: another `--seed` may choose another layer. A script
+that only wants the layer that scores highest says `selection="auto"` and generates nothing twice.
 """
 
 import argparse

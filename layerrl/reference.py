@@ -95,6 +95,8 @@ class ReferenceModel(nn.Module):
         sharded = {parameter: value for parameter, value in given.items() if is_sharded(parameter)}
         if sharded:
             write(self._policy[0], sharded)
+        # Inside a caller's autocast, casts of the values before would be used again.
+        torch.clear_autocast_cache()
         for parameter in given.keys() - sharded.keys():
             parameter.data = given[parameter].data
 

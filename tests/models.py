@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-_TEXT = {
+TEXT = {
     "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -104,7 +104,7 @@ def tiny_config(
 ) -> PretrainedConfig:
     """Config of a tiny model; further keywords go to its (text) config."""
     family = FAMILIES[name]
-    text = {**_TEXT, **family.text, "num_hidden_layers": num_layers, **text}
+    text = {**TEXT, **family.text, "num_hidden_layers": num_layers, **text}
     if family.vision is None:
         return AutoConfig.for_model(name, **text)
     vision = {**family.vision, family.vision_depth: vision_layers}

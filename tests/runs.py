@@ -1,7 +1,7 @@
 """Pairs of short GRPO runs that must agree: TRL with layers frozen by hand, and layerrl."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +179,15 @@ def assert_trained(trainer: Any, before: dict[str, Tensor], layers: Iterable[int
 class Passes:
     """How often anything inside a layer ran, for each pass that scored completions.
 
-    A replayed layer's own `forward` does not run, so nothing inside it does.
+    A replayed layer's own `forward` does not run, so nothing inside it does. No hooks: a layer that
+    carries one is never replayed.
     """
 
     def __init__(self, trainer: Any, layer: nn.Module) -> None:
         self.calls: list[int] = []
         self._total = 0
         for module in list(layer.modules())[1:]:
-            module.register_forward_pre_hook(self._called)
+            module.forward = self._counting(module.forward)
         score = trainer._get_per_token_logps_and_entropies
 
         def counting(*args: Any, **kwargs: Any) -> Any:
@@ -197,8 +198,12 @@ class Passes:
 
         trainer._get_per_token_logps_and_entropies = counting
 
-    def _called(self, *_: Any) -> None:
-        self._total += 1
+    def _counting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._total += 1
+            return forward(*args, **kwargs)
+
+        return run
 
     @property
     def ran(self) -> list[bool]:

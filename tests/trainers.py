@@ -335,8 +335,8 @@ def needs_no_second_model(runs: Runs) -> str:
 def replays(runs: Runs) -> str:
     if not runs.case.repeats:
         return NOTHING
-    replay = runs.masked._replay
-    return YES if replay.enabled and replay._verified else NO
+    replay = runs.masked._passes.replay
+    return YES if replay.enabled and replay.num_replayed else NO
 
 
 def saves_a_delta(runs: Runs) -> str:

@@ -112,10 +112,6 @@ class DeltaBase:
         """One number for all tensors: that of a delta's base and of its result tell a stack."""
         return digest_of(self.fingerprints)
 
-    def stored_under(self, name: str) -> tuple[str, ...]:
-        """All names that a recorded tensor may have in a checkpoint."""
-        return (name, *(alias for alias, first in self.tied.items() if first == name))
-
     def as_json(self) -> dict[str, Any]:
         """What `delta.json` holds of it beside the trained tensors."""
         return {

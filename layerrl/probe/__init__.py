@@ -93,6 +93,11 @@ def contribution_probe(
     of the paper's models, and `"position:0.37"` another centre than the middle. A method takes no
     notice of what it does not need.
 
+    Scores of `"gradient"` and `"rollout"` change with the seed, which draws prompts and
+    completions; their intervals are over the prompts of one seed. On five suites the median rank
+    correlation of `"gradient"` with C(k) was 0.56 to 0.90 over five seeds (two of the suites: one
+    seed), and that of another seed's sweep 0.84. Measure what a decision rests on with `"train"`.
+
     Args:
         model: The base; it is as it was found when this returns or raises, and so are the global
             random number generators.
@@ -110,7 +115,8 @@ def contribution_probe(
         modules: Globs inside the block: score only this part of each layer.
         budget: Prompts that `"gradient"` and `"rollout"` generate for, `num_generations`
             completions each; for `"rollout"` a multiple of two generation batches.
-        seeds: Seeds of the runs. Methods without runs take the first.
+        seeds: Seeds of the runs. Methods without runs take the first: to see how far a probe
+            depends on its seed, probe again with another one.
         greedy: Evaluate greedily, one completion a prompt, instead of sampling as in training.
         halving: After an eighth, a quarter and a half of `args.max_steps`, drop the layers that are
             worse than the last one of the better half, where the 95 % interval of the difference

@@ -406,8 +406,9 @@ class ContributionReport:
             ranks = "Scores rank the layers; they are no contributions."
             remarks.append(f"C: {error}" if measured else ranks)
         counts = {len(run.scores) for run in self._runs.values() if run.scores is not None}
-        if counts == {1} and self.method == "train":
-            remarks.append("One seed a run: the intervals say nothing about another seed.")
+        if counts == {1}:
+            seeds = "One seed a run" if self.method == "train" else "One seed"
+            remarks.append(f"{seeds}: the intervals say nothing about another seed.")
         rates = [
             args.get("learning_rate")
             for name in ("args", "full_args")

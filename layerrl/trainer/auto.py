@@ -13,8 +13,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError, SelectionError
+from layerrl.randomness import random_state, set_random_state
 from layerrl.report import ContributionReport
-from layerrl.trainer.evaluation import random_state, random_state_kept, set_random_state
+from layerrl.trainer.evaluation import random_state_kept
 from layerrl.trainer.probing import check_trainer, gradient_report
 from layerrl.trainer.rollouts import Rollouts
 from layerrl.trainer.schedule import LayerSchedule
@@ -147,7 +148,7 @@ class AutoSelection:
             min(best),
             margin,
             "; ".join(str(warning.message) for warning in unresolved)
-            or "The choice is resolved on these prompts.",
+            or "The choice is resolved on these prompts; another seed draws others.",
         )
         return selection, report
 

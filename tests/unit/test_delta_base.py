@@ -452,6 +452,16 @@ class TestRun:
         with refused("layer 1 of 'model.layers'", "another base", model=again.model):
             again.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-1"))
 
+    def test_of_every_parameter_does_not_lose_a_buffer_that_moved(self, tmp_path):
+        model = tiny("llama", 4)
+        model.save_pretrained(tmp_path / "base")
+        model.model.register_buffer("count", torch.zeros(1))
+        trainer = make(model, tmp_path / "run", selection="full")
+        trainer.save_delta(tmp_path / "delta")
+        model.model.count += 1
+        with refused("1 of 1 frozen tensors", "model.count"):
+            trainer.save_delta(tmp_path / "other")
+
     def test_hands_on_its_tokenizer_template_and_generation_config(self, tmp_path):
         base, mine = tokenizer(), tokenizer()
         mine.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

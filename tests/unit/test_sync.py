@@ -130,10 +130,17 @@ class TestWhatIsSent:
         assert Engine.latest.syncs == [names(trainer)] * 3
 
 
-def test_an_engine_that_slept_is_sent_everything(folder):
+def test_an_engine_that_slept_is_sent_everything_and_that_is_said_once(folder, caplog):
     trainer = masked(folder, vllm_enable_sleep_mode=True)
     trainer.train()
     assert Engine.latest.syncs == [names(trainer)] * 3
+    [said] = [r.getMessage() for r in caplog.records if r.name == "layerrl.trainer.sync"]
+    assert "slept and lost its weights" in said
+
+
+def test_nothing_is_said_where_only_what_was_trained_is_sent(folder, caplog):
+    masked(folder).train()
+    assert not [r for r in caplog.records if r.name == "layerrl.trainer.sync"]
 
 
 def test_the_best_model_is_served_after_training(folder):

@@ -32,7 +32,6 @@ UPDATE, GRAD_NORM = "layerrl/relative_update/layer_{}", "layerrl/grad_norm/layer
 
 KEYWORDS = [
     "prefix_cache_bytes",
-    "record_while_generating",
     "activation_bytes",
     "master_weights",
     "checkpoint_format",

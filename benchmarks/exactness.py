@@ -1,0 +1,120 @@
+"""What exactness costs on SmolLM2-135M: the key of a replayed pass, the record of the whole base.
+
+    python benchmarks/exactness.py
+
+The key is what is computed of everything that enters layer 0, to know a recording again. The record
+is a fingerprint of every tensor of the base, taken when a trainer is made and compared at saves.
+Shares are of the training pass and of the save timed beside them in the same round.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_report import MODEL
+from train_step import ROOT, base
+from transformers import AutoModelForCausalLM
+
+from layerrl import select_layers
+from layerrl.blocks import find_blocks
+from layerrl.delta import DeltaBase, save_delta
+from layerrl.masking import check_frozen, fingerprints, frozen_tensors
+from layerrl.replay.arguments import RowKeys
+from layerrl.replay.entering import entry_of, unfit
+
+# One H100: bytes per second of memory, operations per second in bfloat16 at a usual utilisation.
+BANDWIDTH, COMPUTE = 3.35e12, 4e14
+PARAMETERS, HIDDEN = 8.0e9, 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=MODEL, help="hub id or path (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=64, help="default: %(default)s")
+    options = parser.parse_args()
+    (ROOT / "runs").mkdir(exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(base(options.model), dtype=torch.float32)
+    selection = select_layers(model, "middle")
+    ids_BT = torch.randint(100, 40_000, (options.rows, options.tokens))
+    entered = what_enters(model, ids_BT)
+    prefix = [find_blocks(model).modules[layer] for layer in selection.frozen_prefix]
+    frozen = fingerprints(frozen_tensors(model, selection))
+    before = DeltaBase.of(model, selection)
+
+    def key() -> None:
+        unfit(prefix)
+        entry_of(*entered, RowKeys(options.rows), prefix, model)
+
+    def save() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save_delta(model, Path(folder) / "delta", selection=selection, base=before)
+
+    with selection.masked(model):
+        shares = [
+            {
+                "pass": seconds(lambda: training_pass(model, ids_BT)),
+                "key": seconds(key),
+                "record": seconds(lambda: DeltaBase.of(model, selection)),
+                "check": seconds(lambda: check_frozen(model, selection, frozen)),
+                "save": seconds(save),
+            }
+            for _ in range(options.rounds)
+        ]
+    tokens = options.rows * options.tokens
+    print(f"SmolLM2-135M, {selection}, {options.rows} x {options.tokens} tokens, float32, CPU")
+    print(f"key / training pass     {spread([100 * r['key'] / r['pass'] for r in shares], '%')}")
+    print(f"record of the base      {spread([r['record'] for r in shares], 's')}")
+    print(f"check of what is frozen {spread([r['check'] for r in shares], 's')}")
+    print(f"saving the delta        {spread([r['save'] for r in shares], 's')}")
+    key_bytes = 10 * tokens * HIDDEN * 2  # hidden states are passed over ten times
+    of_pass = key_bytes / BANDWIDTH / (6 * PARAMETERS * tokens / COMPUTE)
+    # Two bytes of each parameter are read, then eight are written, read, written and read.
+    check = 34 * PARAMETERS / BANDWIDTH
+    print(f"By arithmetic, 8 B parameters in bfloat16 on an H100: the key {of_pass:.1e} of a pass,")
+    print(f"the check {check:.2f} s a save. Neither has been measured there.")
+
+
+def what_enters(model: Any, ids_BT: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model calls its first layer with."""
+    seen: list[Any] = []
+    hook = (
+        find_blocks(model)
+        .modules[0]
+        .register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+        )
+    )
+    with torch.no_grad():
+        mask_BT = torch.ones_like(ids_BT)
+        mask_BT[:, :3] = 0  # padding, so that there is a mask to read
+        model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
+def training_pass(model: Any, ids_BT: torch.Tensor) -> None:
+    """One policy pass that ends at the trained layer, as in training."""
+    output = model(input_ids=ids_BT, labels=ids_BT, use_cache=False)
+    output.loss.backward()
+    model.zero_grad()
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def spread(values: list[float], unit: str) -> str:
+    return f"{statistics.median(values):.3g} {unit} [{min(values):.3g}, {max(values):.3g}]"
+
+
+if __name__ == "__main__":
+    main()

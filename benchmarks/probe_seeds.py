@@ -1,0 +1,143 @@
+"""How much does the gradient probe's ranking depend on its seed? Five suites by five seeds.
+
+    python benchmarks/probe_seeds.py                       # measure what is missing
+    python benchmarks/probe_seeds.py --stored --docs docs  # write the table of what was measured
+
+The seed draws the probe's prompts and their completions; base and truth stay the same. Each
+finished probe is a line of `benchmarks/probe_seeds.jsonl`. A stopped call continues there; delete
+lines to measure them again.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from fidelity import Fidelity, ceiling, fidelity
+from probe_fidelity import NUM_PROMPTS, TRUTHS, base_of, fitted_prior, scored
+from suites import SUITES
+
+from layerrl import ContributionReport
+from layerrl.report import Score
+
+STORE = Path(__file__).with_suffix(".jsonl")
+SEEDS = [0, 1, 2, 3, 4]
+MEASURED_BEFORE = {("smollm2-chain_sum", 0): 0.56, ("smollm2-products", 0): 0.50}
+"""Spearman of probes by `probe_fidelity.py` whose scores were not kept, until they are stored."""
+GAP = ("<!-- probe_seeds: written by benchmarks/probe_seeds.py -->", "<!-- probe_seeds: end -->")
+"""Where the table is in `results.md`."""
+
+Row = dict[str, Any]
+"""One probe: `suite`, `seed`, `base`, `with_signal` and the `scores` of layers."""
+
+
+def main() -> None:
+    """Measure what is missing, print the table, put it into the docs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--suites", nargs="+", default=sorted(SUITES), choices=sorted(SUITES))
+    parser.add_argument("--stored", action="store_true", help="measure nothing")
+    parser.add_argument("--docs", type=Path, help="folder whose results.md gets the table too")
+    options = parser.parse_args()
+    rows = stored()
+    for seed in [] if options.stored else options.seeds:
+        for suite in options.suites:
+            if not any((row["suite"], row["seed"]) == (suite, seed) for row in rows):
+                rows.append(measured(suite, seed))
+                with STORE.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+    text = table(rows, options.suites, options.seeds)
+    print(text)
+    if options.docs:
+        page = options.docs / "results.md"
+        before, rest = page.read_text().split(GAP[0])
+        _, after = rest.split(GAP[1])
+        page.write_text(f"{before}{GAP[0]}\n\n{text}\n\n{GAP[1]}{after}")
+
+
+def stored() -> list[Row]:
+    """Probes measured before. A line that a kill cut off is dropped from the file."""
+    text = STORE.read_text() if STORE.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        STORE.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def measured(suite: str, seed: int) -> Row:
+    """Probe one suite with one seed."""
+    report = scored(SUITES[suite], "gradient", NUM_PROMPTS, seed)
+    return {
+        "suite": suite,
+        "seed": seed,
+        "base": base_of(suite),
+        "with_signal": report.settings["prompts_with_signal"],
+        "scores": report.scores,
+    }
+
+
+def table(rows: list[Row], suites: list[str], seeds: list[int]) -> str:
+    """Spearman with C by suite and seed, beside what needs no probe and another seed's sweep.
+
+    In medians over suites, one that lacks a seed counts with the first seed. The other rows are of
+    the suites that have all seeds.
+    """
+    truths = {
+        name: ContributionReport.from_json((TRUTHS / f"{name}.json").read_text())
+        for name in sorted(SUITES)
+    }
+    found = {(row["suite"], row["seed"]): fidelity_of(row, truths[row["suite"]]) for row in rows}
+    spearman = MEASURED_BEFORE | {key: one.spearman for key, one in found.items()}
+    fitted = {suite: fidelity(truths[suite], fitted_prior(suite, truths)) for suite in suites}
+    ceilings = {suite: ceiling(truths[suite]) for suite in suites}
+    lines = [
+        f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | fitted position | another sweep |",
+        f"|---|{'---|' * (len(seeds) + 2)}",
+    ]
+    for suite in suites:
+        values = [spearman.get((suite, seed)) for seed in seeds]
+        lines.append(row_of(f"`{suite}`", *values, fitted[suite].spearman, ceilings[suite]))
+    at_first = {suite: spearman.get((suite, seeds[0]), math.nan) for suite in suites}
+    medians = (
+        median(spearman.get((suite, seed), at_first[suite]) for suite in suites) for seed in seeds
+    )
+    prior = median(one.spearman for one in fitted.values())
+    lines.append(row_of("median", *medians, prior, median(ceilings.values())))
+    whole = [suite for suite in suites if all((suite, seed) in found for seed in seeds)]
+    for name, label in (
+        ("regret", "mean regret"),
+        ("top3", "best three found"),
+        ("avoided", "worst third avoided"),
+    ):
+        columns = [[found[suite, seed] for suite in whole] for seed in seeds]
+        columns.append([fitted[suite] for suite in whole])
+        means = (fmean(getattr(one, name) for one in column) for column in columns if whole)
+        lines.append(row_of(f"{label}, {len(whole)} suites", *means, None))
+    return "\n".join(lines)
+
+
+def fidelity_of(row: Row, truth: ContributionReport) -> Fidelity:
+    """Agreement of one probe with the truth of its suite, on the same base."""
+    if row["base"] != truth.settings["base"]:
+        raise SystemExit(
+            f"{STORE}: seed {row['seed']} of {row['suite']} was probed on the base {row['base']}, "
+            f"its truth on {truth.settings['base']}. Delete the line to probe again."
+        )
+    scores = {int(layer): score for layer, score in row["scores"].items()}
+    layers = tuple(
+        Score(score=scores[k]) if k in scores else Score(status="missing")
+        for k in range(truth.num_layers)
+    )
+    return fidelity(truth, ContributionReport(method="gradient", layers=layers))
+
+
+def row_of(label: str, *values: float | None) -> str:
+    """One row of the table."""
+    cells = ("-" if value is None else f"{value:.2f}" for value in values)
+    return f"| {' | '.join((label, *cells))} |"
+
+
+if __name__ == "__main__":
+    main()

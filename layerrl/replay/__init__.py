@@ -1,0 +1,171 @@
+"""Run the frozen prefix once per batch: record what leaves it, replay it where the same enters.
+
+The layers below the first trained one compute the same for the reference, the old and the current
+policy, and in every pass over the same rows. They are a function of what enters layer 0 and of
+frozen weights, so that is what a recording is known by.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from layerrl.blocks import find_blocks, replaced_forwards, unwrap
+from layerrl.replay.call import Call
+from layerrl.replay.recordings import Recordings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+
+    from layerrl.selection import LayerSelection
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixReplay:
+    """Recordings of the hidden states that leave a model's frozen prefix.
+
+    Inside `passes`, every call of the model is looked at where it enters layer 0. Inside `batch`,
+    and inside passes that stand alone, it is recorded; where all its rows are known, the prefix
+    does not run and what left it then is handed on. A row is known by the bits of all that enters
+    layer 0 with it (hidden states, masks, positions, whatever the model passes), by what enters the
+    other layers of the prefix beside the hidden states, by autocast and the like, and by the
+    prefix's weights.
+
+    Nothing is replayed in a call that asks for anything else the prefix contributes to (hidden
+    states, attentions, router logits and the loss made of them, a cache, a gradient of its inputs),
+    nor while a module of the prefix is random or carries a hook. One line says why, once.
+
+    The first time that a kind of call could be replayed, it runs both ways, and what it returns and
+    the trained tensors' gradients are compared. If they differ, or the replay fails, nothing is
+    ever replayed again. Gradients are not compared where tensors are sharded or layers are
+    checkpointed reentrantly: neither lets them be asked for without a whole backward.
+
+    Args:
+        model: The model whose prefix is replayed.
+        selection: What trains; nothing is recorded when no whole layer lies below.
+        max_bytes: Memory that the recordings of a batch may take; a larger one is not recorded.
+        agree: Whether something is so in all processes that train together. A pass that one of them
+            replays and another does not would leave them waiting for each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: LayerSelection,
+        max_bytes: int,
+        *,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        blocks = find_blocks(model)
+        self.model = model
+        self.selection = selection
+        self.prefix = [blocks.modules[layer] for layer in selection.frozen_prefix]
+        self.trained_layers = [blocks.modules[layer] for layer in selection.layers]
+        self.agree = agree
+        self.verified: set[tuple[Any, ...]] = set()
+        """Kinds of calls of which a replay has matched."""
+        self.refused: set[tuple[Any, ...]] = set()
+        """Kinds of calls of which none can be replayed, though nothing is known against others."""
+        self.num_replayed = 0
+        """Calls of the model so far that did not run the prefix."""
+        self.enabled = bool(self.prefix) and agree(max_bytes > 0)
+        """Whether calls are recorded at all; False for good once a replay did not match."""
+        self._max_bytes = max_bytes
+        self._batches: dict[bool, Recordings] = {}
+        self._alone: Recordings | None = None
+        self._is_new_batch = self._inside = False
+        self._said: set[str] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the recordings take."""
+        alone = [] if self._alone is None else [self._alone]
+        return sum(recordings.num_bytes for recordings in (*self._batches.values(), *alone))
+
+    def clear(self) -> None:
+        """Forget all recordings."""
+        self._batches.clear()
+
+    def forget_evaluation(self) -> None:
+        """Forget the recordings of a batch for evaluation."""
+        self._batches.pop(False, None)
+
+    @contextmanager
+    def batch(self, *, training: bool) -> Iterator[None]:
+        """Forget the batch before; passes inside are over a new one and recorded.
+
+        Args:
+            training: Whether the batch is for training or for evaluation, which has recordings of
+                its own.
+
+        Yields:
+            Nothing.
+        """
+        self._batches[training] = Recordings(self._max_bytes, partly=False)
+        self._is_new_batch = True
+        try:
+            yield
+        finally:
+            self._is_new_batch = False
+
+    @contextmanager
+    def passes(self, *, training: bool, alone: bool = False) -> Iterator[None]:
+        """Record or replay calls of the model inside.
+
+        Args:
+            training: Whether the batch is for training or for evaluation.
+            alone: Whether there are no others over this batch: they are recorded, and forgotten at
+                the end.
+
+        Yields:
+            Nothing.
+        """
+        if not self.enabled or self._inside:
+            yield
+            return
+
+        def look_at(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+                recordings = self._batches.get(training) if self._alone is None else self._alone
+                records = self._alone is not None or self._is_new_batch
+                if not self.enabled or recordings is None or not (records or recordings.used):
+                    return forward(*args, **kwargs)
+                recordings.used = True
+                return Call(self, recordings, forward, args, kwargs).run(records=records)
+
+            return run
+
+        self._inside = True
+        self._alone = Recordings(self._max_bytes, partly=True) if alone else None
+        try:
+            with replaced_forwards([unwrap(self.model)], look_at):
+                yield
+        finally:
+            self._inside = False
+            self._alone = None
+
+    def say(self, why: str) -> None:
+        """Log why the prefix runs although it could have been spared, once for each reason."""
+        if why not in self._said:
+            self._said.add(why)
+            logger.warning(
+                "The frozen prefix (%d layers) is not replayed in every pass: %s. Results are the "
+                "same; such passes take longer.",
+                len(self.prefix),
+                why,
+            )
+
+    def switch_off(self, problem: str) -> None:
+        """Never replay again, and say why."""
+        self.clear()
+        self.enabled = False
+        logger.warning(
+            "The frozen prefix (%d layers) will not be replayed: %s. Training goes on, with the "
+            "same results, and runs the prefix in every pass.",
+            len(self.prefix),
+            problem,
+        )

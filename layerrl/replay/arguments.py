@@ -1,0 +1,203 @@
+"""A decoder layer's call, told apart from others row by row by all that enters the layer.
+
+Legend: B rows, T tokens, H hidden size, N 64-bit words of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerrl.shards import is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CHUNK_WORDS = 1 << 18
+_SLICE_BYTES = 1 << 26
+_SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+_GOLDEN = 0x1E3779B97F4A7C15
+
+
+class OpaqueArgumentError(TypeError):
+    """An argument that cannot be compared between calls: a cache, a function, any object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What enters a layer beside the hidden states, comparable between calls."""
+
+    structure: tuple[Any, ...]
+    """Path, type and size of each argument; the value of those that are no tensor."""
+    keys: tuple[int, ...]
+    """A 64-bit key of the tensors' bits for each row."""
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """The structure without sizes."""
+        return tuple(
+            (path, what, len(rest[0]), *rest[1:]) if isinstance(what, torch.dtype) else (path, what)
+            for path, what, *rest in self.structure
+        )
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states (B, T, H) that a layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Path and value of each argument but the hidden states, containers taken apart.
+
+    Args:
+        args: The layer's positional arguments.
+        kwargs: The layer's keyword arguments.
+
+    Returns:
+        Tensors and scalars, in the order in which they were given.
+
+    Raises:
+        OpaqueArgumentError: If one is neither, nor a container of them.
+    """
+    positional = [(str(index), value) for index, value in enumerate(args)][1:]
+    named = [(name, value) for name, value in kwargs.items() if args or name != "hidden_states"]
+    return [leaf for path, value in (*positional, *named) for leaf in _leaves(path, value)]
+
+
+def _leaves(path: str, value: object) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Tensor):
+        if is_sharded(value) or value.is_nested or value.is_sparse or value.is_quantized:
+            raise OpaqueArgumentError(f"{path}, a {type(value).__name__} that is not dense")
+        yield path, value
+    elif isinstance(value, _SCALARS):
+        yield path, value
+    elif isinstance(value, tuple | list):
+        yield f"{path}: {type(value).__name__} of {len(value)}", None
+        for index, part in enumerate(value):
+            yield from _leaves(f"{path}[{index}]", part)
+    elif isinstance(value, dict):
+        yield f"{path}: dict of {sorted(map(str, value))}", None
+        for key, part in value.items():
+            yield from _leaves(f"{path}[{key!r}]", part)
+    else:
+        raise OpaqueArgumentError(f"{path}, a {type(value).__name__}")
+
+
+class RowKeys:
+    """Keys of the rows of one pass, each tensor read once however many layers it enters."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._arguments: dict[tuple[Any, ...], Arguments] = {}
+
+    def of(self, found: list[tuple[str, Any]]) -> Arguments:
+        """Describe some arguments.
+
+        Args:
+            found: What `leaves` returned, or anything of that form.
+
+        Returns:
+            Their structure, and a key for each of the pass's rows. A tensor without a row for each
+            counts for all of them.
+        """
+        same = tuple(
+            (path, id(v)) if isinstance(v, Tensor) else (path, type(v), v) for path, v in found
+        )
+        known = self._arguments.get(same)
+        if known is None:
+            known = self._arguments[same] = self._describe(found)
+        return known
+
+    def _describe(self, found: list[tuple[str, Any]]) -> Arguments:
+        structure, total = [], None
+        for place, (path, value) in enumerate(found):
+            if not isinstance(value, Tensor):
+                structure.append((path, type(value), value))
+                continue
+            rows = self._rows(value)
+            size = value.shape[1:] if rows is not None else value.shape
+            structure.append((path, value.dtype, tuple(size), rows is not None))
+            key = self._key(value, rows)
+            # Another factor for each place, or two arguments could change places.
+            key = _mixed(key * (_GOLDEN * (2 * place + 1) % (1 << 63)))
+            total = key if total is None else total.to(key.device) + key
+        keys = [0] * self._num_rows if total is None else total.expand(self._num_rows).tolist()
+        return Arguments(structure=tuple(structure), keys=tuple(keys))
+
+    def _rows(self, value: Tensor) -> Tensor | None:
+        """The tensor row by row, once where all rows are one; None where it has no rows."""
+        if value.dim() > 1 and len(value) == self._num_rows and value.stride(0) == 0:
+            return value[:1]
+        has_rows = value.dim() > 1 and len(value) in (1, self._num_rows)
+        return value if has_rows else None
+
+    def _key(self, value: Tensor, rows: Tensor | None) -> Tensor:
+        known = self._keys.get(id(value))
+        if known is None:
+            whole = value[None] if rows is None else rows
+            # Beside the key the tensor, or another one could be given its id.
+            known = self._keys[id(value)] = (value, row_keys(whole))
+        return known[1]
+
+
+def row_keys(tensor: Tensor) -> Tensor:
+    r"""A 64-bit key of the bits of each row.
+
+    With a row's bits read as 64-bit words $b_i$, fixed odd weights $w_i$ without a pattern and
+    $m(x) = x \oplus (x \gg 32)$, the key is $\sum_i m(m(b_i) w_i) \bmod 2^{64}$. Any one word that
+    changes always changes it, as each step has an inverse; several do unless they cancel by chance.
+    Integers add up to the same in every order, so that a row has the same key in every batch.
+
+    Args:
+        tensor: Of any dtype, rows along its first dimension. Not changed.
+
+    Returns:
+        One key per row, shape (B,), int64, on the tensor's device.
+    """
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    row_bytes = max(1, tensor[:1].numel() * tensor.element_size())
+    slices = tensor.split(max(1, _SLICE_BYTES // row_bytes)) if len(tensor) else [tensor]
+    return torch.cat([_slice_keys(part) for part in slices])
+
+
+def _slice_keys(tensor: Tensor) -> Tensor:
+    words_BN = _words(tensor)
+    keys_B = torch.zeros(len(tensor), dtype=torch.int64, device=tensor.device)
+    for chunk_BN in words_BN.split(_CHUNK_WORDS, dim=1):
+        weights_N = _weights(tensor.device)[: chunk_BN.shape[1]]
+        keys_B = keys_B * _GOLDEN + _mixed(_mixed(chunk_BN) * weights_N).sum(dim=1)
+    return keys_B
+
+
+def _words(tensor: Tensor) -> Tensor:
+    flat = tensor.resolve_neg().reshape(len(tensor), -1).contiguous()
+    if not flat.numel():
+        return flat.new_zeros((len(tensor), 0), dtype=torch.int64)
+    bytes_ = flat.view(torch.uint8)
+    missing = -bytes_.shape[1] % 8
+    if missing:
+        bytes_ = nn.functional.pad(bytes_, (0, missing))
+    elif bytes_.storage_offset() % 8:
+        bytes_ = bytes_.clone()
+    return bytes_.view(torch.int64)
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """Let each word's upper bits reach the lower ones, which a product does not."""
+    return words ^ ((words >> 32) & 0xFFFFFFFF)
+
+
+@lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
+    """Fixed odd 64-bit numbers without a pattern, as many as a chunk has words."""
+    generator = torch.Generator().manual_seed(20260701)
+    bits = torch.randint(-(1 << 63), (1 << 63) - 1, (_CHUNK_WORDS,), generator=generator)
+    return (bits | 1).to(device)

@@ -1,0 +1,362 @@
+"""One call of a model: its prefix runs, is recorded on the way, or is replayed.
+
+Legend: B rows, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerrl.blocks import replaced_forwards
+from layerrl.checkpointing import checkpoints_reentrantly
+from layerrl.randomness import random_state, same_random_state, set_random_state
+from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves
+from layerrl.replay.comparing import difference, flat, gradients
+from layerrl.replay.entering import asked_of_prefix, depends_on_other_rows, entry_of, unfit
+from layerrl.replay.recordings import Recording, gathered, whole_call
+from layerrl.shards import is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from layerrl.replay import PrefixReplay
+    from layerrl.replay.arguments import Arguments
+    from layerrl.replay.comparing import Observed
+    from layerrl.replay.entering import Entry
+    from layerrl.replay.recordings import Extras, Place, Recordings
+
+    Forward = Callable[..., Any]
+
+
+class _RestartError(BaseException):
+    """The call has to be computed another way from its start, whatever a model catches."""
+
+
+class Call:
+    """One call of the model.
+
+    Args:
+        replay: Whose prefix.
+        recordings: Those of the batch.
+        forward: The model's own.
+        args: Of the call.
+        kwargs: Of the call.
+    """
+
+    def __init__(
+        self,
+        replay: PrefixReplay,
+        recordings: Recordings,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._replay, self._recordings = replay, recordings
+        self._forward, self._args, self._kwargs = forward, args, kwargs
+        self._asked = asked_of_prefix(replay.model, args, kwargs)
+        self._request = (
+            len(args),
+            *((n, v if isinstance(v, bool | str) else v is None) for n, v in kwargs.items()),
+        )
+        self._device = next(replay.prefix[0].parameters()).device
+        self._random_state = random_state(self._device)
+
+    def run(self, *, records: bool) -> Any:  # noqa: ANN401
+        """Compute the call's output.
+
+        Args:
+            records: Whether to record the prefix where it runs.
+
+        Returns:
+            What the model returns.
+        """
+        prefix = Prefix(self._replay, self._recordings, self._asked, self._request, records=records)
+        try:
+            output = self._through(prefix)
+        except _RestartError:
+            set_random_state(self._random_state, self._device)
+        else:
+            self._replay.num_replayed += prefix.replays
+            return output
+        if prefix.kind not in self._replay.verified:
+            self._verify(prefix.kind)
+            set_random_state(self._random_state, self._device)
+            return self.run(records=records)
+        self._replay.refused.add(prefix.kind)
+        self._replay.say("the model does not call its layers as it did when they were recorded")
+        return self._forward(*self._args, **self._kwargs)
+
+    def _through(self, prefix: Prefix) -> Any:  # noqa: ANN401
+        with replaced_forwards(self._replay.prefix, prefix.layer):
+            output = self._forward(*self._args, **self._kwargs)
+        prefix.finish()
+        return output
+
+    def _verify(self, kind: tuple[Any, ...]) -> None:
+        """Compute the call both ways, and compare."""
+        replay, problem, random = self._replay, None, False
+        watched = self._prefix(watched=True)
+        try:
+            replayed = self._observed(self._prefix(trusted=True))
+            set_random_state(self._random_state, self._device)
+            plain = self._observed(watched)
+            random = watched.random
+            if not random:
+                problem = difference(plain, replayed, exact=watched.dtype)
+        except (Exception, _RestartError) as error:  # whatever a model does with fewer layers
+            problem = f"the model cannot run on it: {type(error).__name__}: {error}"
+        if not replay.agree(problem is None):
+            replay.switch_off(problem or "it did not match in another process")
+        elif not replay.agree(not random):
+            replay.refused.add(kind)
+            replay.say("the layers draw random numbers")
+        else:
+            replay.verified.add(kind)
+
+    def _prefix(self, **how: bool) -> Prefix:
+        return Prefix(self._replay, self._recordings, (), self._request, **how)
+
+    def _observed(self, prefix: Prefix) -> Observed:
+        """What the call returns, and the gradients of a fixed mean of it."""
+        outputs = flat(self._through(prefix))
+        trained = list(self._replay.selection.parameters(self._replay.model).values())
+        if any(map(is_sharded, trained)) or any(
+            map(checkpoints_reentrantly, self._replay.trained_layers)
+        ):
+            trained = []  # which would need a whole backward
+        found = gradients(outputs, trained)
+        return [v.detach() if isinstance(v, Tensor) else v for v in outputs], found
+
+
+class Prefix:
+    """The frozen layers during one call.
+
+    Args:
+        replay: Whose prefix.
+        recordings: Those of the batch.
+        asked: What the call asks of the prefix beside its output.
+        request: How the model is called, beside tensors.
+        records: Whether to record the call where it runs.
+        trusted: Whether to replay without having compared, in order to compare.
+        watched: Whether to run, and see whether that draws random numbers.
+    """
+
+    def __init__(
+        self,
+        replay: PrefixReplay,
+        recordings: Recordings,
+        asked: tuple[str, ...],
+        request: tuple[Any, ...],
+        *,
+        records: bool = False,
+        trusted: bool = False,
+        watched: bool = False,
+    ) -> None:
+        self._replay, self._recordings = replay, recordings
+        self._asked, self._request = asked, request
+        self._records, self._trusted, self._watched = records, trusted, watched
+        self.kind: tuple[Any, ...] = ()
+        """Of the call, where it could be replayed."""
+        self.replays = False
+        """Whether a recording was handed on."""
+        self.random = False
+        """Whether layers that ran drew random numbers, where that is watched."""
+        self.dtype = torch.float32
+        """What the layers compute in, where that is watched."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._entry: Entry | None = None
+        self._places: list[Place] = []
+        self._runs = False  # and is recorded or watched
+        self._num_done = 0
+        self._left: Tensor | None = None
+        self._arguments: list[Arguments] = []
+        self._extras: list[Extras] = []
+
+    def layer(self, index: int, forward: Forward) -> Forward:
+        """Make what stands in for the forward of a layer."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if index == 0:
+                self.finish()
+                self._begin()
+                self._decide(args, kwargs)
+            if self._places:
+                return self._handed_on(index, args, kwargs)
+            if not self._runs:
+                return forward(*args, **kwargs)
+            self._before(index, args, kwargs)
+            output = forward(*args, **kwargs)
+            if self._runs:
+                self._after(output, args, kwargs)
+            return output
+
+        return run
+
+    def finish(self) -> None:
+        """Make sure that a replay has reached every layer."""
+        if self._places and self._num_done != len(self._replay.prefix):
+            raise _RestartError
+
+    def _decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Replay, record or neither."""
+        replay = self._replay
+        hidden_BTH = hidden_states(args, kwargs)
+        self._device = hidden_BTH.device
+        if self._watched:
+            self.dtype = _computed_in(hidden_BTH)
+            self._run_observed()
+            return
+        self._keys = RowKeys(len(hidden_BTH))
+        why = unfit(replay.prefix)
+        try:
+            self._entry = entry_of(args, kwargs, self._keys, replay.prefix, replay.model)
+        except OpaqueArgumentError as error:
+            why = f"layers are called with {error}"
+        fit = self._entry is not None and why is None
+        places = self._recordings.places(self._entry) if self._entry and fit else []
+        if places and self._entry:
+            self.kind = (self._entry.kind, self._request, *sorted({r.modes for r, _ in places}))
+            why = self._why_not(places, args, kwargs)
+        if self._trusted:
+            self._places = places
+            return
+        if replay.agree(bool(places) and why is None):
+            if not replay.agree(self.kind in replay.verified):
+                raise _RestartError
+            self._places, self.replays = places, True
+            return
+        if why is None and self._asked:
+            why = self._more_is_asked()
+        if why is None and not self._records:
+            why = (
+                "a call is over rows that no call before was over, or over the same with other "
+                "positions, masks, or neighbours"
+            )
+        if why is not None:
+            replay.say(why)
+        if self._records and fit and not places:
+            self._run_observed()
+
+    def _why_not(
+        self, places: list[Place], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> str | None:
+        """What stands against replaying these rows in this call."""
+        if self._asked:
+            return self._more_is_asked()
+        if self.kind in self._replay.refused:
+            return "the layers draw random numbers, or are not called as they were"
+        tensors = [hidden_states(args, kwargs), *(value for _, value in leaves(args, kwargs))]
+        if torch.is_grad_enabled() and any(
+            isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors
+        ):
+            return "a gradient of what enters the layers is asked for"
+        if depends_on_other_rows(self._replay.prefix) and not whole_call(places):
+            return "a row's result depends on its neighbours (8-bit weights), which are others now"
+        return None
+
+    def _more_is_asked(self) -> str:
+        return (
+            f"a call asks for more than its output ({', '.join(self._asked)}), which frozen layers "
+            "contribute to"
+        )
+
+    def _run_observed(self) -> None:
+        self._runs = True
+        self._random_before = random_state(self._device)
+
+    def _give_up(self, why: str) -> None:
+        """Run on without recording."""
+        self._runs = False
+        self._replay.say(why)
+
+    def _before(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note what enters a layer that runs."""
+        if self._watched:
+            return
+        if not self._is_next(index, hidden_states(args, kwargs)):
+            self._give_up("the model computes something between its layers")
+            return
+        try:
+            self._arguments.append(self._keys.of(leaves(args, kwargs)))
+        except OpaqueArgumentError as error:
+            self._give_up(f"layers are called with {error}")
+
+    def _is_next(self, index: int, hidden_BTH: Tensor) -> bool:
+        """Whether a layer follows the one before, and takes what left that."""
+        left = self._left
+        moved = left is None or hidden_BTH is left or hidden_BTH.device != left.device
+        return index == self._num_done and moved
+
+    def _after(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
+        """Note what left a layer that ran, and after the last one keep the recording."""
+        self._num_done += 1
+        last = self._num_done == len(self._replay.prefix)
+        if last:
+            now = random_state(self._device)
+            self.random |= not same_random_state(self._random_before, now)
+        if self._watched:
+            return
+        several = isinstance(output, tuple)
+        self._left = output[0] if several else output
+        self._extras.append((None,) * (len(output) - 1) if several else None)
+        if several and any(extra is not None for extra in output[1:]):
+            self._give_up("a layer returns more than hidden states")
+        elif self._keys.of(leaves(args, kwargs)).structure != self._arguments[-1].structure:
+            self._give_up("a layer writes into its arguments")
+        elif last and self.random:
+            self._give_up("the layers draw random numbers")
+        elif last:
+            self._keep()
+
+    def _keep(self) -> None:
+        assert self._entry is not None
+        assert self._left is not None
+        recording = Recording(
+            # A copy: what comes after may work in place.
+            hidden_BTH=self._left.detach().clone(),
+            arguments=tuple(self._arguments),
+            extras=tuple(self._extras),
+            modes=self._entry.modes,
+        )
+        if not self._recordings.add(self._entry, recording):
+            self._replay.say(
+                "what leaves it in all passes over a batch takes more than prefix_cache_bytes "
+                f"({recording.hidden_BTH.nbytes} bytes for {len(recording.hidden_BTH)} rows)"
+            )
+
+    def _handed_on(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+        """What a layer returns that does not run: after the last one, what left it then."""
+        hidden_BTH = hidden_states(args, kwargs)
+        if not self._is_next(index, hidden_BTH) or not self._same_arguments(index, args, kwargs):
+            raise _RestartError
+        self._num_done += 1
+        if self._num_done == len(self._replay.prefix):
+            hidden_BTH = gathered(self._places)
+        self._left = hidden_BTH
+        extras = self._places[0][0].extras[index]
+        return hidden_BTH if extras is None else (hidden_BTH, *extras)
+
+    def _same_arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        try:
+            now = self._keys.of(leaves(args, kwargs))
+        except OpaqueArgumentError:
+            return False
+        return all(
+            recording.arguments[index].structure == now.structure
+            and recording.arguments[index].keys[row] == key
+            for (recording, row), key in zip(self._places, now.keys, strict=True)
+        )
+
+
+def _computed_in(hidden_BTH: Tensor) -> torch.dtype:
+    """The dtype that says how far results are rounded."""
+    kind = hidden_BTH.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    reduced = torch.get_float32_matmul_precision() != "highest" and kind != "cpu"
+    return torch.bfloat16 if reduced else hidden_BTH.dtype
