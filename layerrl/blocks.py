@@ -8,6 +8,7 @@ expert's index is not a layer's.
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _WRAPPER_IN_NAME = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
+
+
+# What else configs call a number of layers.
+_OTHER_COUNTS = ("num_layers", "n_layers", "n_layer", "num_decoder_layers", "num_blocks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +62,31 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_peft(model: nn.Module) -> bool:
     """Whether the model is wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def adapters(model: nn.Module) -> str:
+    """What in a model belongs to PEFT, with or without its wrapper.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        A description; empty where there is nothing.
+    """
+    if is_peft(model):
+        return "a PEFT model"
+    names = [name for name, module in unwrap(model).named_modules() if _is_adapted(module)]
+    if names:
+        return f"a model with adapters, in {names[0]!r} and {len(names) - 1} other modules"
+    if getattr(unwrap(model), "_hf_peft_config_loaded", False):  # set by model.add_adapter
+        return "a model to which transformers has added adapters"
+    return ""
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    # Nothing can be one before PEFT is imported, which is not done for this.
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return peft is not None and isinstance(module, peft.BaseTunerLayer)
 
 
 def plain_name(name: str) -> str:
@@ -188,6 +218,48 @@ def count_layers(config: Any) -> int:  # noqa: ANN401 - transformers is not impo
             "a positive integer."
         )
     return num_layers
+
+
+def layers_described(config: Any) -> int:  # noqa: ANN401
+    """Number of decoder layers that the model of a config has.
+
+    Configs usually say it. Some count otherwise than their model (LongCat's, each layer twice): one
+    that derives its number, or has another number of the kind, or comes from outside transformers,
+    is not believed where the model can be made on the `meta` device.
+
+    Args:
+        config: As for `count_layers`.
+
+    Returns:
+        The number of layers that `find_blocks` finds in the model, at least 1.
+
+    Raises:
+        ModelError: As of `count_layers`; or if the config counts two ways, and no model can be made
+            that shows which is right.
+    """
+    counted = count_layers(config)
+    text = config.get_text_config(decoder=True)
+    aliases = getattr(text, "attribute_map", {})
+    others = {
+        name: getattr(text, name)
+        for name in _OTHER_COUNTS
+        if name not in aliases and type(getattr(text, name, None)) is int
+    }
+    counts_twice = isinstance(getattr(type(text), "num_hidden_layers", None), property) or any(
+        count != counted for count in others.values()
+    )
+    if not counts_twice and type(config).__module__.startswith("transformers.models."):
+        return counted
+    try:
+        return len(find_blocks(meta_model(config)).modules)
+    except Exception as error:  # whatever a model's code needs
+        if not counts_twice:
+            return counted
+        raise ModelError(
+            f"{type(config).__name__} has num_hidden_layers {counted}, beside {others}, and its "
+            f"model, which would say how many layers it has, cannot be made from it ({error}). "
+            "Give the model instead of the config."
+        ) from error
 
 
 def meta_model(config: Any) -> nn.Module:  # noqa: ANN401

@@ -5,8 +5,10 @@ Legend: B rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import logging
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 from layerrl.blocks import find_blocks, replaced_forwards, unwrap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from layerrl.selection import LayerSelection
+
+logger = logging.getLogger(__name__)
 
 _FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be checkpointed
 
@@ -28,19 +32,21 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
     With activation checkpointing, transformers makes the embedding's output require a gradient, so
     that everything above it is recomputed and visited even when it is frozen. Here that hook is
     removed and no layer of the frozen prefix is checkpointed; the trained tensors get the same
-    gradients. Reentrant checkpointing needs an input with a gradient: there, the one of the first
-    trained layer gets it. Flags and hooks are restored, also after an exception.
+    gradients. Reentrant checkpointing needs an input with a gradient: there, and where the layers
+    may checkpoint in code of their own, the one of the first trained layer gets it. A model that
+    checkpoints reentrantly around its layers keeps the hook, and a warning says so. Flags and hooks
+    are restored, also after an exception.
 
     Args:
         model: The model, after checkpointing has been enabled.
         selection: What trains; `"full"` changes nothing.
     """
-    if selection.full:
+    base = unwrap(model)
+    if selection.full or base in _checkpointed_around:
         yield
         return
-    base, blocks = unwrap(model), find_blocks(model)
+    blocks = find_blocks(model)
     first = blocks.modules[selection.first]
-    hook = None
     # Not base.disable_input_require_grads(): each time checkpointing is enabled anew, as TRL does
     # after every generation, transformers adds a hook and forgets the one before.
     hooked = [
@@ -48,20 +54,104 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
         for module in base.modules()
         if any(map(_requires_input_grad, module._forward_hooks.values()))
     ]
-    if checkpoints_reentrantly(first):
+    own_code = bool(hooked) and not _is_of_transformers(first)
+
+    def put_back() -> None:
+        for module, hooks in hooked:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+
+    hook = None
+    if own_code or checkpoints_reentrantly(first):
         hook = first.register_forward_pre_hook(_require_input_grad, with_kwargs=True)
     try:
         for module, hooks in hooked:
             for key, function in hooks.items():
                 if _requires_input_grad(function):
                     del module._forward_hooks[key]
-        with _not_checkpointed(blocks.modules[: selection.first]):
+        with (
+            _not_checkpointed(blocks.modules[: selection.first]),
+            _watched(base, blocks.modules[: selection.first + 1], put_back)
+            if own_code
+            else nullcontext(),
+        ):
             yield
     finally:
-        for module, hooks in hooked:
-            module._forward_hooks.clear()
-            module._forward_hooks.update(hooks)
+        put_back()
         if hook is not None:
+            hook.remove()
+
+
+# Models that checkpoint reentrantly around their layers: all that is above the embedding.
+_checkpointed_around: WeakSet[nn.Module] = WeakSet()
+
+
+class _WithoutGradient(Exception):
+    """A layer runs without a gradient in a pass that has one."""
+
+
+@contextmanager
+def _watched(
+    base: nn.Module, layers: Sequence[nn.Module], put_back: Callable[[], None]
+) -> Iterator[None]:
+    """Run a pass again, with the embedding's hook, if it calls the layers without gradient.
+
+    Then the model's code checkpoints around them, reentrantly, and no hook of a layer can give what
+    it checkpoints an input with a gradient.
+
+    Args:
+        base: The model.
+        layers: Those up to the first trained one.
+        put_back: Restores the embedding's hook.
+    """
+    watching = False
+
+    def look(*_: object) -> None:
+        if watching and not torch.is_grad_enabled():
+            raise _WithoutGradient
+
+    def watch(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            nonlocal watching
+            if not torch.is_grad_enabled() or base in _checkpointed_around:
+                return forward(*args, **kwargs)
+            cpu = torch.get_rng_state()
+            devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+            watching = True
+            try:
+                return forward(*args, **kwargs)
+            except _WithoutGradient:
+                _checkpointed_around.add(base)
+            finally:
+                watching = False
+            logger.warning(
+                "%s checkpoints around its layers, reentrantly, in code of its own: the backward "
+                "does not end at the first trained layer, but runs through all of them, with the "
+                "same results. gradient_checkpointing_kwargs={'use_reentrant': False} may help.",
+                type(base).__name__,
+            )
+            put_back()
+            torch.set_rng_state(cpu)
+            if devices:
+                torch.cuda.set_rng_state_all(devices)
+            # Of images and text, the embedding was looked up before.
+            if isinstance(embedded := kwargs.get("inputs_embeds"), Tensor):
+                kwargs["inputs_embeds"] = _with_gradient(embedded)
+            return forward(*args, **kwargs)
+
+        return run
+
+    holder = next(
+        module
+        for module in base.modules()
+        if any(isinstance(c, nn.ModuleList) and layers[0] in {*c} for c in module.children())
+    )
+    hooks = [layer.register_forward_pre_hook(look, prepend=True) for layer in layers]
+    try:
+        with replaced_forwards([holder], watch):
+            yield
+    finally:
+        for hook in hooks:
             hook.remove()
 
 
@@ -82,8 +172,17 @@ def _is_checkpointed(layer: nn.Module) -> bool:
 
 
 def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
-    # The name inside PreTrainedModel.enable_input_require_grads, the only mark it has.
-    return getattr(hook, "__name__", "") == "make_inputs_require_grads"
+    # The names inside PreTrainedModel.enable_input_require_grads and TRL, the only mark they have.
+    name = getattr(hook, "__name__", "")
+    return name in ("make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def _is_of_transformers(layer: nn.Module) -> bool:
+    """Whether it is checkpointed, if at all, as its flag says; others may do it in their code."""
+    # FSDP2 puts a class of its own in front.
+    modules = (cls.__module__ for cls in type(layer).__mro__)
+    module = next(name for name in modules if not name.startswith("torch.distributed."))
+    return module.startswith("transformers.models.")
 
 
 def checkpoints_reentrantly(layer: nn.Module) -> bool:
@@ -98,17 +197,49 @@ def checkpoints_reentrantly(layer: nn.Module) -> bool:
 def _require_input_grad(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return _with_input_grad(args, kwargs) if torch.is_grad_enabled() else (args, kwargs)
+    if not torch.is_grad_enabled() or _is_inside_checkpoint():
+        return args, kwargs
+    return _with_input_grad(args, kwargs)
+
+
+def _is_inside_checkpoint() -> bool:
+    """Whether this is recomputed without reentry: as it is now, though hooks are gone by then."""
+    top: Any = getattr(torch._C, "_autograd")._top_saved_tensors_default_hooks  # noqa: B009
+    hooks = top(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _with_input_grad(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    if hidden.requires_grad:
+    """A layer's arguments, of which the hidden states have a gradient: the first that could be."""
+    order = sorted(kwargs, key=lambda name: name != "hidden_states")
+    given, found = _first_with_gradient([*args, *(kwargs[name] for name in order)])
+    if not found:
         return args, kwargs
-    hidden = hidden.detach().requires_grad_()
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+    named = dict(zip(order, given[len(args) :], strict=True))
+    return tuple(given[: len(args)]), {name: named[name] for name in kwargs}
+
+
+def _first_with_gradient(values: Sequence[Any]) -> tuple[list[Any], bool]:
+    given = list(values)
+    for index, value in enumerate(given):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            given[index] = _with_gradient(value)
+            return given, True
+        if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+            inner, found = _first_with_gradient(value)
+            if found:
+                given[index] = type(value)(inner)
+                return given, True
+    return given, False
+
+
+def _with_gradient(hidden: Tensor) -> Tensor:
+    if hidden.requires_grad:
+        return hidden
+    # A copy, as a layer may work in place, which a leaf does not allow.
+    return hidden.detach().requires_grad_().clone()
 
 
 class KeptActivations:

@@ -288,8 +288,9 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, selection: LayerSele
         problem = f"misses trained {missing[0]!r}" if missing else f"holds frozen {extra[0]!r}"
         raise SelectionError(
             f"the {type(optimizer).__name__} {problem} ({len(missing)} missing, {len(extra)} too "
-            f"many; {selection} trains {len(trained)} tensors). Build it from "
-            "selection.parameters(model).values(), or let the trainer build it from its args."
+            f"many; {selection} trains {len(trained)} tensors). Whoever built it (optimizers=, "
+            "optimizer_cls_and_kwargs= or a create_optimizer of your own) has to give it "
+            "selection.parameters(model).values(); what the args name (optim) gets just these."
         )
 
 

@@ -8,92 +8,327 @@ rounded.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from layerrl.errors import SelectionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
-    from torch.optim import Optimizer
 
 HALF = (torch.bfloat16, torch.float16)
 """The dtypes too narrow to be updated in."""
 MASTER = "master"
 """Name of the master values in an optimizer's state, so that they are saved and resumed with it."""
+_MASTERS = "layerrl_masters"  # the same in a state dict of the optimizer's own making
+_DTENSOR_SLOTS = ("_local_tensor", "_spec")
 
 
-def step_in_float32(optimizer: Optimizer) -> None:
+def step_in_float32(optimizer: Any) -> None:  # noqa: ANN401
     """Let an optimizer update its half-precision parameters in float32.
 
-    While it steps, it holds master values in their place, with their gradients in float32, and
-    makes its own state in float32 too. Afterwards the parameters are the masters, rounded. Where
-    somebody else has written to a parameter since the last step, that value counts.
+    While one of its methods runs, the parameters themselves are the float32 masters, with float32
+    gradients: wherever the optimizer keeps references to them (groups, state, optimizers inside of
+    it), it finds masters, and makes its own state in float32. Afterwards the parameters are the
+    masters, rounded. If the caller has written to a parameter since, that value counts.
 
     Args:
-        optimizer: Any torch optimizer that updates in `step`, in accelerate's wrapper or not. Its
-            `step` and `load_state_dict` are replaced; twice is once.
+        optimizer: Any torch optimizer, in accelerate's wrapper or not. `step`, `state_dict`,
+            `load_state_dict` and its class's further public methods (`train` and `eval` of
+            schedule-free ones) are replaced on the instance; twice is once.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    if "load_state_dict" in vars(optimizer):
-        return
-    # Bound methods on the instance, as schedulers expect and make them: whatever they have put
-    # around `step` before stays inside of this.
-    step, load = optimizer.step, optimizer.load_state_dict
+    optimizer = unwrap_optimizer(optimizer)
+    if not isinstance(vars(optimizer).get(_MASTERS), _Masters):
+        masters = _Masters(optimizer)
+        setattr(optimizer, _MASTERS, masters)
+        masters.install()
 
-    def step_on_masters(self: Any, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401
-        loss = closure() if closure is not None else None  # it needs the model's own weights
-        with _masters(self, stepping=True):
-            step()
-        return loss
 
-    def load_masters(self: Any, state_dict: dict[str, Any]) -> None:  # noqa: ANN401
-        with _masters(self, stepping=False):  # torch casts what it loads to the parameter's dtype
-            load(state_dict)
+def unwrap_optimizer(optimizer: Any) -> Any:  # noqa: ANN401
+    """The optimizer in accelerate's wrapper; not what an optimizer of the user's own wraps."""
+    from accelerate.optimizer import AcceleratedOptimizer
 
-    optimizer.step = MethodType(step_on_masters, optimizer)
-    optimizer.load_state_dict = MethodType(load_masters, optimizer)
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def stepped_value(optimizer: Any, parameter: Tensor) -> Tensor:  # noqa: ANN401
+    """The value that an optimizer updates for a parameter: its master, or the parameter itself.
+
+    Args:
+        optimizer: Any, not in a wrapper.
+        parameter: One of its parameters.
+
+    Returns:
+        For a half-precision parameter that is updated in float32, the master as the next step would
+        find it, not changed by later steps; otherwise the parameter's own values.
+    """
+    masters = vars(optimizer).get(_MASTERS)
+    if not isinstance(masters, _Masters) or parameter.dtype not in HALF:
+        return parameter.detach()
+    half, held = parameter.detach(), masters.values.get(parameter)
+    return half.float() if held is None else torch.where(held.to(half.dtype) == half, held, half)
+
+
+def nested(optimizer: Any) -> Iterator[Any]:  # noqa: ANN401
+    """An optimizer and all that it holds in attributes, lists or dicts, at any depth.
+
+    Args:
+        optimizer: Anything with `param_groups` and `state`.
+
+    Yields:
+        Each once, from the outside in.
+    """
+    queue: list[Any] = [optimizer]
+    seen: dict[int, Any] = {}
+    while queue:
+        item = queue.pop(0)
+        if id(item) in seen or isinstance(item, torch.Tensor):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, list | tuple):
+            queue += item
+        elif hasattr(item, "param_groups") and hasattr(item, "state"):
+            yield item
+            own = {"param_groups", "state", "defaults"}
+            attributes = getattr(item, "__dict__", {}).items()
+            queue += [value for name, value in attributes if name not in own]
+
+
+class _Masters:
+    """An optimizer's master values.
+
+    Between its calls they lie in `optimizer.state[parameter]["master"]` too, from where a state
+    dict takes them. Optimizers take an empty state for a new one: inside a call they are not there.
+    """
+
+    def __init__(self, optimizer: Any) -> None:  # noqa: ANN401
+        self.optimizer = optimizer
+        self.values: dict[Any, Tensor] = {}
+        self._pairs: list[tuple[Any, Any, Tensor | None]] | None = None
+
+    def install(self) -> None:
+        """Replace the optimizer's methods."""
+        optimizer = self.optimizer
+        # Bound methods on the instance, as schedulers expect and make them: whatever they have put
+        # around `step` before stays inside of this.
+        replaced = {
+            "step": self._stepping(optimizer.step),
+            "state_dict": self._giving_state(optimizer.state_dict),
+            "load_state_dict": self._loading_state(optimizer.load_state_dict),
+        }
+        for name in _other_methods(type(optimizer)) - {*replaced}:
+            replaced[name] = self._touching(getattr(optimizer, name))
+        for name, function in replaced.items():
+            setattr(optimizer, name, MethodType(function, optimizer))
+        _widen_state(optimizer)
+
+    def _stepping(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def step_on_masters(_: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            def on_model(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+                with self._outside():  # the closure runs the model, on its own weights
+                    return closure(*args, **kwargs)
+
+            given = (None if closure is None else on_model, *args)
+            with self._inside():
+                return step(*args, **kwargs) if given == (None,) else step(*given, **kwargs)
+
+        return step_on_masters
+
+    def _touching(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def on_masters(_: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            with self._inside():
+                return method(*args, **kwargs)
+
+        return on_masters
+
+    def _giving_state(self, state_dict: Callable[..., Any]) -> Callable[..., Any]:
+        def with_masters(_: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            given = state_dict(*args, **kwargs)
+            # An optimizer that gives the states of others inside of it leaves out its own.
+            if isinstance(given, dict) and _count(given, MASTER) < len(self.values):
+                index = {p: i for i, p in enumerate(self._parameters())}
+                values = {index[p]: value for p, value in self.values.items() if p in index}
+                given = {**given, _MASTERS: values}
+            return given
+
+        return with_masters
+
+    def _loading_state(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_masters(_: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            own: dict[int, Tensor] = {}
+            if isinstance(state_dict, dict) and _MASTERS in state_dict:
+                state_dict = {**state_dict}
+                own = state_dict.pop(_MASTERS)
+            before, self.values = self.values, {}
+            pairs = [(p, nn.Parameter(p.detach().float())) for p in self._halves()]
+            try:
+                with _swapped(pairs):  # torch casts what it loads to the parameter's dtype
+                    loaded = load(state_dict, *args, **kwargs)
+            except BaseException:
+                self.values = before
+                raise
+            state = self.optimizer.state
+            for index, parameter in enumerate(self._parameters()):
+                value = state.get(parameter, {}).get(MASTER, own.get(index))
+                if value is not None:
+                    # Some optimizers leave what they load where the file was read to.
+                    self._publish(parameter, value.to(parameter.device, torch.float32))
+            return loaded
+
+        return load_masters
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Inside, the half-precision parameters are their masters."""
+        if self._pairs is not None:
+            yield
+            return
+        self._enter()
+        done = False
+        try:
+            yield
+            done = True
+        except RuntimeError as error:
+            if any(word in str(error) for word in ("dtype", "BFloat16", "Half", "float16")):
+                raise SelectionError(
+                    f"{type(self.optimizer).__name__} cannot update half-precision weights in "
+                    f"float32: {error}. It keeps values in the weights' own dtype. Pass "
+                    "master_weights=False (small steps are lost in rounding), load the model in "
+                    "float32, or choose another optimizer."
+                ) from error
+            raise
+        finally:
+            self._leave(done)
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Inside `_inside`, the model's own weights again."""
+        self._leave(True)
+        try:
+            yield
+        finally:
+            self._enter()
+
+    def _enter(self) -> None:
+        state, pairs = getattr(self.optimizer, "state", {}), []
+        for half in self._halves():
+            value = state.get(half, {}).get(MASTER, self.values.get(half))
+            if half.grad is not None or value is not None:
+                master = nn.Parameter(_master(half.detach(), value))
+                master.grad = None if half.grad is None else half.grad.float()
+                pairs.append((half, master, master.grad))
+        for half, master, _ in pairs:
+            held = state.get(half, {})
+            held.pop(MASTER, None)
+            if not held:
+                state.pop(half, None)
+            _swap(half, master)
+        self._pairs = pairs
+
+    def _leave(self, done: bool) -> None:
+        pairs, self._pairs = self._pairs or [], None
+        state = getattr(self.optimizer, "state", {})
+        for half, master, grad in pairs:
+            _swap(half, master)
+            if master.grad is None:
+                half.grad = None
+            elif half.grad is None:
+                half.grad = master.grad.to(half.dtype)
+            elif master.grad is not grad or master.grad._version:
+                half.grad.copy_(master.grad)
+            # A first step that failed before it made any state can be tried again.
+            if done or half in self.values or state.get(half):
+                half.data.copy_(master.data)
+                self._publish(half, master.data)
+
+    def _publish(self, parameter: Any, value: Tensor) -> None:  # noqa: ANN401
+        self.values[parameter] = value
+        state = getattr(self.optimizer, "state", {})
+        state.setdefault(parameter, {})[MASTER] = value
+
+    def _parameters(self) -> list[Any]:
+        groups = self.optimizer.param_groups
+        return list(dict.fromkeys(p for group in groups for p in group["params"]))
+
+    def _halves(self) -> list[Any]:
+        return [p for p in self._parameters() if p.dtype in HALF]
+
+
+def _other_methods(cls: type) -> set[str]:
+    """Public methods that torch's optimizers do not have: they may write to the weights, too."""
+    return {
+        name
+        for base in cls.__mro__
+        if base is not object and not issubclass(Optimizer, base)
+        for name, value in vars(base).items()
+        if isinstance(value, FunctionType)
+        and not name.startswith("_")
+        and not hasattr(Optimizer, name)
+    }
+
+
+def _widen_state(optimizer: Any) -> None:  # noqa: ANN401
+    """Put what optimizers have made of half-precision parameters beforehand in float32."""
+    inner = [*nested(optimizer)]
+    queue: list[Any] = [value for one in inner for value in (one.state, *vars(one).values())]
+    parameters = [p for one in inner for group in one.param_groups for p in group["params"]]
+    seen: dict[int, Any] = {id(parameter): parameter for parameter in parameters}
+    while queue:
+        item = queue.pop()
+        if id(item) in seen or isinstance(item, nn.Parameter):  # of the model, perhaps frozen
+            continue
+        seen[id(item)] = item
+        if isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, list | tuple):
+            queue += item
+        elif isinstance(item, torch.Tensor) and item.dtype in HALF:
+            item.data = item.data.float()
+
+
+def _count(values: Any, key: str) -> int:  # noqa: ANN401
+    if not isinstance(values, dict | list | tuple):
+        return 0
+    inner = values.values() if isinstance(values, dict) else values
+    here = isinstance(values, dict) and key in values
+    return here + sum(_count(value, key) for value in inner)
 
 
 @contextmanager
-def _masters(optimizer: Any, *, stepping: bool) -> Iterator[None]:  # noqa: ANN401
-    """Put masters in the place of half-precision parameters, in the groups and the state.
-
-    Parameters never change their dtype: whoever has hooks on their gradients keeps them.
-    """
-    state, swapped, done = optimizer.state, [], False
+def _swapped(pairs: list[tuple[Any, Any]]) -> Iterator[None]:
+    for half, master in pairs:
+        _swap(half, master)
     try:
-        for group in optimizer.param_groups:
-            for index, half in enumerate(group["params"]):
-                if half.dtype in HALF and (half.grad is not None or not stepping):
-                    held = state.get(half, {})
-                    master = nn.Parameter(_master(half.detach(), held.get(MASTER)))
-                    if half.grad is not None:
-                        master.grad = half.grad.float()
-                    # Optimizers take an empty state for a new one, so this must not be in it.
-                    others = {key: value for key, value in held.items() if key != MASTER}
-                    state.pop(half, None)
-                    if others:
-                        state[master] = others
-                    group["params"][index] = master
-                    swapped.append((group["params"], index, half, master, held))
         yield
-        done = True
     finally:
-        state = optimizer.state  # loading replaces it
-        for parameters, index, half, master, held in swapped:
-            parameters[index] = half
-            now = state.pop(master, {})
-            if stepping and (done or now):
-                half.data.copy_(master.data)
-                now = {**now, MASTER: master.data}
-            elif not stepping and not done:
-                now = held
-            if now:
-                state[half] = now
+        for half, master in pairs:
+            _swap(half, master)
+
+
+def _swap(one: Any, other: Any) -> None:  # noqa: ANN401
+    """Exchange what two Python tensors stand for; twice is as if nothing had been.
+
+    References, attributes and hashes stay with the Python objects; values, gradients, and the hooks
+    on these (DDP's too) go with what they belong to. `torch.utils.swap_tensors` is the same for
+    good, and so forbids the next backward of a graph that is under way.
+    """
+    if isinstance(one, DTensor):
+        for slot in _DTENSOR_SLOTS:
+            kept = getattr(one, slot)
+            setattr(one, slot, getattr(other, slot))
+            setattr(other, slot, kept)
+    torch._C._swap_tensor_impl(one, other)
 
 
 def _master(half: Tensor, master: Tensor | None) -> Tensor:

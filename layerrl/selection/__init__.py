@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from layerrl.blocks import Blocks, count_layers, find_blocks, meta_model, plain_name, unwrap
+from layerrl.blocks import (
+    Blocks,
+    find_blocks,
+    layers_described,
+    meta_model,
+    plain_name,
+    unwrap,
+)
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
@@ -262,7 +269,8 @@ class LayerSelection:
         Raises:
             SelectionError: If the selection does not fit the model, or the tool cannot express it:
                 no tool takes boosts or `"full"`, slime no parts of layers and no vision-language
-                model, and PEFT nothing without a linear module.
+                model, and PEFT nothing without a linear module, nor the shared experts and dense
+                MLPs of models whose experts it adapts by the same names.
             ModelError: If the model's layers cannot be found.
 
         Example:
@@ -408,7 +416,7 @@ def select_layers(
         blocks = find_blocks(base)
         num_layers, described = len(blocks.modules), _described(base, blocks)
     else:
-        num_layers = count_layers(model)
+        num_layers = layers_described(model)
         described = f"{type(model).__name__} has {counted(num_layers)}"
     if isinstance(layers, LayerSelection):
         layers._check_num_layers(num_layers, described)

@@ -2,34 +2,124 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from layerrl.blocks import plain_name
+from layerrl.blocks import plain_name, unwrap
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from layerrl.selection import LayerSelection
 
 
 class Masked(AbstractContextManager[dict[str, nn.Parameter]]):
-    """A class and no generator: one that is dropped while suspended would restore the flags."""
+    """Requires gradients of a selection alone inside, and restores all flags; can be re-entered.
+
+    A class and no generator: one that is dropped while suspended would restore the flags.
+
+    Args:
+        selection: What requires gradients inside.
+        model: The model, wrapped or not.
+    """
 
     def __init__(self, selection: LayerSelection, model: nn.Module) -> None:
         self._selection, self._model = selection, model
+        self._entered: list[tuple[dict[str, bool], TrainingMask | None]] = []
 
     def __enter__(self) -> dict[str, nn.Parameter]:
         trained = self._selection.parameters(self._model)
-        chosen = {id(parameter) for parameter in trained.values()}
-        self._required: dict[str, bool] = {}
-        for name, parameter in self._model.named_parameters():
-            self._required[plain_name(name)] = parameter.requires_grad
-            parameter.requires_grad_(id(parameter) in chosen)
+        self._entered.append((_flags(self._model), _waiting.get(unwrap(self._model))))
+        _mask(self._model, trained)
         return trained
 
     def __exit__(self, *exception: object) -> None:
-        # By name: FSDP2 replaces parameters, and frees the old ones if nobody holds them.
-        for name, parameter in self._model.named_parameters():
-            required = self._required.get(plain_name(name), parameter.requires_grad)
-            parameter.requires_grad_(required)
+        before, waiting = self._entered.pop()
+        _restore(self._model, before)
+        if _waiting.get(unwrap(self._model)) is not waiting:  # of a trainer that was made inside
+            _waiting.pop(unwrap(self._model)).forget()
+
+
+class TrainingMask:
+    """The mask of one trainer: from when the trainer is made until its training returns.
+
+    A model has the mask of one waiting trainer at most. What is restored are the flags that the
+    user set, and never the mask of another trainer that was made and has not trained yet.
+    """
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._before: dict[str, bool] = {}
+        self._masked: dict[str, bool] = {}
+        self._trains = False
+
+    @contextmanager
+    def during_training(self) -> Iterator[None]:
+        """Inside, `put_on` masks for the training; afterwards the flags are the user's again."""
+        self._trains = True
+        try:
+            yield
+        finally:
+            self.take_off()
+            self._trains = False
+
+    def put_on(self, selection: LayerSelection, model: nn.Module) -> None:
+        """Require gradients of a selection alone.
+
+        Args:
+            selection: What trains.
+            model: The trainer's model.
+
+        Raises:
+            SelectionError: If the selection does not fit the model; nothing is changed then.
+        """
+        trained = selection.parameters(model)
+        self.take_off()
+        if waiting := _waiting.get(unwrap(model)):
+            waiting.take_off()
+        self._model, self._before = model, _flags(model)
+        _mask(model, trained)
+        self._masked = _flags(model)
+        if not self._trains:
+            _waiting[unwrap(model)] = self
+
+    def take_off(self) -> None:
+        """Restore the flags: those from before, but for ones that the user set while it waited."""
+        model = self._model
+        if model is None:
+            return
+        before = self._before
+        if _waiting.get(unwrap(model)) is self:
+            now = _flags(model)
+            changed = {name: flag for name, flag in now.items() if flag != self._masked.get(name)}
+            before = before | changed
+            del _waiting[unwrap(model)]
+        _restore(model, before)
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave the flags as they are: somebody else has restored them."""
+        self._model, self._before, self._masked = None, {}, {}
+
+
+# The masks of trainers that were made and have not trained since, by their models.
+_waiting: WeakKeyDictionary[nn.Module, TrainingMask] = WeakKeyDictionary()
+
+
+# All by name: FSDP2 replaces parameters, and frees the old ones if nobody holds them.
+def _flags(model: nn.Module) -> dict[str, bool]:
+    return {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
+
+
+def _mask(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+    chosen = {id(parameter) for parameter in trained.values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def _restore(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(plain_name(name), parameter.requires_grad))

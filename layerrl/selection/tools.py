@@ -75,14 +75,54 @@ def _is_multimodal(base: nn.Module) -> bool:
 def _linear_modules(base: nn.Module, trained: set[str], selection: LayerSelection) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
+    modules = {plain_name(name): module for name, module in base.named_modules()}
     names = [
-        plain_name(name)
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and plain_name(f"{name}.weight") in trained
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D)
+        and f"{name}.weight" in trained
+        # A router that is one, but returns more than its product, is no linear module to PEFT.
+        and not type(module).__module__.startswith("transformers.models.")
     ]
     if not names:
         raise SelectionError(
             f"peft cannot be told to train {selection}: it adapts linear modules, and no weight of "
             "one is selected."
         )
+    rewritten = _rewritten_by_peft(base, names)
+    if rewritten:
+        raise SelectionError(
+            f"peft cannot be told to train {selection}: in a {type(base).__name__}, it takes "
+            f"{rewritten[0]!r} and {len(rewritten) - 1} others of {len(names)} linear modules "
+            "for the experts of every layer, and would adapt those. Select what it does not "
+            'rewrite, such as modules="self_attn.*", or train the layers themselves.'
+        )
+    named = {*names}
+    for other in modules.keys() - named:  # PEFT also takes a target for the end of a name
+        parts = other.split(".")
+        if any(".".join(parts[start:]) in named for start in range(1, len(parts))):
+            raise SelectionError(
+                f"peft cannot be told to train {selection}: the name of {other!r} ends as that of "
+                "a selected module does, and it would adapt both."
+            )
     return names
+
+
+def _rewritten_by_peft(base: nn.Module, names: list[str]) -> list[str]:
+    """Targets that PEFT replaces, for models whose experts transformers has fused; it is asked."""
+    try:
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # there is none, or none that does
+        return []
+    if not hasattr(getattr(base, "config", None), "model_type"):
+        return []
+    left: set[str] = set()
+    for name in names:  # one by one: it refuses some without their siblings
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, base, None)
+        except ValueError:
+            continue
+        left |= {*(config.target_modules or ())}
+    return [name for name in names if name not in left]

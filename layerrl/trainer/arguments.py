@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, Trainer
 
-from layerrl.blocks import is_peft, unwrap
-from layerrl.errors import SelectionError, TrainerError
+from layerrl.blocks import adapters, count_layers, meta_model, unwrap
+from layerrl.errors import ModelError, SelectionError, TrainerError
+from layerrl.selection import select_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,19 +83,28 @@ def check_keywords(
         )
 
 
-def refuse_peft(selection: object, model: object, peft_config: object) -> None:
-    """A selection and PEFT both choose what trains."""
-    if isinstance(model, nn.Module) and is_peft(model):
-        given = "a PEFT model"
-    elif peft_config is not None:
-        given = "peft_config"
-    else:
-        return
-    raise SelectionError(
-        f"selection={selection!r} was given together with {given}: two ways of choosing what "
-        "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
-        "layers)."
-    )
+def refuse_peft(selection: object, model: object, peft_config: object = None) -> None:
+    """Refuse PEFT beside a selection: both choose what trains.
+
+    Args:
+        selection: What trains, as it was given.
+        model: The model, or what stands for it until it is loaded.
+        peft_config: The trainer's argument of that name.
+
+    Raises:
+        SelectionError: If there is a `peft_config`, or the model has adapters, wrapped by PEFT or
+            put into it by transformers (`model.add_adapter`) or `inject_adapter_in_model`.
+    """
+    given = "peft_config" if peft_config is not None else ""
+    if isinstance(model, nn.Module):
+        given = adapters(model) or given
+    if given:
+        raise SelectionError(
+            f"selection={selection!r} was given together with {given}: two ways of choosing what "
+            "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
+            "layers), or merge the adapters into the model first (merge_and_unload of a PEFT "
+            "model)."
+        )
 
 
 def refuse_announced_weights(
@@ -135,6 +145,34 @@ def config_at(path: Any, args: Any) -> Any:  # noqa: ANN401
         return AutoConfig.from_pretrained(path, **options)
     except (OSError, TypeError, ValueError):
         return None
+
+
+def chosen_early(described: Any, selection: Any) -> Any:  # noqa: ANN401
+    """Resolve a selection before weights are loaded, to find a mistake in it.
+
+    Args:
+        described: The model, or the config at its path.
+        selection: As the trainer is given it. It is resolved again against the loaded model, which
+            may have another number of layers than its config says.
+
+    Returns:
+        The `LayerSelection`; what was given, where only the loaded model can tell.
+
+    Raises:
+        SelectionError: If it does not fit the model.
+        ModelError: If the model's layers cannot be found.
+    """
+    try:
+        return select_layers(described, selection)
+    except (ModelError, SelectionError):
+        if isinstance(described, nn.Module):
+            raise
+    try:
+        described = meta_model(described)
+    except Exception:  # whatever a model's code needs
+        count_layers(described)
+        return selection
+    return select_layers(described, selection)
 
 
 class StandIn(nn.Module):

@@ -6,15 +6,36 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import TrainerCallback
-from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.callbacks import BEMACallback, SyncRefModelCallback
 
+from layerrl.errors import SelectionError
 from layerrl.shards import parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from layerrl.reference import ReferenceModel
+    from layerrl.selection import LayerSelection
     from layerrl.trainer.checkpoints import Checkpoints
+
+
+def refuse_callbacks(callbacks: Iterable[TrainerCallback], selection: LayerSelection) -> None:
+    """Refuse callbacks of TRL that cannot tell frozen parameters from trained ones.
+
+    Args:
+        callbacks: The trainer's.
+        selection: What trains.
+
+    Raises:
+        SelectionError: If one averages the parameters that train as if they were all.
+    """
+    for callback in callbacks:
+        if isinstance(callback, BEMACallback) and not selection.full:
+            raise SelectionError(
+                f"{type(callback).__name__} was given for {selection}: it pairs the parameters "
+                "that train with all of the model's, and would fail at its first update. Leave it "
+                'out, or train with selection="full".'
+            )
 
 
 class FrozenCheck(TrainerCallback):

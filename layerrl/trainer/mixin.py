@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABCMeta
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RepeatSampler
 
@@ -25,14 +25,21 @@ from layerrl.masking import (
     parameters_by_layer,
     scale_learning_rates,
 )
-from layerrl.precision import HALF, step_in_float32
+from layerrl.optimizer import (
+    check_steps,
+    keep_only,
+    refuse_updates_in_backward,
+    updates_in_backward,
+)
+from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
 from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.selection import LayerSelection, select_layers
+from layerrl.selection.masked import TrainingMask
 from layerrl.shards import is_sharded, parts, shape, sharded_like
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.auto import AutoSelection
-from layerrl.trainer.callbacks import DeltaOnTop, FrozenCheck, SyncReference
+from layerrl.trainer.callbacks import DeltaOnTop, FrozenCheck, SyncReference, refuse_callbacks
 from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
 from layerrl.trainer.passes import Passes
 from layerrl.trainer.sync import WeightSync
@@ -40,7 +47,7 @@ from layerrl.trainer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch.optim import Optimizer
 
@@ -61,7 +68,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
     `class MyTrainer(LayerMaskedMixin, GRPOTrainer)` takes a few keywords more than the trainer it
     wraps. Everything outside the selection is frozen when the trainer has been made, compared with
     its fingerprint at train start, at every save and at train end, and never reaches the optimizer.
-    If making the trainer or training fails, every `requires_grad` flag is what it was before.
+    When `train` returns or fails, or making the trainer fails, every `requires_grad` flag is what
+    it was before the trainer was made; the next `train` masks anew.
 
     The backward ends at the first trained layer, and only layers from there up are checkpointed.
     The reference (`beta > 0`; DPO, KTO without a `ref_model`) is the model that was passed, kept as
@@ -117,11 +125,17 @@ class LayerMaskedMixin(metaclass=_OneMask):
         ref_model: Any
         vllm_generation: Any
         optimizer: Any
+        optimizer_cls_and_kwargs: Any
         accelerator: Any
         is_fsdp_enabled: bool
         args: Any
         processing_class: Any
         state: Any
+        remove_callback: Any
+        callback_handler: Any
+        model_init: Any
+        place_model_on_device: bool
+        _move_model_to_device: Any
         _save: Any
         _get_output_dir: Any
     else:
@@ -161,9 +175,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         # A path's config will do, so that a typo is not found after minutes of loading weights.
         args_given = given.get("args")
         is_model = isinstance(model, nn.Module)
+        choice = [*selection] if isinstance(selection, Iterator) else selection
         described = model if is_model else arguments.config_at(model, args_given)
         if described is not None:
-            selection = select_layers(described, selection)
+            selection = arguments.chosen_early(described, choice)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
         checkpoint_format = "full" if full else checkpoint_format
         refuse_readers(given.get("callbacks") or (), checkpoint_format)
@@ -179,6 +194,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             nullcontext() if full else quantised_base(args_given),
         ):
             super().__init__(*args, **kwargs)
+        self._mask = TrainingMask()
         self._auto = auto
         self._master_weights = master_weights and not full
         self.checkpoint_format = checkpoint_format
@@ -193,7 +209,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self.beta = self.args.beta
         self.add_callback(FrozenCheck(self.check_frozen))
         self.add_callback(DeltaOnTop(self._checkpoints))
-        selection = select_layers(self.model, selection)
+        self._choice = choice
+        selection = select_layers(self.model, choice)
         vocabulary.check(self.model, getattr(self, "processing_class", None), selection)
         if auto is not None:
             auto.check(self, selection.num_layers)
@@ -209,6 +226,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
     ) -> None:
         """Everything that depends on what trains; little of it where that is still to be chosen."""
         full, decided = selection.full, self._auto is None or self._auto.report is not None
+        arguments.refuse_peft(selection, self.model)
         self._selection = selection
         quantised = getattr(unwrap(self.model), "is_quantized", False)
         launchers.refuse_launcher(self.selection, self.accelerator, quantised=quantised)
@@ -248,14 +266,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
+        self._fitted: Any = None
         self._sampler: Any = None
-        self._mask = ExitStack()
         self._initial: Mapping[str, Tensor] = {}
         if reference:
             self._set_reference(decided)
         if not self._initial and not full and decided:
             self._initial = {n: parts(p).detach().clone() for n, p in self._trained.items()}
-        self._mask_model()
+        self._mask.put_on(self.selection, self.model)
 
     @property
     def selection(self) -> LayerSelection:
@@ -294,24 +312,47 @@ class LayerMaskedMixin(metaclass=_OneMask):
         elif "resume_from_checkpoint" in kwargs:
             resumed = self._checkpoints.resumed(kwargs["resume_from_checkpoint"])
             kwargs = {**kwargs, "resume_from_checkpoint": resumed}
-        self._mask_model()
         try:
-            if self._auto is not None and self._auto.report is None:
-                self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
-            return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        except BaseException:
-            self._mask.close()
-            raise
+            refuse_callbacks(self.callback_handler.callbacks, self.selection)
+            with self._mask.during_training():
+                if self.model_init is None:
+                    arguments.refuse_peft(self.selection, self.model)
+                    self._mask.put_on(self.selection, self.model)
+                if self._auto is not None and self._auto.report is None:
+                    self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
+                return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._passes.replay.clear()
             if self._auto is not None:
                 self._auto.clear()
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:  # noqa: ANN401
+        """A new model from the trainer's `model_init`, which it is masked on from now on.
+
+        Args:
+            trial: The trial of a hyperparameter search.
+
+        Returns:
+            The model.
+
+        Raises:
+            SelectionError: If the selection does not fit it.
+        """
+        model: nn.Module = super().call_model_init(trial)  # pyright: ignore[reportAttributeAccessIssue]
+        if hasattr(self, "_choice"):  # not the first one, which is masked when all else is made
+            selection = select_layers(model, self._choice)
+            self._mask.take_off()
+            self.model = model
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
+            self._select_now(selection)
+        return model
+
     def _choose(self, resume_from_checkpoint: str | bool | None) -> None:
         """What trains, where that is left to the trainer."""
         assert self._auto is not None
         selection, self._auto.report = self._auto.choose(self, resume_from_checkpoint)
-        self._mask.close()
+        self._mask.take_off()
         try:
             self._select_now(selection)
         except BaseException:
@@ -437,8 +478,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 selection, or has one learning rate where the selection scales some.
         """
         new = self.optimizer is None
-        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if new and self.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
+            self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks
+        with self.selection.masked(self.model):  # it may be made before or after a training
+            optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         try:
+            if new and not self.selection.full:
+                keep_only(optimizer, self._trained.values())
             self._fit_optimizer(optimizer, new)
         except SelectionError:
             if new:
@@ -446,28 +493,30 @@ class LayerMaskedMixin(metaclass=_OneMask):
             raise
         return optimizer
 
+    def _refuse_updates_in_backward(self, name: str) -> None:
+        refuse_updates_in_backward(name, self.selection, master_weights=self._keeps_masters())
+
+    def _keeps_masters(self) -> bool:
+        return self._master_weights and any(p.dtype in HALF for p in self._trained.values())
+
     def _fit_optimizer(self, optimizer: Optimizer, new: bool) -> None:
-        layer_wise = isinstance(optimizer, LayerWiseDummyOptimizer)
-        own = self._optimizer_is_own or (new and not layer_wise)
+        self._fitted = optimizer = unwrap_optimizer(optimizer)
+        if updates_in_backward(optimizer):
+            self._refuse_updates_in_backward(type(optimizer).__name__)
+            return
+        own = self._optimizer_is_own or new
         if not own and set(self.selection.learning_rate_scale) != {1.0}:
-            why = "updates layer by layer" if layer_wise else "was passed in ready-made"
             raise SelectionError(
                 f"{self.selection}: the scales cannot be put into {type(optimizer).__name__}, "
-                f"which {why}. Let the trainer build an ordinary optimizer from its args, or "
-                "select without boost."
+                "which was passed in ready-made. Let the trainer build an ordinary optimizer from "
+                "its args, or select without boost."
             )
-        if new and not layer_wise:
+        if new:
             scale_learning_rates(optimizer, self.model, self.selection)
-        if not layer_wise:
-            check_optimizer(optimizer, self.model, self.selection)
-        if self._master_weights and any(p.dtype in HALF for p in self._trained.values()):
-            if layer_wise:
-                raise SelectionError(
-                    f"optim={self.args.optim} updates layer by layer and can keep no float32 "
-                    "master weights for tensors in half precision. Choose another optimizer, load "
-                    "the model in float32, or pass master_weights=False and lose small steps."
-                )
+        check_optimizer(optimizer, self.model, self.selection)
+        if self._keeps_masters():
             step_in_float32(optimizer)
+        check_steps(optimizer, lambda: self.selection.parameters(self.model))
         self._optimizer_is_own = own
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -506,15 +555,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
             logs.update(metrics.named("relative_update", moved))
         super().log(logs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _mask_model(self) -> None:
-        self._mask.close()
-        self._mask.enter_context(self.selection.masked(self.model))
-
     def _set_reference(self, decided: bool) -> None:
         # Before anything trains, the model is its own reference.
         self.ref_model = ReferenceModel(self.model, self._trained if decided else {})
+        if hasattr(self.callback_handler, "ref_model"):  # of TRL's DPO with BEMA
+            self.callback_handler.ref_model = self.ref_model
         if not decided:
             return
+        self.remove_callback(SyncReference)
         if getattr(self.args, "sync_ref_model", False):
             self.add_callback(SyncReference(self.ref_model, self.accelerator))
         elif not self.selection.full:
@@ -553,6 +601,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
             What the wrapped trainer returns.
         """
         self._follow_shards()
+        if not launchers.uses_deepspeed(self.accelerator):  # which wraps it in one of its own
+            optimizer = unwrap_optimizer(self.optimizer)
+            if optimizer is not None and optimizer is not self._fitted:  # made in a subclass
+                self._fit_optimizer(optimizer, False)
         return super().create_scheduler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from layerrl.blocks import find_blocks
 from layerrl.errors import SelectionError
-from layerrl.precision import MASTER
+from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
 
 if TYPE_CHECKING:
@@ -229,6 +229,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
 
     def _mask(self, active: Collection[int], model: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
         held, blocks = _held(optimizer), find_blocks(model)
+        states = [inner.state for inner in nested(optimizer)]
         for layer in self._layers:
             for _, parameter in blocks.named_parameters(layer):
                 if id(parameter) not in held:  # a part of the layer that never trains
@@ -236,10 +237,10 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 parameter.requires_grad_(layer in active)
                 if layer not in active:
                     parameter.grad = None
-                    if not self._keep_state and parameter in optimizer.state:
-                        state = optimizer.state.pop(parameter)
-                        if MASTER in state:  # the weight itself, which the model has rounded
-                            optimizer.state[parameter] = {MASTER: state[MASTER]}
+                    for state in () if self._keep_state else states:
+                        values = state.pop(parameter, {})
+                        if MASTER in values:  # the weight itself, which the model has rounded
+                            state[parameter] = {MASTER: values[MASTER]}
 
 
 def _held(optimizer: Any) -> set[int]:  # noqa: ANN401

@@ -362,6 +362,18 @@ class TestFastPath:
         assert optimizer.state[parameter]["momentum_buffer"].dtype == torch.float32, MASTERS
         assert optimizer.param_groups[0]["params"] is held, MASTERS
 
+    def test_two_tensors_can_trade_what_they_stand_for_and_back(self):
+        one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2).double())
+        loss = one.sum()  # a backward under way, and a hook as DDP hangs there
+        calls = []
+        one.register_post_accumulate_grad_hook(calls.append)
+        torch._C._swap_tensor_impl(one, other)
+        assert one.dtype == torch.float64, MASTERS
+        torch._C._swap_tensor_impl(one, other)
+        loss.backward()
+        assert torch.equal(one.grad, torch.ones(2)), MASTERS
+        assert calls[0] is one, MASTERS
+
 
 class TestLaunchers:
     """What really launched processes do is in tests/launchers."""

@@ -10,18 +10,31 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     LlamaConfig,
+    LlamaForCausalLM,
     ResNetConfig,
     ResNetModel,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from layerrl import blocks as blocks_module
 from layerrl import select_layers
-from layerrl.blocks import count_layers, find_blocks, meta_model, plain_name, unwrap
-from layerrl.errors import ModelError
+from layerrl.blocks import (
+    count_layers,
+    find_blocks,
+    layers_described,
+    meta_model,
+    plain_name,
+    unwrap,
+)
+from layerrl.errors import ModelError, SelectionError
+from tests.grpo import make
 from tests.models import FAMILIES, VISION_FAMILIES, Plain, linears, tiny, tiny_config
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -361,3 +374,82 @@ def test_two_stacks_as_deep_as_the_config_says_are_refused_with_both_named():
     model.config = tiny_config("llama", num_layers=3)
     with pytest.raises(ModelError, match=re.escape("'left' (3), 'right' (3)")):
         select_layers(model, 0)
+
+
+def longcat(num_layers: int = 2):
+    return AutoConfig.for_model(
+        "longcat_flash",
+        vocab_size=64,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        num_layers=num_layers,
+        num_attention_heads=2,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        head_dim=4,
+        v_head_dim=8,
+        moe_topk=2,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        expert_ffn_hidden_size=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+class TwiceConfig(LlamaConfig):
+    """A config from outside transformers, whose model has twice its layers."""
+
+    model_type = "layerrl_twice"
+
+
+class Twice(LlamaForCausalLM):
+    config_class = TwiceConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        layers = (LlamaDecoderLayer(config, k) for k in range(2 * config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(layers)
+
+
+@pytest.fixture
+def twice():
+    AutoConfig.register("layerrl_twice", TwiceConfig, exist_ok=True)
+    AutoModelForCausalLM.register(TwiceConfig, Twice, exist_ok=True)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    return TwiceConfig(num_hidden_layers=2, vocab_size=64, **sizes)
+
+
+class TestConfigThatCountsOtherwiseThanItsModel:
+    @pytest.mark.parametrize("family", ["longcat", "twice"])
+    @pytest.mark.parametrize("layers", [1, -1, "middle", "all", "last:2", "50%:100%"], ids=str)
+    def test_selects_what_the_model_selects(self, family, layers, request):
+        config = longcat() if family == "longcat" else request.getfixturevalue("twice")
+        model = AutoModelForCausalLM.from_config(config)
+        selection = select_layers(model, layers)
+        assert select_layers(config, layers) == selection
+        assert layers_described(config) == selection.num_layers
+        plans = [selection.plan(described, dtype=torch.float32) for described in (config, model)]
+        assert plans[0] == plans[1]
+
+    def test_by_path_a_trainer_selects_what_it_selects_by_instance(self, tmp_path):
+        model = AutoModelForCausalLM.from_config(longcat())
+        model.save_pretrained(tmp_path / "model")
+        for layers in (1, -1, "last:1", iter([0, 1])):
+            trainer = make(str(tmp_path / "model"), tmp_path, selection=layers)
+            assert trainer.selection.num_layers == 2
+        for layers in (2, -3, "last:3"):
+            with pytest.raises(SelectionError, match=r"has 2 decoder layers|expected 1 to 2"):
+                make(str(tmp_path / "model"), tmp_path, selection=layers)
+
+    def test_is_refused_where_no_model_can_say(self, monkeypatch):
+        def fail(config):
+            raise ModelError("no such class")
+
+        monkeypatch.setattr(blocks_module, "meta_model", fail)
+        with pytest.raises(ModelError, match=r"num_hidden_layers 4, beside {'num_layers': 2}"):
+            select_layers(longcat(), 1)
+        assert select_layers(tiny_config("llama", 4), 1).num_layers == 4

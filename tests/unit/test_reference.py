@@ -1,21 +1,37 @@
 """The reference is the policy with its first values swapped in, and costs no more than those."""
 
+import copy
 import gc
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trl.trainer.grpo_trainer as grpo_trainer
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
+from trl import DPOConfig
+from trl.experimental.bema_for_ref_model import BEMACallback
+from trl.experimental.bema_for_ref_model import DPOTrainer as BEMADPOTrainer
 
-from layerrl import select_layers
+from layerrl import LayerMaskedMixin, select_layers
+from layerrl.errors import ModelError, SelectionError
 from layerrl.reference import ReferenceModel
-from tests.grpo import config, make
+from tests.grpo import QUIETLY, config, make, tokenizer
 from tests.models import tiny
-from tests.runs import assert_trained, bits, load, metric, saved
+from tests.runs import (
+    assert_same_run,
+    assert_trained,
+    bits,
+    in_layers,
+    load,
+    metric,
+    saved,
+    train,
+)
 
 IDS = torch.tensor([[5, 9, 11, 3]])
 
@@ -168,6 +184,186 @@ class TestReferenceModel:
         assert all((tensor == 0.5).all() for tensor in reference.tensors.values())
         with pytest.raises(KeyError, match=name):
             reference.load_tensors({})
+
+
+class TestAsTheModelThatItStandsFor:
+    """Compared with a second model, which plain TRL has."""
+
+    @pytest.fixture(params=[2, "full"], ids=str)
+    def both(self, request, policy) -> tuple[ReferenceModel, PreTrainedModel]:
+        second = copy.deepcopy(policy).eval()
+        reference = reference_of(policy, request.param)
+        change(policy, request.param)
+        return reference, second
+
+    def test_generates(self, both):
+        reference, second = both
+        [policy] = reference._policy
+        policy.train()
+        before, mode = bits(policy), modes(policy)
+        settings = {"max_new_tokens": 8, "do_sample": False}
+        found = reference.generate(IDS, **settings)
+        assert_close(found, second.generate(IDS, **settings), rtol=0, atol=0)
+        assert not torch.equal(policy.eval().generate(IDS, **settings), found)
+        assert_close(bits(policy), before, rtol=0, atol=0)
+        assert modes(policy.train()) == mode
+
+    def test_has_its_settings(self, both):
+        reference, second = both
+        assert reference.config.to_dict() == second.config.to_dict()
+        assert reference.generation_config.to_dict() == second.generation_config.to_dict()
+        assert (reference.device, reference.dtype) == (second.device, second.dtype)
+        assert reference.num_parameters() == second.num_parameters()
+        assert reference.can_generate()
+        reference.config.pad_token_id = 7
+        assert reference._policy[0].config.pad_token_id == 0
+        with pytest.raises(AttributeError, match="nonsense"):
+            _ = reference.nonsense
+        assert not hasattr(reference, "module")
+
+    def test_has_its_names_and_values(self, both):
+        reference, second = both
+        expected = dict(second.named_parameters())
+        found = dict(reference.named_parameters())
+        assert list(found) == list(expected)
+        assert_close(found, expected, rtol=0, atol=0)
+        one_by_one = {name: reference.get_parameter(name) for name in expected}
+        assert_close(one_by_one, expected, rtol=0, atol=0)
+        assert_close(reference.state_dict(), second.state_dict(), rtol=0, atol=0)
+        kept = reference.state_dict(keep_vars=True)
+        assert_close(kept, second.state_dict(), rtol=0, atol=0)
+        assert not any(p.requires_grad for p in [*found.values(), *one_by_one.values()])
+
+    def test_has_its_parts(self, both):
+        reference, second = both
+
+        def values(model: Any) -> list[Tensor]:
+            hidden = model.model(IDS).last_hidden_state
+            return [
+                hidden,
+                model.lm_head(hidden),
+                model.lm_head.weight,
+                model.get_output_embeddings().weight,
+                model.get_input_embeddings()(IDS),
+                model.base_model.layers[2].mlp.down_proj.weight,
+                [*model.model.layers][2].mlp(hidden),
+                model.get_submodule("model.layers.2.mlp").state_dict()["up_proj.weight"],
+                dict(model.model.layers.named_parameters())["2.mlp.up_proj.weight"],
+            ]
+
+        found, expected = values(reference), values(second)
+        assert_close(found, expected, rtol=0, atol=0)
+        assert not any(tensor.requires_grad for tensor in found)
+        assert len(reference.model.layers) == 4
+
+    def test_is_saved_as_it(self, both, tmp_path):
+        reference, second = both
+        reference.save_pretrained(tmp_path)
+        assert_close(bits(load(tmp_path)), bits(second), rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        "through",
+        [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))],
+        ids=["deepcopy", "pickle"],
+    )
+    def test_can_be_copied(self, both, through):
+        reference, second = both
+        again = through(reference)
+        assert_close(again(IDS).logits, second(IDS).logits, rtol=0, atol=0)
+        assert set(again._policy[0].parameters()).isdisjoint(reference._policy[0].parameters())
+
+    def test_cannot_be_trained_moved_or_cast(self, both):
+        reference, second = both
+        for same in (
+            reference.to(torch.float16),
+            reference.half().requires_grad_(True),
+            reference.eval(),
+            reference.train(),
+        ):
+            assert same is reference
+        for parameter in reference.named_parameters():
+            parameter[1].requires_grad_(True)
+        reference.model.requires_grad_(True)
+        logits = reference(IDS).logits
+        assert not logits.requires_grad
+        assert_close(logits, second(IDS).logits, rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda r: r.gradient_checkpointing_enable(),
+            lambda r: r.resize_token_embeddings(70),
+            lambda r: r.set_input_embeddings(nn.Embedding(2, 2)),
+            lambda r: r.model.set_input_embeddings(nn.Embedding(2, 2)),
+        ],
+        ids=["checkpointing", "vocabulary", "embedding", "embedding of a part"],
+    )
+    def test_refuses_what_would_change_the_policy(self, both, change):
+        with pytest.raises(ModelError, match="would change the model that trains"):
+            change(both[0])
+
+    def test_writing_to_its_frozen_tensors_leaves_the_policy_alone(self, policy):
+        reference = reference_of(policy)
+        before = bits(policy)
+        for _, parameter in reference.named_parameters():
+            parameter.data.mul_(2)
+        assert_close(bits(policy), before, rtol=0, atol=0)
+        assert torch.equal(
+            reference.tensors["model.layers.2.mlp.up_proj.weight"],
+            2 * before["model.layers.2.mlp.up_proj.weight"],
+        )
+
+    def test_loads_values_of_what_trains(self, policy):
+        reference = reference_of(policy)
+        before = bits(policy)
+        other = {n: t + 1 if in_layers(n, [2]) else t for n, t in before.items()}
+        assert reference.load_state_dict(other).missing_keys == []
+        assert_close(reference.state_dict(), other, rtol=0, atol=0)
+        assert_close(bits(policy), before, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match=r"missing \['model.embed_tokens.weight'"):
+            reference.load_state_dict({})
+        reference.load_state_dict({}, strict=False)
+        frozen = {**before, "lm_head.weight": before["lm_head.weight"] + 1}
+        with pytest.raises(ModelError, match=r"lm_head\.weight is frozen"):
+            reference.load_state_dict(frozen)
+        assert_close(reference.state_dict(), other, rtol=0, atol=0)
+
+
+class TestBEMA:
+    """TRL's callback that averages weights, also into the reference."""
+
+    @staticmethod
+    def trained(folder: Path, name: str, kind: type, **selection: Any) -> Any:
+        callback = BEMACallback(update_freq=1, update_ref_model=True, ref_model_update_freq=2)
+        trainer = kind(
+            load(folder),
+            args=DPOConfig(str(folder / name), max_steps=4, max_length=16, **QUIETLY),
+            train_dataset=Dataset.from_dict(
+                {"prompt": ["ab"] * 4, "chosen": ["c", "de"] * 2, "rejected": ["fg", "h"] * 2}
+            ),
+            processing_class=tokenizer(),
+            callbacks=[callback],
+            **selection,
+        )
+        train(trainer)
+        return trainer
+
+    def test_moves_the_reference_of_full_as_it_moves_a_second_model(self, folder):
+        plain = self.trained(folder, "plain", BEMADPOTrainer)
+        masked = self.trained(folder, "masked", MaskedBEMA, selection="full")
+        assert_same_run(masked, plain)
+        found, expected = masked.ref_model.state_dict(), plain.ref_model.state_dict()
+        assert_close(found, expected, rtol=0, atol=0)
+        assert not torch.equal(found["lm_head.weight"], load(folder).lm_head.weight)
+        assert_close(masked.ref_model(IDS).logits, plain.ref_model(IDS).logits, rtol=0, atol=0)
+
+    def test_is_refused_where_it_would_fail_later(self, folder):
+        with pytest.raises(SelectionError, match=r"BEMACallback was given for layer 2 of 4"):
+            self.trained(folder, "masked", MaskedBEMA, selection=2)
+
+
+class MaskedBEMA(LayerMaskedMixin, BEMADPOTrainer):
+    pass
 
 
 @pytest.fixture

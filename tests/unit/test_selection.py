@@ -825,6 +825,19 @@ def test_masks_nest():
     assert flags(model) == before
 
 
+def test_a_mask_can_be_entered_again():
+    model = with_mixed_flags(tiny("llama"))
+    before = flags(model)
+    mask = select_layers(model, 1).masked(model)
+    for _ in range(2):
+        with mask as trained:
+            model.requires_grad_(True)
+            with mask:
+                assert trainable(model) == set(trained)
+            assert all(flags(model).values())
+        assert flags(model) == before
+
+
 def test_mask_of_a_wrapped_model_covers_what_the_wrapper_adds():
     wrapped = Plain(module=tiny("llama"), value_head=nn.Linear(16, 1))
     with select_layers(wrapped, 1).masked(wrapped) as trained:

@@ -72,7 +72,7 @@ class TestWhatIsSent:
     def test_bytes_are_those_of_the_trained_tensors(self, folder, mode):
         trainer = masked(folder, mode)
         trainer.train()
-        trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+        trained = sum(p.nbytes for p in trainer.selection.parameters(trainer.model).values())
         assert Engine.latest.num_bytes[1:] == [trained] * 2
 
     def test_training_is_that_of_trl_with_layers_frozen_by_hand(self, folder, mode):

@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerrl import select_layers
 from layerrl.errors import SelectionError
+from tests.models import _TEXT as TEXT
 from tests.models import FAMILIES, Plain, tiny, tiny_config
 
 LAYERS = 12  # so that layer 1 could be taken for 10 and 11
@@ -82,6 +84,67 @@ def test_peft_adapts_the_linear_modules_of_the_layers(family):
     path = "base_model.model." + FAMILIES[family].path
     assert {name[: len(path) + 3] for name in trained} == {f"{path}.1.", f"{path}.4."}
     assert len(trained) == 2 * len(settings["target_modules"])
+
+
+SHARED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 8,
+}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+}
+MIXTURES = {
+    "glm4_moe": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK | LATENT,
+    "deepseek_v2": DEEPSEEK | LATENT | {"topk_method": "greedy"},
+    "dots1": DEEPSEEK | {"n_shared_experts": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8},
+    "qwen3_next": SHARED | {"head_dim": 8, "shared_expert_intermediate_size": 8},
+    "qwen2_moe": SHARED | {"shared_expert_intermediate_size": 8},
+    "qwen3_moe": SHARED | {"head_dim": 8},
+    "olmoe": SHARED,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 32},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+# PEFT takes the names of their shared experts, and of their dense MLPs, for those of the experts.
+REWRITTEN = {"glm4_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "qwen3_next"}
+
+
+@pytest.mark.parametrize("modules", [None, "*attn*"], ids=["layers", "attention"])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_peft_adapts_a_mixture_in_its_layers_or_not_at_all(family, layer, modules):
+    values = {**TEXT, "num_hidden_layers": 4, "intermediate_size": 32, **MIXTURES[family]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
+    try:
+        selection = select_layers(model, layer, modules=modules)
+    except SelectionError:
+        pytest.skip("another kind of attention")
+    if family in REWRITTEN and modules is None:
+        with pytest.raises(SelectionError, match="for the experts of every layer"):
+            selection.to_config("peft", model)
+        return
+    settings = selection.to_config("peft", model)
+    adapted = get_peft_model(model, LoraConfig(r=2, **settings))
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    found = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained}
+    assert found == {*settings["target_modules"]}
+    assert all(name.startswith(f"model.layers.{layer}.") for name in found)
 
 
 def test_peft_adapts_parts_of_a_layer():

@@ -8,7 +8,7 @@ from abc import ABC, ABCMeta
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -186,6 +186,28 @@ class TestSelection:
         with pytest.raises(SelectionError, match="given together with a PEFT model"):
             make(adapted, tmp_path, selection=1)
 
+    @pytest.mark.parametrize("put", ["transformers", "peft", "ia3"])
+    @pytest.mark.parametrize("selection", [1, "full"])
+    def test_together_with_adapters_in_the_model_is_refused(self, model, tmp_path, put, selection):
+        put_adapter(model, put)
+        before = flags_of(model)
+        with pytest.raises(SelectionError, match="given together with a model with adapters, in"):
+            make(model, tmp_path, selection=selection)
+        assert flags_of(model) == before
+
+    @pytest.mark.parametrize("put", ["transformers", "peft"])
+    def test_adapters_put_into_the_model_later_are_refused(self, model, flags, tmp_path, put):
+        trainer = make(model, tmp_path, selection=1)
+        put_adapter(model, put)
+        with pytest.raises(SelectionError, match="given together with a model with adapters, in"):
+            trainer.train()
+
+    def test_adapters_that_were_taken_out_again_are_no_problem(self, model, tmp_path):
+        put_adapter(model, "transformers")
+        model.delete_adapter("default")
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        make(adapted.merge_and_unload(), tmp_path, selection=1).train()
+
     def test_together_with_a_peft_model_is_refused_behind_a_subclass_that_passes_arguments_on(
         self, model, tmp_path
     ):
@@ -199,6 +221,17 @@ class TestSelection:
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
         with pytest.raises(SelectionError, match="given together with a PEFT model"):
             make(adapted, tmp_path, selection=1, trainer=Masked)
+
+
+def put_adapter(model: nn.Module, how: str) -> None:
+    """Adapters in the model, which is not wrapped."""
+    if how == "transformers":
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    elif how == "peft":
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+    else:
+        config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+        inject_adapter_in_model(config, model)
 
 
 class Interruption(Exception):
@@ -289,17 +322,140 @@ class TestFlagsAreRestored:
         assert flags_of(model) == flags
         trainer.train()
         assert trainer.state.global_step == 3
-        assert trainable(model) == names_of(model, 1, 2)
+        assert flags_of(model) == flags
         assert changed(model, before) == names_of(model, 1, 2)
         assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2, 2e-2}
         # The update counts from the first call, not from the state that the failure left.
         expected = relative_update(model, before, 1)
         assert_close(steps(trainer)[-1][UPDATE.format(1)], expected, rtol=1e-5, atol=0)
 
-    def test_not_after_training_ended_well(self, model, flags, tmp_path):
-        # The user may go on with the model as it was trained.
-        make(model, tmp_path, selection=1, max_steps=1).train()
-        assert trainable(model) == names_of(model, 1)
+    def test_after_training_ended_well(self, model, flags, tmp_path):
+        trainer = make(model, tmp_path, selection=1, max_steps=1)
+        for _ in range(2):
+            trainer.train()
+            assert flags_of(model) == flags
+
+
+class Flags(TrainerCallback):
+    """Notes which tensors train at the start, in each step and at the end."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, *args, model, **_):
+        self.seen.append(trainable(model))
+
+    on_step_end = on_save = on_train_end = on_train_begin
+
+
+class TestMaskOfATraining:
+    def test_lasts_through_its_end_and_its_last_save(self, model, flags, tmp_path):
+        during = Flags()
+        trainer = make(
+            model,
+            tmp_path,
+            selection=1,
+            save_strategy="steps",
+            save_steps=3,
+            arguments={"callbacks": [during]},
+        )
+        for times in (1, 2):
+            trainer.train()
+            assert during.seen == [names_of(model, 1)] * 6 * times
+            assert flags_of(model) == flags
+
+    def test_what_follows_a_training_needs_none(self, model, tmp_path):
+        trainer = make(
+            model,
+            tmp_path,
+            selection=1,
+            arguments={"eval_dataset": Dataset.from_dict({"prompt": ["abc"] * 8})},
+        )
+        trainer.train()
+        assert math.isfinite(trainer.evaluate()["eval_reward"])
+        trainer.save_model(str(tmp_path / "whole"))
+        trainer.save_delta(tmp_path / "delta")
+        assert trainable(model) == [name for name, _ in model.named_parameters()]
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_an_optimizer_made_outside_of_training_holds_what_trains(self, model, tmp_path, when):
+        trainer = make(model, tmp_path, selection=1)
+        if when == "after":
+            trainer.train()
+            trainer.optimizer = None
+        optimizer = trainer.create_optimizer()
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in model.model.layers[1].parameters()}
+        trainer.train()
+        assert trainable(model) == [name for name, _ in model.named_parameters()]
+
+    def test_a_plain_trainer_afterwards_trains_what_it_would_have(self, model, flags, tmp_path):
+        make(model, tmp_path, selection=1).train()
+        before = bits(model)
+        make(model, tmp_path).train()
+        moved = [name for name in changed(model, before) if "embed_tokens" not in name]
+        expected = [name for name, flag in flags.items() if flag and "embed_tokens" not in name]
+        assert moved == expected
+
+    def test_another_selection_afterwards_trains_its_own(self, model, flags, tmp_path):
+        make(model, tmp_path, selection=1).train()
+        before = bits(model)
+        make(model, tmp_path, selection=[0, 2]).train()
+        assert changed(model, before) == names_of(model, 0, 2)
+        assert flags_of(model) == flags
+
+    def test_two_trainers_on_one_model_take_turns(self, model, flags, tmp_path):
+        first, second = (make(model, tmp_path, selection=1, max_steps=1) for _ in range(2))
+        for trainer in (first, second, first, second):
+            before = bits(model)
+            trainer.train()
+            assert changed(model, before) == names_of(model, 1)
+            assert flags_of(model) == flags
+
+    def test_a_trainer_whose_base_another_one_moved_says_so(self, model, flags, tmp_path):
+        first = make(model, tmp_path, selection=1)
+        second = make(model, tmp_path, selection=2)
+        first.train()
+        assert flags_of(model) == flags
+        with pytest.raises(FrozenTensorError, match=r"model\.layers\.1\."):
+            second.train()
+        assert flags_of(model) == flags
+
+    def test_flags_that_were_set_while_a_trainer_waited_are_the_users(self, model, tmp_path):
+        model.requires_grad_(False)
+        trainer = make(model, tmp_path, selection=1)
+        model.lm_head.requires_grad_(True)
+        trainer.train()
+        assert trainable(model) == ["lm_head.weight"]
+
+    def test_of_a_trainer_made_inside_a_mask(self, model, flags, tmp_path):
+        with select_layers(model, 2).masked(model):
+            trainer = make(model, tmp_path, selection=1)
+            assert trainable(model) == names_of(model, 1)
+        assert flags_of(model) == flags
+        trainer.train()
+        assert flags_of(model) == flags
+
+    def test_of_a_trainer_that_trains_inside_a_mask(self, model, flags, tmp_path):
+        with select_layers(model, 2).masked(model):
+            make(model, tmp_path, selection=1).train()
+            assert trainable(model) == names_of(model, 2)
+        assert flags_of(model) == flags
+
+    def test_of_a_training_inside_another(self, model, flags, tmp_path):
+        inner = []
+
+        def other(model, **_):
+            before = trainable(model)
+            make(model, tmp_path / "inner", selection=1, max_steps=1).train()
+            inner.append((before, trainable(model)))
+
+        outer = make(
+            model, tmp_path, selection=1, arguments={"callbacks": [Do(on_train_end=other)]}
+        )
+        outer.train()
+        assert inner == [(names_of(model, 1), names_of(model, 1))]
+        assert flags_of(model) == flags
 
 
 def relative_update(model: nn.Module, before: dict[str, Tensor], layer: int) -> float:

@@ -1,0 +1,208 @@
+"""An optimizer gets the trained tensors only, and its first step is seen to reach each of them."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from layerrl.errors import SelectionError
+from layerrl.masking import fingerprints
+from layerrl.precision import HALF, MASTER, nested, stepped_value, unwrap_optimizer
+from layerrl.shards import local
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from torch import Tensor, nn
+
+    from layerrl.selection import LayerSelection
+
+_CHECK = "layerrl_step_check"
+_LOMO = ("Lomo", "AdaLomo")
+
+
+def updates_in_backward(optimizer: Any) -> bool:  # noqa: ANN401
+    """Whether an optimizer updates each tensor while the backward runs, and not in its `step`.
+
+    Args:
+        optimizer: An optimizer, or what `TrainingArguments.optim` calls it.
+
+    Returns:
+        True for LOMO and for transformers' layer-wise optimizers.
+    """
+    if isinstance(optimizer, str):
+        return optimizer.endswith("_layerwise") or optimizer in [name.lower() for name in _LOMO]
+    optimizer = unwrap_optimizer(optimizer)
+    return isinstance(getattr(optimizer, "optimizer_dict", None), dict) or (
+        type(optimizer).__name__ in _LOMO
+    )
+
+
+def refuse_updates_in_backward(
+    name: str, selection: LayerSelection, *, master_weights: bool
+) -> None:
+    """Refuse an optimizer that updates in the backward, where the step matters.
+
+    Args:
+        name: What the caller asked for.
+        selection: What trains, and how fast.
+        master_weights: Whether trained tensors are to be updated in float32.
+
+    Raises:
+        SelectionError: If the selection scales learning rates, or there are master weights.
+    """
+    if set(selection.learning_rate_scale) != {1.0}:
+        raise SelectionError(
+            f"{selection}: the scales cannot be put into {name}, which updates layer by layer. "
+            "Choose another optimizer in the args, or select without boost."
+        )
+    if master_weights:
+        raise SelectionError(
+            f"{name} updates layer by layer, in the backward, and can keep no float32 master "
+            "weights for tensors in half precision. Choose another optimizer, load the model in "
+            "float32, or pass master_weights=False and lose small steps."
+        )
+
+
+def keep_only(optimizer: Any, parameters: Collection[nn.Parameter]) -> None:  # noqa: ANN401
+    """Take everything but these parameters out of a new optimizer.
+
+    Transformers builds GaLore, APOLLO and LOMO over the whole model, frozen tensors too; a factory
+    in `optimizer_cls_and_kwargs` may do the same. What these draw for each parameter (APOLLO's
+    seeds) depends on its place among all, so that they are not given fewer to begin with.
+
+    Args:
+        optimizer: Just made; its groups and state are changed in place, and those of optimizers
+            inside of it.
+        parameters: Those that stay.
+
+    Raises:
+        SelectionError: If it projects some of the gradients, but none of these.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    one_each = getattr(optimizer, "optimizer_dict", {})  # transformers' layer-wise ones
+    for parameter in [p for p in one_each if id(p) not in chosen]:
+        del one_each[parameter]
+    low_rank, projected = False, 0
+    for inner in nested(optimizer):
+        if inner is optimizer and one_each:
+            continue  # transformers' stand-in, with a tensor of no model
+        for group in inner.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) in chosen]
+            low_rank = low_rank or "rank" in group
+            projected += len(group["params"]) if "rank" in group else 0
+        for parameter in [p for p in inner.state if id(p) not in chosen]:
+            del inner.state[parameter]
+    if low_rank and not projected:
+        raise SelectionError(
+            f"{type(optimizer).__name__} projects the gradients of the linear layers that "
+            "optim_target_modules matches, and none of them trains: name modules of the trained "
+            "layers, or choose another optim."
+        )
+
+
+def check_steps(
+    optimizer: Any,  # noqa: ANN401
+    trained: Callable[[], Mapping[str, nn.Parameter]],
+) -> None:
+    """Make sure, in the first step with a gradient, that an optimizer's step reaches each tensor.
+
+    A tensor is reached if its value, or its master's, is another one afterwards, or if the
+    optimizer has made a state for it. One that a plain gradient step would not have moved either
+    (rate 0, no gradient, a step below the precision) is looked at again in the next step.
+
+    Args:
+        optimizer: Its `step` is replaced on the instance, once. It then raises a `SelectionError`
+            if a tensor is not reached.
+        trained: What trains, by name; asked in the first step, when launchers have done with it.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    known = vars(optimizer).get(_CHECK)
+    if isinstance(known, _StepCheck):
+        known.waiting = None
+        return
+    check = _StepCheck(optimizer, trained)
+    setattr(optimizer, _CHECK, check)
+    step = optimizer.step
+
+    def checked_step(_: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        before = check.before()
+        result = step(*args, **kwargs)
+        if before:
+            check.after(before)
+        return result
+
+    optimizer.step = MethodType(checked_step, optimizer)
+
+
+class _StepCheck:
+    """Which tensors the steps of an optimizer have not been seen to reach yet."""
+
+    def __init__(
+        self,
+        optimizer: Any,  # noqa: ANN401
+        trained: Callable[[], Mapping[str, nn.Parameter]],
+    ) -> None:
+        self.optimizer = optimizer
+        self.trained = trained
+        self.waiting: dict[str, nn.Parameter] | None = None
+
+    def before(self) -> dict[str, tuple[Tensor, str]]:
+        """Gradient and fingerprint of each tensor that this step is to be seen to reach."""
+        if self.waiting is None:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            trained = self.trained()
+            # DeepSpeed gives the optimizer tensors of its own, and checks its steps itself.
+            by_others = held.isdisjoint(id(p) for p in trained.values())
+            self.waiting = {} if by_others else dict(trained)
+        return {
+            name: (p.grad, self._fingerprint(p))
+            for name, p in self.waiting.items()
+            if p.grad is not None
+        }
+
+    def after(self, before: Mapping[str, tuple[Tensor, str]]) -> None:
+        """Raise an error for those that were not reached."""
+        assert self.waiting is not None
+        states = [inner.state for inner in nested(self.optimizer)]
+        lost = []
+        for name, (gradient, fingerprint) in before.items():
+            parameter = self.waiting[name]
+            has_state = any({*state.get(parameter, {})} - {MASTER} for state in states)
+            if has_state or self._fingerprint(parameter) != fingerprint:
+                del self.waiting[name]
+            elif self._would_move(parameter, gradient):
+                lost.append(name)
+        if lost:
+            half = self.waiting[lost[0]].dtype in HALF
+            raise SelectionError(
+                f"the step of {type(self.optimizer).__name__} did not reach {len(lost)} of "
+                f"{len(before)} trained tensors that had a gradient: "
+                + ", ".join(lost[:3])
+                + (", ..." if len(lost) > 3 else "")
+                + ". They are what they were, and have no optimizer state. Build it, and every "
+                "optimizer inside of it, over selection.parameters(model).values() themselves, "
+                "not over copies"
+                + (
+                    "; if it keeps other references to the half-precision weights (a flat buffer), "
+                    "pass master_weights=False or load the model in float32."
+                    if half
+                    else "."
+                )
+            )
+
+    def _fingerprint(self, parameter: nn.Parameter) -> str:
+        return fingerprints({"": stepped_value(self.optimizer, parameter)}).get("", "")
+
+    def _would_move(self, parameter: nn.Parameter, gradient: Tensor) -> bool:
+        value, gradient = stepped_value(self.optimizer, parameter), gradient.detach()
+        rates = [
+            group.get("lr")
+            for inner in nested(self.optimizer)
+            for group in inner.param_groups
+            if any(parameter is p for p in group["params"])
+        ]
+        known = [float(rate) for rate in rates if rate is not None]
+        value, gradient = local(value), local(gradient).to(value.dtype)
+        moved = value - min(known, default=1.0) * gradient
+        return bool(gradient.isfinite().all() and (moved != value).any())
