@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
+from layerrl.delta.card import write_card
 from layerrl.delta.fitting import (
     Comparison,
     check_base,
@@ -57,8 +58,10 @@ __all__ = [
     "DeltaBase",
     "checkpoint_form",
     "load_delta",
+    "put_tensors",
     "restore_delta",
     "save_delta",
+    "tensors_of_run",
 ]
 
 
@@ -143,6 +146,7 @@ def save_delta(
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         text = json.dumps({**meta, "sha256": digest(meta)}, indent=1)
         (folder / META).write_text(text + "\n")
+        write_card(folder, meta)
     return Path(path)
 
 
@@ -224,7 +228,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
         )
     config = getattr(unwrap(model), "config", None)
     check_base(delta, found, config=None if config is None else computing_settings(config))
-    _write(model, trained, tensors)
+    put_tensors(model, trained, tensors)
     return delta.selection
 
 
@@ -242,12 +246,31 @@ def restore_delta(
     Raises:
         DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
     """
+    put_tensors(model, selection.parameters(model), tensors_of_run(path, selection, base))
+
+
+def tensors_of_run(
+    path: str | os.PathLike[str], selection: LayerSelection, base: DeltaBase
+) -> dict[str, Tensor]:
+    """A delta's tensors, if it is of this run.
+
+    Args:
+        path: A delta's folder.
+        selection: What the run trains; the delta must have trained the same.
+        base: The model before training.
+
+    Returns:
+        Name in a checkpoint to tensor.
+
+    Raises:
+        DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
+    """
     delta = Delta.read(path)
     tensors = {name: delta.tensor(name) for name in delta.fingerprints}
     if delta.selection != selection:
         raise DeltaError(f"{path} trained {delta.selection}; this run trains {selection}")
     check_same_base(delta, base)
-    _write(model, selection.parameters(model), tensors)
+    return tensors
 
 
 def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -293,10 +316,20 @@ def _compared(
     return found
 
 
-def _write(
+def put_tensors(
     model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Undo `checkpoint_form`: it only moves elements, so follow each one's position through it."""
+    """Overwrite parameters with tensors that have the names and shapes of `checkpoint_form`.
+
+    Args:
+        model: Theirs.
+        trained: Name in the model to parameter.
+        tensors: What `checkpoint_form` would make of them, with other values.
+
+    Raises:
+        DeltaError: If the model drops or repeats elements when it is saved. It is then as it was.
+    """
+    # `checkpoint_form` only moves elements: follow each one's position through it.
     sizes = [shape(parameter).numel() for parameter in trained.values()]
     positions = torch.arange(sum(sizes)).split(sizes)
     form = checkpoint_form(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from layerrl.reference import ReferenceModel
     from layerrl.selection import LayerSelection
+    from layerrl.trainer.checkpoints import Checkpoints
 
 
 def refuse_callbacks(callbacks: Iterable[TrainerCallback], selection: LayerSelection) -> None:
@@ -50,6 +51,17 @@ class FrozenCheck(TrainerCallback):
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         """Transformers calls this after loading the best model."""
         self._check()
+
+
+class DeltaOnTop(TrainerCallback):
+    """Lets a checkpoint that is pushed have its delta at the top of the repository."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def on_push_begin(self, *args: object, **kwargs: object) -> None:
+        """Transformers calls this when it has decided to push, before it uploads anything."""
+        self._checkpoints.to_top()
 
 
 class SyncReference(SyncRefModelCallback):

@@ -178,12 +178,13 @@ def of_main_process(base: DeltaBase, accelerator: Accelerator) -> DeltaBase:
     return shared
 
 
-def refuse_checkpoint(folder: Path, accelerator: Accelerator) -> None:
+def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool) -> None:
     """Checkpoints of a launcher whose optimizer state this one cannot read.
 
     Args:
         folder: The checkpoint.
         accelerator: The trainer's.
+        has_delta: Whether it holds a delta, which any launcher can read.
 
     Raises:
         DeltaError: If it was written with DeepSpeed and this run is without it, or the opposite,
@@ -196,7 +197,7 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator) -> None:
             f"the checkpoint {folder} was written {wrote} DeepSpeed and this run is {runs} it: "
             "their optimizer states cannot be converted. Resume with the launcher that wrote it, "
             "or start a new run from its weights"
-            f"{' (load_delta on its folder delta)' if (folder / 'delta').is_dir() else ''}."
+            f"{' (load_delta)' if has_delta else ''}."
         )
     if by_deepspeed:
         states = folder / (folder / _DEEPSPEED).read_text().strip()
@@ -209,7 +210,7 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator) -> None:
                 "that wrote it."
             )
     by_fsdp = any(folder.glob(f"{FSDP_MODEL_NAME}*"))
-    if not (folder / "delta").is_dir() and not by_deepspeed and by_fsdp != uses_fsdp(accelerator):
+    if not has_delta and not by_deepspeed and by_fsdp != uses_fsdp(accelerator):
         wrote, runs = ("with", "without") if by_fsdp else ("without", "with")
         raise DeltaError(
             f"the checkpoint {folder} is a whole model written {wrote} FSDP, and this run is "

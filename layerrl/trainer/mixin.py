@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import ABCMeta
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,17 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import remove_dummy_checkpoint
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RepeatSampler
 
 from layerrl.blocks import plain_name, unwrap
 from layerrl.checkpointing import backward_from_first_trained
-from layerrl.delta import DeltaBase, restore_delta, save_delta
-from layerrl.errors import DeltaError, SelectionError
+from layerrl.delta import DeltaBase, save_delta
+from layerrl.errors import SelectionError
 from layerrl.masking import (
     check_frozen,
     check_optimizer,
@@ -40,20 +36,20 @@ from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.selection.masked import TrainingMask
-from layerrl.shards import is_sharded, parts, shape, sharded_like, whole
+from layerrl.shards import is_sharded, parts, shape, sharded_like
 from layerrl.trainer import arguments, launchers, metrics
-from layerrl.trainer.auto import REPORT, AutoSelection
-from layerrl.trainer.callbacks import FrozenCheck, SyncReference, refuse_callbacks
+from layerrl.trainer.auto import AutoSelection
+from layerrl.trainer.callbacks import DeltaOnTop, FrozenCheck, SyncReference, refuse_callbacks
+from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
 from layerrl.trainer.passes import Passes
 from layerrl.trainer.sync import WeightSync
+from layerrl.trainer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
     from torch.optim import Optimizer
-
-_DELTA, _REFERENCE = "delta", "reference.safetensors"
 
 
 class _OneMask(ABCMeta):  # which is also the metaclass of trainers with abstract methods
@@ -109,12 +105,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
             values, and its checkpoint holds them. Not for `"full"`, which is the plain trainer.
         checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
             and the trainer's state, and resume on the same base; `"full"`: whole models, as the
-            trainer's own. `save_model()` writes a whole model either way.
+            trainer's own, for tools that take checkpoints for models. `save_model()` and
+            `push_to_hub()` write a whole model either way.
         **kwargs: The trainer's own arguments.
 
     Raises:
         SelectionError: If the selection does not fit the model, or comes with a `peft_config` or a
-            PEFT model, which also choose what trains.
+            PEFT model, which also choose what trains; if tokens were added whose embedding rows it
+            does not train; if a callback takes checkpoints for models that hold a delta.
         TrainerError: If the class behind the mixin is no trainer, is masked already, or is one that
             cannot be masked.
         ModelError: If the model's decoder layers cannot be found.
@@ -133,13 +131,13 @@ class LayerMaskedMixin(metaclass=_OneMask):
         args: Any
         processing_class: Any
         state: Any
-        add_callback: Any
         remove_callback: Any
         callback_handler: Any
         model_init: Any
         place_model_on_device: bool
         _move_model_to_device: Any
         _save: Any
+        _get_output_dir: Any
     else:
 
         def __init_subclass__(cls, **kwargs: object) -> None:
@@ -182,8 +180,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if described is not None:
             selection = arguments.chosen_early(described, choice)
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
+        checkpoint_format = "full" if full else checkpoint_format
+        refuse_readers(given.get("callbacks") or (), checkpoint_format)
         if not full:
             arguments.refuse_announced_weights(type(self), selection, given, known)
+        vocabulary = Vocabulary(model, described, given.get("processing_class"))
         generates = hasattr(super(), "_generate_and_score_completions")
         reference = arguments.second_model(given, known, generates=generates)
         if reference == "ref_model":
@@ -196,7 +197,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._mask = TrainingMask()
         self._auto = auto
         self._master_weights = master_weights and not full
-        self.checkpoint_format = "full" if full else checkpoint_format
+        self.checkpoint_format = checkpoint_format
+        self._checkpoints = Checkpoints(self)
         self._select_now = partial(
             self._select,
             reference=reference,
@@ -206,8 +208,10 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if reference == "beta":
             self.beta = self.args.beta
         self.add_callback(FrozenCheck(self.check_frozen))
+        self.add_callback(DeltaOnTop(self._checkpoints))
         self._choice = choice
         selection = select_layers(self.model, choice)
+        vocabulary.check(self.model, getattr(self, "processing_class", None), selection)
         if auto is not None:
             auto.check(self, selection.num_layers)
         self._select_now(selection)
@@ -303,6 +307,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         Raises:
             FrozenTensorError: If a frozen tensor changed, at train start, at a save or at the end.
         """
+        if args:
+            args = (self._checkpoints.resumed(args[0]), *args[1:])
+        elif "resume_from_checkpoint" in kwargs:
+            resumed = self._checkpoints.resumed(kwargs["resume_from_checkpoint"])
+            kwargs = {**kwargs, "resume_from_checkpoint": resumed}
         try:
             refuse_callbacks(self.callback_handler.callbacks, self.selection)
             with self._mask.during_training():
@@ -354,6 +363,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model, after checking that only the selection changed.
 
+        A delta that lies in the folder is brought to the same state.
+
         Args:
             output_dir: Folder, by default the args' `output_dir`.
             _internal_call: Transformers says so when it writes a checkpoint: that holds a delta
@@ -366,31 +377,47 @@ class LayerMaskedMixin(metaclass=_OneMask):
         # Pushing to the hub is an internal call too, but names no folder and wants a whole model.
         is_checkpoint = _internal_call and output_dir is not None
         folder = Path(output_dir or self.args.output_dir)
-        if is_checkpoint and self.args.should_save:
-            # What an earlier run left under this name, in whichever format.
-            for stale in (REPORT, _REFERENCE, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-                (folder / stale).unlink(missing_ok=True)
-            shutil.rmtree(folder / _DELTA, ignore_errors=True)
-        if not is_checkpoint or self.checkpoint_format == "full":
-            super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
+        if is_checkpoint:
+            self._checkpoints.clear(folder)
+        if is_checkpoint and self.checkpoint_format == "delta":
+            self._checkpoints.save(folder)
         else:
-            self._save_trained(folder)
-        if is_checkpoint and self.args.should_save and self._auto is not None:
-            self._auto.save(folder)
+            super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
+        if is_checkpoint:
+            self._checkpoints.save_report(folder)
+        else:
+            self._checkpoints.refresh(folder, pushes=_internal_call)
 
-    def _save_trained(self, folder: Path) -> None:
-        """A checkpoint's delta, and the reference where there is one."""
-        # An empty state dict writes everything that goes with a model; its weights go again.
-        self._save(str(folder), state_dict={})
-        remove_dummy_checkpoint(self.args.should_save, str(folder), [SAFE_WEIGHTS_NAME])
-        self._save_delta(folder / _DELTA, writes=self.args.should_save)
-        if isinstance(getattr(self, "ref_model", None), ReferenceModel):
-            reference = {
-                name: whole(value).view(shape(self._trained[name]))
-                for name, value in self.ref_model.tensors.items()
-            }
-            if self.args.should_save:
-                save_file(reference, folder / _REFERENCE)
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._checkpoints.all_or_nothing(Path(self._get_output_dir(trial=trial), folder)):
+            super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self._checkpoints.pushing(Path(checkpoint_folder)):
+            super()._push_from_checkpoint(checkpoint_folder)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the wrapped trainer's model card, and into it how to load a delta beside it.
+
+        Args:
+            *args: The trainer's own arguments.
+            **kwargs: The trainer's own arguments.
+        """
+        super().create_model_card(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        self._checkpoints.describe(Path(self.args.output_dir))
+
+    def add_callback(self, callback: Any) -> None:  # noqa: ANN401
+        """Add a callback, as the wrapped trainer does.
+
+        Args:
+            callback: A `TrainerCallback`, or a class of one.
+
+        Raises:
+            SelectionError: If it takes a checkpoint for a whole model, and checkpoints hold deltas.
+        """
+        refuse_readers([callback], getattr(self, "checkpoint_format", "full"))
+        super().add_callback(callback)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_delta(self, path: str | os.PathLike[str]) -> Path | None:
         """Save only what was trained, as a delta on the model the trainer was made with.
@@ -424,7 +451,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             base=self._base,
             processing_class=self.processing_class,
             is_main_process=writes,
-            check_frozen=self.selection.full,  # others were compared by both callers
+            check_frozen=self.selection.full,  # others were compared by whoever calls this
         )
 
     def check_frozen(self) -> None:
@@ -615,11 +642,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self.check_frozen()  # before it takes the tensors apart
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
-            launchers.refuse_checkpoint(folder, self.accelerator)
             if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
                 self._sync_everything()
-                if (folder / _DELTA).is_dir() and (reference := self._saved_reference(folder)):
-                    self.ref_model.load_tensors(reference)
+                self._checkpoints.load_reference(folder)
         epochs_trained, batches = super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
             max_steps,
             num_update_steps_per_epoch,
@@ -634,42 +659,20 @@ class LayerMaskedMixin(metaclass=_OneMask):
         return epochs_trained, batches
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
-        folder = Path(resume_from_checkpoint)
-        launchers.refuse_checkpoint(folder, self.accelerator)
         self._sync_everything()
         self._follow_shards()
-        if not (folder / _DELTA).is_dir():
+        if not self._checkpoints.load(Path(resume_from_checkpoint), resumes=True):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
-            return
-        reference = self._saved_reference(folder)
-        assert self._base is not None  # "auto" has chosen before anything is loaded
-        restore_delta(self.model, folder / _DELTA, selection=self.selection, base=self._base)
-        if reference:
-            self.ref_model.load_tensors(reference)
-
-    def _saved_reference(self, folder: Path) -> dict[str, Tensor]:
-        """Empty where there is no reference to load it into."""
-        if not isinstance(getattr(self, "ref_model", None), ReferenceModel):
-            return {}
-        try:
-            return load_file(folder / _REFERENCE)
-        except (OSError, SafetensorError) as error:
-            raise DeltaError(
-                f"the checkpoint {folder} holds no readable reference, which beta="
-                f"{self.beta} needs ({error}). Was it written with beta=0, a ref_model or "
-                "precomputed log-probabilities?"
-            ) from error
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         self._sampler = super()._get_train_sampler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return self._sampler
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
         self._sync_everything()
-        if (Path(best) / _DELTA).is_dir():
-            self._load_from_checkpoint(best)
-        else:
+        self._follow_shards()
+        best = self.state.best_model_checkpoint
+        if not self._checkpoints.load(Path(best), resumes=False):
             super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _sync_everything(self) -> None:

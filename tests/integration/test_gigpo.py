@@ -267,7 +267,7 @@ class TestWithASelection:
         whole = masked(tmp_path / "whole", save_strategy="steps", save_steps=2)
         train(whole)
         checkpoint = tmp_path / "whole" / "checkpoint-2"
-        assert (checkpoint / "delta").is_dir()
+        assert (checkpoint / "delta.json").is_file()
         resumed = masked(tmp_path / "resumed")
         train(resumed, resume_from_checkpoint=str(checkpoint))
         assert_close(bits(resumed.model), bits(whole.model), rtol=0, atol=0)

@@ -236,8 +236,8 @@ class TestZero3:
     def test_checkpoints_hold_the_whole_delta(self, folder, one):
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
         expected = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-        load_delta(base, folder / "zero3" / "checkpoint-3" / "delta")
-        load_delta(expected, folder / "one" / "checkpoint-3" / "delta")
+        load_delta(base, folder / "zero3" / "checkpoint-3")
+        load_delta(expected, folder / "one" / "checkpoint-3")
         assert distance(base.state_dict(), expected.state_dict()) <= 1e-5
 
     def test_generates(self, folder, found):
@@ -258,7 +258,7 @@ class TestZero3:
 
     def test_ends_with_its_best_checkpoint(self, folder, found):
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-        load_delta(base, folder / "zero3-best" / "checkpoint-2" / "delta")
+        load_delta(base, folder / "zero3-best" / "checkpoint-2")
         for process in found["zero3-best"]:
             assert distance(process["weights"], base.state_dict()) == 0
 

@@ -239,7 +239,7 @@ class TestCheckpoints:
             for folder in (found, expected)
         ]
         assert files[0] == files[1]
-        for name in ("delta/delta.safetensors", "reference.safetensors"):
+        for name in ("delta.safetensors", "reference.safetensors"):
             assert distance(load_file(found / name), load_file(expected / name)) <= 1e-12
         assert json.loads((found / "config.json").read_text())["architectures"] == [
             "LlamaForCausalLM"

@@ -50,8 +50,9 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def checkpoints(folder: Path) -> set[str]:
@@ -64,7 +65,7 @@ def trained(trainer: Any) -> dict[str, Tensor]:
 
 
 def delta_of(checkpoint: Path) -> dict[str, Tensor]:
-    return load_file(checkpoint / "delta" / "delta.safetensors")
+    return load_file(checkpoint / "delta.safetensors")
 
 
 def damage(file: Path) -> None:
@@ -83,8 +84,8 @@ class TestContent:
         assert_trained(trainer, before, [2])
         found = files(tmp_path / "out" / "checkpoint-2")
         assert {
-            "delta/delta.json",
-            "delta/delta.safetensors",
+            "delta.json",
+            "delta.safetensors",
             "config.json",
             "optimizer.pt",
             "rng_state.pth",
@@ -95,7 +96,7 @@ class TestContent:
         } <= found
         weights = {name for name in found if name.endswith((".safetensors", ".bin"))}
         assert weights == {
-            "delta/delta.safetensors",
+            "delta.safetensors",
             "training_args.bin",
             *(["reference.safetensors"] if beta else []),
         }
@@ -122,13 +123,13 @@ class TestContent:
         assert 2 * tensors <= state < 2.001 * tensors
         expected = tensors * (2 if beta else 1) + state
         assert expected < size(tmp_path / "out" / "checkpoint-1") <= 1.01 * expected
-        assert size(tmp_path / "out" / "checkpoint-1" / "delta") <= 1.01 * tensors
+        assert size(tmp_path / "out" / "checkpoint-1" / "delta.safetensors") <= 1.01 * tensors
 
     def test_its_delta_is_one_that_any_base_takes(self, base, tmp_path):
         trainer = trainer_on(base, tmp_path / "out")
         trainer.train()
         model = load(base)
-        selection = load_delta(model, tmp_path / "out" / "checkpoint-2" / "delta")
+        selection = load_delta(model, tmp_path / "out" / "checkpoint-2")
         assert selection == trainer.selection
         assert_close(bits(model), bits(trainer.model), rtol=0, atol=0)
 
@@ -394,7 +395,7 @@ class TestRefused:
 
     def test_a_checkpoint_of_another_base(self, tmp_path, checkpoint):
         other = saved(tmp_path / "other", tiny("llama", 4, seed=1))
-        description = json.loads((checkpoint / "delta" / "delta.json").read_text())
+        description = json.loads((checkpoint / "delta.json").read_text())
         was = {t["base_fingerprint"] for t in description["tensors"].values()}
         with pytest.raises(DeltaError) as caught:
             trainer_on(other, tmp_path / "new", beta=0.04).train(
@@ -419,16 +420,16 @@ class TestRefused:
         self.refuse(other, tmp_path / "new", checkpoint, f"fingerprint of '{WEIGHT}'", beta=0.04)
 
     def test_a_damaged_delta(self, base, tmp_path, checkpoint):
-        damage(checkpoint / "delta" / "delta.safetensors")
+        damage(checkpoint / "delta.safetensors")
         self.refuse(base, tmp_path / "new", checkpoint, "is damaged: fingerprint", beta=0.04)
 
     def test_a_delta_without_its_tensors(self, base, tmp_path, checkpoint):
-        (checkpoint / "delta" / "delta.safetensors").unlink()
+        (checkpoint / "delta.safetensors").unlink()
         match = r"delta\.safetensors is missing"
         self.refuse(base, tmp_path / "new", checkpoint, match, beta=0.04)
 
     def test_a_changed_description(self, base, tmp_path, checkpoint):
-        file = checkpoint / "delta" / "delta.json"
+        file = checkpoint / "delta.json"
         file.write_text(file.read_text().replace('"layers": [\n   2', '"layers": [\n   1'))
         self.refuse(base, tmp_path / "new", checkpoint, "checksum differs", beta=0.04)
 
@@ -470,7 +471,7 @@ class TestFullFormat:
         given = config(tmp_path / "out", save_strategy="steps", save_steps=1, max_steps=1)
         trainer = make(load(base), tmp_path, selection=2, arguments={"args": given})
         trainer.train()
-        assert files(tmp_path / "out" / "checkpoint-1") >= {"delta/delta.safetensors"}
+        assert files(tmp_path / "out" / "checkpoint-1") >= {"delta.safetensors"}
 
 
 class TestRestoreDelta:

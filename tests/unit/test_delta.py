@@ -101,7 +101,11 @@ class TestFolder:
         before = bits(model)
         selection = make_delta(model, [1, -1], tmp_path / "delta", boost={1: 2.0})
         assert sorted(os.listdir(tmp_path)) == ["delta"]
-        assert sorted(os.listdir(tmp_path / "delta")) == ["delta.json", "delta.safetensors"]
+        assert sorted(os.listdir(tmp_path / "delta")) == [
+            "README.md",
+            "delta.json",
+            "delta.safetensors",
+        ]
 
         tensors = load_file(tmp_path / "delta" / "delta.safetensors")
         trained = selection.parameters(model)

@@ -810,7 +810,8 @@ class TestFrozenCheck:
         # All but the five norms, which start as ones whatever the seed.
         with pytest.raises(FrozenTensorError, match="16 of 21 frozen tensors"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        assert trainer.state.global_step == 2
+        assert_close(bits(trainer.model), bits(tiny("llama", 3)), rtol=0, atol=0)
+        assert trainer.state.global_step == 0
 
     def test_accepts_a_checkpoint_of_its_own(self, tmp_path):
         first = make(tiny("llama", 3), tmp_path, selection=1, save_strategy="steps", save_steps=2)

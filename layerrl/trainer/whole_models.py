@@ -1,0 +1,145 @@
+"""Checkpoints that hold a whole model, taken by a run that trains a part of it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from layerrl.blocks import plain_name, unwrap
+from layerrl.delta import checkpoint_form
+from layerrl.errors import DeltaError, FrozenTensorError
+from layerrl.masking import fingerprints, frozen_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from layerrl.selection import LayerSelection
+
+
+class CheckpointError(DeltaError, FrozenTensorError):
+    """A whole model's checkpoint of another run: with it, frozen tensors would have changed."""
+
+
+def trained_tensors(model: nn.Module, folder: Path, selection: LayerSelection) -> dict[str, Tensor]:
+    """The trained tensors of a whole model, if everything else in it is as in this one.
+
+    Args:
+        model: The run's. Not changed.
+        folder: A checkpoint that has weights as `save_pretrained` writes them.
+        selection: What trains.
+
+    Returns:
+        Name in a checkpoint to tensor, as `put_tensors` takes them.
+
+    Raises:
+        CheckpointError: If a frozen tensor is another one than the model's.
+        DeltaError: If there are no weights, they cannot be read, or those that train are missing or
+            have other shapes.
+    """
+    frozen = checkpoint_form(model, frozen_tensors(model, selection))
+    wanted = checkpoint_form(model, selection.parameters(model))
+    other_names = _other_names(model)
+    with ExitStack() as files, _readable(folder):
+        stored = _stored(folder, files)
+        differ = [
+            name
+            for name, tensor in frozen.items()
+            if not _is_stored(tensor, [name, *other_names.get(name, [])], stored)
+        ]
+        if differ:
+            shown = ", ".join(differ[:5]) + (", ..." if len(differ) > 5 else "")
+            raise CheckpointError(
+                f"{len(differ)} of {len(frozen)} frozen tensors are not this run's in the "
+                f"checkpoint {folder}: {shown}. It is another base's checkpoint, or of a run that "
+                f"trained more than {selection}. Nothing was loaded. Resume it with the base and "
+                "the selection that wrote it, or start a new run from its weights: pass the "
+                "folder as the model."
+            )
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in wanted.items():
+            if name not in stored:
+                raise DeltaError(
+                    f"the checkpoint {folder} has no {name!r}, which {selection} trains"
+                )
+            tensors[name] = stored[name]()
+            if tensors[name].shape != tensor.shape:
+                raise DeltaError(
+                    f"{name!r} has shape {list(tensors[name].shape)} in the checkpoint {folder}, "
+                    f"and {list(tensor.shape)} in the model"
+                )
+        return tensors
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DeltaError(
+            f"the weights in the checkpoint {folder} cannot be read: {error}"
+        ) from error
+
+
+def _is_stored(tensor: Tensor, names: list[str], stored: dict[str, Callable[[], Tensor]]) -> bool:
+    found = next((name for name in names if name in stored), None)
+    if found is None:
+        return False
+    value = stored[found]()
+    if value.shape != tensor.shape:
+        return False
+    values = {"stored": value.to(tensor.dtype), "own": tensor.detach()}
+    return len({*fingerprints(values).values()}) == 1
+
+
+def _other_names(model: nn.Module) -> dict[str, list[str]]:
+    """Of tied tensors, which a checkpoint holds once, all names that they have."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+    return {name: tied for tied in names.values() for name in tied}
+
+
+def _stored(folder: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
+    """Each tensor's name and what reads it; the first of the files that transformers looks for."""
+    try:
+        for single, index in (
+            (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
+            (WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
+        ):
+            if (folder / single).is_file():
+                return _tensors(folder / single, files)
+            if (folder / index).is_file():
+                weight_map = json.loads((folder / index).read_text())["weight_map"]
+                found: dict[str, Callable[[], Tensor]] = {}
+                for shard in sorted({*weight_map.values()}):
+                    found |= _tensors(folder / shard, files)
+                return found
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DeltaError(
+            f"the weights in the checkpoint {folder} are damaged: {type(error).__name__}: {error}"
+        ) from error
+    raise DeltaError(
+        f"there is no valid checkpoint at {folder}: it has neither a delta (delta.safetensors, "
+        f"delta.json) nor a whole model's weights ({SAFE_WEIGHTS_NAME})"
+    )
+
+
+def _tensors(file: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
+    if file.suffix == ".bin":
+        values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {name: lambda value=value: value for name, value in values.items()}
+    opened: Any = files.enter_context(safe_open(file, framework="pt"))
+    return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
