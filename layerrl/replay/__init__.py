@@ -11,6 +11,8 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerrl.blocks import find_blocks, replaced_forwards, unwrap
 from layerrl.replay.call import Call
 from layerrl.replay.recordings import Recordings
@@ -134,6 +136,8 @@ class PrefixReplay:
                 records = self._alone is not None or self._is_new_batch
                 if not self.enabled or recordings is None or not (records or recordings.used):
                     return forward(*args, **kwargs)
+                if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                    return forward(*args, **kwargs)  # tensors have no values then
                 recordings.used = True
                 return Call(self, recordings, forward, args, kwargs).run(records=records)
 
