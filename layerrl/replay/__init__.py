@@ -70,8 +70,8 @@ class PrefixReplay:
         self.agree = agree
         self.verified: set[tuple[Any, ...]] = set()
         """Kinds of calls of which a replay has matched."""
-        self.refused: set[tuple[Any, ...]] = set()
-        """Kinds of calls of which none can be replayed, though nothing is known against others."""
+        self.refused: dict[tuple[Any, ...], str] = {}
+        """Kinds of calls of which none can be replayed, and why; others may be."""
         self.num_replayed = 0
         """Calls of the model so far that did not run the prefix."""
         self.enabled = bool(self.prefix) and agree(max_bytes > 0)
@@ -162,6 +162,11 @@ class PrefixReplay:
                 len(self.prefix),
                 why,
             )
+
+    def refuse(self, kind: tuple[Any, ...], why: str) -> None:
+        """Replay no call of this kind again, and say why."""
+        self.refused[kind] = why
+        self.say(why)
 
     def switch_off(self, problem: str) -> None:
         """Never replay again, and say why."""

@@ -91,8 +91,7 @@ class Call:
             if self._replay.enabled:
                 return self.run(records=records)
             return self._forward(*self._args, **self._kwargs)
-        self._replay.refused.add(prefix.kind)
-        self._replay.say("the model does not call its layers as it did when they were recorded")
+        self._replay.refuse(prefix.kind, "the model calls its layers otherwise than when recorded")
         return self._forward(*self._args, **self._kwargs)
 
     def _through(self, prefix: Prefix) -> Any:  # noqa: ANN401
@@ -117,8 +116,7 @@ class Call:
         if not replay.agree(problem is None):
             replay.switch_off(problem or "it did not match in another process")
         elif not replay.agree(not random):
-            replay.refused.add(kind)
-            replay.say("the layers draw random numbers")
+            replay.refuse(kind, "the layers draw random numbers")
         else:
             replay.verified.add(kind)
 
@@ -253,7 +251,7 @@ class Prefix:
         if self._request.asked:
             return self._more_is_asked()
         if self.kind in self._replay.refused:
-            return "the layers draw random numbers, or are not called as they were"
+            return self._replay.refused[self.kind]
         if self._request.written:
             return "the model writes into what it is called with"
         differentiable = [*entering, *(p for layer in prefix for p in layer.parameters())]
