@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from layerrl.blocks import replaced_forwards
 from layerrl.checkpointing import checkpoints_reentrantly
@@ -85,7 +86,8 @@ class Call:
             self._replay.num_replayed += prefix.replays
             return output
         if prefix.kind not in self._replay.verified:
-            with without_hooks(self._replay.model):
+            # What the user counts, or a checkpoint around the call keeps, is of the call alone.
+            with without_hooks(self._replay.model), saved_tensors_hooks(_as_it_is, _as_it_is):
                 self._verify(prefix.kind)
             set_random_state(self._random_state, self._device)
             if self._replay.enabled:
@@ -226,7 +228,7 @@ class Prefix:
             tensors = [hidden_states(args, kwargs), *(value for _, value in leaves(args, kwargs))]
             why = self._why_not(tensors, whole=whole)
         if self._trusted:
-            self._places = places
+            self._places = places if why is None else []
             return
         if replay.agree(bool(places) and why is None):
             if not replay.agree(self.kind in replay.verified):
@@ -370,6 +372,10 @@ class Prefix:
             and recording.arguments[index].keys[row] == key
             for (recording, row), key in zip(self._places, now.keys, strict=True)
         )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _computed_in(hidden_BTH: Tensor) -> torch.dtype:
