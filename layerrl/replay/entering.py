@@ -16,7 +16,14 @@ from torch.nn.modules import batchnorm, dropout
 from torch.nn.modules import module as module_globals
 
 from layerrl.blocks import unwrap
-from layerrl.replay.arguments import Arguments, RowKeys, hidden_states, leaves, version
+from layerrl.replay.arguments import (
+    Arguments,
+    RowKeys,
+    hidden_states,
+    leaves,
+    row_keys,
+    version,
+)
 from layerrl.shards import is_sharded
 
 if TYPE_CHECKING:
@@ -136,7 +143,7 @@ def entry_of(
     """
     hidden_BTH = hidden_states(args, kwargs)
     arguments = keys.of(leaves(args, kwargs))
-    hidden_keys = keys.of([("hidden_states", hidden_BTH)]).keys
+    hidden_keys = row_keys(hidden_BTH).tolist()
     device = hidden_BTH.device
     return Entry(
         rows=tuple(zip(hidden_keys, arguments.keys, strict=True)),

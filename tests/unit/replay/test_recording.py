@@ -67,6 +67,18 @@ class TestRecordAndReplay:
             assert replayed == [True, True]
             assert pair.same(call(ids().flip(0)), grad=True, atol=1e-6)
 
+    @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (3, 3), (5, 1), (8, 8)])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_5_vl"])
+    def test_any_number_of_rows_and_tokens(self, family, size):
+        pair, rows = Pair(tiny(family, 4).eval()), ids(0, *size)
+        mask = torch.arange(size[1]) >= torch.arange(size[0])[:, None] % 2 * (size[1] > 1)
+        with pair.batch():
+            for grad in (False, True):
+                runs = [call(rows, attention_mask=mask.long())] * 3
+                assert pair.replays(*runs, grad=grad) == [grad, True, True]
+                flipped = call(rows.flip(0), attention_mask=mask.long().flip(0))
+                assert pair.replays(flipped, flipped, grad=grad, atol=1e-6)[-1]
+
     def test_runs_the_layers_above_alone(self):
         pair = verified()
         with layers_run(pair.model) as ran, pair.batch():
