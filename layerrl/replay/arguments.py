@@ -49,6 +49,13 @@ class Arguments:
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states that a layer is called with, (B, T, H) in nearly all models.
 
+    Args:
+        args: The layer's positional arguments.
+        kwargs: The layer's keyword arguments.
+
+    Returns:
+        The first argument, or the one of that name.
+
     Raises:
         OpaqueArgumentError: If they are not where they are looked for.
     """

@@ -52,9 +52,7 @@ class Request:
         kwargs: The call's keyword arguments.
     """
 
-    def __init__(
-        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         base = unwrap(model)
         names = list(inspect.signature(type(base).forward).parameters)[1:] if args else []
         given = dict(zip(names, args, strict=False)) | dict(kwargs)

@@ -57,7 +57,9 @@ def entering(family: str, *, seed: int, mask: str, positions: bool, what: str) -
         kwargs = {"inputs_embeds": torch.randn(ROWS, TOKENS, H, generator=generator)}
     if mask != "none":
         start = {"full": 0, "left": 2}[mask]
-        kwargs["attention_mask"] = (torch.arange(TOKENS) >= start * torch.tensor([[0], [1]] * 2)).long()
+        kwargs["attention_mask"] = (
+            torch.arange(TOKENS) >= start * torch.tensor([[0], [1]] * 2)
+        ).long()
     if positions:
         kwargs["position_ids"] = torch.arange(TOKENS).expand(ROWS, -1) * 2
     return kwargs

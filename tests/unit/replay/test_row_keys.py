@@ -176,7 +176,9 @@ class TestArguments:
         with pytest.raises(OpaqueArgumentError, match="what"):
             leaves((), {"what": value})
 
-    @pytest.mark.parametrize(("args", "kwargs"), [((), {"x": torch.zeros(2)}), ((3,), {}), ((), {})])
+    @pytest.mark.parametrize(
+        ("args", "kwargs"), [((), {"x": torch.zeros(2)}), ((3,), {}), ((), {})]
+    )
     def test_hidden_states_that_are_not_found_are_an_error(self, args, kwargs):
         with pytest.raises(OpaqueArgumentError, match="neither first nor by that name"):
             hidden_states(args, kwargs)

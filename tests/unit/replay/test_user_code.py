@@ -1,4 +1,4 @@
-"""Whatever a model or its user's code does, results are the plain ones; a line says what was off."""
+"""Whatever a model or its user's code does, results are the plain ones, and a line says why."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -400,9 +400,12 @@ class TestUsers:
                 pair.same(call())
                 pair.same(
                     lambda model, use_cache=use_cache: model.generate(
-                        ids(), attention_mask=mask, max_new_tokens=3, use_cache=use_cache,
+                        ids(),
+                        attention_mask=mask,
+                        max_new_tokens=3,
+                        use_cache=use_cache,
                         do_sample=True,
-                    )  # fmt: skip
+                    )
                 )
 
     @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -424,7 +427,9 @@ class TestUsers:
         pair = Pair(llama().train())
         with pair.batch():
             assert pair.replays(call(), call(), call()) == [0, 1, 1]
-            pair.both(lambda model: setattr(model.model.layers[1].self_attn, "attention_dropout", 0.5))
+            pair.both(
+                lambda model: setattr(model.model.layers[1].self_attn, "attention_dropout", 0.5)
+            )
             assert pair.replays(call(), call(), call()) == [0, 0, 0]
 
     def test_step_the_trained_layer_and_score_with_the_reference(self):
@@ -474,7 +479,9 @@ class TestUsers:
         compiled = {m: torch.compile(m, backend="eager") for m in (pair.model, pair.plain)}
         with pair.batch():
             for grad in (False, False, True, True):
-                pair.same(lambda model: compiled[model](input_ids=ids(), use_cache=False), grad=grad)
+                pair.same(
+                    lambda model: compiled[model](input_ids=ids(), use_cache=False), grad=grad
+                )
             assert pair.same(call()) in (True, False)
         assert_unpatched(pair.model)
 
