@@ -29,7 +29,7 @@ def ids(seed: int = 0, rows: int = B, tokens: int = T) -> Tensor:
     return torch.randint(3, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def call(ids_BT: Tensor | None = None, **kwargs: Any) -> Call:
+def call(ids_BT: Tensor | None = None, **kwargs: Any) -> Any:
     """A pass over rows."""
     ids_BT = ids() if ids_BT is None else ids_BT
     return lambda model: model(input_ids=ids_BT, **{"use_cache": False, **kwargs})
@@ -61,7 +61,8 @@ class Pair:
         trained = set(map(id, selection.parameters(model).values()))
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        self.model, self.plain = model, deepcopy(model)
+        self.model: Any = model
+        self.plain: Any = deepcopy(model)
         self.replay = PrefixReplay(model, selection, max_bytes, agree=agree)
 
     @contextmanager

@@ -65,8 +65,7 @@ class Request:
         """What calls that ask alike have in common, whatever their tensors."""
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        has_rows = isinstance(tokens, Tensor) and tokens.dim() > 1
-        self.num_rows = len(tokens) if has_rows else None
+        self.num_rows = len(tokens) if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
         """None where that cannot be seen."""
         self._tensors = [(v, version(v)) for v in given.values() if isinstance(v, Tensor)]
 

@@ -101,7 +101,7 @@ class Restless:
             with torch.set_grad_enabled(chosen.random() < 0.6):
                 output = model(**ask)
             states = output.hidden_states or ()
-            found = sum(state.pow(2).mean() for state in (output.logits, *states))
+            found = torch.stack([s.pow(2).mean() for s in (output.logits, *states)]).sum()
             self.noted.append(found.item())
             loss = loss + 0.1 * found
         return loss

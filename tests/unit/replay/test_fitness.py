@@ -13,7 +13,7 @@ from tests.models import tiny
 from tests.replays import ids
 
 
-def layer() -> nn.Module:
+def layer() -> Any:
     return nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1), nn.BatchNorm1d(2)).eval()
 
 

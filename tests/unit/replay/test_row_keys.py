@@ -1,5 +1,7 @@
 """A row is known by its bits: any change of one changes its key, and nothing else does."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def keys(tensor: Tensor) -> list[int]:
     return row_keys(tensor).tolist()
 
 
-def described(*values: object, rows: int = B) -> tuple[object, ...]:
+def described(*values: object, rows: int = B) -> tuple[Any, ...]:
     found = RowKeys(rows).of([(str(index), value) for index, value in enumerate(values)])
     return found.structure, found.keys
 

@@ -450,7 +450,7 @@ class TestUsers:
     @pytest.mark.parametrize("through_config", [True, False])
     def test_ask_for_more(self, caplog, what, through_config):
         pair = Pair(tiny("llama", 4, attn_implementation="eager").eval())
-        more = call(**{what: True})
+        more = call(None, **{what: True})
         if through_config:
 
             def more(model: Any) -> Any:
@@ -463,7 +463,10 @@ class TestUsers:
         with pair.batch():
             assert pair.replays(call(), call(), more, call(), more) == [0, 1, 0, 1, 0]
             assert pair.replays(call(), more, call(), grad=True) == [1, 0, 1]
-            assert pair.replays(*[call(**{what: False})] * 2) == [0, 1]  # which layers are told
+            assert pair.replays(*[call(None, **{what: False})] * 2) == [
+                0,
+                1,
+            ]  # which layers are told
         [warning] = warnings(caplog)
         assert f"asks for more than its output ({what})" in warning
 
