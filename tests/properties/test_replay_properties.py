@@ -33,6 +33,7 @@ REPLAYED: dict[str, list[int]] = {}
 def made(family: str) -> Any:
     changes = {"attn_implementation": "eager", "initializer_range": 0.3, **TEXT.get(family, {})}
     model = tiny(family, 4, **changes).eval()
+    model.set_attn_implementation("eager")
     if family in IMAGES:
         model.config.image_token_id = IMAGE
     return model
@@ -165,7 +166,7 @@ def flat_tensors(output: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", [*TEXT, *IMAGES])
 @given(sequence=st.lists(passes | passes | passes | acts, min_size=3, max_size=8))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_any_sequence_of_passes_is_as_without_replay(family, sequence):
     pair = Pair(deepcopy(made(family)))
     masked, plain = Session(pair.model), Session(pair.plain)
