@@ -87,7 +87,7 @@ passes = st.fixed_dictionaries(
     }
 )  # fmt: skip
 acts = st.sampled_from(
-    ["step", "step", "write a frozen weight", "hook", "unhook", "dropout", "new batch"]
+    ["step", "step", "write a frozen weight", "hook", "unhook", "unhook", "dropout", "new batch"]
 ).map(lambda act: {"act": act})
 
 
@@ -166,7 +166,7 @@ def flat_tensors(output: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", [*TEXT, *IMAGES])
 @given(sequence=st.lists(passes | passes | passes | acts, min_size=3, max_size=8))
-@settings(max_examples=12)
+@settings(max_examples=25)
 def test_any_sequence_of_passes_is_as_without_replay(family, sequence):
     pair = Pair(deepcopy(made(family)))
     masked, plain = Session(pair.model), Session(pair.plain)
@@ -200,5 +200,5 @@ def test_many_of_them_were_replayed(family):
     replayed = REPLAYED.get(family)
     if not replayed:
         pytest.skip("the test above did not run here")
-    assert sum(num > 0 for num in replayed) > len(replayed) / 4
-    assert sum(replayed) > len(replayed)
+    assert sum(num > 0 for num in replayed) > len(replayed) / 5
+    assert sum(replayed) > len(replayed) / 2
