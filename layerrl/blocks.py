@@ -7,9 +7,11 @@ expert's index is not a layer's.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +109,7 @@ def replaced_forwards(
     own = [vars(module).get("forward") for module in modules]
     try:
         for index, module in enumerate(modules):
-            module.forward = wrap(index, module.forward)
+            module.forward = _Forward(module.forward, wrap(index, module.forward))
         yield
     finally:
         for module, forward in zip(modules, own, strict=True):
@@ -115,6 +117,21 @@ def replaced_forwards(
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
+
+
+class _Forward:
+    """Stands in for a module's `forward`, for which generation and accelerate ask its signature."""
+
+    def __init__(self, forward: Callable[..., Any], run: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)
+        self._forward, self._run = forward, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return self._run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """The copied module's own forward: a teacher copied meanwhile is no longer the model."""
+        return deepcopy(self._forward, memo)
 
 
 def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[str]:

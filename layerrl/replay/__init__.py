@@ -11,6 +11,8 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerrl.blocks import find_blocks, replaced_forwards, unwrap
 from layerrl.replay.call import Call
 from layerrl.replay.recordings import Recordings
@@ -68,8 +70,8 @@ class PrefixReplay:
         self.agree = agree
         self.verified: set[tuple[Any, ...]] = set()
         """Kinds of calls of which a replay has matched."""
-        self.refused: set[tuple[Any, ...]] = set()
-        """Kinds of calls of which none can be replayed, though nothing is known against others."""
+        self.refused: dict[tuple[Any, ...], str] = {}
+        """Kinds of calls of which none can be replayed, and why; others may be."""
         self.num_replayed = 0
         """Calls of the model so far that did not run the prefix."""
         self.enabled = bool(self.prefix) and agree(max_bytes > 0)
@@ -134,6 +136,8 @@ class PrefixReplay:
                 records = self._alone is not None or self._is_new_batch
                 if not self.enabled or recordings is None or not (records or recordings.used):
                     return forward(*args, **kwargs)
+                if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                    return forward(*args, **kwargs)  # tensors have no values then
                 recordings.used = True
                 return Call(self, recordings, forward, args, kwargs).run(records=records)
 
@@ -158,6 +162,11 @@ class PrefixReplay:
                 len(self.prefix),
                 why,
             )
+
+    def refuse(self, kind: tuple[Any, ...], why: str) -> None:
+        """Replay no call of this kind again, and say why."""
+        self.refused[kind] = why
+        self.say(why)
 
     def switch_off(self, problem: str) -> None:
         """Never replay again, and say why."""

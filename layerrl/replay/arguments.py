@@ -47,8 +47,24 @@ class Arguments:
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states (B, T, H) that a layer is called with."""
-    return args[0] if args else kwargs["hidden_states"]
+    """The hidden states that a layer is called with, (B, T, H) in nearly all models.
+
+    Args:
+        args: The layer's positional arguments.
+        kwargs: The layer's keyword arguments.
+
+    Returns:
+        The first argument, or the one of that name.
+
+    Raises:
+        OpaqueArgumentError: If they are not where they are looked for.
+    """
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or not hidden.dim():
+        raise OpaqueArgumentError(
+            f"hidden states neither first nor by that name, but {', '.join(kwargs) or 'nothing'}"
+        )
+    return hidden
 
 
 def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -93,7 +109,7 @@ class RowKeys:
 
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
-        self._keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keys: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._arguments: dict[tuple[Any, ...], Arguments] = {}
 
     def of(self, found: list[tuple[str, Any]]) -> Arguments:
@@ -107,7 +123,8 @@ class RowKeys:
             counts for all of them.
         """
         same = tuple(
-            (path, id(v)) if isinstance(v, Tensor) else (path, type(v), v) for path, v in found
+            (path, id(v), version(v)) if isinstance(v, Tensor) else (path, type(v), v)
+            for path, v in found
         )
         known = self._arguments.get(same)
         if known is None:
@@ -120,30 +137,39 @@ class RowKeys:
             if not isinstance(value, Tensor):
                 structure.append((path, type(value), value))
                 continue
-            rows = self._rows(value)
-            size = value.shape[1:] if rows is not None else value.shape
-            structure.append((path, value.dtype, tuple(size), rows is not None))
-            key = self._key(value, rows)
+            dim = self._row_dim(value)
+            size = [size for index, size in enumerate(value.shape) if index != dim]
+            structure.append((path, value.dtype, tuple(size), dim))
+            key = self._key(value, dim)
             # Another factor for each place, or two arguments could change places.
             key = _mixed(key * (_GOLDEN * (2 * place + 1) % (1 << 63)))
             total = key if total is None else total.to(key.device) + key
         keys = [0] * self._num_rows if total is None else total.expand(self._num_rows).tolist()
         return Arguments(structure=tuple(structure), keys=tuple(keys))
 
-    def _rows(self, value: Tensor) -> Tensor | None:
-        """The tensor row by row, once where all rows are one; None where it has no rows."""
-        if value.dim() > 1 and len(value) == self._num_rows and value.stride(0) == 0:
-            return value[:1]
-        has_rows = value.dim() > 1 and len(value) in (1, self._num_rows)
-        return value if has_rows else None
+    def _row_dim(self, value: Tensor) -> int | None:
+        """The dimension along which a tensor has a row for each; None where it has none."""
+        counts = (1, self._num_rows)
+        if value.dim() > 2 and value.shape[1] == self._num_rows and len(value) != 1:
+            # Cosines of text, height and width for each row; of three rows, either could be meant.
+            return None if len(value) == self._num_rows else 1
+        return 0 if value.dim() > 1 and len(value) in counts else None
 
-    def _key(self, value: Tensor, rows: Tensor | None) -> Tensor:
-        known = self._keys.get(id(value))
+    def _key(self, value: Tensor, dim: int | None) -> Tensor:
+        place = id(value), version(value)
+        known = self._keys.get(place)
         if known is None:
-            whole = value[None] if rows is None else rows
+            rows = value[None] if dim is None else value.transpose(0, dim)
+            if rows.stride(0) == 0:
+                rows = rows[:1]  # all are one
             # Beside the key the tensor, or another one could be given its id.
-            known = self._keys[id(value)] = (value, row_keys(whole))
+            known = self._keys[place] = (value, row_keys(rows))
         return known[1]
+
+
+def version(tensor: Tensor) -> int:
+    """How often torch has seen a tensor be written to."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def row_keys(tensor: Tensor) -> Tensor:
@@ -178,7 +204,7 @@ def _slice_keys(tensor: Tensor) -> Tensor:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    flat = tensor.resolve_neg().reshape(len(tensor), -1).contiguous()
+    flat = tensor.resolve_neg().reshape(len(tensor), tensor[:1].numel()).contiguous()
     if not flat.numel():
         return flat.new_zeros((len(tensor), 0), dtype=torch.int64)
     bytes_ = flat.view(torch.uint8)

@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from layerrl.blocks import replaced_forwards
 from layerrl.checkpointing import checkpoints_reentrantly
 from layerrl.randomness import random_state, same_random_state, set_random_state
-from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves
+from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, version
 from layerrl.replay.comparing import difference, flat, gradients
-from layerrl.replay.entering import asked_of_prefix, depends_on_other_rows, entry_of, unfit
+from layerrl.replay.entering import (
+    Request,
+    depends_on_other_rows,
+    entry_of,
+    state_of,
+    unfit,
+    without_hooks,
+)
 from layerrl.replay.recordings import Recording, gathered, whole_call
 from layerrl.shards import is_sharded
 
@@ -56,12 +64,8 @@ class Call:
     ) -> None:
         self._replay, self._recordings = replay, recordings
         self._forward, self._args, self._kwargs = forward, args, kwargs
-        self._asked = asked_of_prefix(replay.model, args, kwargs)
-        self._request = (
-            len(args),
-            *((n, v if isinstance(v, bool | str) else v is None) for n, v in kwargs.items()),
-        )
-        self._device = next(replay.prefix[0].parameters()).device
+        self._request = Request(replay.model, args, kwargs)
+        self._device = next(replay.model.parameters()).device
         self._random_state = random_state(self._device)
 
     def run(self, *, records: bool) -> Any:  # noqa: ANN401
@@ -73,7 +77,7 @@ class Call:
         Returns:
             What the model returns.
         """
-        prefix = Prefix(self._replay, self._recordings, self._asked, self._request, records=records)
+        prefix = self._prefix(records=records)
         try:
             output = self._through(prefix)
         except _RestartError:
@@ -82,11 +86,14 @@ class Call:
             self._replay.num_replayed += prefix.replays
             return output
         if prefix.kind not in self._replay.verified:
-            self._verify(prefix.kind)
+            # What the user counts, or a checkpoint around the call keeps, is of the call alone.
+            with without_hooks(self._replay.model), saved_tensors_hooks(_as_it_is, _as_it_is):
+                self._verify(prefix.kind)
             set_random_state(self._random_state, self._device)
-            return self.run(records=records)
-        self._replay.refused.add(prefix.kind)
-        self._replay.say("the model does not call its layers as it did when they were recorded")
+            if self._replay.enabled:
+                return self.run(records=records)
+            return self._forward(*self._args, **self._kwargs)
+        self._replay.refuse(prefix.kind, "the model calls its layers otherwise than when recorded")
         return self._forward(*self._args, **self._kwargs)
 
     def _through(self, prefix: Prefix) -> Any:  # noqa: ANN401
@@ -111,13 +118,12 @@ class Call:
         if not replay.agree(problem is None):
             replay.switch_off(problem or "it did not match in another process")
         elif not replay.agree(not random):
-            replay.refused.add(kind)
-            replay.say("the layers draw random numbers")
+            replay.refuse(kind, "the layers draw random numbers")
         else:
             replay.verified.add(kind)
 
     def _prefix(self, **how: bool) -> Prefix:
-        return Prefix(self._replay, self._recordings, (), self._request, **how)
+        return Prefix(self._replay, self._recordings, self._request, **how)
 
     def _observed(self, prefix: Prefix) -> Observed:
         """What the call returns, and the gradients of a fixed mean of it."""
@@ -137,8 +143,7 @@ class Prefix:
     Args:
         replay: Whose prefix.
         recordings: Those of the batch.
-        asked: What the call asks of the prefix beside its output.
-        request: How the model is called, beside tensors.
+        request: How the model is called.
         records: Whether to record the call where it runs.
         trusted: Whether to replay without having compared, in order to compare.
         watched: Whether to run, and see whether that draws random numbers.
@@ -148,15 +153,14 @@ class Prefix:
         self,
         replay: PrefixReplay,
         recordings: Recordings,
-        asked: tuple[str, ...],
-        request: tuple[Any, ...],
+        request: Request,
         *,
         records: bool = False,
         trusted: bool = False,
         watched: bool = False,
     ) -> None:
         self._replay, self._recordings = replay, recordings
-        self._asked, self._request = asked, request
+        self._request = request
         self._records, self._trusted, self._watched = records, trusted, watched
         self.kind: tuple[Any, ...] = ()
         """Of the call, where it could be replayed."""
@@ -171,9 +175,10 @@ class Prefix:
     def _begin(self) -> None:
         self._entry: Entry | None = None
         self._places: list[Place] = []
-        self._runs = False  # and is recorded or watched
+        self._runs, self._device = False, torch.device("cpu")  # runs and is recorded or watched
         self._num_done = 0
         self._left: Tensor | None = None
+        self._left_version = self._entered = 0
         self._arguments: list[Arguments] = []
         self._extras: list[Extras] = []
 
@@ -205,32 +210,32 @@ class Prefix:
     def _decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Replay, record or neither."""
         replay = self._replay
-        hidden_BTH = hidden_states(args, kwargs)
-        self._device = hidden_BTH.device
         if self._watched:
-            self.dtype = _computed_in(hidden_BTH)
-            self._run_observed()
+            self.dtype = _computed_in(hidden_states(args, kwargs))
+            self._run_observed(hidden_states(args, kwargs).device)
             return
-        self._keys = RowKeys(len(hidden_BTH))
         why = unfit(replay.prefix)
         try:
-            self._entry = entry_of(args, kwargs, self._keys, replay.prefix, replay.model)
+            self._keys = RowKeys(len(hidden_states(args, kwargs)))
+            self._entry = entry_of(args, kwargs, self._keys, replay.prefix)
         except OpaqueArgumentError as error:
             why = f"layers are called with {error}"
         fit = self._entry is not None and why is None
         places = self._recordings.places(self._entry) if self._entry and fit else []
         if places and self._entry:
-            self.kind = (self._entry.kind, self._request, *sorted({r.modes for r, _ in places}))
-            why = self._why_not(places, args, kwargs)
+            whole, modes = whole_call(places), sorted({recording.modes for recording, _ in places})
+            self.kind = (self._entry.kind, self._request.kind, whole, *modes)
+            tensors = [hidden_states(args, kwargs), *(value for _, value in leaves(args, kwargs))]
+            why = self._why_not(tensors, whole=whole)
         if self._trusted:
-            self._places = places
+            self._places = places if why is None else []
             return
         if replay.agree(bool(places) and why is None):
             if not replay.agree(self.kind in replay.verified):
                 raise _RestartError
             self._places, self.replays = places, True
             return
-        if why is None and self._asked:
+        if why is None and self._request.asked:
             why = self._more_is_asked()
         if why is None and not self._records:
             why = (
@@ -240,33 +245,40 @@ class Prefix:
         if why is not None:
             replay.say(why)
         if self._records and fit and not places:
-            self._run_observed()
+            self._run_observed(hidden_states(args, kwargs).device)
 
-    def _why_not(
-        self, places: list[Place], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> str | None:
+    def _why_not(self, entering: list[Any], *, whole: bool) -> str | None:
         """What stands against replaying these rows in this call."""
-        if self._asked:
+        prefix = self._replay.prefix
+        if self._request.asked:
             return self._more_is_asked()
         if self.kind in self._replay.refused:
-            return "the layers draw random numbers, or are not called as they were"
-        tensors = [hidden_states(args, kwargs), *(value for _, value in leaves(args, kwargs))]
+            return self._replay.refused[self.kind]
+        if self._request.written:
+            return "the model writes into what it is called with"
+        differentiable = [*entering, *(p for layer in prefix for p in layer.parameters())]
         if torch.is_grad_enabled() and any(
-            isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors
+            isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable
         ):
-            return "a gradient of what enters the layers is asked for"
-        if depends_on_other_rows(self._replay.prefix) and not whole_call(places):
+            return "a gradient of the layers or of what enters them is asked for"
+        if not whole and depends_on_other_rows(prefix):
             return "a row's result depends on its neighbours (8-bit weights), which are others now"
+        hidden_BTH = entering[0]
+        if not whole and (
+            hidden_BTH.dim() != 3 or self._request.num_rows not in (None, len(hidden_BTH))
+        ):
+            return f"layers are called with hidden states of shape {tuple(hidden_BTH.shape)}"
         return None
 
     def _more_is_asked(self) -> str:
         return (
-            f"a call asks for more than its output ({', '.join(self._asked)}), which frozen layers "
+            f"a call asks for more than its output ({', '.join(self._request.asked)}), which "
+            "frozen layers "
             "contribute to"
         )
 
-    def _run_observed(self) -> None:
-        self._runs = True
+    def _run_observed(self, device: torch.device) -> None:
+        self._runs, self._device = True, device
         self._random_before = random_state(self._device)
 
     def _give_up(self, why: str) -> None:
@@ -278,18 +290,21 @@ class Prefix:
         """Note what enters a layer that runs."""
         if self._watched:
             return
-        if not self._is_next(index, hidden_states(args, kwargs)):
-            self._give_up("the model computes something between its layers")
-            return
         try:
+            hidden_BTH = hidden_states(args, kwargs)
             self._arguments.append(self._keys.of(leaves(args, kwargs)))
         except OpaqueArgumentError as error:
             self._give_up(f"layers are called with {error}")
+            return
+        if not self._is_next(index, hidden_BTH):
+            self._give_up("the model computes something between its layers")
+        self._entered = version(hidden_BTH)
 
     def _is_next(self, index: int, hidden_BTH: Tensor) -> bool:
         """Whether a layer follows the one before, and takes what left that."""
         left = self._left
-        moved = left is None or hidden_BTH is left or hidden_BTH.device != left.device
+        same = hidden_BTH is left and version(hidden_BTH) == self._left_version
+        moved = left is None or same or hidden_BTH.device != left.device
         return index == self._num_done and moved
 
     def _after(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
@@ -301,27 +316,32 @@ class Prefix:
             self.random |= not same_random_state(self._random_before, now)
         if self._watched:
             return
-        several = isinstance(output, tuple)
-        self._left = output[0] if several else output
-        self._extras.append((None,) * (len(output) - 1) if several else None)
-        if several and any(extra is not None for extra in output[1:]):
+        assert self._entry is not None
+        left, *more = output if isinstance(output, tuple) else (output,)
+        self._extras.append((None,) * len(more) if isinstance(output, tuple) else None)
+        if not isinstance(left, Tensor) or any(extra is not None for extra in more):
             self._give_up("a layer returns more than hidden states")
-        elif self._keys.of(leaves(args, kwargs)).structure != self._arguments[-1].structure:
+            return
+        self._left, self._left_version = left, version(left)
+        written = version(hidden_states(args, kwargs)) != self._entered
+        if written or self._keys.of(leaves(args, kwargs)) != self._arguments[-1]:
             self._give_up("a layer writes into its arguments")
         elif last and self.random:
             self._give_up("the layers draw random numbers")
+        elif last and state_of(self._replay.prefix) != self._entry.state:
+            self._give_up("a layer changes its own tensors or settings when it runs")
         elif last:
-            self._keep()
+            self._keep(left)
 
-    def _keep(self) -> None:
+    def _keep(self, left_BTH: Tensor) -> None:
         assert self._entry is not None
-        assert self._left is not None
         recording = Recording(
             # A copy: what comes after may work in place.
-            hidden_BTH=self._left.detach().clone(),
+            hidden_BTH=left_BTH.detach().clone(),
             arguments=tuple(self._arguments),
             extras=tuple(self._extras),
             modes=self._entry.modes,
+            storages=self._entry.storages,
         )
         if not self._recordings.add(self._entry, recording):
             self._replay.say(
@@ -331,26 +351,31 @@ class Prefix:
 
     def _handed_on(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """What a layer returns that does not run: after the last one, what left it then."""
-        hidden_BTH = hidden_states(args, kwargs)
-        if not self._is_next(index, hidden_BTH) or not self._same_arguments(index, args, kwargs):
+        if not self._same_arguments(index, args, kwargs):
             raise _RestartError
+        hidden_BTH = hidden_states(args, kwargs)
         self._num_done += 1
         if self._num_done == len(self._replay.prefix):
             hidden_BTH = gathered(self._places)
-        self._left = hidden_BTH
+        self._left, self._left_version = hidden_BTH, version(hidden_BTH)
         extras = self._places[0][0].extras[index]
         return hidden_BTH if extras is None else (hidden_BTH, *extras)
 
     def _same_arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         try:
+            is_next = self._is_next(index, hidden_states(args, kwargs))
             now = self._keys.of(leaves(args, kwargs))
         except OpaqueArgumentError:
             return False
-        return all(
+        return is_next and all(
             recording.arguments[index].structure == now.structure
             and recording.arguments[index].keys[row] == key
             for (recording, row), key in zip(self._places, now.keys, strict=True)
         )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _computed_in(hidden_BTH: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,8 @@ _NEGLIGIBLE = 1e-2  # a gradient that much smaller than all together may be noth
 
 def flat(output: Any) -> list[Any]:  # noqa: ANN401
     """What a model returned, one by one, out of all containers."""
+    if is_dataclass(output) and not isinstance(output, Mapping | type):
+        output = vars(output)
     if isinstance(output, Mapping):
         return [part for value in output.values() for part in flat(value)]
     if isinstance(output, tuple | list):
@@ -75,6 +78,8 @@ def difference(plain: Observed, replayed: Observed, *, exact: torch.dtype) -> st
     (outputs, grads), (others, other_grads) = plain, replayed
     if len(outputs) != len(others) or {*grads} != {*other_grads}:
         return f"the model returns {len(others)} values in place of {len(outputs)}"
+    if not any(isinstance(value, Tensor) and value.is_floating_point() for value in outputs):
+        return "the model returns no floating-point tensor that could be compared"
     for value, other in zip(outputs, others, strict=True):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue

@@ -6,6 +6,7 @@ Legend: B rows, T tokens, H hidden size.
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,76 @@ from torch.nn.modules import batchnorm, dropout
 from torch.nn.modules import module as module_globals
 
 from layerrl.blocks import unwrap
-from layerrl.replay.arguments import Arguments, RowKeys, hidden_states, leaves
+from layerrl.replay.arguments import (
+    Arguments,
+    RowKeys,
+    hidden_states,
+    leaves,
+    row_keys,
+    version,
+)
 from layerrl.shards import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    Hooks = dict[int, Callable[..., Any]]
 
 # Hooks of these move weights and activations about, or have collected what a call asked for, which
 # is looked at apart. Those that torch.nn.utils puts on (spectral norm) do change results.
-_HARMLESS_HOOKS = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers.")
+_LAUNCHERS = ("torch.distributed.", "deepspeed.", "accelerate.")
+_HARMLESS_HOOKS = (*_LAUNCHERS, "transformers.", "layerrl.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(module_globals, f"_global{kind}") for kind in _HOOKS]
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+# What changes in a run, beside settings that layers read: DeepSpeed counts, the rest is seen apart.
+_COUNTERS = ("ds_", "applied_", "output_")
+_SEEN_APART = ("training", "gradient_checkpointing", "use_cache")
+
+
+class Request:
+    """A call of the model: what it asks for, and of which rows.
+
+    Args:
+        model: The model.
+        args: The call's positional arguments.
+        kwargs: The call's keyword arguments.
+    """
+
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        base = unwrap(model)
+        names = list(inspect.signature(type(base).forward).parameters)[1:] if args else []
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        self.asked = _asked_of_prefix(getattr(base, "config", None), given)
+        """Names of what the frozen layers contribute to beside their output."""
+        self.kind = (
+            len(args),
+            *((n, v if isinstance(v, bool | str) else v is None) for n, v in kwargs.items()),
+        )
+        """What calls that ask alike have in common, whatever their tensors."""
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        self.num_rows = len(tokens) if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
+        """None where that cannot be seen."""
+        self._tensors = [(v, version(v)) for v in given.values() if isinstance(v, Tensor)]
+
+    @property
+    def written(self) -> bool:
+        """Whether the model has written into a tensor that it was called with."""
+        return any(version(tensor) != before for tensor, before in self._tensors)
+
+
+def _asked_of_prefix(config: Any, given: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ANN401
+    """Names such as `output_hidden_states`: of transformers' arguments, or of the config's."""
+    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else []
+    asked = {
+        name: value
+        for settings in configs
+        for name in _OUTPUTS
+        if (value := getattr(settings, name, None))
+    }
+    asked |= {n: v for n, v in given.items() if n.startswith("output_") and v is not None}
+    return tuple(sorted(name for name, value in asked.items() if value is not False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +100,17 @@ class Entry:
     """Of a row's hidden states."""
     setting: tuple[Any, ...]
     """Dtype and device of the hidden states, autocast, kernels."""
-    weights: tuple[Any, ...]
-    """Which values the prefix's tensors hold, as far as torch counts writes."""
+    state: tuple[Any, ...]
+    """Of the prefix, as `state_of` gives it."""
+    storages: tuple[Any, ...]
+    """Of the prefix's tensors."""
     modes: bytes
     """Which modules of the prefix are in training mode."""
 
     @property
     def circumstances(self) -> tuple[Any, ...]:
         """What two calls have to have in common, so that equal rows give equal results."""
-        return self.setting, self.size, self.arguments.structure, self.weights
+        return self.setting, self.size, self.arguments.structure, self.state
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -62,7 +123,6 @@ def entry_of(
     kwargs: Mapping[str, Any],
     keys: RowKeys,
     prefix: Sequence[nn.Module],
-    model: nn.Module,
 ) -> Entry:
     """Describe a call of layer 0.
 
@@ -71,7 +131,6 @@ def entry_of(
         kwargs: Its keyword arguments.
         keys: Those of this pass.
         prefix: The frozen layers from the first on.
-        model: The model.
 
     Returns:
         What enters.
@@ -81,9 +140,8 @@ def entry_of(
     """
     hidden_BTH = hidden_states(args, kwargs)
     arguments = keys.of(leaves(args, kwargs))
-    hidden_keys = keys.of([("hidden_states", hidden_BTH)]).keys
+    hidden_keys = row_keys(hidden_BTH).tolist()
     device = hidden_BTH.device
-    config = getattr(unwrap(model), "config", None)
     return Entry(
         rows=tuple(zip(hidden_keys, arguments.keys, strict=True)),
         arguments=arguments,
@@ -95,24 +153,53 @@ def entry_of(
             if torch.is_autocast_enabled(device.type)
             else None,
             torch.get_float32_matmul_precision(),
-            getattr(config, "_attn_implementation", None),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
         ),
-        weights=tuple(map(_value, _tensors(prefix))),
+        state=state_of(prefix),
+        storages=tuple(t.untyped_storage() for t in _tensors(prefix) if not is_sharded(t)),
         modes=bytes(module.training for layer in prefix for module in layer.modules()),
     )
 
 
-def _tensors(prefix: Sequence[nn.Module]) -> Iterable[Tensor]:
+def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """Which values the prefix's tensors hold, and how its modules and their configs are set.
+
+    Args:
+        prefix: The frozen layers.
+
+    Returns:
+        Something that differs after a write, but one through `.data`, and after a setting changed.
+    """
+    modules = [module for layer in prefix for module in layer.modules()]
+    configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}
+    owners = [m for m in modules if not type(m).__module__.startswith(_LAUNCHERS)]
+    return (
+        *map(_value, _tensors(prefix)),
+        *(setting for owner in (*owners, *configs.values()) for setting in _settings(owner)),
+    )
+
+
+def _settings(owner: object) -> Iterator[tuple[str, Any]]:
+    for name, value in getattr(owner, "__dict__", {}).items():
+        if isinstance(value, bool | int | float | str) and name not in _SEEN_APART:
+            if not name.startswith(_COUNTERS):
+                yield name, value
+        elif isinstance(value, Tensor):
+            yield name, _value(value)
+
+
+def _tensors(prefix: Sequence[nn.Module]) -> Iterator[Tensor]:
     for layer in prefix:
         yield from layer.parameters()
         yield from layer.buffers()
 
 
 def _value(tensor: Tensor) -> tuple[int, int] | None:
-    """Changes when another tensor is put in its place or it is written to, but through `.data`."""
     if is_sharded(tensor):  # gathered anew for each pass
         return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version(tensor)
 
 
 def unfit(prefix: Sequence[nn.Module]) -> str | None:
@@ -133,45 +220,44 @@ def unfit(prefix: Sequence[nn.Module]) -> str | None:
                 return f"dropout is active in frozen layers ({where}, p={module.p})"
             if module.training and isinstance(module, batchnorm._BatchNorm):
                 return f"batch statistics are collected in frozen layers ({where})"
-            for kind in _HOOKS:
-                for hook in getattr(module, kind).values():
-                    if not _origin(hook).startswith(_HARMLESS_HOOKS):
-                        return f"{where} carries a hook ({_origin(hook)})"
+            for hooks in _foreign_hooks(module):
+                return f"{where} carries a hook ({', '.join(map(_origin, hooks[1].values()))})"
     return None
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Let no hook of the user's see what is computed inside.
+
+    Args:
+        model: The model. Its modules' hooks are put back in their order.
+    """
+    found = [hooks for module in model.modules() for hooks in _foreign_hooks(module)]
+    before = [hooks.copy() for hooks, _ in found]
+    try:
+        for hooks, foreign in found:
+            for key in foreign:
+                del hooks[key]
+        yield
+    finally:
+        for (hooks, _), all_hooks in zip(found, before, strict=True):
+            hooks.clear()
+            hooks.update(all_hooks)
+
+
+def _foreign_hooks(module: nn.Module) -> Iterator[tuple[Hooks, Hooks]]:
+    """All hooks of a kind, and those that nothing is known of; of the kinds that have some."""
+    for kind in _HOOKS:
+        hooks: Hooks = getattr(module, kind)
+        foreign = {k: h for k, h in hooks.items() if not _origin(h).startswith(_HARMLESS_HOOKS)}
+        if foreign:
+            yield hooks, foreign
 
 
 def _origin(hook: Any) -> str:  # noqa: ANN401 - any callable
     function = getattr(hook, "func", hook)  # of a functools.partial
     function = function if hasattr(function, "__qualname__") else type(function)
     return f"{function.__module__}.{function.__qualname__}"
-
-
-def asked_of_prefix(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """What a call asks for that the frozen layers contribute to beside their output.
-
-    Args:
-        model: The model.
-        args: The call's positional arguments.
-        kwargs: The call's keyword arguments.
-
-    Returns:
-        Names such as `output_hidden_states`: of transformers' arguments, or settings of the config.
-    """
-    base = unwrap(model)
-    names = list(inspect.signature(type(base).forward).parameters)[1:] if args else []
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    config: Any = getattr(base, "config", None)
-    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else []
-    asked = {
-        name: value
-        for settings in configs
-        for name in _OUTPUTS
-        if (value := getattr(settings, name, None))
-    }
-    asked |= {n: v for n, v in given.items() if n.startswith("output_") and v is not None}
-    return tuple(sorted(name for name, value in asked.items() if value is not False))
 
 
 def depends_on_other_rows(prefix: Sequence[nn.Module]) -> bool:

@@ -32,6 +32,8 @@ class Recording:
     """What stands for the rest of each layer's output; None: it is the hidden states alone."""
     modes: bytes
     """Which modules of the prefix were in training mode."""
+    storages: tuple[Any, ...]
+    """Of the prefix's tensors. Held, or others could be given their addresses."""
 
 
 Place = tuple[Recording, int]

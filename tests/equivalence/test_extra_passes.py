@@ -1,0 +1,203 @@
+"""Losses of one's own that call the model in other ways: masked as in TRL by hand, bit for bit."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from layerrl import LayerMaskedMixin
+from tests.grpo import PROMPTS, QUIETLY, make, tokenizer
+from tests.models import tiny
+from tests.runs import (
+    assert_same_run,
+    freeze_by_hand,
+    load,
+    metric,
+    saved,
+    train,
+    trained_pair,
+)
+
+PREFERENCES = {
+    "prompt": PROMPTS * 4,
+    "chosen": ["ab", "cde", "f", "ghij"] * 4,
+    "rejected": ["mn", "o", "pqr", "st"] * 4,
+}
+LAYER = 2
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "layerrl.replay"]
+
+
+def runs_of(base: type, folder: Path, **changes: Any) -> tuple[Any, Any]:
+    """A trainer class, and with the mixin, trained from one folder; what they `noted` is equal."""
+    masked_class = type(f"Masked{base.__name__}", (LayerMaskedMixin, base), {})
+    trainers = []
+    for kind, selection in ((base, None), (masked_class, LAYER)):
+        model = load(folder / "base")
+        changes["arguments"] = {}
+        if selection is None:
+            freeze_by_hand(model, [LAYER])
+        if issubclass(base, trl.DPOTrainer):
+            config = {"per_device_train_batch_size": 4, "max_steps": 3, **QUIETLY}
+            changes["arguments"] = {
+                "args": trl.DPOConfig(output_dir=str(folder / "out"), **config),
+                "train_dataset": Dataset.from_dict(PREFERENCES),
+                "processing_class": tokenizer(),
+            }
+            changes["arguments"] |= {} if selection is None else {"selection": selection}
+            trainer = kind(model, **changes["arguments"])
+        else:
+            trainer = make(model, folder / "out", selection=selection, trainer=kind, **changes)
+        trainer.noted = []
+        train(trainer)
+        trainers.append(trainer)
+    plain, masked = trainers
+    assert plain.noted == masked.noted
+    assert plain.noted or base.__name__ == "Taught"
+    assert_same_run(masked, plain)
+    return plain, masked
+
+
+def rows_of(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    if "input_ids" in inputs:
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    ids, mask = (
+        torch.cat([inputs[f"{part}_{kind}"] for part in ("prompt", "completion")], dim=1)
+        for kind in ("ids", "mask")
+    )
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class Restless:
+    """Calls the model in ways chosen at random, and adds what it finds to the loss."""
+
+    noted: list[float]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        rows, chosen = rows_of(inputs), random.Random(len(self.noted))
+        at = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
+        embeddings = model.get_input_embeddings()(rows["input_ids"]).detach()
+        asks: list[dict[str, Any]] = [
+            rows,
+            rows | {"position_ids": at * 3},
+            rows | {"position_ids": at},
+            rows | {"attention_mask": torch.ones_like(at)},
+            rows | {"output_hidden_states": True},
+            {"inputs_embeds": embeddings * 1.1, "attention_mask": rows["attention_mask"]},
+            rows | {"use_cache": False},
+            {name: value[:2] for name, value in rows.items()} | {"use_cache": False},
+        ]
+        for _ in range(4):
+            ask = chosen.choice(asks)
+            with torch.set_grad_enabled(chosen.random() < 0.6):
+                output = model(**ask)
+            states = output.hidden_states or ()
+            found = torch.stack([s.pow(2).mean() for s in (output.logits, *states)]).sum()
+            self.noted.append(found.item())
+            loss = loss + 0.1 * found
+        return loss
+
+
+class RestlessDPO(Restless, trl.DPOTrainer):
+    pass
+
+
+class RestlessGRPO(Restless, trl.GRPOTrainer):
+    pass
+
+
+class Invariant(trl.DPOTrainer):
+    """The logits should not depend on how positions are stretched."""
+
+    noted: list[float]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, rows = super().compute_loss(model, inputs, *args, **kwargs), rows_of(inputs)
+        at = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
+        near, far = (model(**rows, position_ids=at * by, use_cache=False).logits for by in (1, 3))
+        gap = (near - far).pow(2).mean()
+        self.noted.append(gap.item())
+        return loss + gap
+
+
+class Watched(trl.DPOTrainer):
+    """Also looks at the hidden states, to match a teacher's."""
+
+    noted: list[float]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        states = model(**rows_of(inputs), output_hidden_states=True, use_cache=False).hidden_states
+        self.noted += [state.pow(2).mean().item() for state in states]
+        return loss
+
+
+class Taught(trl.GRPOTrainer):
+    """Scores the batch with a teacher, by the trainer's own method; the loss is as it was."""
+
+    teacher: Any = None
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        if Taught.teacher is None:
+            Taught.teacher = tiny("llama", 4, seed=3)
+            add_fused_lm_head(Taught.teacher)
+        rows = rows_of(inputs)
+        with torch.no_grad():
+            self._get_per_token_logps_and_entropies(
+                Taught.teacher, *rows.values(), inputs["completion_ids"].size(1)
+            )
+        return super()._compute_loss(model, inputs)
+
+
+@pytest.mark.parametrize("base", [RestlessDPO, RestlessGRPO])
+def test_whatever_a_loss_asks_for(tmp_path, base):
+    saved(tmp_path / "base", tiny("llama", 4, initializer_range=0.3))
+    changes = {} if base is RestlessDPO else {"beta": 0.04, "num_iterations": 2}
+    _, masked = runs_of(base, tmp_path, **changes)
+    assert masked._passes.replay.enabled
+    assert masked._passes.replay.num_replayed > 2
+
+
+@pytest.mark.parametrize("base", [Invariant, Watched])
+def test_other_positions_and_hidden_states(tmp_path, caplog, base):
+    saved(tmp_path / "base", tiny("llama", 4, initializer_range=0.3))
+    plain, masked = runs_of(base, tmp_path)
+    assert min(plain.noted) > 1e-3
+    assert masked._passes.replay.num_replayed
+    if base is Watched:
+        assert any("output_hidden_states" in line for line in warnings(caplog))
+
+
+def test_a_teacher_scored_by_the_trainer_vouches_for_nothing(tmp_path, caplog):
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=64, n_embd=16, n_layer=4, n_head=2, n_positions=64,
+        initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        saved(tmp_path / "base", AutoModelForCausalLM.from_config(config))
+    _, masked = runs_of(Taught, tmp_path, num_iterations=2, max_steps=4)
+    assert not masked._passes.replay.num_replayed
+    [warning] = warnings(caplog)
+    assert "dropout is active in frozen layers" in warning
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_router_loss_is_over_all_layers(tmp_path, caplog, dtype):
+    folder = saved(tmp_path / "base", tiny("qwen3_moe", 4, num_experts_per_tok=2))
+    plain, masked = trained_pair(
+        folder, layers=(3,), dtype=dtype, num_iterations=2, max_steps=4, router_aux_loss_coef=1.0,
+        masked={"master_weights": False},
+    )  # fmt: skip
+    assert all(metric(plain, "aux_loss"))
+    assert_same_run(masked, plain)
+    assert any("output_router_logits" in line for line in warnings(caplog))

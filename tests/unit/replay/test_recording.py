@@ -1,0 +1,361 @@
+"""What leaves the frozen prefix is recorded once and replayed row by row, or not at all."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from layerrl.blocks import find_blocks
+from tests.models import tiny
+from tests.replays import (
+    BUDGET,
+    BYTES,
+    FIRST,
+    B,
+    H,
+    Pair,
+    T,
+    assert_unpatched,
+    call,
+    ids,
+    layers_run,
+    warnings,
+)
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair(tiny("llama", 4).eval())
+
+
+def verified(**changes: Any) -> Pair:
+    """A pair that has been found to be replayed, in both modes of gradients."""
+    pair = Pair(tiny("llama", 4).eval(), **changes)
+    with pair.batch():
+        for grad in (False, True):
+            pair.same(call(), grad=grad)
+            assert pair.same(call(), grad=grad)
+            assert pair.same(call(ids()[1:3]), grad=grad)
+    return pair
+
+
+class Failing:
+    """Lets a module raise on its n-th call from now."""
+
+    def __init__(self, module: Any, on_call: int = 1) -> None:
+        self.calls, self.on_call, self.forward = 0, on_call, module.forward
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.on_call:
+            raise OSError("out of cheese")
+        return self.forward(*args, **kwargs)
+
+
+class TestRecordAndReplay:
+    @pytest.mark.parametrize("chunk", [1, 4, B])
+    @pytest.mark.parametrize("family", ["llama", "falcon", "gemma3_text", "qwen3_vl"])
+    def test_other_rows_in_another_order_and_in_chunks(self, family, chunk):
+        pair, rows = Pair(tiny(family, 4).eval()), torch.tensor([4, 0, 0, 5])
+        with pair.batch():
+            for part in ids().split(chunk):
+                pair.same(call(part))
+            for grad in (False, True, False, True):
+                replayed = pair.replays(*map(call, ids()[rows].split(3)), grad=grad, atol=1e-6)
+            assert replayed == [True, True]
+            assert pair.same(call(ids().flip(0)), grad=True, atol=1e-6)
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (3, 3), (5, 1), (8, 8)])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_5_vl"])
+    def test_any_number_of_rows_and_tokens(self, family, size):
+        pair, rows = Pair(tiny(family, 4).eval()), ids(0, *size)
+        mask = torch.arange(size[1]) >= torch.arange(size[0])[:, None] % 2 * (size[1] > 1)
+        with pair.batch():
+            for grad in (False, True):
+                runs = [call(rows, attention_mask=mask.long())] * 3
+                assert pair.replays(*runs, grad=grad) == [grad, True, True]
+                flipped = call(rows.flip(0), attention_mask=mask.long().flip(0))
+                assert pair.replays(flipped, flipped, grad=grad, atol=1e-6)[-1]
+
+    def test_runs_the_layers_above_alone(self):
+        pair = verified()
+        with layers_run(pair.model) as ran, pair.batch():
+            pair.model(input_ids=ids(), use_cache=False)
+            pair.model(input_ids=ids()[[3, 1]], use_cache=False)
+        assert ran == [0, 1, 2, 3, 2, 3, 0, 1, 2, 3, 2, 3] or ran[-2:] == [2, 3]
+
+    def test_the_first_replay_of_a_kind_is_compared_with_a_plain_run(self, pair):
+        with layers_run(pair.model) as ran, pair.batch():
+            for _ in range(3):
+                with torch.no_grad():
+                    pair.model(input_ids=ids(), use_cache=False)
+        every, upper = [0, 1, 2, 3], [2, 3]
+        assert ran == every + upper + every + upper + upper
+
+    @pytest.mark.parametrize("recorded_with_grad", [True, False])
+    def test_with_and_without_gradients(self, pair, recorded_with_grad):
+        with pair.batch():
+            assert not pair.same(call(), grad=recorded_with_grad)
+            assert pair.same(call(), grad=True)
+            assert pair.same(call(), grad=False)
+            assert pair.same(call(labels=ids()), grad=True)
+
+    def test_in_inference_mode_and_out_of_it(self, pair):
+        def inferring(model: Any) -> Any:
+            with torch.inference_mode():
+                return model(input_ids=ids(), use_cache=False).logits.clone()
+
+        with pair.batch():
+            assert pair.replays(inferring, inferring, call(), inferring) == [0, 1, 1, 1]
+            assert pair.same(call(), grad=True)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"attention_mask": torch.arange(T).expand(B, T).ge(2).long()},
+            {"position_ids": torch.arange(T).expand(B, T) * 2},
+            {"input_ids": None, "inputs_embeds": torch.randn(B, T, H)},
+            {"input_ids": ids(1)},
+            {"input_ids": torch.nn.functional.pad(ids(), (1, 0), value=3)},
+        ],
+        ids=["mask", "positions", "embeddings", "tokens", "length"],
+    )
+    def test_anything_else_that_enters_runs_plainly(self, caplog, changes):
+        pair = verified()
+        with pair.batch():
+            pair.same(call())
+        with pair.replay.passes(training=True):
+            assert pair.same(call())
+            assert not pair.same(lambda model: model(**{"input_ids": ids(), **changes,
+                                                        "use_cache": False}))  # fmt: skip
+        [warning] = warnings(caplog)
+        assert "over rows that no call before was over" in warning
+
+    @pytest.mark.parametrize("act", ["mask", "positions"])
+    def test_and_is_recorded_for_itself(self, act):
+        pair, on = verified(), {"attention_mask": torch.arange(T).expand(B, T).ge(2).long()}
+        if act == "positions":
+            on = {"position_ids": torch.arange(T).expand(B, T) * 2}
+        with pair.batch():
+            assert pair.replays(call(), call(**on)) == [False, False]
+            pair.same(call(**on))
+            assert pair.replays(call(), call(**on), call()) == [True] * 3
+
+    def test_a_layer_that_works_in_place_does_not_reach_the_recording(self, pair):
+        def scaled(model: Any) -> Any:
+            hook = (
+                find_blocks(model)
+                .modules[FIRST]
+                .register_forward_pre_hook(lambda _, args: args[0].mul_(0.5))
+            )
+            try:
+                return model(input_ids=ids(), use_cache=False)
+            finally:
+                hook.remove()
+
+        with pair.batch():
+            assert pair.replays(scaled, call(), scaled, call()) == [0, 1, 1, 1]
+
+    def test_a_positional_call_is_the_same_rows(self, pair):
+        with pair.batch():
+            pair.same(call())
+            assert pair.same(lambda model: model(ids(), use_cache=False))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_other_precisions(self, dtype):
+        pair = Pair(tiny("llama", 4).eval().to(dtype))
+        with pair.batch():
+            assert pair.replays(call(), call(), call()) == [0, 1, 1]
+            assert pair.replays(call(), call(), grad=True) == [1, 1]
+
+    def test_autocast_is_another_setting(self, pair):
+        def cast(model: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(input_ids=ids(), use_cache=False)
+
+        with pair.batch():
+            assert pair.replays(call(), cast, call(), cast, call(), cast) == [0, 0, 1, 1, 1, 1]
+
+
+class TestBatches:
+    def test_a_new_batch_forgets_the_one_before(self):
+        pair = verified()
+        with pair.batch():
+            assert pair.replay.num_bytes == 0
+            assert not pair.same(call())
+
+    def test_passes_over_a_batch_come_after_it(self):
+        pair = verified()
+        with pair.batch():
+            pair.same(call())
+        assert not pair.same(call())
+        with pair.replay.passes(training=True):
+            assert pair.same(call())
+        with pair.replay.passes(training=False):
+            assert not pair.same(call())
+
+    def test_where_nothing_was_scored_nothing_is_recorded(self, pair, caplog):
+        with pair.replay.batch(training=True):
+            pass
+        with pair.replay.passes(training=True):
+            assert pair.replays(call(), call()) == [False, False]
+        assert pair.replay.num_bytes == 0
+        assert warnings(caplog) == []
+
+    def test_an_evaluation_in_between_has_recordings_of_its_own(self):
+        pair = verified()
+        with pair.batch():
+            pair.same(call())
+        with pair.batch(training=False):
+            assert pair.replays(call(ids(1)), call(ids(1))) == [False, True]
+        with pair.replay.passes(training=True):
+            assert pair.same(call())
+        pair.replay.forget_evaluation()
+        with pair.replay.passes(training=False):
+            assert not pair.same(call(ids(1)))
+
+    def test_passes_that_stand_alone_are_forgotten_at_their_end(self, pair):
+        for _ in range(2):
+            with pair.alone():
+                assert pair.replays(call(), call(ids(1)), call()) == [0, 0, 1]
+                assert pair.replay.num_bytes == 2 * BYTES
+            assert pair.replay.num_bytes == 0
+
+    def test_passes_inside_passes_are_those_outside(self, pair):
+        with pair.batch(), pair.replay.passes(training=False), pair.alone():
+            assert pair.replays(call(), call()) == [False, True]
+        assert_unpatched(pair.model)
+
+    def test_clear_forgets(self):
+        pair = verified()
+        pair.replay.clear()
+        assert pair.replay.num_bytes == 0
+        with pair.replay.passes(training=True):
+            assert not pair.same(call())
+
+    def test_another_model_is_not_touched(self, pair):
+        teacher = Pair(tiny("llama", 4, seed=3).eval())
+        with pair.batch():
+            assert pair.replays(call(), call()) == [False, True]
+            assert teacher.replays(call(), call()) == [False, False]
+        assert pair.replay.num_bytes == BYTES
+
+
+class TestBudget:
+    @pytest.mark.parametrize(("max_bytes", "fits"), [(BYTES, True), (BYTES - 1, False)])
+    @pytest.mark.parametrize("chunk", [1, B])
+    def test_counts_the_bytes_of_the_whole_batch(self, caplog, chunk, max_bytes, fits):
+        pair = Pair(tiny("llama", 4).eval(), max_bytes=max_bytes)
+        parts = [call(part) for part in ids().split(chunk)]
+        with pair.batch():
+            pair.replays(*parts)
+            assert pair.replay.num_bytes == (BYTES if fits else 0)
+            assert pair.replays(*parts) == [fits] * len(parts)
+        lines = [line for line in warnings(caplog) if "more than prefix_cache_bytes" in line]
+        assert len(lines) == (not fits)
+        assert pair.replay.enabled
+
+    def test_keeps_what_fits_of_passes_that_stand_alone(self):
+        pair = Pair(tiny("llama", 4).eval(), max_bytes=2 * BYTES - 1)
+        with pair.alone():
+            assert pair.replays(*[call(), call(ids(1))] * 2) == [0, 0, 1, 0]
+
+    @pytest.mark.parametrize(
+        ("layers", "max_bytes"), [(0, BUDGET), ([0, 3], BUDGET), ("full", BUDGET), (FIRST, 0)]
+    )
+    def test_nothing_is_recorded_without_a_prefix_or_a_budget(self, caplog, layers, max_bytes):
+        pair = Pair(tiny("llama", 4).eval(), layers, max_bytes)
+        assert not pair.replay.enabled
+        with pair.batch():
+            assert pair.replays(call(), call()) == [False, False]
+        assert warnings(caplog) == []
+
+
+class TestExceptions:
+    @pytest.mark.parametrize(("layer", "num_before"), [(0, 0), (1, 0), (3, 0), (3, 2)])
+    def test_are_the_users_and_nothing_stays_patched(self, layer, num_before):
+        pair = Pair(tiny("llama", 4).eval())
+        inside = pair.model.model.layers[layer].mlp
+        with pair.batch():
+            pair.replays(*[call()] * num_before)
+            Failing(inside)
+            with torch.no_grad(), pytest.raises(OSError, match="cheese"):
+                pair.model(input_ids=ids(), use_cache=False)
+            del inside.forward
+            pair.same(call())
+            assert pair.same(call())
+        assert_unpatched(pair.model)
+
+    def test_in_the_replay_that_is_compared_ends_it(self, pair, caplog):
+        with pair.batch():
+            pair.same(call())
+            Failing(pair.model.model.layers[3].mlp)
+            assert not pair.same(call())
+        assert not pair.replay.enabled
+        [warning] = warnings(caplog)
+        assert "cannot run on it: OSError: out of cheese" in warning
+
+    def test_around_passes_leave_nothing(self, pair):
+        for around in (pair.batch, pair.alone):
+
+            def failing(around: Any = around) -> None:
+                with around():
+                    pair.same(call())
+                    raise OSError("rows")
+
+            with pytest.raises(OSError, match="rows"):
+                failing()
+            assert_unpatched(pair.model)
+            assert not pair.same(call())
+
+    def test_a_forward_that_somebody_else_patched_is_theirs_again(self, pair):
+        layer, calls = pair.model.model.layers[0], []
+        original = layer.forward
+
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return original(*args, **kwargs)
+
+        layer.forward = patched
+        with pair.batch():
+            pair.replays(call(), call())
+        assert layer.forward is patched
+        assert calls == [1, 1]
+
+
+class TestSeveralProcesses:
+    """A pass that one of them replays and another does not would leave them waiting."""
+
+    def test_replay_where_all_do(self):
+        answers: list[bool] = []
+        pair = Pair(tiny("llama", 4).eval(), agree=lambda here: answers.append(here) or here)
+        with pair.batch():
+            assert pair.replays(call(), call(), call()) == [0, 1, 1]
+        # Whether there is a budget; whether the rows are known, and the kind; whether it matched.
+        assert answers == [True, False, *[True, False], *[True, True], *[True] * 4]
+
+    @pytest.mark.parametrize("otherwise", range(7))
+    def test_do_as_any_that_cannot(self, caplog, otherwise):
+        answers = iter(index != otherwise for index in range(100))
+        pair = Pair(tiny("llama", 4).eval(), agree=lambda here: next(answers) and here)
+        with pair.batch():
+            for _ in range(3):
+                pair.same(call())
+        assert len(warnings(caplog)) <= 1
+        assert_unpatched(pair.model)
+
+    def test_stop_where_another_found_a_difference(self, caplog):
+        answers = iter([True, True, True, True, False])
+        pair = Pair(tiny("llama", 4).eval(), agree=lambda here: next(answers, True) and here)
+        with pair.batch():
+            pair.replays(call(), call())
+        assert not pair.replay.enabled
+        assert "did not match in another process" in warnings(caplog)[0]
+
+
+def test_results_are_compared_with_those_of_a_plain_run_to_the_bit_where_shapes_agree(pair):
+    with pair.batch():
+        recorded = pair.model(input_ids=ids(), use_cache=False).logits
+        assert_close(pair.model(input_ids=ids(), use_cache=False).logits, recorded, rtol=0, atol=0)
