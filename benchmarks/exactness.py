@@ -50,7 +50,7 @@ def main() -> None:
 
     def key() -> None:
         unfit(prefix)
-        entry_of(*entered, RowKeys(options.rows), prefix, model)
+        entry_of(*entered, RowKeys(options.rows), prefix)
 
     def save() -> None:
         with tempfile.TemporaryDirectory() as folder:
