@@ -55,14 +55,27 @@ class Vocabulary:
         if selection.full or size is None:
             return
         tokens = _tokens(processing_class)
-        self._refuse_change(size, tokens, selection)
+        name = getattr(unwrap(model), "name_or_path", None)
+        # Some models are published with a token too many (Gemma 3's images, in its text models).
+        known = _saved(os.fspath(name))[1] if name and self._tokens is None else frozenset()
+        self._refuse_change(size, tokens, selection, known)
         _refuse_beyond(model, tokens)
         _warn_of_change(model, size, tokens, selection)
 
-    def _refuse_change(self, size: int, tokens: dict[str, int], selection: LayerSelection) -> None:
+    def _refuse_change(
+        self,
+        size: int,
+        tokens: dict[str, int],
+        selection: LayerSelection,
+        known: frozenset[str],
+    ) -> None:
         before = self._size if self._size is not None else size
         if self._tokens is None:  # what the trainer loaded had no more tokens than rows
-            new = {token: index for token, index in tokens.items() if index >= before}
+            new = {
+                token: index
+                for token, index in tokens.items()
+                if index >= before and token not in known
+            }
         else:
             new = {token: index for token, index in tokens.items() if token not in self._tokens}
         if not new and size == before:
