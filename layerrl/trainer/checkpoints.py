@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import remove_dummy_checkpoint
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import remove_dummy_checkpoint, safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -371,6 +371,8 @@ class Checkpoints:
                 "could be checked",
                 stacklevel=4,
             )
+        elif not isinstance(known, dict):
+            raise DeltaError(f"{file} is damaged: its fingerprints are {known!r:.80}")
         elif wrong := sorted(
             n for n, value in fingerprints(found).items() if known.get(n) != value
         ):
@@ -386,23 +388,34 @@ class Checkpoints:
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""
         try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text())
-        except (OSError, ValueError) as error:
+            state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+            if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+                raise ValueError(f"expected the trainer's state, got {state!r:.80}")
+        except (OSError, ValueError, RecursionError) as error:
             raise DeltaError(
                 f"{folder} is no checkpoint to resume from: its {TRAINER_STATE_NAME} is missing or "
                 f"damaged ({error}). It was not written to its end, or is "
                 f"{'a delta alone: call load_delta' if of_delta else 'a model alone: pass it'}, "
                 "and start a new run."
             ) from error
-        file = folder / OPTIMIZER_NAME
-        if not file.is_file():  # of save_only_model, or the launcher's own
-            return
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
-            raise DeltaError(f"{file} is damaged: {error!s:.200}") from error
-        if not of_delta:
-            self._check_optimizer(folder, state)
+        # Transformers loads the optimizer only if the scheduler is there as well.
+        files = [folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME]
+        optimizer = _state(files[0])
+        for file in (files[1], *folder.glob("rng_state*.pth")):
+            _state(file)
+        missing = [file.name for file in files if not file.exists()]
+        if missing and not launchers.shards_model(self._trainer.accelerator):
+            warnings.warn(
+                f"{folder} has no {' and no '.join(missing)} (as with save_only_model=True): the "
+                "optimizer and the learning rate schedule start anew from its weights. This is not "
+                "the run that would have gone on.",
+                stacklevel=4,
+            )
+        if not of_delta and optimizer is not None:
+            try:
+                self._check_optimizer(folder, optimizer)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise DeltaError(f"{files[0]} is damaged: {error!r:.200}") from error
 
     def _check_optimizer(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Whether a whole model's checkpoint has the optimizer of what trains here."""
@@ -426,6 +439,20 @@ class Checkpoints:
             )
 
 
+def _state(file: Path) -> Any:  # noqa: ANN401
+    """What transformers will load from a file; None where there is none."""
+    if not file.exists():
+        return None
+    try:
+        with safe_globals():
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, LookupError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise DeltaError(f"{file} is damaged: {error!s:.200}") from error
+    if not isinstance(state, dict):
+        raise DeltaError(f"{file} is damaged: it holds {state!r:.80}")
+    return state
+
+
 def _is_complete(folder: Path) -> bool:
     """Whether a checkpoint has what transformers writes last."""
     try:
@@ -435,4 +462,4 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _numbered(folder: Path) -> bool:
-    return folder.name.rpartition("-")[2].isdigit()
+    return folder.name.removeprefix("checkpoint-").isdecimal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack, contextmanager
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,11 @@ def trained_tensors(model: nn.Module, folder: Path, selection: LayerSelection) -
                     f"{name!r} has shape {list(tensors[name].shape)} in the checkpoint {folder}, "
                     f"and {list(tensor.shape)} in the model"
                 )
+            if tensors[name].is_floating_point() != tensor.is_floating_point():
+                raise DeltaError(
+                    f"{name!r} is {tensors[name].dtype} in the checkpoint {folder}, and "
+                    f"{tensor.dtype} in the model"
+                )
         return tensors
 
 
@@ -127,7 +133,10 @@ def _stored(folder: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
                 for shard in sorted({*weight_map.values()}):
                     found |= _tensors(folder / shard, files)
                 return found
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (
+        *(AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
+        UnpicklingError,
+    ) as error:
         raise DeltaError(
             f"the weights in the checkpoint {folder} are damaged: {type(error).__name__}: {error}"
         ) from error
@@ -140,6 +149,9 @@ def _stored(folder: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
 def _tensors(file: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
     if file.suffix == ".bin":
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"{name!r} in {file.name} is {value!r:.80}, expected a tensor")
         return {name: lambda value=value: value for name, value in values.items()}
     opened: Any = files.enter_context(safe_open(file, framework="pt"))
     return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

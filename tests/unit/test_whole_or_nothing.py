@@ -182,12 +182,37 @@ class TestKilled:
         with pytest.raises(DeltaError, match=r"no whole checkpoint in .*checkpoint-1 was not"):
             on(base, tmp_path / "out").train(resume_from_checkpoint=True)
 
-    @pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt"])
+    @pytest.mark.parametrize(
+        "name", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    )
     def test_a_half_written_file_is_found_before_anything_is_loaded(self, base, tmp_path, name):
         on(base, tmp_path / "out").train()
         file = tmp_path / "out" / "checkpoint-1" / name
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         refused(on(base, tmp_path / "new"), file.parent, rf"{name}.*damaged")
+
+    @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+    def test_an_optimizer_that_is_not_there_is_said(self, base, tmp_path, name):
+        on(base, tmp_path / "out").train()
+        checkpoint = tmp_path / "out" / "checkpoint-1"
+        (checkpoint / name).unlink()
+        with pytest.warns(UserWarning, match=rf"no {name} .*start anew"):
+            on(base, tmp_path / "new").train(resume_from_checkpoint=str(checkpoint))
+
+    @pytest.mark.parametrize("content", ["[]", "3", "{}", '{"global_step": "x"}'])
+    def test_a_state_of_something_else_is_refused(self, base, tmp_path, content):
+        on(base, tmp_path / "out").train()
+        file = tmp_path / "out" / "checkpoint-1" / "trainer_state.json"
+        file.write_text(content)
+        refused(on(base, tmp_path / "new"), file.parent, "trainer_state.json is missing or damaged")
+
+    def test_a_folder_that_only_looks_like_a_later_one_is_not_taken(self, base, tmp_path):
+        on(base, tmp_path / "out").train()
+        other = shutil.copytree(tmp_path / "out/checkpoint-1", tmp_path / "out/checkpoint-best-9")
+        shutil.rmtree(other / "rng_state.pth", ignore_errors=True)
+        (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+        with pytest.warns(UserWarning, match="going on from .*checkpoint-1$"):
+            on(base, tmp_path / "out").train(resume_from_checkpoint=True)
 
 
 def refused(trainer: Any, checkpoint: Path, match: str, error: type = DeltaError) -> None:
@@ -231,6 +256,13 @@ class TestReference:
         change(tensors)
         save_file(tensors, file, metadata=metadata)
         refused(on(base, tmp_path / "new", beta=0.04), file.parent, match)
+
+    @pytest.mark.parametrize("known", ["[1]", '"x"', "3"])
+    def test_with_fingerprints_of_something_else_is_refused(self, base, tmp_path, known):
+        on(base, tmp_path / "out", beta=0.04).train()
+        file = tmp_path / "out" / "checkpoint-1" / "reference.safetensors"
+        save_file(load_file(file), file, metadata={"layerrl_fingerprints": known})
+        refused(on(base, tmp_path / "new", beta=0.04), file.parent, "fingerprints are")
 
     @pytest.mark.parametrize("keep", [0, 100, -10])
     def test_that_was_cut_is_refused(self, base, tmp_path, keep):
@@ -315,6 +347,26 @@ class TestWholeModels:
         refused(on(base, tmp_path / "new"), file.parent, "cannot be read")
         file.unlink()
         refused(on(base, tmp_path / "new"), file.parent, "no valid checkpoint at .*neither a delta")
+
+    @pytest.mark.parametrize("kind", ["list", "numbers", "index", "integers", "optimizer"])
+    def test_that_hold_something_else_are_refused(self, base, tmp_path, kind):
+        full = {"arguments": {"checkpoint_format": "full"}}
+        on(base, tmp_path / "out", **full).train()
+        folder = tmp_path / "out" / "checkpoint-1"
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        if kind in ("list", "numbers"):
+            file.unlink()
+            torch.save([1] if kind == "list" else {NAME: 3}, folder / "pytorch_model.bin")
+        elif kind == "index":
+            file.unlink()
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": "x"}')
+        elif kind == "integers":
+            save_file({**tensors, NAME: tensors[NAME].long()}, file)
+        else:
+            torch.save({"param_groups": [{}], "state": {}}, folder / "optimizer.pt")
+        match = "damaged" if kind != "integers" else "torch.int64"
+        refused(on(base, tmp_path / "new"), folder, match)
 
     def test_best_of_another_run_is_refused(self, base, tmp_path):
         on(base, tmp_path / "out", selection=None).train()
