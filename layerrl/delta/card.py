@@ -53,7 +53,7 @@ def write_card(
     from yaml import YAMLError  # huggingface_hub reads cards with it
 
     file, empty = folder / CARD, "---\n{}\n---\n"
-    found = file.read_text(encoding="utf-8") if file.is_file() else empty
+    found = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else empty
     try:
         card = ModelCard(found, ignore_metadata_errors=True)
     except (ValueError, YAMLError):  # no YAML between the dashes: it is text
@@ -67,7 +67,7 @@ def write_card(
         data.library_name = "layerrl"
     elif data.library_name == "layerrl":
         data.library_name = "transformers"
-    data.tags = [*dict.fromkeys([*(data.tags or []), "layerrl"])]
+    data.tags = [*(tag for tag in data.tags or [] if tag != "layerrl"), "layerrl"]
     own = _text(meta, hub_id) + _WHOLE[beside] + "\n"
     if others and beside != "same":
         own += _OTHERS_TEXT

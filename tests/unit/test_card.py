@@ -55,3 +55,12 @@ def test_other_text_without_good_metadata_is_kept(tmp_path: Path, text: str):
     assert card.data.library_name == "layerrl"
     assert all(line in card.text for line in text.splitlines() if line.startswith("#"))
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "text", [b"# Caf\xe9\n", b"---\ntags: [{a: 1}]\n---\n# Odd tags\n"], ids=["latin-1", "tags"]
+)
+def test_text_that_is_no_card_does_not_end_a_save(tmp_path: Path, text: bytes):
+    (tmp_path / "README.md").write_bytes(text)
+    write_card(tmp_path, META)
+    assert "# Delta" in ModelCard.load(tmp_path / "README.md").text
