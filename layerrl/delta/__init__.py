@@ -117,7 +117,10 @@ def save_delta(
         return Path(path)
     _check_trained(model, tensors, base)
     if found is not None:
-        _check_unchanged(model, base, found)
+        _check_unchanged(base, found)
+    config = getattr(unwrap(model), "config", None)
+    if base.config is not None and config is not None:
+        check_settings(base.config, computing_settings(config), "the base was recorded from")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     now = fingerprints(tensors)
     meta = {
@@ -169,7 +172,7 @@ def _check_trained(model: nn.Module, tensors: Mapping[str, Tensor], base: DeltaB
         )
 
 
-def _check_unchanged(model: nn.Module, base: DeltaBase, found: Comparison) -> None:
+def _check_unchanged(base: DeltaBase, found: Comparison) -> None:
     frozen = [name for name in base.fingerprints if name not in base.trained]
     changed = {*found.shapes, *found.values, *found.uncompared, *found.extra}
     changed |= {name for name in frozen if name not in found.names}
@@ -179,9 +182,6 @@ def _check_unchanged(model: nn.Module, base: DeltaBase, found: Comparison) -> No
             f"was recorded: {described(sorted(changed))}. The delta would not hold them. Select "
             "what was trained, or record the base after whatever else changes the model."
         )
-    config = getattr(unwrap(model), "config", None)
-    if base.config is not None and config is not None:
-        check_settings(base.config, computing_settings(config), "the base was recorded from")
 
 
 def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection:

@@ -40,6 +40,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = json_object(folder / "config.json")
+        self._refuse_other_weights()
         self.sources: dict[str, Path] = {}
         """Name inside a copy of the folder to the file with these tensors."""
         self._index: dict[str, Any] | None = None
@@ -66,6 +67,20 @@ class Checkpoint:
                     f"{folder / INDEX} is damaged: {self.sources[shard]} holds no {name!r}"
                 )
 
+    def _refuse_other_weights(self) -> None:
+        """Transformers would load something else from a folder with one of these."""
+        if (adapter := self.folder / "adapter_config.json").is_file():
+            raise DeltaError(
+                f"{self.folder} holds an adapter ({adapter.name}), which transformers puts on top "
+                "of a base that it names. Merge the two (merge_and_unload), save that model and "
+                "use it as the base."
+            )
+        if (file := self.config.get("transformers_weights") or _SINGLE) != _SINGLE:
+            raise DeltaError(
+                f"the config at {self.folder} says that the weights are in {file!r:.80}, expected "
+                f"{_SINGLE} or {INDEX}. Load that model and write it with save_pretrained."
+            )
+
     def _read_index(self, weight_map: object) -> dict[str, str]:
         """Give every shard a name inside the folder, wherever it lies."""
         if not isinstance(weight_map, dict) or not weight_map:
@@ -80,11 +95,19 @@ class Checkpoint:
         self.sources |= {plain: self.folder / plain for plain in inside.values()}
         for entry in dict.fromkeys(weight_map.values()):
             if entry not in inside:
-                source = (self.folder / entry).resolve()
-                same = [shard for shard, file in self.sources.items() if file.resolve() == source]
+                source = self._resolved(self.folder / entry)
+                same = [s for s, file in self.sources.items() if self._resolved(file) == source]
                 inside[entry] = same[0] if same else self._free_name(source)
                 self.sources.setdefault(inside[entry], source)
         return {name: inside[entry] for name, entry in weight_map.items()}
+
+    def _resolved(self, file: Path) -> Path:
+        try:
+            return file.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, odd names
+            raise DeltaError(
+                f"{self.folder / INDEX} names a file that cannot be: {error}"
+            ) from error
 
     def _free_name(self, source: Path) -> str:
         # A file of the name that upstream looks for first would hide the index.

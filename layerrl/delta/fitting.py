@@ -69,10 +69,16 @@ class Comparison:
             self.shapes[name] = list(tensor.shape)
         else:
             dtype = getattr(torch, self.base.dtypes[name])
-            found = [
-                fingerprints({"": t.detach() if t.dtype == dtype else t.detach().to(dtype)})[""]
-                for t in candidates
-            ]
+            try:
+                found = [
+                    fingerprints({"": t.detach() if t.dtype == dtype else t.detach().to(dtype)})[""]
+                    for t in candidates
+                ]
+            except RuntimeError as error:  # no conversion to a dtype of packed values
+                raise DeltaError(
+                    f"{name!r} is {tensor.dtype} and cannot be compared with the recorded "
+                    f"{self.base.dtypes[name]}: {error}"
+                ) from error
             if self.base.fingerprints[name] not in found:
                 self.values[name] = found[0], fingerprints({"": tensor.detach()})[""]
 

@@ -230,14 +230,21 @@ def difference(given: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     )
 
 
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """A folder to make must not be there yet."""
+    if "\0" in os.fspath(path):
+        raise DeltaError(f"{os.fspath(path)!r:.80} is no path: it holds a NUL")
+    if os.path.lexists(Path(path)):
+        raise DeltaError(f"{path} exists already: choose another folder or remove it")
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name only when the block ended well."""
-    given, path = path, Path(path).absolute()
+    refuse_existing(path)
+    path = Path(path).absolute()
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        if path.exists() or path.is_symlink():
-            raise DeltaError(f"{given} exists already: choose another folder or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary

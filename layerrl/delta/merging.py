@@ -22,7 +22,7 @@ from layerrl.delta.checkpoint import (
     tensors_of,
 )
 from layerrl.delta.fitting import STAGES, check_base, check_model_type, origin, place_of
-from layerrl.delta.folder import Delta, new_folder
+from layerrl.delta.folder import Delta, new_folder, refuse_existing
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
 from layerrl.errors import DeltaError, SelectionError
@@ -74,6 +74,7 @@ def merge_delta(
     deltas = [Delta.read(each) for each in paths]
     if not deltas:
         raise DeltaError("no delta was given to merge: expected a folder or several")
+    refuse_existing(out)  # before the base is read
     folder = _checkpoint_folder(base, deltas[0])
     checkpoint = Checkpoint(folder)
     for delta in deltas:
@@ -191,11 +192,21 @@ def _refuse_quantised(base: object, config: Mapping[str, Any]) -> None:
 
 def _warn_of_rounding(checkpoint: Checkpoint, above: Mapping[str, _Replaced], out: object) -> None:
     lost = trained = 0
+    infinite: dict[str, int] = {}
     for name, before in checkpoint.tensors(only=above):
         tensor = above[name]()
         trained += tensor.numel()
         if tensor.dtype != before.dtype:
-            lost += int(((tensor.to(before.dtype) == before) & (tensor != before)).sum())
+            rounded = tensor.to(before.dtype)
+            lost += int(((rounded == before) & (tensor != before)).sum())
+            if count := int((tensor.isfinite() & ~rounded.isfinite()).sum()):
+                infinite[name] = count
+    if infinite:
+        raise DeltaError(
+            f"{sum(infinite.values())} trained elements are too large for the base's dtype and "
+            f"would become infinite, in {', '.join([*infinite][:3])} ({len(infinite)} tensors). "
+            "Merge onto a float32 copy of the base."
+        )
     if lost:
         warnings.warn(
             f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".ckpt")
 }
-_NEVER = {"config.json", "delta.json", "readme.md", "model.safetensors.index.json"}
+_NEVER = {
+    *("config.json", "adapter_config.json", "delta.json", "readme.md"),
+    "model.safetensors.index.json",
+}
 _GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"
 # What some tokenizer class writes: a base's own goes where a run had another tokenizer.

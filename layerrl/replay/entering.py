@@ -37,7 +37,6 @@ _LAUNCHERS = ("torch.distributed.", "deepspeed.", "accelerate.")
 _HARMLESS_HOOKS = (*_LAUNCHERS, "transformers.", "layerrl.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(module_globals, f"_global{kind}") for kind in _HOOKS]
-_SIMPLE = {bool, int, float, str}
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 # What changes in a run, beside settings that layers read: DeepSpeed counts, the rest is seen apart.
 _COUNTERS = ("ds_", "applied_", "output_")
@@ -184,11 +183,10 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 def _settings(owner: object) -> Iterator[tuple[str, Any]]:
     for name, value in getattr(owner, "__dict__", {}).items():
-        kind = type(value)
-        if kind in _SIMPLE:  # of hundreds of modules in each call: `isinstance` takes twice as long
-            if name not in _SEEN_APART and not name.startswith(_COUNTERS):
+        if isinstance(value, bool | int | float | str) and name not in _SEEN_APART:
+            if not name.startswith(_COUNTERS):
                 yield name, value
-        elif issubclass(kind, Tensor):
+        elif isinstance(value, Tensor):
             yield name, _value(value)
 
 

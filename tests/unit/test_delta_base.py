@@ -250,6 +250,17 @@ class TestAnotherTensor:
         assert_same(wide, bits(model.to(torch.float32)))
 
 
+def test_what_a_narrow_base_cannot_hold_is_refused(tmp_path):
+    tiny("llama").half().save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base")
+    selection = select_layers(model, 1)
+    record = DeltaBase.of(model, selection)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
+    save_delta(model, tmp_path / "delta", selection=selection, base=record)
+    with refused("1 trained elements", "infinite", "layers.1.mlp.up_proj", "float32"):
+        merge_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "out")
+
+
 CONFIGS = {
     "rope": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "scaling": (
@@ -462,6 +473,12 @@ class TestRun:
         with refused("1 of 1 frozen tensors", "model.count"):
             trainer.save_delta(tmp_path / "other")
 
+    def test_of_a_config_changed_meanwhile_is_not_saved(self, tmp_path):
+        trainer = make(tiny("llama", 4), tmp_path / "run", selection=1)
+        trainer.model.config.rms_norm_eps = 0.5
+        with refused("rms_norm_eps is 0.5"):
+            trainer.save_delta(tmp_path / "delta")
+
     def test_hands_on_its_tokenizer_template_and_generation_config(self, tmp_path):
         base, mine = tokenizer(), tokenizer()
         mine.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -576,6 +593,7 @@ class TestFiles:
             "a\0b",
             "..\\b",
             "config.json",
+            "adapter_config.json",
             "model.safetensors",
             "pytorch_model.bin",
             "model.safetensors.index.json",
@@ -730,6 +748,35 @@ class TestPaths:
             merge_delta(sharded, made / "delta", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(
+        "entry", ["../base/loop/x.safetensors", "../base/l.safetensors", "../\ud800.safetensors"]
+    )
+    def test_an_index_of_what_cannot_be(self, made, sharded, tmp_path, entry):
+        (sharded / "loop").symlink_to("loop")
+        (sharded / "l.safetensors").symlink_to("l.safetensors")
+        index = json.loads((sharded / INDEX).read_text())
+        index["weight_map"][NORM] = entry
+        (sharded / INDEX).write_text(json.dumps(index))
+        with refused():
+            merge_delta(sharded, made / "delta", tmp_path / "out")
+
+    def test_what_transformers_would_not_load_is_refused(self, made, base, tmp_path):
+        (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        with refused("holds an adapter", "merge_and_unload"):
+            merge_delta(base, made / "delta", tmp_path / "out")
+        (base / "adapter_config.json").unlink()
+        config = json.loads((base / "config.json").read_text())
+        config["transformers_weights"] = "other.safetensors"
+        (base / "config.json").write_text(json.dumps(config))
+        with refused("weights are in 'other.safetensors'"):
+            merge_delta(base, made / "delta", tmp_path / "out")
+
+    def test_a_folder_that_exists_is_refused_before_the_base_is_read(self, made, tmp_path):
+        with refused("exists already"):
+            merge_delta(tmp_path / "missing", made / "delta", tmp_path)
+        with refused("is no path"):
+            merge_delta(made / "base", made / "delta", "a\0b")
+
     def test_a_tensor_in_two_shards_is_replaced_in_both(self, made, sharded, tmp_path):
         index = json.loads((sharded / INDEX).read_text())
         name = "model.layers.1.mlp.down_proj.weight"
@@ -820,6 +867,15 @@ class TestCrafted:
         with refused("has 1 tensors", HEAD, model=model):
             load_delta(model, delta)
         with refused("has 1 tensors", HEAD):
+            merge_delta(made / "base", delta, tmp_path / "out")
+
+    @pytest.mark.parametrize("dtype", ["int4", "bits8", "quint8"])
+    def test_a_dtype_without_conversion_is_a_sentence(self, made, delta, tmp_path, dtype):
+        rewrite(delta, lambda meta: meta["base"]["frozen"][HEAD].update(dtype=dtype))
+        model = tiny("llama")
+        with refused(HEAD, dtype, "cannot be compared", model=model):
+            load_delta(model, delta)
+        with refused(HEAD, dtype, "cannot be compared"):
             merge_delta(made / "base", delta, tmp_path / "out")
 
     WRONG = (None, 3, "x", [], {}, [1], {"a": 1}, True, -1)
