@@ -297,32 +297,27 @@ def unmoved(model: nn.Module) -> Iterator[None]:
         model: The model.
     """
     modules = [*model.modules()]
-    buffers = [
-        (
-            m._buffers,
-            m._buffers.copy(),
-            {n: b.clone() for n, b in m._buffers.items() if _is_dense(b)},
-        )
-        for m in modules
+    numbers = [
+        {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+        for module in modules
     ]
-    plain = [
-        {name: value for name, value in vars(m).items() if isinstance(value, _PLAIN)}
-        for m in modules
+    buffers = [(module._buffers, module._buffers.copy()) for module in modules]
+    dense = [
+        (buffer, buffer.clone())
+        for _, own in buffers
+        for buffer in own.values()
+        if type(buffer) is Tensor and not buffer.is_meta and not buffer.is_sparse
     ]
     try:
         yield
     finally:
-        for module, settings in zip(modules, plain, strict=True):
+        for module, settings in zip(modules, numbers, strict=True):
             vars(module).update(settings)
-        for now, before, values in buffers:
+        for now, before in buffers:
             now.update(before)
-            for name, value in values.items():
-                if not torch.equal(before[name], value):
-                    before[name].data.copy_(value)
-
-
-def _is_dense(buffer: Tensor | None) -> bool:
-    return type(buffer) is Tensor and not buffer.is_meta and not buffer.is_sparse
+        for buffer, value in dense:
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
 
 
 def _foreign_hooks(module: nn.Module) -> Iterator[tuple[Hooks, Hooks]]:
