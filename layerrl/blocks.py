@@ -134,6 +134,13 @@ class _Forward:
         return deepcopy(self._forward, memo)
 
 
+def own_forward(function: Any) -> Any:  # noqa: ANN401 - any callable
+    """The forward that `replaced_forwards` has put others around; any other function itself."""
+    while isinstance(function, _Forward):
+        function = function._forward
+    return function
+
+
 def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[str]:
     """The tensors that an inference engine has to be sent when some were trained.
 

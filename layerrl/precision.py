@@ -195,10 +195,20 @@ class _Masters:
             yield
             return
         self._enter()
-        done = False
+        done, first = False, not self.values
         try:
             yield
             done = True
+        except LookupError as error:
+            if not first:
+                raise
+            raise SelectionError(
+                f"{type(self.optimizer).__name__} cannot update half-precision weights in float32: "
+                f"{type(error).__name__}: {error}. It seems to look weights up by their address or "
+                "dtype, which those of the float32 masters do not have. Pass master_weights=False "
+                "(small steps are lost in rounding), load the model in float32, or choose another "
+                "optimizer."
+            ) from error
         except RuntimeError as error:
             if any(word in str(error) for word in ("dtype", "BFloat16", "Half", "float16")):
                 raise SelectionError(

@@ -22,6 +22,7 @@ from layerrl.replay.entering import (
     entry_of,
     state_of,
     unfit,
+    unmoved,
     without_hooks,
 )
 from layerrl.replay.recordings import Recording, gathered, whole_call
@@ -127,7 +128,8 @@ class Call:
 
     def _observed(self, prefix: Prefix) -> Observed:
         """What the call returns, and the gradients of a fixed mean of it."""
-        outputs = flat(self._through(prefix))
+        with unmoved(self._replay.model):
+            outputs = flat(self._through(prefix))
         trained = list(self._replay.selection.parameters(self._replay.model).values())
         if any(map(is_sharded, trained)) or any(
             map(checkpoints_reentrantly, self._replay.trained_layers)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm, dropout
 from torch.nn.modules import module as module_globals
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import own_forward, unwrap
 from layerrl.replay.arguments import (
     Arguments,
     RowKeys,
@@ -40,6 +40,9 @@ _GLOBAL_HOOKS = [getattr(module_globals, f"_global{kind}") for kind in _HOOKS]
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 # What changes in a run, beside settings that layers read: DeepSpeed counts, the rest is seen apart.
 _COUNTERS = ("ds_", "applied_", "output_")
+_NUM_SAMPLED = 8
+_NUMBERS = (bool, int, float, str)
+_PLAIN = (*_NUMBERS, type(None), torch.dtype)
 _SEEN_APART = ("training", "gradient_checkpointing", "use_cache")
 
 
@@ -102,6 +105,9 @@ class Entry:
     """Dtype and device of the hidden states, autocast, kernels."""
     state: tuple[Any, ...]
     """Of the prefix, as `state_of` gives it."""
+    sample: tuple[int, ...]
+    """Keys of a few elements of each of the prefix's tensors: torch counts no write in place
+    through `.data`, and reading all would take as long as reading the weights."""
     storages: tuple[Any, ...]
     """Of the prefix's tensors."""
     modes: bytes
@@ -110,7 +116,7 @@ class Entry:
     @property
     def circumstances(self) -> tuple[Any, ...]:
         """What two calls have to have in common, so that equal rows give equal results."""
-        return self.setting, self.size, self.arguments.structure, self.state
+        return self.setting, self.size, self.arguments.structure, self.state, self.sample
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -158,6 +164,7 @@ def entry_of(
             torch.backends.cuda.math_sdp_enabled(),
         ),
         state=state_of(prefix),
+        sample=tuple(_sampled(prefix)),
         storages=tuple(t.untyped_storage() for t in _tensors(prefix) if not is_sharded(t)),
         modes=bytes(module.training for layer in prefix for module in layer.modules()),
     )
@@ -170,12 +177,14 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
         prefix: The frozen layers.
 
     Returns:
-        Something that differs after a write, but one through `.data`, and after a setting changed.
+        Something that differs after a write, but one in place through `.data`, after a setting
+        changed, and where a forward was patched or a module replaced.
     """
     modules = [module for layer in prefix for module in layer.modules()]
     configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}
     owners = [m for m in modules if not type(m).__module__.startswith(_LAUNCHERS)]
     return (
+        *modules,
         *map(_value, _tensors(prefix)),
         *(setting for owner in (*owners, *configs.values()) for setting in _settings(owner)),
     )
@@ -183,17 +192,52 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 def _settings(owner: object) -> Iterator[tuple[str, Any]]:
     for name, value in getattr(owner, "__dict__", {}).items():
-        if isinstance(value, bool | int | float | str) and name not in _SEEN_APART:
-            if not name.startswith(_COUNTERS):
+        if isinstance(value, _NUMBERS):
+            if name not in _SEEN_APART and not name.startswith(_COUNTERS):
                 yield name, value
         elif isinstance(value, Tensor):
             yield name, _value(value)
+        # Others with an underscore, such as how to checkpoint, are set anew without a change.
+        elif name[0] != "_" and not name.startswith(_COUNTERS):
+            yield name, _comparable(value)
+
+
+def _comparable(value: object) -> Any:  # noqa: ANN401
+    """What tells a setting that is no number from another: a patched forward, a list, a dict."""
+    if isinstance(value, dict):
+        return tuple((key, _comparable(part)) for key, part in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(map(_comparable, value))
+    if isinstance(value, Tensor):
+        return _value(value)
+    if callable(value):
+        function = own_forward(value)
+        return function if type(function).__hash__ else id(function)
+    return value if isinstance(value, _PLAIN) else None
 
 
 def _tensors(prefix: Sequence[nn.Module]) -> Iterator[Tensor]:
     for layer in prefix:
         yield from layer.parameters()
         yield from layer.buffers()
+
+
+def _sampled(prefix: Sequence[nn.Module]) -> Iterator[int]:
+    samples: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor in _tensors(prefix):
+        size = tensor.numel()
+        if (
+            type(tensor) in (Tensor, nn.Parameter)
+            and tensor.is_contiguous()
+            and size
+            and tensor.untyped_storage().nbytes()  # launchers free some
+        ):
+            step = -(-size // _NUM_SAMPLED)
+            few = tensor.detach().as_strided((size // step,), (step,))
+            samples.setdefault((tensor.dtype, tensor.device), []).append(few)
+    for (_, device), parts in samples.items():
+        if device.type != "meta":
+            yield from row_keys(torch.cat(parts)[None]).tolist()
 
 
 def _value(tensor: Tensor) -> tuple[int, int] | None:
@@ -243,6 +287,37 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         for (hooks, _), all_hooks in zip(found, before, strict=True):
             hooks.clear()
             hooks.update(all_hooks)
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Put back what modules count or collect in buffers and plain attributes while they run.
+
+    Args:
+        model: The model.
+    """
+    modules = [*model.modules()]
+    numbers = [
+        {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+        for module in modules
+    ]
+    buffers = [(module._buffers, module._buffers.copy()) for module in modules]
+    dense = [
+        (buffer, buffer.clone())
+        for _, own in buffers
+        for buffer in own.values()
+        if type(buffer) is Tensor and not buffer.is_meta and not buffer.is_sparse
+    ]
+    try:
+        yield
+    finally:
+        for module, settings in zip(modules, numbers, strict=True):
+            vars(module).update(settings)
+        for now, before in buffers:
+            now.update(before)
+        for buffer, value in dense:
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
 
 
 def _foreign_hooks(module: nn.Module) -> Iterator[tuple[Hooks, Hooks]]:

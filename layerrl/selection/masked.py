@@ -28,19 +28,22 @@ class Masked(AbstractContextManager[dict[str, nn.Parameter]]):
 
     def __init__(self, selection: LayerSelection, model: nn.Module) -> None:
         self._selection, self._model = selection, model
-        self._entered: list[tuple[dict[str, bool], TrainingMask | None]] = []
+        self._entered: list[tuple[dict[str, bool], dict[str, bool], TrainingMask | None]] = []
 
     def __enter__(self) -> dict[str, nn.Parameter]:
         trained = self._selection.parameters(self._model)
-        self._entered.append((_flags(self._model), _waiting.get(unwrap(self._model))))
+        before, waiting = _flags(self._model), _waiting.get(unwrap(self._model))
+        self._entered.append((before, waiting.pause() if waiting else before, waiting))
         _mask(self._model, trained)
         return trained
 
     def __exit__(self, *exception: object) -> None:
-        before, waiting = self._entered.pop()
-        _restore(self._model, before)
-        if _waiting.get(unwrap(self._model)) is not waiting:  # of a trainer that was made inside
-            _waiting.pop(unwrap(self._model)).forget()
+        before, users, waiting = self._entered.pop()
+        if made_inside := _waiting.pop(unwrap(self._model), None):
+            made_inside.forget()
+        # A trainer that has trained inside waits no more, and its mask must not come back.
+        still_waits = waiting is not None and waiting.resume()
+        _restore(self._model, before if still_waits else users)
 
 
 class TrainingMask:
@@ -54,6 +57,7 @@ class TrainingMask:
         self._model: nn.Module | None = None
         self._before: dict[str, bool] = {}
         self._masked: dict[str, bool] = {}
+        self._paused: tuple[nn.Module, dict[str, bool], dict[str, bool]] | None = None
         self._trains = False
 
     @contextmanager
@@ -77,6 +81,7 @@ class TrainingMask:
             SelectionError: If the selection does not fit the model; nothing is changed then.
         """
         trained = selection.parameters(model)
+        self._paused = None
         self.take_off()
         if waiting := _waiting.get(unwrap(model)):
             waiting.take_off()
@@ -93,12 +98,43 @@ class TrainingMask:
             return
         before = self._before
         if _waiting.get(unwrap(model)) is self:
-            now = _flags(model)
-            changed = {name: flag for name, flag in now.items() if flag != self._masked.get(name)}
-            before = before | changed
+            before = self._users_flags(model)
             del _waiting[unwrap(model)]
         _restore(model, before)
         self.forget()
+
+    def _users_flags(self, model: nn.Module) -> dict[str, bool]:
+        now = _flags(model)
+        changed = {name: flag for name, flag in now.items() if flag != self._masked.get(name)}
+        return self._before | changed
+
+    def pause(self) -> dict[str, bool]:
+        """Let another mask take this one's place while it waits.
+
+        Returns:
+            The user's flags.
+        """
+        model = self._model
+        assert model is not None
+        users = self._users_flags(model)
+        paused = (model, self._before, self._masked)
+        del _waiting[unwrap(model)]
+        self.forget()
+        self._paused = paused
+        return users
+
+    def resume(self) -> bool:
+        """Wait again after `pause`, unless the trainer has been masked for a training since.
+
+        Returns:
+            Whether it waits.
+        """
+        paused, self._paused = self._paused, None
+        if paused is None:
+            return False
+        self._model, self._before, self._masked = paused
+        _waiting[unwrap(self._model)] = self
+        return True
 
     def forget(self) -> None:
         """Leave the flags as they are: somebody else has restored them."""

@@ -268,6 +268,23 @@ class TestKinds:
         assert isinstance(error.value.__cause__, RuntimeError)
         assert all(half.dtype == torch.bfloat16 for half in halves)
 
+    def test_one_that_knows_weights_by_their_address_is_refused(self):
+        class ByAddress(SGD):
+            def __init__(self, params, **kwargs):
+                super().__init__(params, **kwargs)
+                self.rates = {p.data_ptr(): 0.1 for p in self.param_groups[0]["params"]}
+
+            @torch.no_grad()
+            def step(self, closure=None):
+                for p in self.param_groups[0]["params"]:
+                    p.sub_(p.grad * self.rates[p.data_ptr()])
+
+        halves = weights(torch.bfloat16)
+        optimizer = in_float32(halves, ByAddress)
+        give_gradients(halves, 0)
+        with pytest.raises(SelectionError, match=r"ByAddress cannot .*master_weights=False"):
+            optimizer.step()
+
     def test_attributes_and_weak_references_stay(self):
         halves = weights(torch.bfloat16)
         for half in halves:

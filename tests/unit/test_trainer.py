@@ -442,6 +442,23 @@ class TestMaskOfATraining:
             assert trainable(model) == names_of(model, 2)
         assert flags_of(model) == flags
 
+    def test_of_a_trainer_that_was_made_before_a_mask_and_trains_inside(
+        self, model, flags, tmp_path
+    ):
+        trainer = make(model, tmp_path, selection=1)
+        with select_layers(model, 2).masked(model):
+            trainer.train()
+            assert trainable(model) == names_of(model, 2)
+        assert flags_of(model) == flags
+
+    def test_of_a_trainer_that_waits_comes_back_after_another(self, model, flags, tmp_path):
+        trainer = make(model, tmp_path, selection=1)
+        with select_layers(model, 2).masked(model):
+            make(model, tmp_path, selection=0)
+        assert trainable(model) == names_of(model, 1)
+        trainer.train()
+        assert flags_of(model) == flags
+
     def test_of_a_training_inside_another(self, model, flags, tmp_path):
         inner = []
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from layerrl.reference import ReferenceModel
 from tests.models import tiny, tiny_config
-from tests.replays import B, H, Pair, T, assert_unpatched, call, ids, warnings
+from tests.replays import FIRST, B, H, Pair, T, assert_unpatched, call, ids, warnings
 
 
 def llama(**changes: Any) -> Any:
@@ -422,6 +422,71 @@ class TestUsers:
             assert pair.replays(call(), call()) == [0, 1]
             pair.both(lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.1))
             assert pair.replays(call(), call()) == [0, 1]
+
+    @pytest.mark.parametrize("where", ["", ".mlp"])
+    def test_patch_the_forward_of_a_frozen_layer_for_a_while(self, where):
+        def patch(model):
+            module = model.get_submodule(f"model.layers.0{where}")
+            forward = type(module).forward
+            module.forward = lambda *args, **kwargs: forward(module, *args, **kwargs) + 1.0
+
+        def unpatch(model):
+            del model.get_submodule(f"model.layers.0{where}").forward
+
+        pair = Pair(llama())
+        with pair.batch():
+            assert pair.replays(call(), call()) == [0, 1]
+            pair.both(patch)
+            assert pair.replays(call(), call()) == [0, 1]
+            pair.both(unpatch)
+            assert pair.replays(call()) == [1]
+
+    @pytest.mark.parametrize("opts", [{"scale": 3.0}, (3.0,), [3.0]])
+    def test_change_a_setting_inside_a_container(self, opts):
+        class Scaled(nn.Module):
+            opts: Any = (1.0,)
+
+            def forward(self, x):
+                values = self.opts.values() if isinstance(self.opts, dict) else self.opts
+                return x * next(iter(values))
+
+        model = llama()
+        model.model.layers[0].mlp = Scaled()
+        pair = Pair(model)
+        with pair.batch():
+            assert pair.replays(call(), call()) == [0, 1]
+            pair.both(lambda model: setattr(model.model.layers[0].mlp, "opts", opts))
+            assert pair.replays(call(), call()) == [0, 1]
+
+    def test_write_frozen_weights_where_torch_does_not_count_it(self):
+        def write(model):
+            model.model.layers[1].mlp.up_proj.weight.data.add_(1.0)
+
+        pair = Pair(llama())
+        with pair.batch():
+            assert pair.replays(call(), call()) == [0, 1]
+            pair.both(write)
+            assert pair.replays(call(), call()) == [0, 1]
+
+    @pytest.mark.parametrize("as_buffer", [True, False])
+    def test_count_passes_in_a_trained_layer(self, as_buffer):
+        class Counting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                if as_buffer:
+                    self.register_buffer("passes", torch.zeros(()), persistent=False)
+                else:
+                    self.passes = 0
+
+            def forward(self, x):
+                self.passes += 1
+                return x * self.passes
+
+        model = llama()
+        model.model.layers[FIRST].mlp = Counting()
+        pair = Pair(model)
+        with pair.batch():
+            assert pair.replays(call(), call(), call()) == [0, 1, 1]
 
     def test_raise_a_dropout_that_was_zero(self):
         pair = Pair(llama().train())
