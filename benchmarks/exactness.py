@@ -25,7 +25,8 @@ from layerrl.blocks import find_blocks
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.masking import check_frozen, fingerprints, frozen_tensors
 from layerrl.replay.arguments import RowKeys
-from layerrl.replay.entering import entry_of, unfit
+from layerrl.replay.entering import entry_of
+from layerrl.replay.state import unfit
 
 # One H100: bytes per second of memory, operations per second in bfloat16 at a usual utilisation.
 BANDWIDTH, COMPUTE = 3.35e12, 4e14

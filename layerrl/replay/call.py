@@ -16,16 +16,15 @@ from layerrl.checkpointing import checkpoints_reentrantly
 from layerrl.randomness import random_state, same_random_state, set_random_state
 from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, version
 from layerrl.replay.comparing import difference, flat, gradients
-from layerrl.replay.entering import (
-    Request,
+from layerrl.replay.entering import Request, entry_of
+from layerrl.replay.recordings import Recording, gathered, whole_call
+from layerrl.replay.state import (
     depends_on_other_rows,
-    entry_of,
     state_of,
     unfit,
     unmoved,
     without_hooks,
 )
-from layerrl.replay.recordings import Recording, gathered, whole_call
 from layerrl.shards import is_sharded
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from layerrl.replay.comparing import difference, flat, gradients
-from layerrl.replay.entering import Request, unfit, without_hooks
+from layerrl.replay.entering import Request
+from layerrl.replay.state import unfit, without_hooks
 from tests.models import tiny
 from tests.replays import ids
 
@@ -50,7 +51,7 @@ class TestUnfit:
         handle = getattr(layers[0].get_submodule(place), register)(note)
         found = unfit(layers)
         assert found is not None
-        assert "carries a hook" in found
+        assert "frozen layers carry a hook" in found
         assert "note" in found
         handle.remove()
         assert unfit(layers) is None

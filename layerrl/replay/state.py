@@ -1,0 +1,243 @@
+"""What the frozen layers are besides what enters them: values, settings, hooks, modes."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import batchnorm, dropout
+from torch.nn.modules import module as module_globals
+
+from layerrl.blocks import own_forward
+from layerrl.replay.arguments import row_keys, version
+from layerrl.shards import is_sharded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    Hooks = dict[int, Callable[..., Any]]
+
+# Hooks of these move weights and activations about, or have collected what a call asked for, which
+# is looked at apart. Those that torch.nn.utils puts on (spectral norm) do change results.
+_LAUNCHERS = ("torch.distributed.", "deepspeed.", "accelerate.")
+_HARMLESS_HOOKS = (*_LAUNCHERS, "transformers.", "layerrl.")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(module_globals, f"_global{kind}") for kind in _HOOKS]
+# What changes in a run, beside settings that layers read: DeepSpeed counts, the rest is seen apart.
+_COUNTERS = ("ds_", "applied_", "output_")
+_NUM_SAMPLED = 8
+_NUMBERS = {bool, int, float, str}
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_SEEN_APART = {"training", "gradient_checkpointing", "use_cache"}
+
+
+# Each call of the model looks at hundreds of modules, so that what is done with each has to be
+# quick: torch's own walks (`modules`, `parameters`) take several times as long.
+
+
+def modules_of(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """All modules in some layers, the layers included, in a fixed order."""
+    found, queue = [], list(layers)
+    while queue:
+        module = queue.pop()
+        found.append(module)
+        queue.extend(child for child in module._modules.values() if child is not None)
+    return found
+
+
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers of modules; shared ones as often as they occur."""
+    return [
+        tensor
+        for module in modules
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+        if tensor is not None
+    ]
+
+
+def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """Which values the prefix's tensors hold, and how its modules and their configs are set.
+
+    Args:
+        prefix: The frozen layers.
+
+    Returns:
+        Something that differs after a write, but one in place through `.data`, after a setting
+        changed, and where a forward was patched or a module replaced.
+    """
+    modules = modules_of(prefix)
+    configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}
+    owners = [m for m in modules if not type(m).__module__.startswith(_LAUNCHERS)]
+    return (
+        *modules,
+        *map(_value, tensors_of(modules)),
+        *(setting for owner in (*owners, *configs.values()) for setting in _settings(owner)),
+    )
+
+
+def _settings(owner: object) -> Iterator[tuple[str, Any]]:
+    for name, value in getattr(owner, "__dict__", {}).items():
+        kind = type(value)
+        if kind in _NUMBERS:
+            if name not in _SEEN_APART and not name.startswith(_COUNTERS):
+                yield name, value
+        elif issubclass(kind, Tensor):
+            yield name, _value(value)
+        # Others with an underscore, such as how to checkpoint, are set anew without a change.
+        elif name[0] != "_" and name != "config" and not name.startswith(_COUNTERS):
+            yield name, _comparable(value)
+
+
+def _comparable(value: object) -> Any:  # noqa: ANN401
+    """What tells a setting that is no number from another: a patched forward, a list, a dict."""
+    if isinstance(value, dict):
+        return tuple((key, _comparable(part)) for key, part in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(map(_comparable, value))
+    if isinstance(value, Tensor):
+        return _value(value)
+    if callable(value):
+        function = own_forward(value)
+        return function if type(function).__hash__ else id(function)
+    return value if isinstance(value, _PLAIN) else None
+
+
+def sampled(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Keys of a few elements of each tensor, for writes in place through `.data`.
+
+    Args:
+        tensors: Those of the prefix. Of other kinds (sharded, quantised) none are looked at.
+
+    Returns:
+        One for each dtype and device: these are read together, in one transfer.
+    """
+    samples: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        size = tensor.numel()
+        if (
+            type(tensor) in (Tensor, nn.Parameter)
+            and tensor.is_contiguous()
+            and size
+            and tensor.untyped_storage().nbytes()  # launchers free some
+        ):
+            step = -(-size // _NUM_SAMPLED)
+            few = tensor.detach().as_strided((size // step,), (step,))
+            samples.setdefault((tensor.dtype, tensor.device), []).append(few)
+    together = [torch.cat(p)[None] for (_, device), p in samples.items() if device.type != "meta"]
+    return tuple(int(row_keys(few)) for few in together)
+
+
+def _value(tensor: Tensor) -> tuple[int, int] | None:
+    if is_sharded(tensor):  # gathered anew for each pass
+        return None
+    return tensor.data_ptr(), version(tensor)
+
+
+def unfit(prefix: Sequence[nn.Module]) -> str | None:
+    """Why what the prefix computes is no function of what enters it, if it is not.
+
+    Args:
+        prefix: The frozen layers.
+
+    Returns:
+        A clause, or None where nothing is known against it.
+    """
+    if any(_GLOBAL_HOOKS):
+        return "every module carries a global hook, which sees the layers run"
+    why = next(filter(None, map(_unfit, modules_of(prefix))), None)
+    if why is None:
+        return None
+    # By name, which takes longer, only where there is something to name.
+    named = [(i, n, m) for i, layer in enumerate(prefix) for n, m in layer.named_modules()]
+    layer, name, module = next((i, n, m) for i, n, m in named if _unfit(m))
+    where = f"{name or type(module).__name__} of layer {layer}"
+    return f"{_unfit(module)} ({where})"
+
+
+def _unfit(module: nn.Module) -> str | None:
+    if module.training:
+        if isinstance(module, dropout._DropoutNd) and module.p > 0:
+            return f"dropout is active in frozen layers, p={module.p}"
+        if isinstance(module, batchnorm._BatchNorm):
+            return "batch statistics are collected in frozen layers"
+    for _, foreign in _foreign_hooks(module):
+        return f"frozen layers carry a hook, {', '.join(map(_origin, foreign.values()))}"
+    return None
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Let no hook of the user's see what is computed inside.
+
+    Args:
+        model: The model. Its modules' hooks are put back in their order.
+    """
+    found = [hooks for module in model.modules() for hooks in _foreign_hooks(module)]
+    before = [hooks.copy() for hooks, _ in found]
+    try:
+        for hooks, foreign in found:
+            for key in foreign:
+                del hooks[key]
+        yield
+    finally:
+        for (hooks, _), all_hooks in zip(found, before, strict=True):
+            hooks.clear()
+            hooks.update(all_hooks)
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Put back what modules count or collect in buffers and plain attributes while they run.
+
+    Args:
+        model: The model.
+    """
+    modules = [*model.modules()]
+    numbers = [
+        {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+        for module in modules
+    ]
+    buffers = [(module._buffers, module._buffers.copy()) for module in modules]
+    dense = [
+        (buffer, buffer.clone())
+        for _, own in buffers
+        for buffer in own.values()
+        if type(buffer) is Tensor and not buffer.is_meta and not buffer.is_sparse
+    ]
+    try:
+        yield
+    finally:
+        for module, settings in zip(modules, numbers, strict=True):
+            vars(module).update(settings)
+        for now, before in buffers:
+            now.update(before)
+        for buffer, value in dense:
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
+
+
+def _foreign_hooks(module: nn.Module) -> Iterator[tuple[Hooks, Hooks]]:
+    """All hooks of a kind, and those that nothing is known of; of the kinds that have some."""
+    for kind in _HOOKS:
+        hooks: Hooks = getattr(module, kind)
+        if not hooks:
+            continue
+        foreign = {k: h for k, h in hooks.items() if not _origin(h).startswith(_HARMLESS_HOOKS)}
+        if foreign:
+            yield hooks, foreign
+
+
+def _origin(hook: Any) -> str:  # noqa: ANN401 - any callable
+    function = getattr(hook, "func", hook)  # of a functools.partial
+    function = function if hasattr(function, "__qualname__") else type(function)
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def depends_on_other_rows(prefix: Sequence[nn.Module]) -> bool:
+    """Whether a row's result depends on what else is in its batch, as with LLM.int8's outliers."""
+    return any(
+        type(tensor).__name__ == "Int8Params" for layer in prefix for tensor in layer.parameters()
+    )
