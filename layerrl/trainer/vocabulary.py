@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -57,9 +58,9 @@ class Vocabulary:
         tokens = _tokens(processing_class)
         name = getattr(unwrap(model), "name_or_path", None)
         # Some models are published with a token too many (Gemma 3's images, in its text models).
-        known = _saved(os.fspath(name))[1] if name and self._tokens is None else frozenset()
-        self._refuse_change(size, tokens, selection, known)
-        _refuse_beyond(model, tokens)
+        known = _saved(os.fspath(name))[1] if name else frozenset()
+        self._refuse_change(size, tokens, selection, known if self._tokens is None else frozenset())
+        _refuse_beyond(model, tokens, known)
         _warn_of_change(model, size, tokens, selection)
 
     def _refuse_change(
@@ -93,12 +94,12 @@ class Vocabulary:
         )
 
 
-def _refuse_beyond(model: nn.Module, tokens: dict[str, int]) -> None:
+def _refuse_beyond(model: nn.Module, tokens: dict[str, int], known: frozenset[str]) -> None:
     embedding = _embedding(model)
     if type(embedding) is not nn.Embedding:  # others may have rows elsewhere
         return
     rows = shape(embedding.weight)[0]
-    beyond = {token: index for token, index in tokens.items() if index >= rows}
+    beyond = {t: index for t, index in tokens.items() if index >= rows and t not in known}
     if beyond:
         raise SelectionError(
             f"the tokenizer has {_named(beyond)} with ids up to {max(beyond.values())}, and the "
@@ -138,9 +139,15 @@ def _warn_of_change(
     )
 
 
-@lru_cache(maxsize=4)
 def _saved(name: str) -> tuple[int | None, frozenset[str]]:
     """Vocabulary size and tokens that a model was saved with, never asked for over the network."""
+    files = (file.stat() for file in sorted(Path(name).glob("*.json")))
+    return _read(name, tuple((stat.st_mtime_ns, stat.st_size) for stat in files))
+
+
+@lru_cache(maxsize=4)
+def _read(name: str, written: tuple[tuple[int, int], ...]) -> tuple[int | None, frozenset[str]]:
+    """As `_saved`, once while the folder's files are those of that time and size."""
     options = {"local_files_only": True, "trust_remote_code": False}
     found: list[Any] = []
     for auto in (AutoConfig, AutoTokenizer):

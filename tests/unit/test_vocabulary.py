@@ -178,15 +178,22 @@ class TestNothingIsSaid:
         silently(make, load(tmp_path / "base"), tmp_path, selection=2)
         silently(make, str(tmp_path / "base"), tmp_path, selection=2)
 
-    def test_of_a_model_that_was_published_with_a_token_too_many(self, tmp_path):
+    @pytest.mark.parametrize("family", ["gemma3_text", "llama"])
+    def test_of_a_model_that_was_published_with_a_token_too_many(self, tmp_path, family):
         more = tokenizer()
         more.add_tokens(["<image>"])
-        for part in (tiny("gemma3_text", 4), more):
+        for part in (tiny(family, 4), more):
             part.save_pretrained(tmp_path / "base")
         own = {"processing_class": AutoTokenizer.from_pretrained(tmp_path / "base")}
         silently(make, load(tmp_path / "base"), tmp_path, selection=2, arguments=own)
         path, none = str(tmp_path / "base"), {"processing_class": None}
         silently(make, path, tmp_path, selection=2, arguments=none)
+
+    def test_of_a_base_that_was_saved_again_in_the_same_folder(self, tmp_path):
+        tiny("llama", 4).save_pretrained(tmp_path / "base")
+        silently(make, load(tmp_path / "base"), tmp_path, selection=2)
+        tiny("llama", 4, vocab_size=80).save_pretrained(tmp_path / "base")
+        silently(make, load(tmp_path / "base"), tmp_path, selection=2)
 
     def test_of_a_model_that_was_never_saved(self, tmp_path):
         silently(make, tiny("llama", 4, vocab_size=80), tmp_path, selection=2)
