@@ -142,6 +142,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         loading_peak, held = peak_bytes(device), held_bytes(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()
         found = {
             "seconds": clock.seconds(),
@@ -151,7 +152,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             "loading_peak_bytes": loading_peak,
             "held_bytes": held,
             "synced_bytes": sum(synced.values()),
-            "trained_bytes": sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad),
+            "trained_bytes": trained,
         }
         trainer._save_checkpoint(trainer.model, None)
         [checkpoint] = Path(folder).glob("checkpoint-*")

@@ -31,9 +31,14 @@ def commit_of(base: DeltaBase) -> str | None:
     """
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     assert base.name is not None
-    if Path(base.name).exists() or base.name.count("/") > 1:
+    try:
+        validate_repo_id(base.name)
+    except HFValidationError:  # a folder that is gone, say
+        return None
+    if Path(base.name).exists():
         return None
     repo = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base.name, repo_type="model")
     commits = [

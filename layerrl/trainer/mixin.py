@@ -485,7 +485,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             optimizer: Optimizer = super().create_optimizer(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             if new and not self.selection.full:
-                keep_only(optimizer, self._trained.values())
+                keep_only(optimizer, self.selection.parameters(self.model).values())
             self._fit_optimizer(optimizer, new)
         except SelectionError:
             if new:

@@ -37,11 +37,14 @@ class Visits:
         self.embedding_gradients = 0
         for index, layer in enumerate(layers):
             inner = next(layer.children())
-            inner.register_forward_pre_hook(lambda *_, i=index: self._count(self.computed, i))
-            layer.register_full_backward_hook(lambda *_, i=index: self._count(self.visited, i))
+            count = _as_ours(lambda *_, i=index: self._count(self.computed, i))
+            visit = _as_ours(lambda *_, i=index: self._count(self.visited, i))
+            inner.register_forward_pre_hook(count)
+            layer.register_full_backward_hook(visit)
         model.get_input_embeddings().register_forward_hook(self._watch)
         # A hook of transformers may let the output require a gradient after this one has seen it.
-        layers[0].register_forward_pre_hook(self._watch_input, with_kwargs=True)
+        watch = _as_ours(lambda *args: self._watch_input(*args))
+        layers[0].register_forward_pre_hook(watch, with_kwargs=True)
 
     def clear(self) -> None:
         self.computed[:], self.visited[:] = [0] * len(self.computed), [0] * len(self.visited)
@@ -61,6 +64,12 @@ class Visits:
 
     def _embedding_gradient(self, _: Tensor) -> None:
         self.embedding_gradients += 1
+
+
+def _as_ours(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that replay takes for one of layerrl's: layers that carry others always run."""
+    hook.__module__ = "layerrl.tests"
+    return hook
 
 
 def hooks(model: nn.Module) -> list[tuple[int, ...]]:

@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerrl import select_layers
 from layerrl.errors import SelectionError
-from tests.models import _TEXT as TEXT
-from tests.models import FAMILIES, Plain, tiny, tiny_config
+from tests.models import FAMILIES, TEXT, Plain, tiny, tiny_config
 
 LAYERS = 12  # so that layer 1 could be taken for 10 and 11
 
