@@ -71,9 +71,11 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
     modules = modules_of(prefix)
     configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}
     owners = [m for m in modules if not type(m).__module__.startswith(_LAUNCHERS)]
+    # FSDP2 gathers a layer's tensors anew for each pass, while the layer runs.
+    tensors = tensors_of(modules) if len(owners) == len(modules) else []
     return (
         *modules,
-        *map(_value, tensors_of(modules)),
+        *map(_value, tensors),
         *(setting for owner in (*owners, *configs.values()) for setting in _settings(owner)),
     )
 
