@@ -85,7 +85,7 @@ class Call:
         else:
             self._replay.num_replayed += prefix.replays
             return output
-        if prefix.kind not in self._replay.verified:
+        if prefix.compares:
             # What the user counts, or a checkpoint around the call keeps, is of the call alone.
             with without_hooks(self._replay.model), saved_tensors_hooks(_as_it_is, _as_it_is):
                 self._verify(prefix.kind)
@@ -167,6 +167,8 @@ class Prefix:
         """Of the call, where it could be replayed."""
         self.replays = False
         """Whether a recording was handed on."""
+        self.compares = False
+        """Whether one could be, but has to be compared first, here or in another process."""
         self.random = False
         """Whether layers that ran drew random numbers, where that is watched."""
         self.dtype = torch.float32
@@ -233,6 +235,7 @@ class Prefix:
             return
         if replay.agree(bool(places) and why is None):
             if not replay.agree(self.kind in replay.verified):
+                self.compares = True
                 raise _RestartError
             self._places, self.replays = places, True
             return
