@@ -67,7 +67,7 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def adapters(model: nn.Module) -> str:
-    """What in a model belongs to PEFT, with or without its wrapper.
+    """Describe the PEFT adapters in a model, with or without PEFT's wrapper.
 
     Args:
         model: Any model.

@@ -277,8 +277,7 @@ class Prefix:
     def _more_is_asked(self) -> str:
         return (
             f"a call asks for more than its output ({', '.join(self._request.asked)}), which "
-            "frozen layers "
-            "contribute to"
+            "frozen layers contribute to"
         )
 
     def _run_observed(self, device: torch.device) -> None:

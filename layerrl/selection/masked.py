@@ -137,7 +137,7 @@ class TrainingMask:
         return True
 
     def forget(self) -> None:
-        """Leave the flags as they are: somebody else has restored them."""
+        """Leave the flags as they are: another mask has restored them."""
         self._model, self._before, self._masked = None, {}, {}
 
 

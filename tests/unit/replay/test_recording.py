@@ -346,6 +346,21 @@ class TestSeveralProcesses:
         assert len(warnings(caplog)) <= 1
         assert_unpatched(pair.model)
 
+    def test_compare_again_with_one_that_has_not_compared(self):
+        """Or it would wait for the others in the passes that it makes to compare."""
+        answers: list[bool] = []
+
+        def agree(here: bool) -> bool:
+            # The tenth question: whether this kind of call has been compared. Not in the other.
+            answers.append(here and len(answers) != 9)
+            return answers[-1]
+
+        pair = Pair(tiny("llama", 4).eval(), agree=agree)
+        with pair.batch():
+            assert pair.replays(call(), call(), call()) == [0, 1, 1]
+        assert answers[8:] == [True, False, *[True, True], *[True, True]]
+        assert not pair.replay.refused
+
     def test_stop_where_another_found_a_difference(self, caplog):
         answers = iter([True, True, True, True, False])
         pair = Pair(tiny("llama", 4).eval(), agree=lambda here: next(answers, True) and here)
