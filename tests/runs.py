@@ -21,7 +21,7 @@ NO_CHECKPOINTING = {"gradient_checkpointing": False}
 
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 # What no two runs of the same thing share.
-_CLOCKS = ("step_time", "runtime", "per_second", "preparation_time")
+_CLOCKS = ("step_time", "runtime", "per_second", "preparation_time", "perf/", "time_s", "tok/s")
 
 
 def saved(folder: Path, model: PreTrainedModel | None = None) -> Path:

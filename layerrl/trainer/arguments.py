@@ -107,19 +107,6 @@ def refuse_peft(selection: object, model: object, peft_config: object = None) ->
         )
 
 
-def refuse_announced_weights(
-    cls: type, selection: object, given: dict[str, Any], known: list[str]
-) -> None:
-    """TRL's asynchronous trainers fix what vLLM will be sent before anything can be masked."""
-    if "weight_transfer" in known and given.get("weight_transfer") is None:
-        raise TrainerError(
-            f"{cls.__name__} tells vLLM, while it is made, of every weight that will be sent, and "
-            f"then sends those that train: with selection={selection!r} the server would wait for "
-            "the rest. Use a trainer that generates between its steps (GRPO, RLOO), or pass a "
-            "weight_transfer of your own."
-        )
-
-
 def refuse_cast(args: Any, model: nn.Module | None, by_deepspeed: bool) -> None:  # noqa: ANN401
     """TRL casts the whole model, for good, for continuous batching; DeepSpeed for bf16 and fp16."""
     by_trl = getattr(args, "use_transformers_continuous_batching", False)
@@ -204,14 +191,14 @@ def second_model(given: dict[str, Any], known: list[str], *, generates: bool) ->
     return "beta" if by_beta else None
 
 
-def with_stand_in(
-    known: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+def with_argument(
+    known: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: object
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with a `StandIn` as `ref_model`, by position if there is one at its place."""
-    place = known.index("ref_model")
-    if place < len(args):
-        return (*args[:place], StandIn(), *args[place + 1 :]), kwargs
-    return args, {**kwargs, "ref_model": StandIn()}
+    """A trainer's arguments with another value for one, by position if it was given so."""
+    if name in known[: len(args)]:
+        place = known.index(name)
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: value}
 
 
 @contextmanager

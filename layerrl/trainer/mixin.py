@@ -38,6 +38,7 @@ from layerrl.selection import LayerSelection, select_layers
 from layerrl.selection.masked import TrainingMask
 from layerrl.shards import is_sharded, parts, shape, sharded_like
 from layerrl.trainer import arguments, launchers, metrics
+from layerrl.trainer.announced import AnnouncedSync, EarlyMask, announces
 from layerrl.trainer.auto import AutoSelection
 from layerrl.trainer.callbacks import DeltaOnTop, FrozenCheck, SyncReference, refuse_callbacks
 from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
@@ -182,16 +183,21 @@ class LayerMaskedMixin(metaclass=_OneMask):
         full = selection == "full" or (isinstance(selection, LayerSelection) and selection.full)
         checkpoint_format = "full" if full else checkpoint_format
         refuse_readers(given.get("callbacks") or (), checkpoint_format)
-        if not full:
-            arguments.refuse_announced_weights(type(self), selection, given, known)
+        early = None
+        if not full and announces(type(self)):
+            early = EarlyMask(choice, own_transfer=given.get("weight_transfer") is not None)
+            callbacks = [*(given.get("callbacks") or ()), early]
+            args, kwargs = arguments.with_argument(known, args, kwargs, "callbacks", callbacks)
         vocabulary = Vocabulary(model, described, given.get("processing_class"))
         generates = hasattr(super(), "_generate_and_score_completions")
         reference = arguments.second_model(given, known, generates=generates)
         if reference == "ref_model":
-            args, kwargs = arguments.with_stand_in(known, args, kwargs)
+            stand_in = arguments.StandIn()
+            args, kwargs = arguments.with_argument(known, args, kwargs, "ref_model", stand_in)
         with (
             arguments.without_reference_model(args_given, reference),
             nullcontext() if full else quantised_base(args_given),
+            early or nullcontext(),
         ):
             super().__init__(*args, **kwargs)
         self._mask = TrainingMask()
@@ -201,6 +207,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._checkpoints = Checkpoints(self)
         self._select_now = partial(
             self._select,
+            early=early,
             reference=reference,
             prefix_cache_bytes=prefix_cache_bytes,
             activation_bytes=activation_bytes,
@@ -220,6 +227,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self,
         selection: LayerSelection,
         *,
+        early: EarlyMask | None,
         reference: arguments.Reference,
         prefix_cache_bytes: int,
         activation_bytes: int | None,
@@ -264,6 +272,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._weight_sync = None
         if hasattr(self, "vllm_generation") and not full and decided:
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
+        elif early is not None and decided:
+            self._weight_sync = AnnouncedSync(self, self.selection, early)
         self._grad_norms: dict[int, Tensor] = {}
         self._optimizer_is_own = False
         self._fitted: Any = None
@@ -321,6 +331,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
                 if self._auto is not None and self._auto.report is None:
                     self._choose(args[0] if args else kwargs.get("resume_from_checkpoint"))
                 return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        except BaseException:
+            self._sync_everything()  # what failed may have been a sync
+            raise
         finally:
             self._passes.replay.clear()
             if self._auto is not None:

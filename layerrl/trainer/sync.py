@@ -18,15 +18,57 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class WeightSync:
-    """Takes over `sync_weights` of TRL's `VLLMGeneration`, colocated or server.
+class PartialSync:
+    """What an engine has of a model's weights, and so what it has to be sent.
 
     The trained tensors and what vLLM fuses them with are sent; everything is sent the first time,
-    after `reset`, after a sync that failed, where the engine has slept and lost its weights, and
-    where a frozen tensor has been written to in place since (a delta of other layers was loaded,
-    say; writes through `.data` leave no trace) or is another one or of another dtype. A model
-    sharded by FSDP1 is sent whole every time, as TRL walks its modules. Whatever but the first time
-    makes it send everything is logged, once for each reason.
+    after `reset`, after a sync that failed, and where a frozen tensor has been written to in place
+    since (a delta of other layers was loaded, say; writes through `.data` leave no trace) or is
+    another one or of another dtype. Whatever but the first time makes it send everything is logged,
+    once for each reason.
+
+    Args:
+        model: The model that the engine serves.
+        selection: What trains.
+    """
+
+    def __init__(self, model: nn.Module, selection: LayerSelection) -> None:
+        parameters = {plain_name(name): p for name, p in model.named_parameters()}
+        trained = selection.parameters(model)
+        self._names = frozenset(with_fused_siblings(parameters, trained))
+        self._trained = frozenset(trained)
+        self._sent: list[Any] | None = None
+        self._said: set[str] = set()
+
+    def reset(self) -> None:
+        """Send everything next time."""
+        self._sent = None
+
+    def _frozen(self, model: nn.Module) -> list[Any]:
+        """What tells whether the frozen tensors are those of another time."""
+        return [
+            (id(p), p._version, p.dtype)  # torch counts in-place writes
+            for name, p in model.named_parameters()
+            if plain_name(name) not in self._trained
+        ]
+
+    def _has_frozen(self, frozen: list[Any]) -> bool:
+        """Whether the engine has all frozen tensors as they are now."""
+        if self._sent is not None and self._sent != frozen:
+            self._say("a frozen tensor was written to, or replaced, since the last time")
+        return self._sent == frozen
+
+    def _say(self, why: str, sent: str = "all weights and not only the trained ones") -> None:
+        if why not in self._said:
+            self._said.add(why)
+            logger.warning("vLLM is sent %s: %s.", sent, why)
+
+
+class WeightSync(PartialSync):
+    """Takes over `sync_weights` of TRL's `VLLMGeneration`, colocated or server.
+
+    Everything is sent also where the engine has slept and lost its weights, and every time where
+    FSDP1 shards the model, as TRL walks its modules.
 
     Args:
         generation: The trainer's `VLLMGeneration`. Its `sync_weights` is this object's from now on.
@@ -35,60 +77,45 @@ class WeightSync:
     """
 
     def __init__(self, generation: Any, model: nn.Module, selection: LayerSelection) -> None:  # noqa: ANN401
-        parameters = {plain_name(name): p for name, p in model.named_parameters()}
-        trained = selection.parameters(model)
-        self._names = frozenset(with_fused_siblings(parameters, trained))
-        self._trained = frozenset(trained)
+        super().__init__(model, selection)
         self._generation = generation
         self._metadata: dict[bool, Any] = {}
-        self._sent: list[Any] | None = None
-        self._said: set[str] = set()
         generation.sync_weights = self.sync_weights
-
-    def reset(self) -> None:
-        """Send everything next time."""
-        self._sent = None
 
     def sync_weights(self) -> None:
         """Send what the engine does not have yet."""
         generation, model = self._generation, self._generation.model
-        written = [
-            (id(p), p._version, p.dtype)  # torch counts in-place writes
-            for name, p in model.named_parameters()
-            if plain_name(name) not in self._trained
-        ]
-        why = self._why_everything(written)
-        narrow = why is None
-        if why and why not in self._said:
-            self._said.add(why)
-            logger.warning("vLLM is sent all weights and not only the trained ones: %s.", why)
+        frozen = self._frozen(model)
+        narrow = self._keeps_weights() and self._has_frozen(frozen)
         self._sent = None
         # TRL tells the server names and shapes before the first tensor, and keeps that list.
         generation._weight_metadata = self._metadata.get(narrow)
         if narrow:
-            generation.model = _Part(model, self._names)
+            generation.model = Part(model, self._names)
         try:
             type(generation).sync_weights(generation)
         finally:
             generation.model = model
         self._metadata[narrow] = generation._weight_metadata
-        self._sent = written
+        self._sent = frozen
 
-    def _why_everything(self, written: list[Any]) -> str | None:
-        """Why vLLM needs all weights; empty where that is expected, None if it does not."""
+    def _keeps_weights(self) -> bool:
         if self._generation._dist.fsdp_version == 1:
-            return "FSDP1 shards the model, and TRL walks its modules"
+            self._say("FSDP1 shards the model, and TRL walks its modules")
+            return False
         if getattr(self._generation, "_llm_weights_sleeping", False):
-            return "the engine slept and lost its weights (vllm_enable_sleep_mode)"
-        if self._sent is None:
-            return ""
-        if self._sent != written:
-            return "a frozen tensor was written to, or replaced, since the last time"
-        return None
+            self._say("the engine slept and lost its weights (vllm_enable_sleep_mode)")
+            return False
+        return True
 
 
-class _Part(nn.Module):
-    """A model of which TRL sees some parameters only, so that it gathers no others."""
+class Part(nn.Module):
+    """A model of which TRL sees some parameters only, so that it gathers no others.
+
+    Args:
+        model: The whole model.
+        names: Plain names of what is seen.
+    """
 
     def __init__(self, model: nn.Module, names: frozenset[str]) -> None:
         super().__init__()

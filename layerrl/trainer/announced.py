@@ -1,0 +1,229 @@
+"""TRL's asynchronous trainers, which tell vLLM while they are made what they will send."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from layerrl.blocks import plain_name, unwrap, with_fused_siblings
+from layerrl.errors import TrainerError
+from layerrl.selection import select_layers
+from layerrl.trainer import arguments, launchers
+from layerrl.trainer.sync import Part, PartialSync
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from layerrl.selection import LayerSelection
+
+
+def announces(cls: type) -> bool:
+    """Whether a trainer tells vLLM, while it is made, which weights it will send.
+
+    Args:
+        cls: The trainer's class.
+
+    Returns:
+        Whether it is one of TRL's asynchronous trainers.
+
+    Raises:
+        TrainerError: If it is one, and sends its weights in another way than is known here.
+    """
+    if hasattr(cls, "_streaming_iter"):
+        return True
+    for base in cls.__mro__:
+        if base.__module__.startswith("trl.") and base.__name__.startswith("Async"):
+            raise TrainerError(_unknown(base.__name__, "without its method _streaming_iter"))
+    return False
+
+
+def _unknown(name: str, how: str) -> str:
+    return (
+        f"{name} of TRL {version('trl')} sends weights to vLLM {how}, and a selection has to "
+        "decide which. The way of TRL 1.9 to 1.16 is known here: install one of these, train with "
+        'selection="full", or use a trainer that generates between its steps (GRPO, RLOO).'
+    )
+
+
+class EarlyMask(TrainerCallback, AbstractContextManager[None]):
+    """The mask that a trainer is made under which announces what requires gradients.
+
+    A callback, for transformers calls it when the model is loaded and TRL has announced nothing
+    yet; and a context around the making, which gives the flags back.
+
+    Args:
+        choice: The selection, as the trainer was given it.
+        own_transfer: Whether the trainer was given what sends its weights.
+    """
+
+    def __init__(self, choice: Any, *, own_transfer: bool) -> None:  # noqa: ANN401
+        self._choice, self.own_transfer = choice, own_transfer
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self.everything: frozenset[str] = frozenset()
+        """Plain names of what would have been announced without it."""
+
+    def on_init_end(self, *args: object, model: nn.Module, **kwargs: object) -> None:
+        """Require gradients of what will be sent.
+
+        Args:
+            *args: Not used.
+            model: The trainer's model.
+            **kwargs: Not used.
+
+        Raises:
+            SelectionError: If the selection does not fit the model.
+        """
+        arguments.refuse_peft(self._choice, model)
+        parameters = {plain_name(name): p for name, p in unwrap(model).named_parameters()}
+        trained = select_layers(model, self._choice).parameters(model)
+        sent = frozenset(with_fused_siblings(parameters, trained))
+        self._flags = [(p, p.requires_grad) for p in parameters.values()]
+        self.everything = frozenset(n for n, p in parameters.items() if p.requires_grad) | sent
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in sent)
+
+    def __exit__(self, *exception: object) -> None:
+        """Give the flags back."""
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._flags = []  # FSDP2 frees parameters that nobody holds
+
+
+class AnnouncedSync(PartialSync):
+    """Takes over what a trainer of TRL sends to vLLM, and what it announces before each time.
+
+    TRL's own transfer is sent everything first, as a server may have been trained before. One that
+    was passed to the trainer, and does not hold an announcement like TRL's, is sent what trains,
+    and vLLM's module of it, every time.
+
+    Args:
+        trainer: A trainer that `announces`, made under the mask. Its `_streaming_iter` is this
+            object's from now on.
+        selection: What trains.
+        mask: The mask.
+
+    Raises:
+        TrainerError: If it sends or has announced something else than TRL's trainers are known to.
+    """
+
+    def __init__(self, trainer: Any, selection: LayerSelection, mask: EarlyMask) -> None:  # noqa: ANN401
+        super().__init__(unwrap(trainer.model), selection)
+        trainer.remove_callback(mask)
+        self._trainer, self._everything = trainer, mask.everything
+        if not hasattr(trainer, "weight_transfer") or not mask.everything:
+            raise self._unknown("by other means than its weight_transfer")
+        by_flag = self._sends_by_flag()
+        if trainer.weight_transfer is not None and not mask.own_transfer:
+            self._check_announcement(by_flag)
+        knows = self._announcement() is not None or not trainer.accelerator.is_main_process
+        self._widens = launchers.agree(trainer.accelerator, knows)
+        trainer._streaming_iter = self.stream
+
+    def _unknown(self, how: str) -> TrainerError:
+        return TrainerError(_unknown(type(self._trainer).__name__, how))
+
+    def _check_announcement(self, by_flag: bool) -> None:
+        """TRL has told vLLM of what this object sends, or else of everything."""
+        names = self._names if by_flag else {n for n, _ in self._trainer.model.named_parameters()}
+        expected = _described(Part(self._trainer.model, frozenset(names)))
+        held = self._announcement()
+        announced = None if held is None else getattr(self._trainer.weight_transfer, held)
+        if announced is None and by_flag:
+            return
+        if announced is None or announced | expected != announced:
+            raise self._unknown("after announcing others")
+
+    def _sends_by_flag(self) -> bool:
+        """Whether TRL sends what requires gradients, or all parameters as it did before 1.13."""
+        probe = nn.Module()
+        probe.trained = nn.Parameter(torch.zeros(1))
+        probe.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+        try:
+            names = [name for name, _ in self._started(probe)]
+        except Exception as error:
+            raise self._unknown("from another place") from error
+        if names not in (["trained"], ["trained", "frozen"]):
+            raise self._unknown("from another place")
+        return names == ["trained"]
+
+    def _announcement(self) -> str | None:
+        """The attribute of TRL's transfer that holds what it tells vLLM."""
+        attributes: dict[str, Any] = getattr(self._trainer.weight_transfer, "__dict__", {})
+        for name, value in attributes.items():
+            if isinstance(value, dict) and {*_described(nn.Module())} <= {*value}:
+                return name
+        return None
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Announce what the engine does not have yet.
+
+        Returns:
+            It, by name. Every process has to ask.
+
+        Raises:
+            TrainerError: While it is read, if TRL makes something else of it.
+        """
+        trainer, model = self._trainer, unwrap(self._trainer.model)
+        frozen = self._frozen(model)
+        narrow = not self._widens or self._has_frozen(frozen)
+        part = _Trained(model, self._names if narrow else self._everything)
+        if not self._widens:
+            transfer = type(trainer.weight_transfer).__name__
+            self._say(f"the engine behind {transfer} has to hold the others", "trained ones alone")
+        self._sent = None
+        held = self._announcement()
+        if held is not None:
+            before = getattr(trainer.weight_transfer, held)
+            setattr(trainer.weight_transfer, held, before | _described(part))
+        return self._checked(self._started(part), part, frozen)
+
+    def _started(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What TRL sends of a model. It asks for the parameters once, before the first one."""
+        trainer, own = self._trainer, self._trainer.model
+        sent = type(trainer)._streaming_iter(trainer)
+        trainer.model = model
+        try:
+            first = next(sent)
+        finally:
+            trainer.model = own
+        return chain([first], sent)
+
+    def _checked(
+        self, sent: Iterator[tuple[str, Tensor]], part: nn.Module, frozen: list[Any]
+    ) -> Iterator[tuple[str, Tensor]]:
+        expected = [name for name, _ in part.named_parameters()]
+        names = []
+        for name, tensor in sent:
+            names.append(name)
+            if names != expected[: len(names)]:
+                break
+            yield name, tensor
+        if names != expected:
+            raise self._unknown(f"and not those announced, at {names[-1]!r}")
+        self._sent = frozen
+
+
+class _Trained(Part):
+    """One of which all that is seen seems to train: TRL sends nothing else."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield plain_name(name), parameter.detach().requires_grad_()  # pyright: ignore[reportReturnType]
+
+
+def _described(model: nn.Module) -> dict[str, list[Any]]:
+    """Parameters as TRL describes them to vLLM."""
+    parameters = dict(model.named_parameters())
+    return {
+        "names": [*parameters],
+        "dtype_names": [str(p.dtype).removeprefix("torch.") for p in parameters.values()],
+        "shapes": [[*p.shape] for p in parameters.values()],
+    }
