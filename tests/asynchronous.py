@@ -31,8 +31,7 @@ from tests.grpo import PROMPTS, QUIETLY, reward, tokenizer
 from tests.runs import freeze_by_hand
 
 TRAINERS = import_module(AsyncGRPOTrainer.__module__)
-_TRANSFER = import_module(TRAINERS.WeightTransferClient.__module__)
-_WORKER = import_module(TRAINERS.RolloutSample.__module__)
+_SAMPLE = import_module(TRAINERS.AsyncRolloutWorker.__module__).RolloutSample
 LAYER = 2
 _ROWS, _GROUP, _LENGTH = 4, 2, 6
 
@@ -126,7 +125,7 @@ class Worker:
             answers = [output.outputs[0] for output in outputs]
             rewards = np.array(reward([tokenizer().decode(a.token_ids) for a in answers]))
             for answer, advantage in zip(answers, rewards - rewards.mean(), strict=True):
-                logprobs = [[*each.values()][0].logprob for each in answer.logprobs]
+                logprobs = [next(iter(each.values())).logprob for each in answer.logprobs]
                 values = {
                     "prompt": [{"role": "user", "content": prompt}],
                     "completion": [{"role": "assistant", "content": "?"}],
@@ -138,9 +137,9 @@ class Worker:
                     "group_id": group,
                     "metrics": {"reward": float(rewards.mean())},
                 }
-                known = {each.name for each in fields(TRAINERS.RolloutSample)}
+                known = {each.name for each in fields(_SAMPLE)}
                 sample = {name: value for name, value in values.items() if name in known}
-                self.rollout_buffer.put(TRAINERS.RolloutSample(**sample))
+                self.rollout_buffer.put(_SAMPLE(**sample))
 
 
 def _attend(
@@ -168,23 +167,25 @@ def _attend(
 
 
 @contextmanager
-def in_place_of_a_gpu(monkeypatch: Any) -> Iterator[None]:
-    """TRL's asynchronous trainers work on `Server` and plain torch inside."""
+def in_place_of_a_gpu(monkeypatch: Any, trainer: type = AsyncGRPOTrainer) -> Iterator[None]:
+    """One of TRL's asynchronous trainers works on `Server` and plain torch inside."""
     kernels = SimpleNamespace(flash_attn_varlen_func=_attend)
     nccl = SimpleNamespace(trainer_init=lambda _: object(), trainer_send_weights=Server.nccl)
+    trainers = import_module(trainer.__module__)
+    transfer = import_module(trainers.WeightTransferClient.__module__)
     with monkeypatch.context() as patch:
-        patch.setattr(TRAINERS, "VLLMClient", Server)
-        patch.setattr(TRAINERS, "get_peak_flops_per_device", lambda *_: None, raising=False)
-        patch.setattr(_TRANSFER, "is_vllm_available", lambda **_: True)
-        patch.setattr(_TRANSFER, "NCCLWeightTransferEngine", nccl, raising=False)
-        patch.setattr(_TRANSFER, "NCCLTrainerSendWeightsArgs", SimpleNamespace, raising=False)
-        patch.setattr(_TRANSFER, "get_ip", str, raising=False)
-        patch.setattr(_TRANSFER, "get_open_port", int, raising=False)
-        patch.setattr(_TRANSFER.WeightTransferClient, "destroy", lambda _: None)
-        if hasattr(TRAINERS, "AutoModelForCausalLM"):  # before trees, in TRL 1.13
-            patch.setattr(TRAINERS, "AutoModelForCausalLM", _WithoutKernel)
+        patch.setattr(trainers, "VLLMClient", Server)
+        patch.setattr(trainers, "get_peak_flops_per_device", lambda *_: None, raising=False)
+        patch.setattr(transfer, "is_vllm_available", lambda **_: True)
+        patch.setattr(transfer, "NCCLWeightTransferEngine", nccl, raising=False)
+        patch.setattr(transfer, "NCCLTrainerSendWeightsArgs", SimpleNamespace, raising=False)
+        patch.setattr(transfer, "get_ip", str, raising=False)
+        patch.setattr(transfer, "get_open_port", int, raising=False)
+        patch.setattr(transfer.WeightTransferClient, "destroy", lambda _: None)
+        if hasattr(trainers, "AutoModelForCausalLM"):  # where rollouts are not packed into trees
+            patch.setattr(trainers, "AutoModelForCausalLM", _WithoutKernel)
         else:
-            packing = import_module(TRAINERS.register_tree_attention.__module__)
+            packing = import_module(trainers.register_tree_attention.__module__)
             patch.setattr(packing, "_flash_attn", lambda: kernels)
         yield
 
@@ -217,7 +218,13 @@ def make(
     `"by hand"`: TRL's, with all but one layer frozen, and a server that has the model. Further
     keywords change the config; `arguments` are the trainer's own.
     """
-    values = {"per_device_train_batch_size": _ROWS, "token_budget": 0, "max_steps": 5, **QUIETLY}
+    values = {
+        "per_device_train_batch_size": _ROWS,
+        "token_budget": 0,
+        "max_steps": 5,
+        "ignore_data_skip": True,  # as later versions have it
+        **QUIETLY,
+    }
     own: dict[str, Any] = {"rollout_worker": Worker()}
     if selection == "by hand":
         own["callbacks"] = [_ByHand()]

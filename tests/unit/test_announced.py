@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from datasets import Dataset
 from packaging.version import Version
 from torch.testing import assert_close
 from transformers import TrainerCallback
@@ -13,8 +14,17 @@ from transformers import TrainerCallback
 from layerrl import LayerMaskedMixin, select_layers
 from layerrl.errors import ProbeError, SelectionError, TrainerError
 from layerrl.trainer.schedule import LayerSchedule
-from tests.asynchronous import LAYER, TRAINERS, AsyncGRPOTrainer, Server, in_place_of_a_gpu, make
-from tests.grpo import reward
+from tests.asynchronous import (
+    LAYER,
+    TRAINERS,
+    AsyncGRPOTrainer,
+    Server,
+    Worker,
+    in_place_of_a_gpu,
+    make,
+)
+from tests.grpo import PROMPTS, QUIETLY, reward, tokenizer
+from tests.models import tiny
 from tests.runs import assert_same_run, assert_trained, bits, in_layers, load, saved, train
 
 BY_FLAG = Version(trl.__version__) >= Version("1.13")  # before, TRL announces every parameter
@@ -73,7 +83,9 @@ class Recorder:
 
 
 class TestWhatIsSent:
-    @pytest.mark.skipif(not BY_FLAG, reason="TRL announces every parameter, whatever it is masked to")
+    @pytest.mark.skipif(
+        not BY_FLAG, reason="TRL announces every parameter, whatever it is masked to"
+    )
     def test_only_what_trains_is_announced_when_the_trainer_is_made(self, masked):
         trainer = masked()
         assert trainer.weight_transfer._weight_update_info["names"] == names(trainer, LAYER)
@@ -134,14 +146,49 @@ class TestWhatIsSent:
         assert caplog.text.count("trained ones alone: the engine behind Recorder has to hold") == 1
 
     def test_a_transfer_of_the_users_that_announces_gets_everything_first(self, masked):
-        transfer = TRAINERS.WeightTransferClient(Server(), {
-            "names": [], "dtype_names": ["float32"], "shapes": [], "packed": True
-        })
+        transfer = TRAINERS.WeightTransferClient(
+            Server(), {"names": [], "dtype_names": ["float32"], "shapes": [], "packed": True}
+        )
         trainer = masked(max_steps=1, arguments={"weight_transfer": transfer})
         Server.latest = transfer.vllm
         trainer.train()
         assert sent() == [names(trainer), names(trainer, LAYER)]
         assert transfer._weight_update_info["packed"] is True
+
+    def test_parts_of_a_model_that_trl_has_frozen_are_never_sent(self, tmp_path):
+        if not BY_FLAG:
+            pytest.skip("trains the text of a model that sees images since TRL 1.13")
+        folder = saved(tmp_path / "base", tiny("qwen2_5_vl", 3))
+        trainer = make(folder, tmp_path / "run", 1)
+        text = [name for name in names(trainer) if "visual" not in name]
+        assert len(text) < len(names(trainer))
+        layer = [name for name in text if ".layers.1." in name]
+        for expected in (text, layer):
+            assert [name for name, _ in trainer._streaming_iter()] == expected
+            assert trainer.weight_transfer._weight_update_info["names"] == expected
+
+    def test_by_asynchronous_distillation(self, folder, tmp_path, monkeypatch):
+        module = pytest.importorskip(
+            "trl.experimental.async_distillation", reason="TRL 1.12 has it"
+        )
+
+        class Masked(LayerMaskedMixin, module.AsyncDistillationTrainer):
+            pass
+
+        with in_place_of_a_gpu(monkeypatch, module.AsyncDistillationTrainer):
+            trainer = Masked(
+                str(folder),
+                args=module.AsyncDistillationConfig(str(tmp_path / "run"), **QUIETLY, max_steps=1),
+                train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+                processing_class=tokenizer(),
+                rollout_worker=Worker(),
+                selection=LAYER,
+            )
+            trainer.weight_transfer.init_weight_transfer()
+            for _ in range(2):
+                trainer._sync_weight()
+        assert sent() == [names(trainer), names(trainer, LAYER)]
+        assert_serves_the_policy(trainer)
 
 
 class TestTraining:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import Adafactor, LlamaForSequenceClassification, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOTrainer, RewardConfig, SFTConfig, SFTTrainer
-from trl.experimental.async_grpo import AsyncGRPOTrainer
 
 from layerrl import LayerMaskedGRPOTrainer, LayerMaskedMixin, load_delta, select_layers
 from layerrl.errors import (
@@ -1027,13 +1026,6 @@ class TestClasses:
             pass
 
         assert isinstance(Masked, ABCMeta)
-
-    def test_that_announce_their_weights_are_refused(self):
-        class Masked(LayerMaskedMixin, AsyncGRPOTrainer):
-            pass
-
-        with pytest.raises(TrainerError, match=r"Masked tells vLLM, .* selection=1 the server"):
-            Masked("nowhere", reward, selection=1)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["before", "after"])
