@@ -74,6 +74,7 @@ class Runs:
                 "selection": [1, 2], "arguments": schedule(), "ddp_find_unused_parameters": True,
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
+            asynchronous={"asynchronous": True},
             disagree=[{"selection": layer} for layer in (1, 2)],
         )  # fmt: skip
 
@@ -85,7 +86,7 @@ class Runs:
             uneven=UNEVEN, resumed={"resume": self.checkpoint("ddp")},
             generated={"arguments": {"rollout_func": None}, "max_steps": 2},
             schedule={"selection": [1, 2], "arguments": schedule()},
-            half={"dtype": "bfloat16", "max_steps": 2},
+            half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
         )  # fmt: skip
 
     @cached_property
@@ -212,6 +213,21 @@ def test_compiling_changes_nothing_in_one_process(runs):
     for step in (0, 1):
         for key in ("grad_norm", "kl", "loss"):
             assert compiled["log"][step][key] == pytest.approx(plain["log"][step][key], rel=1e-12)
+
+
+@LAUNCHED
+def test_asynchronous_trainers_send_everything_once_and_then_the_layer(runs, launched):
+    pytest.importorskip(
+        "trl.experimental.async_grpo", reason="it needs aiohttp", exc_type=ImportError
+    )
+    found = getattr(runs, launched)["asynchronous"]
+    for process in found:
+        assert not isinstance(process, str), process
+        assert process["wrapper"] == WRAPPERS[launched]
+        assert distance(process["weights"], found[0]["served"]) == 0
+    everything = list(found[0]["weights"])
+    layer = [name for name in everything if in_layers(name, [LAYER])]
+    assert found[0]["sent"] == [everything, layer, layer]
 
 
 class TestCheckpoints:

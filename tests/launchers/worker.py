@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -149,6 +150,33 @@ def run(
     }
 
 
+def run_asynchronous(base: str, output: str, *, selection: Any, **_: Any) -> dict[str, Any]:
+    """One training of AsyncGRPO, whose main process alone sends what all of them gather."""
+    from tests.asynchronous import Server, in_place_of_a_gpu
+    from tests.asynchronous import make as make_asynchronous
+
+    with pytest.MonkeyPatch.context() as patch, in_place_of_a_gpu(patch):
+        trainer = make_asynchronous(
+            Path(base),
+            Path(output),
+            selection,
+            per_device_train_batch_size=2,
+            max_steps=2,
+            accelerator_config={"use_configured_state": "ACCELERATE_USE_FSDP" in os.environ},
+        )
+        trainer.train()
+    found = {
+        "weights": {
+            name: whole(tensor) for name, tensor in unwrap(trainer.model).named_parameters()
+        },
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+    if trainer.accelerator.is_main_process:
+        engine = Server.latest.engine
+        found |= {"sent": engine.syncs, "served": engine.model.state_dict()}
+    return found
+
+
 def let_accelerate_shard_on_a_cpu() -> None:
     """It takes FSDP's settings for any device but this, where it would quietly use DDP."""
     PartialState(cpu=True)
@@ -173,8 +201,8 @@ def main(folder: Path, jobs: dict[str, dict[str, Any]], environment: dict[str, s
             let_deepspeed_compile_nothing()
         for name, job in jobs.items():
             try:
-                found: Any = run(**job)
-            except (LayerRLError, RuntimeError, ValueError) as error:
+                found: Any = (run_asynchronous if job.pop("asynchronous", 0) else run)(**job)
+            except (ImportError, LayerRLError, RuntimeError, ValueError) as error:
                 traceback.print_exc()
                 found = f"{type(error).__name__}: {error}"
             torch.save(found, folder / f"{name}-{rank}.pt")

@@ -14,6 +14,9 @@ from transformers import TrainerCallback
 from layerrl import LayerMaskedMixin, select_layers
 from layerrl.errors import ProbeError, SelectionError, TrainerError
 from layerrl.trainer.schedule import LayerSchedule
+
+pytest.importorskip("trl.experimental.async_grpo", reason="needs aiohttp", exc_type=ImportError)
+
 from tests.asynchronous import (
     LAYER,
     TRAINERS,
