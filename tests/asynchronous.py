@@ -6,9 +6,10 @@ takes what was announced to it and nothing else, and its engine answers the prom
 
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -176,25 +177,30 @@ def in_place_of_a_gpu(monkeypatch: Any, trainer: type = AsyncGRPOTrainer) -> Ite
     with monkeypatch.context() as patch:
         patch.setattr(trainers, "VLLMClient", Server)
         patch.setattr(trainers, "get_peak_flops_per_device", lambda *_: None, raising=False)
-        patch.setattr(transfer, "is_vllm_available", lambda **_: True)
+        for module in (trainers, transfer):
+            patch.setattr(module, "is_vllm_available", lambda **_: True, raising=False)
         patch.setattr(transfer, "NCCLWeightTransferEngine", nccl, raising=False)
         patch.setattr(transfer, "NCCLTrainerSendWeightsArgs", SimpleNamespace, raising=False)
         patch.setattr(transfer, "get_ip", str, raising=False)
         patch.setattr(transfer, "get_open_port", int, raising=False)
         patch.setattr(transfer.WeightTransferClient, "destroy", lambda _: None)
-        if hasattr(trainers, "AutoModelForCausalLM"):  # where rollouts are not packed into trees
-            patch.setattr(trainers, "AutoModelForCausalLM", _WithoutKernel)
-        else:
+        if hasattr(
+            trainers, "register_tree_attention"
+        ):  # TRL's own attention, of rollouts in trees
             packing = import_module(trainers.register_tree_attention.__module__)
             patch.setattr(packing, "_flash_attn", lambda: kernels)
+        elif hasattr(trainers, "create_model_from_path"):
+            load = partial(_with_eager_attention, trainers.create_model_from_path)
+            patch.setattr(trainers, "create_model_from_path", load)
+        else:
+            load = partial(_with_eager_attention, AutoModelForCausalLM.from_pretrained)
+            auto = SimpleNamespace(from_pretrained=load)
+            patch.setattr(trainers, "AutoModelForCausalLM", auto)
         yield
 
 
-class _WithoutKernel:
-    @staticmethod
-    def from_pretrained(path: Any, **kwargs: Any) -> Any:
-        kwargs["attn_implementation"] = "eager"
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+def _with_eager_attention(load: Callable[..., Any], path: Any, **kwargs: Any) -> Any:
+    return load(path, **(kwargs | {"attn_implementation": "eager"}))
 
 
 class _ByHand(TrainerCallback):
