@@ -141,6 +141,18 @@ class TestWhatIsSent:
         trainer._sync_weight()
         assert sent() == [names(trainer), names(trainer, LAYER), names(trainer)]
 
+    def test_everything_again_after_nothing_was_read(self, masked):
+        trainer = masked(max_steps=1)
+        trainer.train()
+        group, trainer.weight_transfer.model_update_group = (
+            trainer.weight_transfer.model_update_group,
+            None,  # as after the training
+        )
+        trainer._sync_weight()
+        trainer.weight_transfer.model_update_group = group
+        trainer._sync_weight()
+        assert sent() == [names(trainer), names(trainer, LAYER), names(trainer)]
+
     def test_a_transfer_of_the_users_gets_what_trains(self, masked, caplog):
         transfer = Recorder()
         trainer = masked(max_steps=1, arguments={"weight_transfer": transfer})
