@@ -120,26 +120,27 @@ class AnnouncedSync(PartialSync):
         self._trainer, self._everything = trainer, mask.everything
         if not hasattr(trainer, "weight_transfer") or not mask.everything:
             raise self._unknown("by other means than its weight_transfer")
-        by_flag = self._sends_by_flag()
-        if trainer.weight_transfer is not None and not mask.own_transfer:
-            self._check_announcement(by_flag)
-        knows = self._announcement() is not None or not trainer.accelerator.is_main_process
-        self._widens = launchers.agree(trainer.accelerator, knows)
+        by_flag, held = self._sends_by_flag(), self._announcement()
+        made_here = trainer.weight_transfer is not None and not mask.own_transfer
+        fits = not made_here or self._was_announced(by_flag, held)
+        if not launchers.agree(trainer.accelerator, fits):
+            raise self._unknown("after announcing others")
+        widens = held is not None or not trainer.accelerator.is_main_process
+        self._widens = launchers.agree(trainer.accelerator, widens)
         trainer._streaming_iter = self.stream
 
     def _unknown(self, how: str) -> TrainerError:
         return TrainerError(_unknown(type(self._trainer).__name__, how))
 
-    def _check_announcement(self, by_flag: bool) -> None:
-        """TRL has told vLLM of what this object sends, or else of everything."""
-        names = self._names if by_flag else {n for n, _ in self._trainer.model.named_parameters()}
-        expected = _described(Part(self._trainer.model, frozenset(names)))
-        held = self._announcement()
-        announced = None if held is None else getattr(self._trainer.weight_transfer, held)
-        if announced is None and by_flag:
-            return
-        if announced is None or announced | expected != announced:
-            raise self._unknown("after announcing others")
+    def _was_announced(self, by_flag: bool, held: str | None) -> bool:
+        """Whether TRL has told vLLM of what it sends."""
+        if held is None:
+            return by_flag  # of what trains, as the mask was on
+        model = unwrap(self._trainer.model)
+        every = frozenset(name for name, _ in model.named_parameters())
+        announced = getattr(self._trainer.weight_transfer, held)
+        expected = _described(Part(model, self._names if by_flag else every))
+        return announced | expected == announced
 
     def _sends_by_flag(self) -> bool:
         """Whether TRL sends what requires gradients, or all parameters as it did before 1.13."""
@@ -175,14 +176,13 @@ class AnnouncedSync(PartialSync):
         frozen = self._frozen(model)
         narrow = not self._widens or self._has_frozen(frozen)
         part = _Trained(model, self._names if narrow else self._everything)
-        if not self._widens:
-            transfer = type(trainer.weight_transfer).__name__
-            self._say(f"the engine behind {transfer} has to hold the others", "trained ones alone")
         self._sent = None
-        held = self._announcement()
+        transfer, held = trainer.weight_transfer, self._announcement()
         if held is not None:
-            before = getattr(trainer.weight_transfer, held)
-            setattr(trainer.weight_transfer, held, before | _described(part))
+            setattr(transfer, held, getattr(transfer, held) | _described(part))
+        elif transfer is not None:
+            behind = f"the engine behind {type(transfer).__name__} has to hold the others"
+            self._say(behind, "the trained ones alone")
         return self._checked(self._started(part), part, frozen)
 
     def _started(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -199,15 +199,13 @@ class AnnouncedSync(PartialSync):
     def _checked(
         self, sent: Iterator[tuple[str, Tensor]], part: nn.Module, frozen: list[Any]
     ) -> Iterator[tuple[str, Tensor]]:
-        expected = [name for name, _ in part.named_parameters()]
-        names = []
+        expected = (name for name, _ in part.named_parameters())
         for name, tensor in sent:
-            names.append(name)
-            if names != expected[: len(names)]:
-                break
+            if name != next(expected, None):
+                raise self._unknown(f"and not those announced: {name!r}")
             yield name, tensor
-        if names != expected:
-            raise self._unknown(f"and not those announced, at {names[-1]!r}")
+        if (missing := next(expected, None)) is not None:
+            raise self._unknown(f"and not those announced: no {missing!r}")
         self._sent = frozen
 
 
