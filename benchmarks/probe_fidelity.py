@@ -86,7 +86,7 @@ def main() -> None:
         return
     paths = {name: TRUTHS / f"{name}.json" for name in options.suites}
     reports = {
-        name: ContributionReport.from_json(path.read_text())
+        name: ContributionReport.from_json(path.read_text(encoding="utf-8"))
         for name, path in paths.items()
         if path.exists()
     }
@@ -123,7 +123,7 @@ def ground(suite: Any, seeds: list[int]) -> None:
         output_dir=FOLDER / suite.name / "sweep",
     )
     TRUTHS.mkdir(exist_ok=True)
-    (TRUTHS / f"{suite.name}.json").write_text(report.to_json() + "\n")
+    (TRUTHS / f"{suite.name}.json").write_text(report.to_json() + "\n", encoding="utf-8")
     print(report)
     for target, truth in targets(report).items():
         print(f"Noise ceiling of {target}: {ceiling(truth):.2f}")
@@ -345,8 +345,8 @@ def kept(name: str, probe: str) -> ContributionReport:
     path = FOLDER / f"{name}.probes" / base_of(name) / f"{probe}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(PROBES[probe](SUITES[name]).to_json())
-    return ContributionReport.from_json(path.read_text())
+        path.write_text(PROBES[probe](SUITES[name]).to_json(), encoding="utf-8")
+    return ContributionReport.from_json(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

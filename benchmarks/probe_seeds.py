@@ -46,23 +46,23 @@ def main() -> None:
         for suite in options.suites:
             if not any((row["suite"], row["seed"]) == (suite, seed) for row in rows):
                 rows.append(measured(suite, seed))
-                with STORE.open("a") as file:
+                with STORE.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     text = table(rows, options.suites, options.seeds)
     print(text)
     if options.docs:
         page = options.docs / "results.md"
-        before, rest = page.read_text().split(GAP[0])
+        before, rest = page.read_text(encoding="utf-8").split(GAP[0])
         _, after = rest.split(GAP[1])
-        page.write_text(f"{before}{GAP[0]}\n\n{text}\n\n{GAP[1]}{after}")
+        page.write_text(f"{before}{GAP[0]}\n\n{text}\n\n{GAP[1]}{after}", encoding="utf-8")
 
 
 def stored() -> list[Row]:
     """Probes measured before. A line that a kill cut off is dropped from the file."""
-    text = STORE.read_text() if STORE.exists() else ""
+    text = STORE.read_text(encoding="utf-8") if STORE.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        STORE.write_text(whole)
+        STORE.write_text(whole, encoding="utf-8")
     return [json.loads(line) for line in whole.splitlines()]
 
 
@@ -85,7 +85,7 @@ def table(rows: list[Row], suites: list[str], seeds: list[int]) -> str:
     the suites that have all seeds.
     """
     truths = {
-        name: ContributionReport.from_json((TRUTHS / f"{name}.json").read_text())
+        name: ContributionReport.from_json((TRUTHS / f"{name}.json").read_text(encoding="utf-8"))
         for name in sorted(SUITES)
     }
     found = {(row["suite"], row["seed"]): fidelity_of(row, truths[row["suite"]]) for row in rows}

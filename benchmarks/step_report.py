@@ -24,16 +24,16 @@ GAP = ("<!-- train_step: written by make bench -->", "<!-- train_step: end -->")
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
     """The table as JSON and as a picture."""
-    (folder / "train_step.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (folder / "train_step.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     plot(rows, folder / "train_step.png")
 
 
 def fill(page: Path, text: str) -> None:
     """Put the text and the picture into the gap that the page keeps for them."""
-    before, _, rest = page.read_text().partition(GAP[0])
+    before, _, rest = page.read_text(encoding="utf-8").partition(GAP[0])
     after = rest.partition(GAP[1])[2]
     picture = "![Time of a training pass and peak memory by method and setting](train_step.png)"
-    page.write_text("\n\n".join([before + GAP[0], text, picture, GAP[1]]) + after)
+    page.write_text("\n\n".join([before + GAP[0], text, picture, GAP[1]]) + after, encoding="utf-8")
 
 
 def tabulate(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,9 +23,11 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Print the figures, keep the report."""
     options = parse()
-    report = ContributionReport.from_json((options.folder / "report.json").read_text())
+    report = ContributionReport.from_json(
+        (options.folder / "report.json").read_text(encoding="utf-8")
+    )
     print(report)
-    lines = (options.folder / "journal.jsonl").read_text().splitlines()[1:]
+    lines = (options.folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     entries = list(map(json.loads, lines))
     overhead(entries)
     by_depth(report)
@@ -117,7 +119,7 @@ def keep(report: ContributionReport, name: str) -> None:
     mpl.use("Agg")
     folder = ROOT / "benchmarks" / "ground_truth"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(report.to_json() + "\n")
+    (folder / f"{name}.json").write_text(report.to_json() + "\n", encoding="utf-8")
     report.plot().figure.savefig(ROOT / "docs" / f"{name}.png", dpi=150)
 
 

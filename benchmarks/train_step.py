@@ -82,7 +82,7 @@ def versions() -> str:
 
 def run_missing(wanted: list[dict[str, Any]], journal: Path) -> list[dict[str, Any]]:
     """The journal's entry for each case, measured now where it has none."""
-    done = [json.loads(line) for line in journal.read_text().splitlines()]
+    done = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
 
     def find(case: dict[str, Any]) -> dict[str, Any] | None:
         return next((entry for entry in done if case.items() <= entry.items()), None)
@@ -100,7 +100,7 @@ def run_missing(wanted: list[dict[str, Any]], journal: Path) -> list[dict[str, A
         entry = case | json.loads(ended.stdout.splitlines()[-1])
         entry["process_seconds"] = time.perf_counter() - started
         done.append(entry)
-        with journal.open("a") as stream:
+        with journal.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
     return [entry for entry in map(find, wanted) if entry]
 
@@ -330,7 +330,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "train_step.jsonl").touch()
-        page = (options.docs / "results.md").read_text() if options.docs else "".join(GAP)
+        page = (
+            (options.docs / "results.md").read_text(encoding="utf-8")
+            if options.docs
+            else "".join(GAP)
+        )
     except OSError as error:
         parser.error(f"cannot use {error.filename}: {error.strerror}")
     if not all(part in page for part in GAP):

@@ -84,7 +84,7 @@ def main() -> None:
     if not base.exists():
         imitate(shown, options.imitation_steps).save_pretrained(base)
     path = options.output / "results.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for selection in dict.fromkeys([*options.layers, "full"]):
         for seed in options.seeds:
             run = f"{selection}, seed {seed}"

@@ -90,7 +90,7 @@ def problems(seed: int, *, chat: bool) -> Problems:
 def problems_in(file: Path, *, chat: bool) -> Problems:
     """Other problems, from JSON lines with a `prompt` and an integer `answer`; a fifth held out."""
     rows: dict[str, Any] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
             text, answer = str(row["prompt"]), str(int(row["answer"]))

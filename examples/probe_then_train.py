@@ -25,7 +25,7 @@ def main() -> None:
     check_settings(options)
     kept = options.output / "report.json"
     if kept.exists():
-        report = ContributionReport.from_json(kept.read_text())
+        report = ContributionReport.from_json(kept.read_text(encoding="utf-8"))
     else:
         report = contribution_probe(
             setup.model(),
@@ -43,7 +43,9 @@ def main() -> None:
     worst = min(report.scores, key=report.scores.__getitem__)
     held_out = distinct(setup.data.held_out)
     path = options.output / "scores.json"
-    found: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, list[float]] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    )
     for name, layers in (("base", None), ("best", best), ("middle", "middle"), ("worst", worst)):
         if name in found:
             continue

@@ -27,7 +27,9 @@ def main() -> None:
     setup = start(options)
     path = options.output / "strategies.json"
     check_settings(options, chosen=[words for _, words, _ in trainings])
-    found: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, list[float]] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    )
     held_out = distinct(setup.data.held_out)
     for name, words, rate in trainings:
         if name in found:
@@ -75,7 +77,7 @@ def read(where: str) -> ContributionReport:
     if where.startswith("published:"):
         return published_contributions(where.removeprefix("published:"))
     try:
-        return ContributionReport.from_json(Path(where).read_text())
+        return ContributionReport.from_json(Path(where).read_text(encoding="utf-8"))
     except OSError as error:
         raise SystemExit(
             f"{where}: {error.strerror}. examples/sweep_layers.py writes it"

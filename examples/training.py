@@ -142,7 +142,7 @@ class RewardBar(TrainerCallback):
 def write_json(path: Path, values: Any) -> None:
     """Whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -166,7 +166,7 @@ def check_settings(options: argparse.Namespace, **more: Any) -> None:
     settings = {
         n: str(v) for n, v in sorted(vars(options).items()) if n not in ("layers", "output")
     } | {n: str(v) for n, v in {"bf16": has_bf16(), **more}.items()}
-    if path.exists() and json.loads(path.read_text()) != settings:
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
         raise SystemExit(
             f"{path} holds other settings: give another --output, or remove the folder"
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import lock_descriptor
 
 from layerrl.errors import JournalError
 
@@ -47,17 +48,7 @@ class Journal:
         except OSError as error:
             raise JournalError(f"cannot use {self.path}: {error.strerror}") from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            busy = isinstance(error, BlockingIOError)
-            raise JournalError(
-                f"{self.path} is open in another process. Wait for it, or give each its own folder."
-                if busy
-                else f"cannot lock {self.path}: {error.strerror}. Give a folder on a file system "
-                "that locks files, so that no second process writes to it."
-            ) from error
-        try:
+            self._lock()
             self._read()
         except BaseException:
             self._file.close()
@@ -83,6 +74,22 @@ class Journal:
         """
         self._write(entry)
         self.entries.append(json.loads(json.dumps(entry)))
+
+    def _lock(self) -> None:
+        # The journal itself is locked, not a file beside it: nothing stays behind, and the lock ends
+        # with the descriptor, also where the process is killed. Closing it in a forked child leaves
+        # the parent's lock as it is, which unlocking would not.
+        try:
+            locked = lock_descriptor(self._file.fileno(), blocking=False)
+        except OSError as error:
+            raise JournalError(
+                f"cannot lock {self.path}: {error.strerror}. Give a folder on a file system that "
+                "locks files, so that no second process writes to it."
+            ) from error
+        if not locked:
+            raise JournalError(
+                f"{self.path} is open in another process. Wait for it, or give each its own folder."
+            )
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -165,7 +172,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -18,7 +18,7 @@ _CITATION = (
 
 def _table(name: str) -> dict[str, Any]:
     """The model's entry in the paper's numbers, with its exact `name`."""
-    text = (files("layerrl") / "data" / "published_contributions.json").read_text()
+    text = (files("layerrl") / "data" / "published_contributions.json").read_text(encoding="utf-8")
     models = json.loads(text)["models"]
     by_lower = {known.lower(): known for known in models}
     wanted = str(name).rpartition("/")[2].lower()

@@ -148,7 +148,7 @@ def save_delta(
         meta["files"] = sums_of(folder)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         text = json.dumps({**meta, "sha256": digest(meta)}, indent=1)
-        (folder / META).write_text(text + "\n")
+        (folder / META).write_text(text + "\n", encoding="utf-8")
         write_card(folder, meta)
     return Path(path)
 

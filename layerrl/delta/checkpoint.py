@@ -132,7 +132,7 @@ class Checkpoint:
             if index == self._index:
                 shutil.copyfile(self.folder / INDEX, made / INDEX)
             else:
-                (made / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def replace_in(self, made: Path, name: str, tensor: Tensor) -> None:
         """Overwrite a tensor in a copy, wherever it holds it, in the dtype that it has there."""
@@ -144,7 +144,8 @@ def _plain(entry: str) -> str | None:
     """The normal form of a path that goes down from its folder; None for any other."""
     path = PurePosixPath(entry)
     goes_down = not path.is_absolute() and path.parts and ".." not in path.parts
-    return str(path) if goes_down and "\\" not in entry else None
+    # A backslash or a drive leads elsewhere on Windows.
+    return str(path) if goes_down and not {"\\", ":"} & {*entry} else None
 
 
 def stored_names(
@@ -259,7 +260,7 @@ def tensors_of(
 def json_object(file: Path) -> dict[str, Any]:
     """What a JSON file of a model holds."""
     try:
-        data = json.loads(file.read_text())
+        data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DeltaError(f"no transformers model at {file.parent}: {file.name}: {error}") from error
     if not isinstance(data, dict):

@@ -106,7 +106,7 @@ class Delta:
                     f"no delta at {path}: {file.name} is missing (expected {META} and {TENSORS})"
                 )
         try:
-            meta = json.loads((path / META).read_text())
+            meta = json.loads((path / META).read_text(encoding="utf-8"))
             version = meta["format_version"]
             if version > FORMAT_VERSION:
                 raise DeltaError(

@@ -58,7 +58,7 @@ def commit_of(base: DeltaBase) -> str | None:
     if len(groups) != 1:
         return None
     main = repo / "refs" / "main"
-    current = main.read_text().strip() if main.is_file() else ""
+    current = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
     return current if current in groups[0] else groups[0][-1]
 
 

@@ -115,9 +115,10 @@ def refuse_file_name(name: str) -> None:
 
 def _is_refused(name: str) -> bool:
     path = PurePosixPath(name)
-    odd = "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts
+    # A backslash or a drive leads out of the folder on Windows.
+    odd = {"\0", "\\", ":"} & {*name} or path.is_absolute() or ".." in path.parts
     weights = any(suffix.lower() in WEIGHTS for suffix in path.suffixes)
-    return odd or not path.parts or str(path) != name or weights or path.name.lower() in _NEVER
+    return bool(odd) or not path.parts or str(path) != name or weights or path.name.lower() in _NEVER
 
 
 def _sha256(file: Path) -> str:

@@ -215,11 +215,11 @@ class AutoSelection:
             folder: The checkpoint's.
         """
         if self.report is not None:
-            (folder / REPORT).write_text(self.report.to_json() + "\n")
+            (folder / REPORT).write_text(self.report.to_json() + "\n", encoding="utf-8")
 
     def _read(self, folder: Path) -> ContributionReport:
         try:
-            return ContributionReport.from_json((folder / REPORT).read_text())
+            return ContributionReport.from_json((folder / REPORT).read_text(encoding="utf-8"))
         except OSError as error:
             raise ProbeError(
                 f'the checkpoint {folder} has no {REPORT}: it is of a run without selection="auto"'

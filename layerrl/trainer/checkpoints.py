@@ -239,7 +239,7 @@ class Checkpoints:
         if not trainer.is_world_process_zero() or not (folder / _DELTA[-1]).is_file():
             return
         self._beside = beside or self._beside
-        meta = json.loads((folder / _DELTA[-1]).read_text())
+        meta = json.loads((folder / _DELTA[-1]).read_text(encoding="utf-8"))
         hub_id = getattr(trainer, "hub_model_id", None)
         write_card(folder, meta, beside=self._beside, hub_id=hub_id)
 
@@ -388,7 +388,7 @@ class Checkpoints:
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""
         try:
-            state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+            state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
                 raise ValueError(f"expected the trainer's state, got {state!r:.80}")
         except (OSError, ValueError, RecursionError) as error:
@@ -456,7 +456,7 @@ def _state(file: Path) -> Any:  # noqa: ANN401
 def _is_complete(folder: Path) -> bool:
     """Whether a checkpoint has what transformers writes last."""
     try:
-        return bool(json.loads((folder / TRAINER_STATE_NAME).read_text()))
+        return bool(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return False
 

@@ -200,7 +200,7 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
             f"{' (load_delta)' if has_delta else ''}."
         )
     if by_deepspeed:
-        states = folder / (folder / _DEEPSPEED).read_text().strip()
+        states = folder / (folder / _DEEPSPEED).read_text(encoding="utf-8").strip()
         by_zero3 = any(states.glob(_ZERO3_MODEL))
         if by_zero3 != uses_zero3(accelerator):
             wrote, runs = ("with", "without") if by_zero3 else ("without", "with")

@@ -128,7 +128,7 @@ def _stored(folder: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
             if (folder / single).is_file():
                 return _tensors(folder / single, files)
             if (folder / index).is_file():
-                weight_map = json.loads((folder / index).read_text())["weight_map"]
+                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
                 found: dict[str, Callable[[], Tensor]] = {}
                 for shard in sorted({*weight_map.values()}):
                     found |= _tensors(folder / shard, files)
