@@ -76,7 +76,7 @@ class Journal:
         self.entries.append(json.loads(json.dumps(entry)))
 
     def _lock(self) -> None:
-        # The journal itself is locked, not a file beside it: nothing stays behind, and the lock ends
+        # The journal itself is locked, no file beside it: nothing stays behind, and the lock ends
         # with the descriptor, also where the process is killed. Closing it in a forked child leaves
         # the parent's lock as it is, which unlocking would not.
         try:

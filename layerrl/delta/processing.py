@@ -118,7 +118,9 @@ def _is_refused(name: str) -> bool:
     # A backslash or a drive leads out of the folder on Windows.
     odd = {"\0", "\\", ":"} & {*name} or path.is_absolute() or ".." in path.parts
     weights = any(suffix.lower() in WEIGHTS for suffix in path.suffixes)
-    return bool(odd) or not path.parts or str(path) != name or weights or path.name.lower() in _NEVER
+    return (
+        bool(odd) or not path.parts or str(path) != name or weights or path.name.lower() in _NEVER
+    )
 
 
 def _sha256(file: Path) -> str:

@@ -592,6 +592,7 @@ class TestFiles:
             "a//b",
             "a\0b",
             "..\\b",
+            "C:/b",
             "config.json",
             "adapter_config.json",
             "model.safetensors",
@@ -667,7 +668,7 @@ class TestPaths:
         return folder
 
     @pytest.mark.parametrize(
-        "kind", ["beside", "absolute", "down and up", "linked", "linked folder"]
+        "kind", ["beside", "absolute", "down and up", "linked", "linked folder", "on a drive"]
     )
     def test_shards_elsewhere_are_copied(self, made, sharded, tmp_path, kind):
         entries = {
@@ -676,6 +677,7 @@ class TestPaths:
             "down and up": lambda shard: f"sub/../../base/{shard}",
             "linked": lambda shard: shard,
             "linked folder": lambda shard: f"sub/{shard}",
+            "on a drive": lambda shard: f"C:/{shard}",
         }
         thin = self.thin(tmp_path / "thin", sharded, entries[kind])
         if kind == "linked":
@@ -683,12 +685,15 @@ class TestPaths:
                 (thin / shard.name).symlink_to(shard)
         elif kind == "linked folder":
             (thin / "sub").symlink_to(sharded)
+        elif kind == "on a drive":
+            (thin / "C:").symlink_to(sharded)
         else:
             (thin / "sub").mkdir()
         before = {path: path.read_bytes() for path in sharded.iterdir()}
         merged = merge_delta(thin, made / "delta", tmp_path / "merged")
         assert before == {path: path.read_bytes() for path in sharded.iterdir()}
         inside_only(merged)
+        assert not any(":" in str(path.relative_to(merged)) for path in merged.rglob("*"))
         weights = load_file(made / "delta" / "delta.safetensors")
         expected = bits(tiny("llama")) | weights
         shutil.rmtree(sharded)

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -90,18 +92,64 @@ def test_something_else_is_refused(tmp_path, head):
         read(tmp_path)
 
 
+HOLD = (
+    "import sys, time; from layerrl.journal import Journal\n"
+    f"with Journal(sys.argv[1], {SETTINGS!r}) as journal:\n"
+    "    journal.append({'run': 1})\n"
+    "    print('held', flush=True)\n"
+    "    time.sleep(60 * float(sys.argv[2]))"
+)
+
+
 def test_two_processes_are_refused(tmp_path):
-    program = (
-        "import sys; from layerrl.journal import Journal\n"
-        f"with Journal(sys.argv[1], {SETTINGS!r}): pass"
-    )
     with Journal(tmp_path, SETTINGS):
         other = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path)],
+            [sys.executable, "-c", HOLD, str(tmp_path), "0"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert "is open in another process" in other.stderr
     assert read(tmp_path) == []
+
+
+def test_two_of_one_process_are_refused_in_any_thread(tmp_path):
+    with Journal(tmp_path, SETTINGS) as journal:
+        with pytest.raises(JournalError, match="is open in another process"):
+            read(tmp_path)
+        with (
+            ThreadPoolExecutor() as pool,
+            pytest.raises(JournalError, match="is open in another process"),
+        ):
+            pool.submit(read, tmp_path).result()
+        journal.append({"run": 1})
+    assert read(tmp_path) == [{"run": 1}]
+
+
+def test_a_kill_leaves_neither_a_lock_nor_a_file(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path), "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(JournalError, match="is open in another process"):
+            read(tmp_path)
+        holder.kill()
+    assert read(tmp_path) == [{"run": 1}]
+    assert [file.name for file in tmp_path.iterdir()] == ["journal.jsonl"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_that_leaves_takes_no_lock_away(tmp_path):
+    program = (
+        "import os, sys; from layerrl.journal import Journal\n"
+        f"opened = lambda: Journal(sys.argv[1], {SETTINGS!r})\n"
+        "with opened():\n"
+        "    child = os.fork()\n"
+        "    if child:\n"
+        "        os.waitpid(child, 0)\n"
+        "        opened().__enter__()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert "is open in another process" in ended.stderr
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
