@@ -7,7 +7,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 FRAMEWORKS := verl openrlhf
-.PHONY: help demo bench test test-slow test-vllm test-integrations $(FRAMEWORKS:%=test-%) check lint types layers docs docstrings clean
+.PHONY: help bundle demo bench test test-slow test-vllm test-integrations $(FRAMEWORKS:%=test-%) check lint types layers docs docstrings clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
@@ -16,6 +16,8 @@ help:
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
 	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (3 GB, Linux x86-64)"
+	@echo "make bundle PYTHON=3.12  download layerrl and what it needs into dist/bundle-3.12, for a machine without"
+	@echo "                a network that has that Python, and what WITHOUT=\"torch transformers accelerate\" names"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
 	@echo "make docs       build the documentation into site/"
 	@echo "make clean      delete .venv, the built documentation and caches; runs/ stays"
@@ -87,6 +89,15 @@ docs: $(INSTALLED)
 docstrings: $(INSTALLED)
 	$(BIN)/interrogate layerrl
 
+# Here PYTHON is the target's version, and no interpreter.
+.venv-bundle/.installed:
+	python3 -m venv .venv-bundle
+	.venv-bundle/bin/python -m pip install --quiet "pip>=25" packaging
+	@touch $@
+
+bundle: .venv-bundle/.installed
+	@.venv-bundle/bin/python .ci/bundle.py $(PYTHON) --without "$(WITHOUT)"
+
 clean:
-	rm -rf .venv $(VLLM) $(FRAMEWORKS:%=.venv-%) site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bundle $(VLLM) $(FRAMEWORKS:%=.venv-%) site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

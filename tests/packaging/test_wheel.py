@@ -1,0 +1,65 @@
+"""The wheel holds what the checkout does, and runs where only its dependencies are."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from tests.packaging.conftest import ROOT, output_of
+
+
+def own_files(wheel: Path) -> dict[str, bytes]:
+    with ZipFile(wheel) as opened:
+        names = [name for name in opened.namelist() if name.startswith("layerrl/")]
+        return {name: opened.read(name) for name in names}
+
+
+def test_it_holds_every_file_of_the_package(wheel: Path) -> None:
+    tracked = output_of("git", "ls-files", "layerrl", cwd=ROOT).splitlines()
+    assert {"layerrl/py.typed", "layerrl/data/published_contributions.json"} < {*tracked}
+    assert own_files(wheel) == {name: (ROOT / name).read_bytes() for name in tracked}
+
+
+def test_a_wheel_of_the_sdist_is_the_same(built: Path, wheel: Path, tmp_path: Path) -> None:
+    [sdist] = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as opened:
+        opened.extractall(tmp_path, filter="data")
+    folder = tmp_path / sdist.name.removesuffix(".tar.gz")
+    output_of(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=folder)
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_its_metadata_show_the_readme(wheel: Path) -> None:
+    with ZipFile(wheel) as opened:
+        [name] = [name for name in opened.namelist() if name.endswith("/METADATA")]
+        headers, _, description = opened.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in headers.splitlines()
+    assert description.strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_it_works_with_nothing_but_its_dependencies(
+    install: Callable[..., Path], tmp_path: Path
+) -> None:
+    python, program = install(), tmp_path / "alone.py"
+    program.write_bytes((Path(__file__).parent / "alone.py").read_bytes())
+    printed = output_of(python, program, cwd=tmp_path)
+    assert printed.splitlines()[-1] == "all of it"
+
+
+@pytest.mark.slow
+def test_it_installs_into_a_bare_environment(wheel: Path, tmp_path: Path) -> None:
+    output_of(sys.executable, "-m", "venv", tmp_path / "bare")
+    python = tmp_path / "bare" / "bin" / "python"
+    ended = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", wheel],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "No broken requirements found" in output_of(python, "-m", "pip", "check")
+    output_of(python, Path(__file__).parent / "alone.py", cwd=tmp_path)
