@@ -1,9 +1,11 @@
 """layerrl as its users get it: built, and installed where there is no checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
@@ -57,28 +59,41 @@ def needed_by(dist: Distribution) -> list[Distribution]:
     return [*needed.values()]
 
 
-@pytest.fixture(scope="session")
-def install(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes an environment with the wheel, what it needs, and what is named; returns its Python.
+def link(source: Path, target: Path) -> None:
+    """Link files one by one: pip may replace a package, and reaches none of the tests' own."""
+    if source.is_dir() and not target.exists():
+        shutil.copytree(source, target, copy_function=os.symlink)
+    elif not target.exists():
+        target.symlink_to(source)
 
-    Dependencies are linked from the environment of the tests, so that nothing is downloaded.
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes an environment of named distributions and all that they need; returns its Python.
+
+    They are linked from the environment of the tests, so that nothing is downloaded.
     """
 
-    def install(*also: str) -> Path:
+    def environment(*names: str, wheel: Path | None = None) -> Path:
         folder = tmp_path_factory.mktemp("environment")
         output_of(sys.executable, "-m", "venv", "--without-pip", folder)
         python = folder / "bin" / "python"
         where = "import sysconfig; print(sysconfig.get_path('purelib'))"
         site = Path(output_of(python, "-c", where).strip())
         pip = sys.executable, "-m", "pip", "--isolated", "--python", python
-        output_of(*pip, "install", "--no-index", "--no-deps", wheel)
-        [own] = Distribution.discover(path=[str(site)])
-        given = [distribution(name) for name in also]
-        for dist in [*given, *(needed for one in (own, *given) for needed in needed_by(one))]:
+        if wheel:
+            output_of(*pip, "install", "--no-index", "--no-deps", wheel)
+        given = [*Distribution.discover(path=[str(site)]), *map(distribution, names)]
+        for dist in [*given, *(needed for one in given for needed in needed_by(one))]:
             for top in {file.parts[0] for file in dist.files or ()} - {"..", "__pycache__"}:
-                if not (site / top).exists():
-                    (site / top).symlink_to(Path(str(dist.locate_file(top))))
+                link(Path(str(dist.locate_file(top))), site / top)
         assert "No broken requirements found" in output_of(*pip, "check")
         return python
 
-    return install
+    return environment
+
+
+@pytest.fixture(scope="session")
+def install(wheel: Path, environment: Callable[..., Path]) -> Callable[..., Path]:
+    """Makes an environment with the wheel, what it needs, and what is named; returns its Python."""
+    return partial(environment, wheel=wheel)
