@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,25 +121,27 @@ def bundled(resolved: dict[str, dict[str, Any]], left_out: Iterable[str], python
             if one.marker is None or one.marker.evaluate({**environment, "extra": extra}):
                 yield one
 
-    def needed(roots: Iterable[str], leave: Iterable[str] = ()) -> set[str]:
+    def needed(
+        roots: Iterable[str], there: Collection[tuple[str, str]] = ()
+    ) -> set[tuple[str, str]]:
+        """Names with each extra that is asked for."""
         seen, waiting = set(), [(name, "") for name in roots]
         while waiting:
             name, extra = waiting.pop()
-            if (name, extra) not in seen and name not in leave:
+            if (name, extra) not in seen and (name, extra) not in there:
                 seen.add((name, extra))
                 for one in requirements(name, extra):
                     waiting += [(canonicalize_name(one.name), e) for e in ("", *one.extras)]
-        return {name for name, _ in seen}
+        return seen
 
-    brought = needed(left_out)
-    lacking = needed(["layerrl"], leave=brought)
+    lacking = needed(["layerrl"], needed(left_out))
     pinned = {
         canonicalize_name(one.name)
-        for name in lacking
-        for one in requirements(name, "")
+        for name, extra in lacking
+        for one in requirements(name, extra)
         if name == "layerrl" or {part.operator for part in one.specifier} & {"==", "<=", "~="}
     }
-    return lacking | (pinned & brought - {*left_out})
+    return {name for name, _ in lacking} | (pinned - {*left_out})
 
 
 if __name__ == "__main__":
