@@ -301,9 +301,12 @@ def meta_model(config: Any) -> nn.Module:  # noqa: ANN401
     count_layers(config)
     import transformers
 
-    auto_classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    mappings: tuple[Any, ...] = (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
     classes = [getattr(transformers, name, None) for name in config.architectures or ()]
-    classes += [auto._model_mapping.get(type(config), None) for auto in auto_classes]
+    classes += [mapping.get(type(config), None) for mapping in mappings]
     for model_class in classes:
         if model_class is not None:
             with device("meta"):
