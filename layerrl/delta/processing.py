@@ -64,7 +64,7 @@ def refuse_misfit(processing_class: Any, model: nn.Module) -> None:  # noqa: ANN
 
 def _ids_of_base(tokenizer: Any, model: nn.Module) -> dict[str, int]:  # noqa: ANN401
     """Some models are published with a token too many (Gemma 3's images, in its text models)."""
-    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
+    name = getattr(getattr(unwrap(model), "config", None), "name_or_path", "")
     if not name or getattr(tokenizer, "name_or_path", None) != name:
         return {}
     try:

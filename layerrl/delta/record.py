@@ -91,7 +91,7 @@ class DeltaBase:
             marks |= dict.fromkeys(form, known) if known else fingerprints(form)
         config = getattr(unwrap(model), "config", None)
         record = cls(
-            name=getattr(config, "_name_or_path", None) or None,
+            name=getattr(config, "name_or_path", None) or None,
             revision=getattr(config, "_commit_hash", None),
             model_type=model_type(model),
             trained=tuple(trained),
