@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import remove_dummy_checkpoint, safe_globals
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -127,7 +127,8 @@ class Checkpoints:
         writes = trainer.args.should_save
         # An empty state dict writes everything that goes with a model; its weights go again.
         trainer._save(str(folder), state_dict={})
-        remove_dummy_checkpoint(writes, str(folder), [SAFE_WEIGHTS_NAME])
+        if writes:
+            (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
         self._put_delta(folder)
         if not self._has_reference():
             return
