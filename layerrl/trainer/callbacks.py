@@ -78,5 +78,5 @@ class SyncReference(SyncRefModelCallback):
             alpha: Share of the policy.
         """
         # TRL would gather what ZeRO-3 has in parts; both sides here are in the same parts.
-        trained = nn.ParameterList(parts(tensor) for tensor in target_model.trained.values())
-        SyncRefModelCallback._sync_target_model(trained, target_model.initial, alpha)
+        for value, tensor in zip(target_model.initial, target_model.trained.values(), strict=True):
+            value.data.mul_(1.0 - alpha).add_(parts(tensor).data, alpha=alpha)
