@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback
 from trl.trainer.callbacks import BEMACallback, SyncRefModelCallback
+from trl.trainer.utils import RepeatSampler
 
 from layerrl.errors import SelectionError
 from layerrl.shards import parts
@@ -51,6 +52,33 @@ class FrozenCheck(TrainerCallback):
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         """Transformers calls this after loading the best model."""
         self._check()
+
+
+class EpochOrder(TrainerCallback):
+    """Goes on, after a resume, with that epoch's order of the data.
+
+    TRL's sampler draws an order whenever an epoch begins, and would begin with the first one's.
+    """
+
+    def on_train_begin(self, *args: Any, train_dataloader: Any, **kwargs: object) -> None:
+        """Draw the orders of the epochs that are done."""
+        state, sampler = args[1], train_dataloader
+        while sampler is not None and not isinstance(sampler, RepeatSampler):
+            inner = getattr(sampler, "batch_sampler", None)  # accelerate's shards lie around it
+            sampler = getattr(sampler, "sampler", None) if inner is None else inner
+        for _ in range(int(state.epoch or 0) if sampler is not None else 0):
+            next(iter(sampler), None)
+
+
+class GradNorms(TrainerCallback):
+    """Notes the gradients' norms, between clipping and the step."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        self._note = note
+
+    def on_pre_optimizer_step(self, *args: object, **kwargs: object) -> None:
+        """Transformers calls this when the gradients have been clipped."""
+        self._note()
 
 
 class DeltaOnTop(TrainerCallback):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from layerrl.masking import norm
 from layerrl.precision import MASTER
-from layerrl.shards import parts, whole
+from layerrl.shards import parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -19,29 +19,42 @@ if TYPE_CHECKING:
     ByLayer = Mapping[int, Sequence[nn.Parameter]]
 
 
-def grad_norms(
-    total: Any,  # noqa: ANN401
-    by_layer: ByLayer,
-    trained: Iterable[nn.Parameter],
-) -> dict[int, Tensor]:
-    """Each layer's share of the gradient's norm, before clipping.
+class Norms(NamedTuple):
+    """Norms of gradients that have been clipped."""
+
+    total: Tensor
+    by_layer: dict[int, Tensor]
+
+
+def clipped_norms(by_layer: ByLayer, trained: Iterable[nn.Parameter]) -> Norms:
+    """The norms of the gradients as they are now.
 
     Args:
-        total: The norm of the whole gradient before it was clipped.
-        by_layer: The trained tensors of each layer, with their gradients as they are now.
+        by_layer: The trained tensors of each layer.
         trained: All that train, inside layers and outside.
 
     Returns:
-        A norm for each layer. Every process has to ask where they are sharded.
+        The norm of all, and of each layer. Every process has to ask where they are sharded.
     """
-    total = whole(total) if isinstance(total, Tensor) else total
 
     def now(parameters: Iterable[nn.Parameter]) -> Tensor:
         return norm(p.grad for p in parameters if p.grad is not None)
 
-    clipped = now(trained)
-    factor = torch.where(clipped > 0, total / clipped, 0.0)
-    return {layer: factor * now(parameters) for layer, parameters in by_layer.items()}
+    return Norms(now(trained), {layer: now(parameters) for layer, parameters in by_layer.items()})
+
+
+def before_clipping(total: float, clipped: Norms) -> dict[int, Tensor]:
+    """Each layer's share of the gradient's norm, before clipping.
+
+    Args:
+        total: The norm of the whole gradient before it was clipped.
+        clipped: What it was clipped to.
+
+    Returns:
+        A norm for each layer.
+    """
+    factor = torch.where(clipped.total > 0, clipped.total.new_tensor(total) / clipped.total, 0.0)
+    return {layer: factor * value for layer, value in clipped.by_layer.items()}
 
 
 def relative_updates(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.utils import RepeatSampler
 
 from layerrl.blocks import plain_name, unwrap
 from layerrl.checkpointing import backward_from_first_trained
@@ -40,7 +39,14 @@ from layerrl.shards import is_sharded, parts, shape, sharded_like
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.announced import AnnouncedSync, EarlyMask, announces
 from layerrl.trainer.auto import AutoSelection
-from layerrl.trainer.callbacks import DeltaOnTop, FrozenCheck, SyncReference, refuse_callbacks
+from layerrl.trainer.callbacks import (
+    DeltaOnTop,
+    EpochOrder,
+    FrozenCheck,
+    GradNorms,
+    SyncReference,
+    refuse_callbacks,
+)
 from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
 from layerrl.trainer.passes import Passes
 from layerrl.trainer.sync import WeightSync
@@ -214,6 +220,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
         )
         if reference == "beta":
             self.beta = self.args.beta
+        # The first, as callbacks of the user may write to the gradients.
+        self.callback_handler.callbacks.insert(0, GradNorms(self._note_gradients))
+        self.add_callback(EpochOrder())
         self.add_callback(FrozenCheck(self.check_frozen))
         self.add_callback(DeltaOnTop(self._checkpoints))
         self._choice = choice
@@ -274,10 +283,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
         elif early is not None and decided:
             self._weight_sync = AnnouncedSync(self, self.selection, early)
-        self._grad_norms: dict[int, Tensor] = {}
+        self._clipped: metrics.Norms | None = None
         self._optimizer_is_own = False
         self._fitted: Any = None
-        self._sampler: Any = None
         self._initial: Mapping[str, Tensor] = {}
         if reference:
             self._set_reference(decided)
@@ -564,7 +572,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
             moved = metrics.relative_updates(self._by_layer, self._trained, self._initial, state)
             size = sum(shape(p).numel() for p in self._trained.values() if p.requires_grad)
             logs["layerrl/trained_parameters"] = float(size)
-            logs.update(metrics.named("grad_norm", self._grad_norms))
+            if self._clipped is not None and "grad_norm" in logs:
+                norms = metrics.before_clipping(logs["grad_norm"], self._clipped)
+                logs.update(metrics.named("grad_norm", norms))
             logs.update(metrics.named("relative_update", moved))
         super().log(logs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -649,8 +659,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         resume_from_checkpoint: str | None,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[int, int]:
-        """Go on with this epoch's order of the data: TRL's sampler would repeat the first one's."""
+    ) -> Any:  # noqa: ANN401
+        """Transformers calls this before it has the model sharded."""
         if launchers.shards_model(self.accelerator):
             self.check_frozen()  # before it takes the tensors apart
         if resume_from_checkpoint is not None:
@@ -658,7 +668,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
                 self._sync_everything()
                 self._checkpoints.load_reference(folder)
-        epochs_trained, batches = super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
+        return super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
             max_steps,
             num_update_steps_per_epoch,
             num_train_epochs,
@@ -666,20 +676,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
             *args,
             **kwargs,
         )
-        if isinstance(self._sampler, RepeatSampler):
-            for _ in range(epochs_trained):
-                next(iter(self._sampler), None)  # draws the order of one epoch
-        return epochs_trained, batches
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         self._sync_everything()
         self._follow_shards()
         if not self._checkpoints.load(Path(resume_from_checkpoint), resumes=True):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        self._sampler = super()._get_train_sampler(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return self._sampler
 
     def _load_best_model(self) -> None:
         self._sync_everything()
@@ -708,9 +710,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
         with self._passes.scored(stepped=self.state.global_step > 0):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401
-        """Transformers calls this between clipping and the step: note each layer's share."""
-        total = super()._get_grad_norm(model, grad_norm=grad_norm)  # pyright: ignore[reportAttributeAccessIssue]
+    def _note_gradients(self) -> None:
         if not launchers.uses_deepspeed(self.accelerator):  # which has no gradients left by now
-            self._grad_norms = metrics.grad_norms(total, self._by_layer, self._trained.values())
-        return total
+            self._clipped = metrics.clipped_norms(self._by_layer, self._trained.values())

@@ -5,6 +5,7 @@ A failure here after an upgrade says which part of layerrl to look at before any
 
 import inspect
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RLOOTrainer
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.experimental.online_dpo import OnlineDPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import RepeatSampler
 
 from tests.grpo import make
 from tests.models import FAMILIES, VISION_FAMILIES, tiny
 
-GRAD_NORM = "LayerMaskedMixin._get_grad_norm measures the layers' shares of the clipped gradients"
+GRAD_NORM = "callbacks.GradNorms measures the layers' shares of the clipped gradients"
+SAMPLER = "callbacks.EpochOrder draws the orders of the epochs that a resumed run has done"
 OPTIMIZER = "LayerMaskedMixin.create_optimizer masks by requires_grad and regroups what it gets"
 FROZEN = "_FrozenCheck compares the frozen tensors at train start and train end"
 SAVING = "LayerMaskedMixin.save_model refuses before anything of a checkpoint is written"
@@ -57,45 +60,65 @@ def model():
 
 
 class TestGradNorm:
-    def test_takes_the_model_and_the_norm_from_clipping(self):
-        assert parameters_of(Trainer._get_grad_norm) == ["self", "model", "grad_norm"], GRAD_NORM
-        assert GRPOTrainer._get_grad_norm is Trainer._get_grad_norm, GRAD_NORM
-
-    def test_is_called_once_a_step_after_clipping_and_before_the_step(self, model, tmp_path):
+    def test_a_callback_sees_clipped_gradients_once_before_each_step(self, model, tmp_path):
         events = []
 
-        class Spy(GRPOTrainer):
-            def _get_grad_norm(self, model, grad_norm=None):
-                total = super()._get_grad_norm(model, grad_norm=grad_norm)
-                left = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-                events.append(("norm", self.state.global_step, float(total), left))
-                return total
-
         class Steps(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs):
+                left = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+                events.append(("clipped", state.global_step, left))
+
             def on_optimizer_step(self, args, state, control, **kwargs):
                 events.append(("step", state.global_step))
 
         arguments = {"callbacks": [Steps()]}
         changes = {"max_steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 1e-3}
-        make(model, tmp_path, trainer=Spy, arguments=arguments, **changes).train()
+        trainer = make(model, tmp_path, arguments=arguments, **changes)
+        trainer.train()
         assert [event[:2] for event in events] == [
-            ("norm", 0),
+            ("clipped", 0),
             ("step", 0),
-            ("norm", 1),
+            ("clipped", 1),
             ("step", 1),
         ], GRAD_NORM
-        for _, _, total, left in events[::2]:
-            assert total > 1e-2, GRAD_NORM
+        for (*_, left), entry in zip(events[::2], trainer.state.log_history[:2], strict=True):
+            assert entry["grad_norm"] > 1e-2, GRAD_NORM
             assert left == pytest.approx(1e-3, rel=1e-3), GRAD_NORM
 
-    def test_what_it_returns_is_what_is_logged(self, model, tmp_path):
-        class Fixed(GRPOTrainer):
-            def _get_grad_norm(self, model, grad_norm=None):
-                return 12.5
+    @pytest.mark.parametrize("max_grad_norm", [1e-3, 0.0], ids=["clipping", "none"])
+    def test_the_norm_before_clipping_is_logged_with_the_loss(self, model, tmp_path, max_grad_norm):
+        made = {}
+        for limit in (max_grad_norm, 1e9):
+            trainer = make(deepcopy(model), tmp_path, max_steps=1, max_grad_norm=limit)
+            trainer.train()
+            made[limit] = trainer.state.log_history[0]
+        assert "loss" in made[max_grad_norm], GRAD_NORM
+        assert made[max_grad_norm]["grad_norm"] == made[1e9]["grad_norm"], GRAD_NORM
 
-        trainer = make(model, tmp_path, trainer=Fixed, max_steps=1)
+
+class TestSampler:
+    def test_a_callback_at_train_begin_finds_the_sampler_not_yet_drawn_from(self, model, tmp_path):
+        found = []
+
+        class Begin(TrainerCallback):
+            def on_train_begin(self, args, state, control, *, train_dataloader, **kwargs):
+                sampler = train_dataloader.batch_sampler.sampler
+                found.append((sampler, sampler.generator.get_state(), state.epoch))
+
+        trainer = make(model, tmp_path, max_steps=1, arguments={"callbacks": [Begin()]})
         trainer.train()
-        assert trainer.state.log_history[0]["grad_norm"] == 12.5, GRAD_NORM
+        [(sampler, state, epoch)] = found
+        assert isinstance(sampler, RepeatSampler), SAMPLER
+        assert torch.equal(state, torch.Generator().manual_seed(trainer.args.seed).get_state())
+        assert not epoch, SAMPLER
+
+    def test_draws_an_order_when_an_epoch_begins(self):
+        sampler = RepeatSampler(range(8), mini_repeat_count=1, seed=3)
+        orders = [[*sampler] for _ in range(2)]
+        again = RepeatSampler(range(8), mini_repeat_count=1, seed=3)
+        next(iter(again))
+        assert orders[0] != orders[1], SAMPLER
+        assert [*again] == orders[1], SAMPLER
 
 
 class TestOptimizer:
@@ -375,28 +398,24 @@ class TestFastPath:
 class TestLaunchers:
     """What really launched processes do is in tests/launchers."""
 
-    def test_training_state_is_made_between_the_sampler_and_its_first_draw(self, model, tmp_path):
+    def test_training_state_is_made_before_the_model_is_prepared(self, model, tmp_path):
         calls = []
 
         class Noting(GRPOTrainer):
-            def _get_train_sampler(self, *args, **kwargs):
-                calls.append("sampler")
-                return super()._get_train_sampler(*args, **kwargs)
-
             def _init_training_state(self, *args, **kwargs):
                 calls.append("state")
-                found = super()._init_training_state(*args, **kwargs)
-                assert found == (0, 0), LAUNCHERS
-                return found
+                return super()._init_training_state(*args, **kwargs)
 
-            def _prepare_for_training(self, *args, **kwargs):
-                calls.append("prepared")
-                return super()._prepare_for_training(*args, **kwargs)
+        trainer = make(model, tmp_path, trainer=Noting, max_steps=1)
+        prepare = trainer.accelerator.prepare
 
-        make(model, tmp_path, trainer=Noting, max_steps=1).train()
-        assert calls == ["sampler", "state", "prepared"], LAUNCHERS
-        found = parameters_of(Trainer._init_training_state)
-        assert found[4] == "resume_from_checkpoint", LAUNCHERS
+        def preparing(*given, **kwargs):
+            calls.extend("model" for one in given if isinstance(one, nn.Module))
+            return prepare(*given, **kwargs)
+
+        trainer.accelerator.prepare = preparing
+        trainer.train()
+        assert calls == ["state", "model"], LAUNCHERS
 
     def test_one_attribute_says_how_an_optimizer_is_saved_and_loaded(self):
         for method in (
