@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import device, nn
 
 from layerrl.errors import ModelError
+from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -309,8 +310,10 @@ def meta_model(config: Any) -> nn.Module:  # noqa: ANN401
     classes += [mapping.get(type(config), None) for mapping in mappings]
     for model_class in classes:
         if model_class is not None:
+            with imported():  # public doors take other classes, or make weights of another dtype
+                make = model_class._from_config
             with device("meta"):
-                return model_class._from_config(config)
+                return make(config)
     raise ModelError(
         f"transformers has no language model for {type(config).__name__} alone. Give the model, "
         "or the whole model's config."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import find_blocks, replaced_forwards, unwrap
+from layerrl.seams import INPUT_GRAD_HOOKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -172,9 +173,7 @@ def _is_checkpointed(layer: nn.Module) -> bool:
 
 
 def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
-    # The names inside PreTrainedModel.enable_input_require_grads and TRL, the only mark they have.
-    name = getattr(hook, "__name__", "")
-    return name in ("make_inputs_require_grads", "make_inputs_require_grad")
+    return getattr(hook, "__name__", "") in INPUT_GRAD_HOOKS
 
 
 def _is_of_transformers(layer: nn.Module) -> bool:

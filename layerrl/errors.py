@@ -46,4 +46,4 @@ class EpisodeError(LayerRLError, ValueError):
 
 
 class FrameworkError(LayerRLError, ImportError):
-    """A framework that an integration plugs into is not installed."""
+    """A framework is not installed, too old, or has renamed or changed what layerrl needs of it."""

@@ -24,6 +24,7 @@ from torch import nn
 from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
+from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -309,7 +310,8 @@ def _met_by_a_token(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[s
 
 def _adapter_elements(blocks: Blocks, layers: Collection[int]) -> int:
     """Elements of a LoRA's two matrices, over PEFT's `"all-linear"` modules of the layers."""
-    from transformers.pytorch_utils import Conv1D
+    with imported():
+        from transformers.pytorch_utils import Conv1D
 
     return _RANK * sum(
         sum(module.weight.shape)

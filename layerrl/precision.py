@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from layerrl.errors import SelectionError
+from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +54,8 @@ def step_in_float32(optimizer: Any) -> None:  # noqa: ANN401
 
 def unwrap_optimizer(optimizer: Any) -> Any:  # noqa: ANN401
     """The optimizer in accelerate's wrapper; not what an optimizer of the user's own wraps."""
-    from accelerate.optimizer import AcceleratedOptimizer
+    with imported():
+        from accelerate.optimizer import AcceleratedOptimizer
 
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerrl.blocks import plain_name
 from layerrl.errors import SelectionError
+from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,8 @@ def is_bitsandbytes(config: Any) -> bool:  # noqa: ANN401
 
 def skipped_by_default(model: nn.Module) -> list[str]:
     """What transformers leaves out only if it is told nothing: the head and what is tied to it."""
-    from transformers.quantizers.base import get_keys_to_not_convert
+    with imported():
+        from transformers.quantizers.base import get_keys_to_not_convert
 
     return sorted(get_keys_to_not_convert(model))
 
@@ -59,9 +61,13 @@ def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:  # noqa: A
     """
     from torch.nn import Linear
     from transformers import BitsAndBytesConfig
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    with imported():
+        from transformers.pytorch_utils import Conv1D
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        not_converted = HfQuantizer.get_modules_to_not_convert
 
     if isinstance(config, dict) and is_bitsandbytes(config):
         config = BitsAndBytesConfig.from_dict(config)
@@ -70,7 +76,7 @@ def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:  # noqa: A
             f"quantization_config is {config!r:.80}, expected transformers' BitsAndBytesConfig "
             "with load_in_4bit or load_in_8bit: bytes of other methods are not known here"
         )
-    kept = HfQuantizer.get_modules_to_not_convert(
+    kept = not_converted(
         model,  # pyright: ignore[reportArgumentType]
         config.llm_int8_skip_modules,
         getattr(model, "_keep_in_fp32_modules", None),

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from layerrl.errors import ModelError
+from layerrl.seams import imported
 from layerrl.shards import is_sharded, parts, sharded_like, write
+
+with imported():
+    from torch.nn.modules.module import _IncompatibleKeys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -50,6 +50,7 @@ from layerrl.delta.record import (
 from layerrl.delta.settings import computing_settings
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints, saved_tensors
+from layerrl.seams import imported
 from layerrl.selection import LayerSelection
 from layerrl.shards import shape, sharded_like, whole, write
 
@@ -287,7 +288,8 @@ def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
     base = unwrap(model)
     if not hasattr(base, "save_pretrained"):
         return dict(tensors)
-    from transformers.core_model_loading import revert_weight_conversion
+    with imported():
+        from transformers.core_model_loading import revert_weight_conversion
 
     with torch.no_grad():
         return dict(revert_weight_conversion(base, dict(tensors)))  # pyright: ignore[reportArgumentType]

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from layerrl.delta.fitting import Comparison
 from layerrl.errors import DeltaError
 from layerrl.masking import saved_tensors
+from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -225,13 +226,14 @@ def loaded_as(model: Any, names: Mapping[str, Any]) -> dict[str, str]:  # noqa: 
         Name in the checkpoint to the tensor in the model that it is, or is a part of. Without those
         that the model ignores.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    with imported():
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
 
     state, prefix = model.state_dict(), model.base_model_prefix
     mapping = get_model_conversion_mapping(model)

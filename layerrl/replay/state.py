@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import batchnorm, dropout
-from torch.nn.modules import module as module_globals
 
 from layerrl.blocks import own_forward
 from layerrl.replay.arguments import row_keys, version
+from layerrl.seams import imported
 from layerrl.shards import is_sharded
+
+with imported():
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.dropout import _DropoutNd
+    from torch.nn.modules.module import (
+        _global_backward_hooks,
+        _global_backward_pre_hooks,
+        _global_forward_hooks,
+        _global_forward_pre_hooks,
+    )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +33,12 @@ if TYPE_CHECKING:
 _LAUNCHERS = ("torch.distributed.", "deepspeed.", "accelerate.")
 _HARMLESS_HOOKS = (*_LAUNCHERS, "transformers.", "layerrl.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = [getattr(module_globals, f"_global{kind}") for kind in _HOOKS]
+_GLOBAL_HOOKS = [
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+]
 # What changes in a run, beside settings that layers read: DeepSpeed counts, the rest is seen apart.
 _COUNTERS = ("ds_", "applied_", "output_")
 _NUM_SAMPLED = 8
@@ -161,9 +175,9 @@ def unfit(prefix: Sequence[nn.Module]) -> str | None:
 
 def _unfit(module: nn.Module) -> str | None:
     if module.training:
-        if isinstance(module, dropout._DropoutNd) and module.p > 0:
+        if isinstance(module, _DropoutNd) and module.p > 0:
             return f"dropout is active in frozen layers, p={module.p}"
-        if isinstance(module, batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             return "batch statistics are collected in frozen layers"
     for _, foreign in _foreign_hooks(module):
         return f"frozen layers carry a hook, {', '.join(map(_origin, foreign.values()))}"

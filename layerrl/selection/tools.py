@@ -8,6 +8,7 @@ from torch import nn
 
 from layerrl.blocks import find_blocks, plain_name
 from layerrl.errors import SelectionError
+from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
@@ -73,7 +74,8 @@ def _is_multimodal(base: nn.Module) -> bool:
 
 
 def _linear_modules(base: nn.Module, trained: set[str], selection: LayerSelection) -> list[str]:
-    from transformers.pytorch_utils import Conv1D
+    with imported():
+        from transformers.pytorch_utils import Conv1D
 
     modules = {plain_name(name): module for name, module in base.named_modules()}
     names = [

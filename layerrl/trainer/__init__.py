@@ -1,20 +1,23 @@
 """Layer-selective training in TRL's trainers: the only place that imports trl."""
 
-from trl import GRPOTrainer
+from layerrl.seams import imported
 
-from layerrl.trainer.environments import TextEnvironment, TextRollout
-from layerrl.trainer.episodes import Step
-from layerrl.trainer.gigpo import GiGPOConfig, GiGPOTrainer
-from layerrl.trainer.mixin import LayerMaskedMixin
-from layerrl.trainer.ready import (
-    LayerMaskedDistillationTrainer,
-    LayerMaskedDPOTrainer,
-    LayerMaskedKTOTrainer,
-    LayerMaskedRewardTrainer,
-    LayerMaskedRLOOTrainer,
-    LayerMaskedSFTTrainer,
-)
-from layerrl.trainer.schedule import LayerSchedule
+with imported():
+    from trl import GRPOTrainer
+
+    from layerrl.trainer.environments import TextEnvironment, TextRollout
+    from layerrl.trainer.episodes import Step
+    from layerrl.trainer.gigpo import GiGPOConfig, GiGPOTrainer
+    from layerrl.trainer.mixin import LayerMaskedMixin
+    from layerrl.trainer.ready import (
+        LayerMaskedDistillationTrainer,
+        LayerMaskedDPOTrainer,
+        LayerMaskedKTOTrainer,
+        LayerMaskedRewardTrainer,
+        LayerMaskedRLOOTrainer,
+        LayerMaskedSFTTrainer,
+    )
+    from layerrl.trainer.schedule import LayerSchedule
 
 
 class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):

@@ -60,14 +60,16 @@ class EpochOrder(TrainerCallback):
     TRL's sampler draws an order whenever an epoch begins, and would begin with the first one's.
     """
 
-    def on_train_begin(self, *args: Any, train_dataloader: Any, **kwargs: object) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Draw the orders of the epochs that are done."""
-        state, sampler = args[1], train_dataloader
+        state: Any = args[1]
+        sampler: Any = kwargs["train_dataloader"]
         while sampler is not None and not isinstance(sampler, RepeatSampler):
             inner = getattr(sampler, "batch_sampler", None)  # accelerate's shards lie around it
             sampler = getattr(sampler, "sampler", None) if inner is None else inner
-        for _ in range(int(state.epoch or 0) if sampler is not None else 0):
-            next(iter(sampler), None)
+        if sampler is not None:
+            for _ in range(int(state.epoch or 0)):
+                next(iter(sampler), None)
 
 
 class GradNorms(TrainerCallback):

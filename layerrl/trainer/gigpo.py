@@ -18,6 +18,7 @@ from layerrl.advantages import (
     step_advantages,
 )
 from layerrl.errors import EpisodeError
+from layerrl.seams import check_class, check_made
 from layerrl.trainer.episodes import Step, check_episodes, is_finite
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class GiGPOTrainer(GRPOTrainer):
     Raises:
         EpisodeError: If the rollout function is missing, or the args are no `GiGPOConfig`; while
             training, if its episodes are not what they should be.
+        FrameworkError: If the installed TRL lacks what this needs of its trainer.
     """
 
     _tag_names = ["trl", "gigpo"]  # noqa: RUF012 - TRL's
@@ -122,6 +124,7 @@ class GiGPOTrainer(GRPOTrainer):
         rollout_func: Callable[[list[Any], Any], dict[str, Any]],
         **kwargs: Any,
     ) -> None:
+        check_class(type(self))
         args = GiGPOConfig() if args is None else args
         if not isinstance(args, GiGPOConfig):
             raise EpisodeError(
@@ -154,6 +157,7 @@ class GiGPOTrainer(GRPOTrainer):
             rollout_func=self._rollout,
             **kwargs,
         )
+        check_made(self)
 
     def episode_reward(self, steps: list[list[Step]], **_: object) -> list[float]:
         """The reward of whole episodes, the first of the trainer's reward functions.

@@ -33,6 +33,7 @@ from layerrl.optimizer import (
 from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
 from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
+from layerrl.seams import check_class, check_made
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.selection.masked import TrainingMask
 from layerrl.shards import is_sharded, parts, shape, sharded_like
@@ -125,6 +126,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         ModelError: If the model's decoder layers cannot be found.
         LauncherError: Under a launcher that cannot train chosen layers, or in processes that do not
             choose the same.
+        FrameworkError: If the versions of TRL, transformers, accelerate or torch are too old, or
+            lack what the mixin needs of the trainer's class.
     """
 
     if TYPE_CHECKING:
@@ -164,6 +167,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         checkpoint_format: Literal["delta", "full"] = "delta",
         **kwargs: Any,
     ) -> None:
+        check_class(type(self))
         known = arguments.names(type(self), LayerMaskedMixin)
         given = {**dict(zip(known, args, strict=False)), **kwargs}
         model = given.get("model")
@@ -206,6 +210,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             early or nullcontext(),
         ):
             super().__init__(*args, **kwargs)
+        check_made(self)
         self._mask = TrainingMask()
         self._auto = auto
         self._master_weights = master_weights and not full
@@ -227,7 +232,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self.add_callback(DeltaOnTop(self._checkpoints))
         self._choice = choice
         selection = select_layers(self.model, choice)
-        vocabulary.check(self.model, getattr(self, "processing_class", None), selection)
+        vocabulary.check(self.model, self.processing_class, selection)
         if auto is not None:
             auto.check(self, selection.num_layers)
         self._select_now(selection)
@@ -693,7 +698,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
     def _sync_everything(self) -> None:
         if self._weight_sync is not None:
             self._weight_sync.reset()
-            self._last_loaded_step = -1  # TRL syncs when this is not the present step
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
         """What the wrapped trainer makes of a batch, or has made of it to choose the layers."""

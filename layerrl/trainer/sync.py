@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from layerrl.blocks import plain_name, with_fused_siblings
+from layerrl.errors import FrameworkError
+from layerrl.seams import check_class, check_made, installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,22 +67,31 @@ class PartialSync:
 
 
 class WeightSync(PartialSync):
-    """Takes over `sync_weights` of TRL's `VLLMGeneration`, colocated or server.
+    """Takes over `sync_weights` and `generate` of TRL's `VLLMGeneration`, colocated or server.
 
-    Everything is sent also where the engine has slept and lost its weights, and every time where
+    Everything is sent also where the engine sleeps and loses its weights, and every time where
     FSDP1 shards the model, as TRL walks its modules.
 
     Args:
-        generation: The trainer's `VLLMGeneration`. Its `sync_weights` is this object's from now on.
+        generation: The trainer's `VLLMGeneration`. Those two are this object's from now on.
         model: The model it reads.
         selection: What trains.
     """
 
     def __init__(self, generation: Any, model: nn.Module, selection: LayerSelection) -> None:  # noqa: ANN401
+        check_class(type(generation))
+        check_made(generation)
         super().__init__(model, selection)
         self._generation = generation
         self._metadata: dict[bool, Any] = {}
+        self._stale = False
         generation.sync_weights = self.sync_weights
+        generation.generate = self.generate
+
+    def reset(self) -> None:
+        """Send everything next time, and that before anything else is generated."""
+        super().reset()
+        self._stale = True
 
     def sync_weights(self) -> None:
         """Send what the engine does not have yet."""
@@ -90,20 +101,43 @@ class WeightSync(PartialSync):
         self._sent = None
         # TRL tells the server names and shapes before the first tensor, and keeps that list.
         generation._weight_metadata = self._metadata.get(narrow)
+        part = Part(model, self._names)
         if narrow:
-            generation.model = Part(model, self._names)
+            generation.model = part
         try:
             type(generation).sync_weights(generation)
         finally:
             generation.model = model
+        if narrow and not part.walked:
+            raise FrameworkError(
+                f"trl {installed_version('trl')} did not ask the model for its parameters to send "
+                "vLLM what was trained: the engine would go on generating with old weights. "
+                "Install a version that layerrl was tested with, or report this message to layerrl."
+            )
         self._metadata[narrow] = generation._weight_metadata
-        self._sent = frozen
+        self._sent, self._stale = frozen, False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Generate, with weights that a checkpoint was loaded into since the last sync.
+
+        TRL syncs once a step, and a trainer may be at the same step after it has loaded one.
+
+        Args:
+            *args: TRL's own arguments.
+            **kwargs: TRL's own arguments.
+
+        Returns:
+            What TRL returns.
+        """
+        if self._stale:
+            self.sync_weights()
+        return type(self._generation).generate(self._generation, *args, **kwargs)
 
     def _keeps_weights(self) -> bool:
         if self._generation._dist.fsdp_version == 1:
             self._say("FSDP1 shards the model, and TRL walks its modules")
             return False
-        if getattr(self._generation, "_llm_weights_sleeping", False):
+        if self._generation.mode == "colocate" and self._generation.enable_sleep_mode:
             self._say("the engine slept and lost its weights (vllm_enable_sleep_mode)")
             return False
         return True
@@ -120,9 +154,16 @@ class Part(nn.Module):
     def __init__(self, model: nn.Module, names: frozenset[str]) -> None:
         super().__init__()
         self._model, self._names = (model,), names
+        self.walked = False
+        """Whether anybody has asked for them."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Those parameters, under the names that the model has for them."""
+        self.walked = True
         for name, parameter in self._model[0].named_parameters(*args, **kwargs):
             if plain_name(name) in self._names:
                 yield name, parameter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The same: what TRL walked under FSDP2 once."""
+        return dict(self.named_parameters())

@@ -121,6 +121,18 @@ class TestWhatIsSent:
         assert_serves_the_policy(trainer)
         assert engine.syncs[-1] == names(trainer)
 
+    def test_everything_again_at_a_step_that_was_synced_before(self, folder, mode):
+        changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        masked(folder, mode, **changes).train()
+        trainer = masked(folder, mode, **changes)
+        trainer.train()
+        trainer.train(resume_from_checkpoint=str(folder.parent / "run" / "checkpoint-1"))
+        assert [len(sent) == len(names(trainer)) for sent in Engine.latest.syncs] == [
+            True,
+            False,
+            True,
+        ]
+
     def test_full_leaves_trl_as_it_is(self, folder, mode):
         trainer = masked(folder, mode, "full")
         trainer.train()
