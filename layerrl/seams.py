@@ -133,9 +133,7 @@ def _of_generating_trainers() -> Iterator[Seam]:
             "__init__(..., rollout_func)": "play episodes",
             "_log_metric(name, value)": "log what happened in episodes",
             "_tokenize_prompts(prompts)": "start episodes",
-            "_generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, ...)": (
-                "play a turn of an episode"
-            ),
+            "_generate_single_turn(prompt_ids, images, multimodal_fields, ...)": "play turns",
         },
         by="layerrl.trainer.gigpo.GiGPOTrainer",
     )
@@ -279,16 +277,18 @@ SEAMS: tuple[Seam, ...] = (
         _VLLM,
         {
             "model": "send vLLM what was trained, and no more",
-            "_weight_metadata": "announce to vLLM what is sent, and no more",
+            "mode": "know whether the engine sleeps",
+            "enable_sleep_mode": "send vLLM everything after it slept",
             "_dist.fsdp_version": "send vLLM everything under FSDP1",
         },
         attribute=True,
     ),
     *_seams(
         _VLLM,
-        {"_llm_weights_sleeping": "send vLLM everything after it slept"},
+        {"_weight_metadata": "announce to vLLM what is sent, and no more"},
         attribute=True,
-        when=lambda vllm: vllm.mode == "colocate" and vllm.enable_sleep_mode,
+        # An older TRL (1.9) pushes tensor by tensor, and announces nothing.
+        when=lambda vllm: not hasattr(vllm, "_push_param_to_vllm"),
     ),
     # Of torch.
     *_seams(

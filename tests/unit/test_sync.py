@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 
 from layerrl import LayerMaskedGRPOTrainer, select_layers
 from layerrl.blocks import with_fused_siblings
+from layerrl.errors import FrameworkError
 from tests.engines import Client, Engine, in_place_of_vllm
 from tests.grpo import make
 from tests.runs import assert_same_run, evaluation, load, pair, saved, train
@@ -190,3 +192,31 @@ class TestStandIn:
     def test_client_takes_what_the_real_one_takes(self, method):
         real, ours = (inspect.signature(getattr(c, method)) for c in (VLLMClient, Client))
         assert list(real.parameters) == list(ours.parameters)
+
+
+def test_a_trl_that_walks_the_model_in_another_way_is_no_silent_success(folder, monkeypatch):
+    sent = VLLMGeneration.sync_weights
+
+    def from_a_copy(self):
+        own, self.model = self.model, self.accelerator._models[-1]
+        sent(self)
+        self.model = own
+
+    trainer = masked(folder)
+    trainer.train()
+    monkeypatch.setattr(VLLMGeneration, "sync_weights", from_a_copy)
+    with pytest.raises(FrameworkError, match=r"trl .* did not ask the model for its parameters"):
+        trainer.vllm_generation.sync_weights()
+
+
+def test_what_is_sent_may_be_walked_as_a_state_dict(folder, monkeypatch):
+    """TRL did so under FSDP2 once."""
+
+    def iter_named_params(self):
+        yield from self.model.state_dict().items()
+
+    monkeypatch.setattr(VLLMGeneration, "_iter_named_params", iter_named_params)
+    trainer = masked(folder)
+    trainer.train()
+    assert Engine.latest.syncs[1:] == [of_layer(trainer, 2)] * 2
+    assert_serves_the_policy(trainer)
