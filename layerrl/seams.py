@@ -141,7 +141,6 @@ def _of_generating_trainers() -> Iterator[Seam]:
         "trl.GRPOTrainer",
         {
             "_tokenizer": "read actions and write observations",
-            "eos_token_ids": "end turns",
             "chat_template": "write observations",
             "chat_template_kwargs": "write observations",
             "scale_rewards": "scale the steps' advantages",
