@@ -216,6 +216,7 @@ SEAMS: tuple[Seam, ...] = (
     *_seams(
         "transformers.TrainerCallback",
         {
+            "on_init_end(args, state, control, ...)": "mask a model before it is announced",
             "on_train_begin(args, state, control, ...)": "check what is frozen when it was loaded",
             "on_train_end(args, state, control, ...)": "check what is frozen at the end",
             "on_step_begin(args, state, control, ...)": "let layers take turns",
@@ -461,8 +462,10 @@ def imported() -> Iterator[None]:
 def _missing(error: ImportError | AttributeError) -> tuple[str, str]:
     """The module or class that lacks a name, and the name, where these are known."""
     if isinstance(error, AttributeError):
-        of = getattr(error.obj, "__qualname__", "")
-        return f"{getattr(error.obj, '__module__', '')}.{of}", error.name or ""
+        of = error.obj
+        if isinstance(of, type):
+            return f"{of.__module__}.{of.__qualname__}", error.name or ""
+        return of.__name__ if inspect.ismodule(of) else "", error.name or ""
     found = re.match(r"cannot import name '(\w+)'", str(error))
     return error.name or "", found[1] if found else ""
 

@@ -6,7 +6,6 @@ A failure here after an upgrade says which part of layerrl to look at before any
 import inspect
 import json
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 
 import pytest
