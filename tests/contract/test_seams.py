@@ -380,7 +380,6 @@ MAY_BE_MISSING = {
         "__dict__",
         "__func__",
         "__index__",
-        "__module__",
         "__qualname__",
         "__version__",
         "checkpoint_format",
@@ -389,6 +388,10 @@ MAY_BE_MISSING = {
         "tolist",
     },
 }
+
+
+# Those of TRL's asynchronous trainers, of which layerrl.trainer.announced says itself what is gone.
+ANNOUNCED = {"_streaming_iter", "weight_transfer"}
 
 
 class TestTable:
@@ -408,7 +411,8 @@ class TestTable:
         overridden = {
             node.attr
             for file, node in self.nodes(ast.Attribute)
-            if file.startswith("trainer/") and ast.unparse(node.value) == "super()"
+            if file in ("trainer/mixin.py", "trainer/gigpo.py")
+            and ast.unparse(node.value) == "super()"
         }
         assert "_save_checkpoint" in overridden
         assert overridden - {"__new__", "__init__", "__init_subclass__", "__post_init__"} <= (
@@ -430,7 +434,7 @@ class TestTable:
             if re.match(r"_[^_]", node.attr) and node.attr not in own - self.names
         }
         assert {"_metrics", "_weight_metadata"} <= used
-        assert used - {"_C"} <= self.names
+        assert used - {"_C"} - ANNOUNCED <= self.names
 
     def test_has_every_attribute_that_is_set_in_a_trainer(self):
         found = {
@@ -439,7 +443,7 @@ class TestTable:
             if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "trainer"
         }
         # Its own; and what is there while a training runs, see test_upstream.
-        known = {"_initial", "current_gradient_accumulation_steps"}
+        known = {"_initial", "current_gradient_accumulation_steps"} | ANNOUNCED
         assert found - known <= self.names
 
     def inner_imports(self):
@@ -476,6 +480,6 @@ class TestTable:
             and (ast.unparse(node.func) == "hasattr" or len(node.args) == 3)
             and isinstance(node.args[1], ast.Constant)
         }
-        known = {name for names in MAY_BE_MISSING.values() for name in names}
+        known = ANNOUNCED | {name for names in MAY_BE_MISSING.values() for name in names}
         assert looked_for - self.names - known == set()
         assert known - looked_for == set()
