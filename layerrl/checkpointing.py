@@ -62,9 +62,6 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
             module._forward_hooks.clear()
             module._forward_hooks.update(hooks)
 
-    hook = None
-    if own_code or checkpoints_reentrantly(first):
-        hook = first.register_forward_pre_hook(_require_input_grad, with_kwargs=True)
     try:
         for module, hooks in hooked:
             for key, function in hooks.items():
@@ -72,6 +69,7 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
                     del module._forward_hooks[key]
         with (
             _not_checkpointed(blocks.modules[: selection.first]),
+            _input_grad_at_checkpoint(first),
             _watched(base, blocks.modules[: selection.first + 1], put_back)
             if own_code
             else nullcontext(),
@@ -79,8 +77,6 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
             yield
     finally:
         put_back()
-        if hook is not None:
-            hook.remove()
 
 
 # Models that checkpoint reentrantly around their layers: all that is above the embedding.
@@ -95,10 +91,11 @@ class _WithoutGradient(Exception):
 def _watched(
     base: nn.Module, layers: Sequence[nn.Module], put_back: Callable[[], None]
 ) -> Iterator[None]:
-    """Run a pass again, with the embedding's hook, if it calls the layers without gradient.
+    """Give the first trained layer an input with a gradient, where code of its own checkpoints.
 
-    Then the model's code checkpoints around them, reentrantly, and no hook of a layer can give what
-    it checkpoints an input with a gradient.
+    A pass that calls the layers without gradient runs again, with the embedding's hook: the model's
+    code checkpoints around them, reentrantly, and no hook of a layer can give what it checkpoints
+    an input with a gradient.
 
     Args:
         base: The model.
@@ -148,12 +145,34 @@ def _watched(
         if any(isinstance(c, nn.ModuleList) and layers[0] in {*c} for c in module.children())
     )
     hooks = [layer.register_forward_pre_hook(look, prepend=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_pre_hook(_require_input_grad, with_kwargs=True))
     try:
         with replaced_forwards([holder], watch):
             yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _input_grad_at_checkpoint(layer: nn.Module) -> Iterator[None]:
+    """Give a reentrant checkpoint of a layer an input with a gradient.
+
+    Not by a hook of the layer: before transformers 5.23 hooks run inside the checkpoint.
+    """
+    if not checkpoints_reentrantly(layer):
+        yield
+        return
+    given = layer._gradient_checkpointing_func
+
+    def checkpoint(run: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+        return given(run, *_first_with_gradient(args)[0])
+
+    layer._gradient_checkpointing_func = checkpoint
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func = given
 
 
 @contextmanager

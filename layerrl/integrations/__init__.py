@@ -15,8 +15,7 @@ from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from layerrl.blocks import find_blocks
-from layerrl.checkpointing import backward_from_first_trained, checkpoints_reentrantly
+from layerrl.checkpointing import backward_from_first_trained
 from layerrl.errors import FrameworkError, SelectionError
 from layerrl.selection import LayerSelection, select_layers
 
@@ -108,9 +107,6 @@ def read_selection(model: nn.Module, text: str) -> LayerSelection:
 def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
     """Freeze what a selection does not train, and let the backward end at its first layer.
 
-    With reentrant checkpointing the whole backward stays: before 5.23, transformers checkpoints a
-    layer together with its hooks, so that none can give it an input with a gradient.
-
     Args:
         model: The model, before its optimizer exists and after checkpointing has been enabled.
         selection: What trains.
@@ -121,6 +117,5 @@ def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
     stack = ExitStack()
     atexit.register(stack.close)  # not later, when a half-dismantled Python would complain
     stack.enter_context(selection.masked(model))
-    if not checkpoints_reentrantly(find_blocks(model).modules[selection.first]):
-        stack.enter_context(backward_from_first_trained(model, selection))
+    stack.enter_context(backward_from_first_trained(model, selection))
     return stack
