@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be checkpointed
+# transformers' own, on each layer that can be checkpointed: whether it is, and by what
+_FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 
 @contextmanager
@@ -163,16 +164,16 @@ def _input_grad_at_checkpoint(layer: nn.Module) -> Iterator[None]:
     if not checkpoints_reentrantly(layer):
         yield
         return
-    given = layer._gradient_checkpointing_func
+    given = getattr(layer, _FUNCTION)
 
     def checkpoint(run: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
         return given(run, *_first_with_gradient(args)[0])
 
-    layer._gradient_checkpointing_func = checkpoint
+    setattr(layer, _FUNCTION, checkpoint)
     try:
         yield
     finally:
-        layer._gradient_checkpointing_func = given
+        setattr(layer, _FUNCTION, given)
 
 
 @contextmanager
@@ -207,7 +208,7 @@ def checkpoints_reentrantly(layer: nn.Module) -> bool:
     """Whether a layer is checkpointed reentrantly, for which its input must require a gradient."""
     if not getattr(layer, _FLAG, False):
         return False
-    function = getattr(layer, "_gradient_checkpointing_func", None)
+    function = getattr(layer, _FUNCTION, None)
     # torch's own default where a partial does not say: reentrant unless told otherwise
     return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 

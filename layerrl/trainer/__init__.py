@@ -1,5 +1,7 @@
 """Layer-selective training in TRL's trainers: the only place that imports trl."""
 
+from typing import TYPE_CHECKING
+
 from layerrl.seams import imported
 
 with imported():
@@ -10,7 +12,6 @@ with imported():
     from layerrl.trainer.gigpo import GiGPOConfig, GiGPOTrainer
     from layerrl.trainer.mixin import LayerMaskedMixin
     from layerrl.trainer.ready import (
-        LayerMaskedDistillationTrainer,
         LayerMaskedDPOTrainer,
         LayerMaskedKTOTrainer,
         LayerMaskedRewardTrainer,
@@ -18,6 +19,18 @@ with imported():
         LayerMaskedSFTTrainer,
     )
     from layerrl.trainer.schedule import LayerSchedule
+
+if TYPE_CHECKING:
+    from layerrl.trainer.distillation import LayerMaskedDistillationTrainer
+else:
+
+    def __getattr__(name: str) -> object:
+        """Loaded on first use: the oldest TRL has no such trainer."""
+        if name != "LayerMaskedDistillationTrainer":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from layerrl.trainer.distillation import LayerMaskedDistillationTrainer
+
+        return LayerMaskedDistillationTrainer
 
 
 class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):

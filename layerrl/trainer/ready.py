@@ -1,13 +1,6 @@
 """TRL's other trainers with the mixin in front of them."""
 
-from trl import (
-    DistillationTrainer,
-    DPOTrainer,
-    KTOTrainer,
-    RewardTrainer,
-    RLOOTrainer,
-    SFTTrainer,
-)
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from layerrl.trainer.mixin import LayerMaskedMixin
 
@@ -40,7 +33,3 @@ class LayerMaskedRewardTrainer(LayerMaskedMixin, RewardTrainer):
     The score head lies outside the layers and trains under `"full"` alone. Of a reward model made
     from a language model it is random: give a model whose head has been trained. A warning says so.
     """
-
-
-class LayerMaskedDistillationTrainer(LayerMaskedMixin, DistillationTrainer):
-    """TRL's `DistillationTrainer`, training only the student's layers of a selection."""
