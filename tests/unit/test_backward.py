@@ -93,7 +93,7 @@ def checkpointed(model: PreTrainedModel, kind: str, times: int = 1) -> PreTraine
     if kind != "off":
         for _ in range(times):
             reentrant = {"use_reentrant": kind == "reentrant"}
-            model.activation_checkpointing_enable(reentrant)
+            model.gradient_checkpointing_enable(reentrant)
     return model
 
 

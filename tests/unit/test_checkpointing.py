@@ -25,7 +25,7 @@ PLENTY = 2**30
 @pytest.fixture
 def model() -> PreTrainedModel:
     model = tiny("llama", 4).train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
