@@ -78,6 +78,11 @@ class Engine:
     def wake_up(self, tags: list[str]) -> None:
         pass
 
+    def collective_rpc(self, method: str) -> None:
+        """How TRL before 1.15 gets weights back that slept."""
+        assert method == "reload_weights"
+        self.model.load_state_dict(tiny("llama", 4).state_dict())
+
     def generate(self, prompts: list[Any], sampling_params: Any, use_tqdm: bool) -> list[Any]:
         """Sampled one by one."""
         return [self._complete(p["prompt_token_ids"], sampling_params.max_tokens) for p in prompts]
@@ -114,6 +119,10 @@ class Client:
             assert tuple(announced) == (name, dtype, list(tensor.shape))
             self.engine.load_weights([(name, tensor)])
 
+    def update_named_param(self, name: str, weights: Tensor) -> None:
+        """Before TRL 1.11, one by one and without an announcement."""
+        self.engine.load_weights([(name, weights)])
+
     def reset_prefix_cache(self) -> None:
         self.engine.reset_prefix_cache()
 
@@ -136,4 +145,5 @@ def in_place_of_vllm(monkeypatch: Any) -> Iterator[None]:
         patch.setattr(vllm_generation, "LLM", Engine, raising=False)
         patch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
         patch.setattr(vllm_generation, "VLLMClient", Client)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
         yield

@@ -7,7 +7,9 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +256,14 @@ def _checkpoint_folder(base: str | os.PathLike[str], delta: Delta) -> Path:
     from huggingface_hub import snapshot_download
 
     revision = delta.base.revision if os.fspath(base) == delta.base.name else None
+    patterns = ["*.safetensors", INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    fetch = partial(
+        snapshot_download, os.fspath(base), revision=revision, allow_patterns=patterns
+    )
     try:
-        patterns = ["*.safetensors", INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-        return Path(snapshot_download(os.fspath(base), revision=revision, allow_patterns=patterns))
+        with suppress(Exception) if revision else nullcontext():
+            return Path(fetch())
+        return Path(fetch(local_files_only=True))  # a commit is the same wherever it comes from
     except Exception as error:  # whatever the hub client raises, the sentence is the same
         at = f" at commit {revision}, which the delta was made from," if revision else ""
         raise DeltaError(

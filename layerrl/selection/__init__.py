@@ -227,9 +227,10 @@ class LayerSelection:
             model: A model, or a config: its names then come from a model on `meta`.
 
         Returns:
-            Names for `llm_int8_skip_modules` of transformers' `BitsAndBytesConfig`: the selected
-            layers, or with `modules` the modules that hold a selected tensor; and the head with
-            what is tied to it, which transformers leaves out only where it is given no names.
+            Names for `llm_int8_skip_modules` of transformers' `BitsAndBytesConfig`: the modules
+            that hold a selected tensor, one by one, since transformers before 5.23 takes
+            `layers.1` for the beginning of `layers.10`; and the head with what is tied to it,
+            which transformers leaves out only where it is given no names.
 
         Raises:
             SelectionError: If the selection does not fit the model, or is `"full"`.
@@ -238,8 +239,8 @@ class LayerSelection:
         Example:
             >>> from transformers import LlamaConfig
             >>> config = LlamaConfig(num_hidden_layers=32)
-            >>> select_layers(config, 16).quantization_skip_modules(config)
-            ['lm_head', 'model.layers.16']
+            >>> select_layers(config, 16, modules="*.q_proj").quantization_skip_modules(config)
+            ['lm_head', 'model.layers.16.self_attn.q_proj']
         """
         base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
         trained = self.parameters(base)
@@ -247,11 +248,10 @@ class LayerSelection:
             raise SelectionError(
                 '"full" trains every parameter, which leaves nothing to quantise. Select layers.'
             )
-        path = find_blocks(base).path
-        names = [f"{path}.{layer}" for layer in self.layers]
-        if self.modules is not None:
-            names = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
-        return [*skipped_by_default(base), *names]
+        return [
+            *skipped_by_default(base),
+            *dict.fromkeys(name.rpartition(".")[0] for name in trained),
+        ]
 
     def to_config(self, tool: str, model: Any) -> dict[str, Any]:  # noqa: ANN401
         """The same choice in the settings of another tool, which trains without layerrl.

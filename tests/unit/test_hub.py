@@ -43,7 +43,10 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda *_, **__: hub)
+    if hasattr(transformers.trainer, "hf_api"):
+        monkeypatch.setattr(transformers.trainer, "hf_api", lambda *_, **__: hub)
+    else:  # before transformers 5.10
+        monkeypatch.setattr(transformers.trainer, "upload_folder", hub.upload_folder)
     done = type("P", (), {"is_done": lambda _: True, "jobs": []})
     monkeypatch.setattr(transformers.trainer, "PushInProgress", lambda *_: done())
     monkeypatch.setattr(

@@ -120,8 +120,11 @@ class Reentrant(torch.autograd.Function):
 class RemoteLayer(LlamaDecoderLayer):
     """A layer from outside transformers, which does not heed its flag."""
 
+    __call__ = nn.Module.__call__  # where transformers before 5.23 checkpoints
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return LlamaDecoderLayer.forward.__wrapped__(self, *args, **kwargs)  # pyright: ignore
+        forward = LlamaDecoderLayer.forward
+        return getattr(forward, "__wrapped__", forward)(self, *args, **kwargs)
 
 
 def own(reentrant: bool, way: str = "positional", dropout: float = 0.0) -> Any:
