@@ -147,6 +147,19 @@ _GROUPS = {"per_device_train_batch_size": 8, "num_generations": 4, "beta": 0.04}
 _MORE_THAN_ONCE = {"reference": True, "repeats": True}
 _ONLINE = {"rows": {"prompt": _PROMPTS}, "arguments": rewarded, "settings": _GROUPS, "vllm": True}
 
+# The oldest TRL has none.
+_DISTILLATION = {}
+if hasattr(trl, "DistillationTrainer"):
+    _DISTILLATION["Distillation"] = Case(
+        plain=trl.DistillationTrainer,
+        masked=trainer.LayerMaskedDistillationTrainer,
+        config=trl.DistillationConfig,
+        rows={"prompt": _PROMPTS},
+        settings=_GENERATED,
+        arguments=teacher,
+        vllm=True,
+    )
+
 CASES = {
     "GRPO": Case(
         plain=trl.GRPOTrainer,
@@ -189,15 +202,7 @@ CASES = {
         rows={"chosen": PREFERENCES["chosen"], "rejected": PREFERENCES["rejected"]},
         model=classifier,
     ),
-    "Distillation": Case(
-        plain=trl.DistillationTrainer,
-        masked=trainer.LayerMaskedDistillationTrainer,
-        config=trl.DistillationConfig,
-        rows={"prompt": _PROMPTS},
-        settings=_GENERATED,
-        arguments=teacher,
-        vllm=True,
-    ),
+    **_DISTILLATION,
     "Online DPO": Case(
         plain=online_dpo.OnlineDPOTrainer,
         masked=MaskedOnlineDPOTrainer,

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[2]
 def pins(path: Path) -> dict[str, str]:
     """`name==version` by name, as pip compares names."""
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return {re.split("[=<>!~;[]", line)[0].strip().lower().replace("_", "-"): line for line in lines if line}
+    return {
+        re.split("[=<>!~;[]", line)[0].strip().lower().replace("_", "-"): line
+        for line in lines
+        if line
+    }
 
 
 def merged(paths: list[Path]) -> list[str]:
