@@ -257,9 +257,7 @@ def _checkpoint_folder(base: str | os.PathLike[str], delta: Delta) -> Path:
 
     revision = delta.base.revision if os.fspath(base) == delta.base.name else None
     patterns = ["*.safetensors", INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-    fetch = partial(
-        snapshot_download, os.fspath(base), revision=revision, allow_patterns=patterns
-    )
+    fetch = partial(snapshot_download, os.fspath(base), revision=revision, allow_patterns=patterns)
     try:
         with suppress(Exception) if revision else nullcontext():
             return Path(fetch())

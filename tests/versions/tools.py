@@ -7,6 +7,7 @@ Asks with the Python that runs it.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,29 +40,31 @@ def line(cells: tuple[str, ...]) -> str:
 
 def asked(tool: str, wheel: Path) -> str:
     """The table's line of a tool, from what pip would install."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
-        command += ["--quiet", "--report", report.name, str(wheel), tool]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            answer, found = f"no: {reason(done.stderr)}", {}
-        else:
-            entries = (entry["metadata"] for entry in json.load(report)["install"])
-            answer, found = "yes", {entry["name"].lower(): entry["version"] for entry in entries}
+    found = resolved(str(wheel), tool)
+    if isinstance(found, dict):
+        answer = "yes"
+    elif isinstance(resolved(tool), dict):
+        answer, found = f"no: {found}", {}
+    else:
+        answer, found = f"no, nor without layerrl: {found}", {}
     versions = (found.get(name, "-") for name in SHOWN)
     return line((tool, answer, *versions, TOOLS[tool], date.today().isoformat()))
 
 
-def reason(output: str) -> str:
-    """Why pip refused, in its words."""
-    lines = [text.strip() for text in output.splitlines() if text.strip()]
-    at = [index for index, text in enumerate(lines) if text.startswith("The conflict is caused by")]
-    if at:
-        end = next(i for i in range(at[0], len(lines)) if lines[i].startswith("To fix this"))
-        return "; ".join(lines[at[0] + 1 : end])
-    errors = [text for text in lines if text.startswith("ERROR:")]
-    return (errors or lines)[0].removeprefix("ERROR: ").replace("|", "/")
+def resolved(*requirements: str) -> dict[str, str] | str:
+    """Name to version of what pip would install, or why it would not, in its words."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
+        command += ["--report", report.name, *requirements]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not done.returncode:
+            entries = (entry["metadata"] for entry in json.load(report)["install"])
+            return {entry["name"].lower(): entry["version"] for entry in entries}
+    output = done.stdout + done.stderr
+    print(output, file=sys.stderr)
+    conflict = re.search(r"The conflict is caused by:\n(.*?)\n\n", output, re.DOTALL)
+    said = conflict[1] if conflict else re.findall("ERROR: (.*)", output)[0]
+    return "; ".join(part.strip() for part in said.splitlines())
 
 
 def main(tools: list[str]) -> None:
