@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# transformers' own, on each layer that can be checkpointed: whether it is, and by what
-_FLAG, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
+_FLAG = "gradient_checkpointing"  # transformers' own, on each layer that can be checkpointed
 
 
 @contextmanager
@@ -156,7 +155,7 @@ def _watched(
 
 
 @contextmanager
-def _input_grad_at_checkpoint(layer: nn.Module) -> Iterator[None]:
+def _input_grad_at_checkpoint(layer: Any) -> Iterator[None]:  # noqa: ANN401 - a module
     """Give a reentrant checkpoint of a layer an input with a gradient.
 
     Not by a hook of the layer: before transformers 5.23 hooks run inside the checkpoint.
@@ -164,16 +163,16 @@ def _input_grad_at_checkpoint(layer: nn.Module) -> Iterator[None]:
     if not checkpoints_reentrantly(layer):
         yield
         return
-    given = getattr(layer, _FUNCTION)
+    given = layer._gradient_checkpointing_func
 
     def checkpoint(run: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
         return given(run, *_first_with_gradient(args)[0])
 
-    setattr(layer, _FUNCTION, checkpoint)
+    layer._gradient_checkpointing_func = checkpoint
     try:
         yield
     finally:
-        setattr(layer, _FUNCTION, given)
+        layer._gradient_checkpointing_func = given
 
 
 @contextmanager
@@ -208,7 +207,7 @@ def checkpoints_reentrantly(layer: nn.Module) -> bool:
     """Whether a layer is checkpointed reentrantly, for which its input must require a gradient."""
     if not getattr(layer, _FLAG, False):
         return False
-    function = getattr(layer, _FUNCTION, None)
+    function = getattr(layer, "_gradient_checkpointing_func", None)
     # torch's own default where a partial does not say: reentrant unless told otherwise
     return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from layerrl.errors import EpisodeError
+from layerrl.trainer.compatibility import end_tokens, generated_one_each
 from layerrl.trainer.episodes import Step, is_finite
 
 if TYPE_CHECKING:
@@ -142,11 +143,8 @@ class TextRollout:
         """One response in each of these episodes."""
         rooms = [trainer.max_completion_length - len(e.completion_ids) for e in going]
         with _at_most(trainer, min(max(rooms), self.max_turn_tokens or max(rooms))):
-            responses, logprobs = trainer._generate_single_turn(
-                [episode.prompt_ids + episode.completion_ids for episode in going],
-                None,
-                {},
-                num_generations=1,  # each has a history of its own
+            responses, logprobs = generated_one_each(
+                trainer, [episode.prompt_ids + episode.completion_ids for episode in going]
             )
         for row, (episode, room) in enumerate(zip(going, rooms, strict=True)):
             episode.response = responses[row][:room]
@@ -213,7 +211,7 @@ class _Episode:
         if not self.going:
             return
         ids = _observation_ids(trainer, self.observation, conversation=conversation)
-        if self.response[-1:] and self.response[-1] not in trainer.eos_token_ids:
+        if self.response[-1:] and self.response[-1] not in end_tokens(trainer):
             ids = [trainer._tokenizer.eos_token_id, *ids]
         self.going = len(self.completion_ids) + len(ids) < trainer.max_completion_length
         if self.going:
@@ -271,7 +269,7 @@ def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> l
                 "the chat template does not show an assistant's message as it is, so what it puts "
                 f"behind one cannot be told: {rendered!r:.200}. Use prompts of plain text."
             )
-        for end in tokenizer.convert_ids_to_tokens(trainer.eos_token_ids):
+        for end in tokenizer.convert_ids_to_tokens(end_tokens(trainer)):
             text = text.removeprefix(end)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -2,18 +2,23 @@
 
 import ast
 
+import trl
+
 from tests.contract.test_imports import ROOT, run_python
 
 POSIX = ["curses", "fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog"]
 POSIX += ["termios", "tty"]
 # What layerrl imports may use what this system has: all of it is loaded before anything is hidden.
+LEFT_OUT = ["layerrl.integrations.openrlhf", "layerrl.integrations.verl"]
+if not hasattr(trl, "DistillationTrainer"):
+    LEFT_OUT.append("layerrl.trainer.distillation")
 PROGRAM = f"""
 import importlib, pkgutil, sys
 
 def import_all():
     import layerrl
     for module in pkgutil.walk_packages(layerrl.__path__, "layerrl."):
-        if module.name not in ("layerrl.integrations.openrlhf", "layerrl.integrations.verl"):
+        if module.name not in {LEFT_OUT}:
             importlib.import_module(module.name)
     return {{name for name in sys.modules if name.partition(".")[0] == "layerrl"}}
 

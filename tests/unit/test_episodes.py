@@ -33,6 +33,7 @@ class Scripted:
     def __init__(self, *turns, rows, max_completion_length=100, logprobs=False):
         self.turns, self.rollout_rows = list(turns), rows
         self.max_completion_length = max_completion_length
+        self.num_generations = self.num_generations_eval = 4
         self._tokenizer = tokenizer()
         self.eos_token_ids, self.chat_template, self.chat_template_kwargs = [EOS], None, {}
         self.generation_config = SimpleNamespace(max_new_tokens=max_completion_length)
@@ -44,8 +45,9 @@ class Scripted:
         texts = [prompt if isinstance(prompt, str) else str(prompt) for prompt in prompts]
         return self._tokenizer(texts)["input_ids"], None, {}
 
-    def _generate_single_turn(self, prompt_ids, images, fields, num_generations):
-        assert (images, fields, num_generations) == (None, {}, 1)
+    def _generate_single_turn(self, prompt_ids, images, fields, num_generations=None):
+        assert (images, fields) == (None, {})
+        assert (num_generations or self.num_generations) == 1
         self.asked.append(self._tokenizer.batch_decode(prompt_ids))
         self.limits.append(self.generation_config.max_new_tokens)
         ids = [self.ids(text)[: self.limits[-1]] for text in self.turns.pop(0)]

@@ -1,0 +1,49 @@
+"""Where the versions of TRL that layerrl works with differ: one function a difference.
+
+Each is deleted, with what calls it for no other reason, when the older way leaves the range.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from trl import GRPOTrainer
+
+
+def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, Any]:  # noqa: ANN401
+    """A completion of each prompt, every one with a history of its own.
+
+    Before 1.15, TRL takes it that each prompt is there as often as the trainer generates for it,
+    and has vLLM generate for one of them.
+
+    Args:
+        trainer: A TRL trainer that generates (GRPO).
+        prompt_ids: Tokens of the prompts.
+
+    Returns:
+        Tokens of the completions, and their log-probabilities if the trainer keeps them.
+    """
+    generate = trainer._generate_single_turn
+    if "num_generations" in inspect.signature(GRPOTrainer._generate_single_turn).parameters:
+        return generate(prompt_ids, None, {}, num_generations=1)
+    before = trainer.num_generations, trainer.num_generations_eval
+    trainer.num_generations = trainer.num_generations_eval = 1
+    try:
+        return generate(prompt_ids, None, {})
+    finally:
+        trainer.num_generations, trainer.num_generations_eval = before
+
+
+def end_tokens(trainer: Any) -> list[int]:  # noqa: ANN401
+    """The tokens that end a completion: before 1.15, TRL knows the tokenizer's alone.
+
+    Args:
+        trainer: A TRL trainer that generates (GRPO).
+
+    Returns:
+        Their ids.
+    """
+    if hasattr(trainer, "eos_token_ids"):
+        return trainer.eos_token_ids
+    return [trainer._tokenizer.eos_token_id]
