@@ -160,10 +160,10 @@ def _input_grad_at_checkpoint(layer: Any) -> Iterator[None]:  # noqa: ANN401 - a
 
     Not by a hook of the layer: before transformers 5.23 hooks run inside the checkpoint.
     """
-    if not checkpoints_reentrantly(layer):
+    given = getattr(layer, "_gradient_checkpointing_func", None)
+    if given is None or not checkpoints_reentrantly(layer):
         yield
         return
-    given = layer._gradient_checkpointing_func
 
     def checkpoint(run: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
         return given(run, *_first_with_gradient(args)[0])

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 TESTED = {
-    "torch": ("2.11", "2.14"),
-    "transformers": ("5.9", "5.24"),
+    "torch": ("2.11", "2.13"),
+    "transformers": ("5.9", "5.23"),
     "accelerate": ("1.10.1", "1.15"),
     "trl": ("1.9", "1.16"),
 }
@@ -484,12 +484,14 @@ def check_versions() -> None:
         installed = installed_version(package)
         if installed is None:
             continue
-        if _numbers(installed) < _numbers(lowest):
+        if not _numbers(installed):  # built from source
+            untested.append(f"{package} {installed} (tested with {lowest} to {highest})")
+        elif _numbers(installed) < _numbers(lowest):
             raise FrameworkError(
                 f"{package} {installed} is installed, and layerrl needs {package} {lowest} or "
                 f'later: pip install "{_requirement(package)}"'
             )
-        if _numbers(installed)[:2] > _numbers(highest):
+        elif _numbers(installed)[:2] > _numbers(highest):
             untested.append(f"{package} {installed} (tested with {lowest} to {highest})")
     if untested:
         warnings.warn(
@@ -522,10 +524,13 @@ def _base(cls: type, path: str) -> type | None:
     """The class of that path that a trainer's class is derived from, if it is."""
     package, _, name = path.rpartition(".")
     # Tools that patch TRL (Unsloth) put classes of their own in its place.
-    replaced = vars(sys.modules.get(package.partition(".")[0], object)).get(name)
+    root = package.partition(".")[0]
+    replaced = vars(sys.modules.get(root, object)).get(name)
     for base in cls.__mro__:
-        root = base.__module__.partition(".")[0]
-        if base is replaced or (base.__name__ == name and root == package.partition(".")[0]):
+        theirs = (
+            base.__module__.partition(".")[0] == root and ".experimental." not in base.__module__
+        )
+        if base is replaced or (base.__name__ == name and theirs):
             return base
     return None
 
@@ -566,7 +571,8 @@ def _problem(seam: Seam, place: Any) -> str:  # noqa: ANN401
         fits = {*expected} <= {*names}
     else:
         fits = expected == (names[: len(expected)] if seam.takes[-1:] == ("...",) else names)
-    if fits or takes_any:
+    # What it does not name may go into **kwargs, but not under another name.
+    if fits or (takes_any and (names == expected[: len(names)] or {*names} >= {*expected})):
         return ""
     short = f"{_short(seam.of)}.{seam.name}"
     return f"{short} takes ({', '.join(names)}), expected ({', '.join(seam.takes)})"
@@ -578,10 +584,15 @@ def _parameters(place: Any, path: str) -> tuple[list[str], bool]:  # noqa: ANN40
     for name in path.split("."):
         holder, found = found, inspect.getattr_static(found, name)
     function = inspect.unwrap(getattr(found, "__func__", found))
-    parameters = [*inspect.signature(function).parameters.values()]
+    try:
+        parameters = [*inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):  # a descriptor or a callable that does not say
+        return [], True
     if isinstance(holder, type) and not isinstance(found, staticmethod):
         parameters = parameters[1:]
     named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters) and not named:
+        return [], True  # a wrapper that hands on what it is given
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
@@ -595,8 +606,8 @@ def _problem_of_hook(model_class: Any) -> str:  # noqa: ANN401
     try:
         model_class.enable_input_require_grads(model)
         names = {getattr(hook, "__name__", "") for hook in embedding._forward_hooks.values()}
-    except Exception as error:  # whatever it has come to need
-        names = {repr(error)}
+    except Exception:  # a tool's patch that needs a whole model: not to be known from here
+        return ""
     if names & {*INPUT_GRAD_HOOKS}:
         return ""
     return (

@@ -705,6 +705,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
         return answer(inputs) if self._auto is None else self._auto.batch(self, inputs, answer)
 
     def _answered(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
+        own_rollout = getattr(self, "rollout_func", None)  # which may ask the engine itself
+        if own_rollout is not None and isinstance(self._weight_sync, WeightSync):
+            self._weight_sync.freshen()
         with self._passes.batch():
             return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -85,6 +85,10 @@ class WeightSync(PartialSync):
         self._generation = generation
         self._metadata: dict[bool, Any] = {}
         self._stale = False
+        # What was put on the instance is called, too.
+        self._given = {
+            n: v for n, v in vars(generation).items() if n in ("sync_weights", "generate")
+        }
         generation.sync_weights = self.sync_weights
         generation.generate = self.generate
 
@@ -105,7 +109,7 @@ class WeightSync(PartialSync):
         if narrow:
             generation.model = part
         try:
-            type(generation).sync_weights(generation)
+            self._call("sync_weights")
         finally:
             generation.model = model
         if narrow and not part.walked:
@@ -129,9 +133,18 @@ class WeightSync(PartialSync):
         Returns:
             What TRL returns.
         """
+        self.freshen()
+        return self._call("generate", *args, **kwargs)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if name in self._given:
+            return self._given[name](*args, **kwargs)
+        return getattr(type(self._generation), name)(self._generation, *args, **kwargs)
+
+    def freshen(self) -> None:
+        """Sync if a checkpoint was loaded since the last time. Every process has to ask."""
         if self._stale:
             self.sync_weights()
-        return type(self._generation).generate(self._generation, *args, **kwargs)
 
     def _keeps_weights(self) -> bool:
         if self._generation._dist.fsdp_version == 1:

@@ -340,6 +340,7 @@ MAY_BE_MISSING = {
     },
     "only some trainers generate, take a reference or an environment": {
         "environment_factories",
+        "rollout_func",
         "model_init_kwargs",
         "num_generations",
         "num_generations_eval",
