@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -155,7 +156,12 @@ def run_asynchronous(base: str, output: str, *, selection: Any, **_: Any) -> dic
     from tests.asynchronous import Server, in_place_of_a_gpu
     from tests.asynchronous import make as make_asynchronous
 
-    with pytest.MonkeyPatch.context() as patch, in_place_of_a_gpu(patch):
+    # The engine takes the launcher's variables away, which the jobs to come need.
+    with (
+        mock.patch.dict(os.environ),
+        pytest.MonkeyPatch.context() as patch,
+        in_place_of_a_gpu(patch),
+    ):
         trainer = make_asynchronous(
             Path(base),
             Path(output),
