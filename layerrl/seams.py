@@ -439,10 +439,17 @@ def imported() -> Iterator[None]:
         FrameworkError: If a package is too old, or not installed, or lacks a name.
         ImportError: If it is of another package, as it is.
         AttributeError: The same.
+        RuntimeError: The same.
     """
     check_versions()
     try:
         yield
+    except RuntimeError as error:
+        # What their lazy modules make of any error in an import.
+        cause = error.__cause__
+        if not isinstance(cause, ImportError) or isinstance(cause, FrameworkError):
+            raise
+        raise FrameworkError(f"{error} Install what is named there.") from error
     except (ImportError, AttributeError) as error:
         of, name = _missing(error)
         package = of.partition(".")[0]
@@ -507,6 +514,11 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return getattr(sys.modules.get(package), "__version__", None)
+
+
+def installed(package: str) -> tuple[int, ...]:
+    """The numbers of the installed version: for what only a version tells."""
+    return _numbers(installed_version(package) or "")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from layerrl.seams import imported
+from layerrl.errors import FrameworkError
+from layerrl.seams import imported, installed_version
 
 with imported():
     from trl import GRPOTrainer
 
+    from layerrl.trainer import ready
     from layerrl.trainer.environments import TextEnvironment, TextRollout
     from layerrl.trainer.episodes import Step
     from layerrl.trainer.gigpo import GiGPOConfig, GiGPOTrainer
@@ -20,17 +22,17 @@ with imported():
     )
     from layerrl.trainer.schedule import LayerSchedule
 
-if TYPE_CHECKING:
-    from layerrl.trainer.distillation import LayerMaskedDistillationTrainer
+if TYPE_CHECKING or hasattr(ready, "LayerMaskedDistillationTrainer"):
+    from layerrl.trainer.ready import LayerMaskedDistillationTrainer
 else:
 
     def __getattr__(name: str) -> object:
-        """Loaded on first use: the oldest TRL has no such trainer."""
         if name != "LayerMaskedDistillationTrainer":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from layerrl.trainer.distillation import LayerMaskedDistillationTrainer
-
-        return LayerMaskedDistillationTrainer
+        raise FrameworkError(
+            f"{name} needs trl's DistillationTrainer, which trl {installed_version('trl')} does "
+            "not have. trl 1.10 does: pip install 'trl>=1.10'"
+        )
 
 
 class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):

@@ -10,6 +10,8 @@ from typing import Any
 
 from trl import GRPOTrainer
 
+from layerrl.seams import installed
+
 
 def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, Any]:  # noqa: ANN401
     """A completion of each prompt, every one with a history of its own.
@@ -33,6 +35,22 @@ def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, 
         return generate(prompt_ids, None, {})
     finally:
         trainer.num_generations, trainer.num_generations_eval = before
+
+
+def windows_of_tokens(trainer: Any) -> float:  # noqa: ANN401
+    """What a loss by token (DAPO's) divides a batch's tokens by, before it divides by them.
+
+    Since 1.10, TRL takes the share of a generation batch that one optimizer step is for.
+
+    Args:
+        trainer: A TRL trainer that generates (GRPO).
+
+    Returns:
+        Generation batch over step: 1 before.
+    """
+    if installed("trl") < (1, 10):
+        return 1.0
+    return trainer.args.steps_per_generation / trainer.current_gradient_accumulation_steps
 
 
 def end_tokens(trainer: Any) -> list[int]:  # noqa: ANN401

@@ -94,6 +94,23 @@ def refuse_launcher(
         _refuse_parts_elsewhere(selection, settings)
 
 
+def refuse_threads(args: Any) -> None:  # noqa: ANN401
+    """Several devices in one process, which the oldest TRL does not refuse itself.
+
+    Args:
+        args: The trainer's args.
+
+    Raises:
+        LauncherError: If transformers would wrap the model in `nn.DataParallel`.
+    """
+    if args.n_gpu > 1:
+        raise LauncherError(
+            f"transformers would run {args.n_gpu} devices from one process, through "
+            "nn.DataParallel, whose copies of the model are not masked. Start one process for each "
+            "(accelerate launch), or show this one a single device: CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def casts_model(accelerator: Accelerator) -> bool:
     """Whether the model itself goes over to the dtype of mixed precision when training starts."""
     return uses_deepspeed(accelerator) and accelerator.mixed_precision in ("bf16", "fp16")

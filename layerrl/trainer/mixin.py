@@ -252,6 +252,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._selection = selection
         quantised = getattr(unwrap(self.model), "is_quantized", False)
         launchers.refuse_launcher(self.selection, self.accelerator, quantised=quantised)
+        launchers.refuse_threads(self.args)
         launchers.refuse_disagreement(self.selection, self.accelerator)
         arguments.refuse_cast(
             self.args, None if full else self.model, launchers.casts_model(self.accelerator)

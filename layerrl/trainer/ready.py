@@ -1,5 +1,8 @@
 """TRL's other trainers with the mixin in front of them."""
 
+from typing import TYPE_CHECKING
+
+import trl
 from trl import DPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from layerrl.trainer.mixin import LayerMaskedMixin
@@ -33,3 +36,9 @@ class LayerMaskedRewardTrainer(LayerMaskedMixin, RewardTrainer):
     The score head lies outside the layers and trains under `"full"` alone. Of a reward model made
     from a language model it is random: give a model whose head has been trained. A warning says so.
     """
+
+
+if TYPE_CHECKING or hasattr(trl, "DistillationTrainer"):  # the oldest TRL has none
+
+    class LayerMaskedDistillationTrainer(LayerMaskedMixin, trl.DistillationTrainer):
+        """TRL's `DistillationTrainer`, training only the student's layers of a selection."""

@@ -18,6 +18,7 @@ from trl.trainer.utils import (
 
 from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.errors import ProbeError
+from layerrl.trainer.compatibility import windows_of_tokens
 from layerrl.trainer.evaluation import replaced_rewards, rewarded_differently, watched_rewards
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ class Rollouts:
             num_parts += 1
         trainer.current_gradient_accumulation_steps = num_parts
         if batch.get("num_items_in_batch") is not None:
-            # TRL divides by this times the parts, over the steps of a generation batch.
-            scale = trainer.args.steps_per_generation / (num_parts * num_prompts)
+            scale = windows_of_tokens(trainer) / num_prompts
             batch = {**batch, "num_items_in_batch": batch["num_items_in_batch"] * scale}
         split: Callable[..., list[dict[str, Any]]] = split_tensor_dict
         signals = self.with_signal[-num_prompts:]

@@ -2,16 +2,12 @@
 
 import ast
 
-import trl
-
 from tests.contract.test_imports import ROOT, run_python
 
 POSIX = ["curses", "fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog"]
 POSIX += ["termios", "tty"]
 # What layerrl imports may use what this system has: all of it is loaded before anything is hidden.
 LEFT_OUT = ["layerrl.integrations.openrlhf", "layerrl.integrations.verl"]
-if not hasattr(trl, "DistillationTrainer"):
-    LEFT_OUT.append("layerrl.trainer.distillation")
 PROGRAM = f"""
 import importlib, pkgutil, sys
 

@@ -373,7 +373,12 @@ MAY_BE_MISSING = {
         "_original_forward",
     },
     "only tensors or layers of bitsandbytes have it": {"quant_state", "support_avx512bf16_for_cpu"},
-    "only an older or a newer TRL has it": {"_push_param_to_vllm", "eos_token_ids"},
+    "only an older or a newer TRL has it": {
+        "_push_param_to_vllm",
+        "eos_token_ids",
+        "DistillationTrainer",
+        "LayerMaskedDistillationTrainer",
+    },
     "only PEFT's wrapper has it": {"peft_config", "get_base_model"},
     "Python's, or layerrl's own": {
         "_choice",

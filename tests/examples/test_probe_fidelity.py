@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from layerrl.report import ContributionReport, Score
+from layerrl.seams import installed
 from tests.grpo import PROMPTS, config, tokenizer
 from tests.models import tiny
 
@@ -99,6 +100,9 @@ def test_a_truth_of_another_base_is_refused(load: Any, tmp_path: Path, monkeypat
         module.main()
 
 
+@pytest.mark.skipif(
+    installed("transformers") < (5, 23), reason="older transformers draw other weights"
+)
 def test_bases_that_are_kept_are_those_of_their_truths(load: Any) -> None:
     module = load("probe_fidelity")
     for suite in load("suites").SMALL:

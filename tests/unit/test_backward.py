@@ -59,7 +59,11 @@ class Visits:
 
     def _watch_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.requires_grad:
+        # Before 5.23, transformers runs this hook inside the checkpoint: again where the backward
+        # recomputes the layer, and on the copy that layerrl gives a reentrant one.
+        recomputed = torch._C._current_graph_task_id() != -1
+        copied = type(hidden.grad_fn).__name__ == "CloneBackward0"
+        if hidden.requires_grad and not (recomputed or copied):
             hidden.register_hook(self._embedding_gradient)
 
     def _embedding_gradient(self, _: Tensor) -> None:
