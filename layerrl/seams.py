@@ -580,11 +580,13 @@ def _problem(seam: Seam, place: Any) -> str:  # noqa: ANN401
     names, takes_any = _parameters(place, seam.name)
     expected = [name for name in seam.takes if name != "..."]
     if seam.takes[:1] == ("...",):
-        fits = {*expected} <= {*names}
+        fits = takes_any or {*expected} <= {*names}
+    elif takes_any:  # what it does not name itself
+        shorter = min(len(names), len(expected))
+        fits = names[:shorter] == expected[:shorter]
     else:
         fits = expected == (names[: len(expected)] if seam.takes[-1:] == ("...",) else names)
-    # What it does not name may go into **kwargs, but not under another name.
-    if fits or (takes_any and (names == expected[: len(names)] or {*names} >= {*expected})):
+    if fits:
         return ""
     short = f"{_short(seam.of)}.{seam.name}"
     return f"{short} takes ({', '.join(names)}), expected ({', '.join(seam.takes)})"
@@ -600,11 +602,11 @@ def _parameters(place: Any, path: str) -> tuple[list[str], bool]:  # noqa: ANN40
         parameters = [*inspect.signature(function).parameters.values()]
     except (TypeError, ValueError):  # a descriptor or a callable that does not say
         return [], True
+    if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return [], True  # a wrapper that hands on what it is given
     if isinstance(holder, type) and not isinstance(found, staticmethod):
         parameters = parameters[1:]
     named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters) and not named:
-        return [], True  # a wrapper that hands on what it is given
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 

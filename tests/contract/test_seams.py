@@ -1,6 +1,7 @@
 """What layerrl needs of other packages, one by one taken away or changed, as an upgrade would."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -10,6 +11,7 @@ import tomllib
 import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import transformers
@@ -121,6 +123,40 @@ class TestClasses:
         """Tools that patch trainers wrap their methods."""
         monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", lambda *args, **kwargs: None)
         check_class(LayerMaskedGRPOTrainer)
+
+    @pytest.mark.parametrize(
+        "patch",
+        [
+            lambda *args: None,
+            functools.partialmethod(lambda self, model, trial: None),
+            property(lambda self: None),
+            mock.Mock(),
+            lambda self, model, **others: None,
+        ],
+        ids=["*args", "partialmethod", "property", "a mock", "**others"],
+    )
+    def test_patches_of_any_kind_are_taken(self, monkeypatch, patch):
+        monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", patch)
+        check_class(LayerMaskedGRPOTrainer)
+
+    def test_other_names_beside_any_more_are_one_sentence(self, monkeypatch):
+        monkeypatch.setattr(
+            transformers.Trainer, "_save_checkpoint", lambda self, trial, model, **others: None
+        )
+        with pytest.raises(FrameworkError, match=r"takes \(trial, model\), expected"):
+            check_class(LayerMaskedGRPOTrainer)
+
+    def test_an_experimental_trainer_of_the_same_name_is_another(self, monkeypatch):
+        other = type("GRPOTrainer", (transformers.Trainer,), {"__module__": "trl.experimental.x"})
+        check_class(type("Masked", (other,), {}))
+
+    def test_a_hook_that_wants_a_whole_model_is_not_known_from_here(self, monkeypatch):
+        monkeypatch.setattr(
+            transformers.PreTrainedModel,
+            "enable_input_require_grads",
+            lambda self: self.model.embed_tokens,
+        )
+        check_class(LayerMaskedSFTTrainer)
 
     def test_a_hook_of_another_name_is_one_sentence(self, monkeypatch):
         def enable_input_require_grads(self):

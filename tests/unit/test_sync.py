@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
+from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from layerrl import LayerMaskedGRPOTrainer, select_layers
+from layerrl import LayerMaskedGRPOTrainer, LayerMaskedMixin, select_layers
 from layerrl.blocks import with_fused_siblings
 from layerrl.errors import FrameworkError
 from tests.engines import Client, Engine, in_place_of_vllm
@@ -38,7 +39,7 @@ def masked(folder, mode: str = "colocate", selection: Any = 2, **changes: Any) -
         load(folder),
         folder.parent / "run",
         arguments=arguments,
-        trainer=LayerMaskedGRPOTrainer,
+        trainer=changes.pop("trainer", LayerMaskedGRPOTrainer),
         use_vllm=True,
         vllm_mode=mode,
         **changes,
@@ -196,6 +197,59 @@ class TestStandIn:
     def test_client_takes_what_the_real_one_takes(self, method):
         real, ours = (inspect.signature(getattr(c, method)) for c in (VLLMClient, Client))
         assert list(real.parameters) == list(ours.parameters)
+
+
+@pytest.mark.parametrize("name", ["generate", "sync_weights"])
+def test_what_a_subclass_put_on_the_instance_is_called_too(folder, name):
+    called = []
+
+    class Wrapping(GRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            given = getattr(self.vllm_generation, name)
+
+            def wrapper(*args, **kwargs):
+                called.append(name)
+                return given(*args, **kwargs)
+
+            setattr(self.vllm_generation, name, wrapper)
+
+    class Masked(LayerMaskedMixin, Wrapping):
+        pass
+
+    trainer = masked(folder, trainer=Masked)
+    trainer.train()
+    assert called == [name] * 3
+    assert Engine.latest.syncs[1:] == [of_layer(trainer, 2)] * 2
+
+
+def test_a_rollout_that_asks_the_engine_itself_gets_a_loaded_checkpoint(folder):
+    served = []
+
+    def rollout(prompts, trainer):
+        engine = Engine.latest.model
+        served.append(
+            all(
+                torch.equal(engine.get_parameter(n), p) for n, p in trainer.model.named_parameters()
+            )
+        )
+        ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [[5, 6]] * len(ids),
+            "logprobs": [[-1.0] * 2] * len(ids),
+        }
+
+    changes = evaluation(save_strategy="steps", save_steps=1)
+    changes["arguments"] = {**changes["arguments"], "rollout_func": rollout}
+    trainer = masked(folder, **changes)
+    trainer.train()
+    trainer.state.best_model_checkpoint = str(folder.parent / "run" / "checkpoint-1")
+    trainer._load_best_model()
+    served.clear()
+    trainer.evaluate()
+    assert served
+    assert all(served)
 
 
 def test_a_trl_that_walks_the_model_in_another_way_is_no_silent_success(folder, monkeypatch):
