@@ -15,7 +15,7 @@ from layerrl.blocks import with_fused_siblings
 from layerrl.errors import FrameworkError
 from tests.engines import Client, Engine, in_place_of_vllm
 from tests.grpo import make
-from tests.runs import assert_same_run, evaluation, load, pair, saved, train
+from tests.runs import assert_same_run, bits, evaluation, load, moved, pair, saved, train
 
 MODES = ["colocate", "server"]
 EXPERTS = ["b.experts.0.w2.weight", "b.experts.1.w2.weight", "b.experts.down_proj"]
@@ -236,7 +236,7 @@ def test_a_rollout_that_asks_the_engine_itself_gets_a_loaded_checkpoint(folder):
         ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
         return {
             "prompt_ids": ids,
-            "completion_ids": [[5, 6]] * len(ids),
+            "completion_ids": [[5, 6 + row % 7] for row in range(len(ids))],
             "logprobs": [[-1.0] * 2] * len(ids),
         }
 
@@ -245,7 +245,9 @@ def test_a_rollout_that_asks_the_engine_itself_gets_a_loaded_checkpoint(folder):
     trainer = masked(folder, **changes)
     trainer.train()
     trainer.state.best_model_checkpoint = str(folder.parent / "run" / "checkpoint-1")
+    before = bits(trainer.model)
     trainer._load_best_model()
+    assert moved(trainer, before)
     served.clear()
     trainer.evaluate()
     assert served
