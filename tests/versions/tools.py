@@ -25,7 +25,7 @@ TOOLS = {
     "vllm==0.32.0": "-",
     "vllm==0.33.0": "-",
     "sglang==0.5.23": "-",
-    "unsloth==2026.10.9": "`make test-unsloth`",
+    "unsloth==2026.10.9": "`make test-unsloth`, with TRL 1.14",
     "axolotl==0.19.0": "`make test-axolotl`",
     "openrlhf==0.11.2": "`make test-openrlhf`",
     "verl==0.9.1": "`make test-verl`",
@@ -63,12 +63,14 @@ def resolved(*requirements: str) -> dict[str, str] | str:
     output = done.stdout + done.stderr
     print(output, file=sys.stderr)
     conflict = re.search(r"The conflict is caused by:\n(.*?)\n\n", output, re.DOTALL)
-    said = conflict[1] if conflict else re.findall("ERROR: (.*)", output)[0]
+    said = conflict[1] if conflict else [*re.findall("ERROR: (.*)", output), "no reason given"][0]
     return "; ".join(part.strip() for part in said.splitlines())
 
 
 def main(tools: list[str]) -> None:
     """Ask for each tool, and put its line into the page as soon as it is known."""
+    if unknown := {*tools} - {*TOOLS}:
+        sys.exit(f"{', '.join(unknown)} is not in the table; expected {', '.join(TOOLS)}")
     python = ".".join(map(str, sys.version_info[:2]))
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT]
