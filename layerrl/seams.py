@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import traceback
 import warnings
 from contextlib import contextmanager
 from functools import cache
@@ -449,21 +450,43 @@ def imported() -> Iterator[None]:
         cause = error.__cause__
         if not isinstance(cause, ImportError) or isinstance(cause, FrameworkError):
             raise
-        raise FrameworkError(f"{error} Install what is named there.") from error
+        said = _said_of(cause) or f"{error} Install what is named there."
+        raise FrameworkError(said) from error
     except (ImportError, AttributeError) as error:
-        of, name = _missing(error)
-        package = of.partition(".")[0]
-        if isinstance(error, FrameworkError) or package not in TESTED:
+        said = None if isinstance(error, FrameworkError) else _said_of(error)
+        if said is None:
             raise
-        if installed_version(package) is None:
-            raise FrameworkError(
-                f'{package} is not installed, and layerrl needs it: pip install "'
-                f'{_requirement(package)}"'
-            ) from error
-        use = next((s.use for s in SEAMS if f"{s.of}.{s.name}".endswith(f".{name}")), "")
-        problem = f"{_short(of)} has no {name}" if name else f"there is no {of}"
-        gone = _Gone(Seam(of, name, None, use, None), problem)
-        raise FrameworkError(_sentence([gone])) from error
+        raise FrameworkError(said) from error
+
+
+def _said_of(error: ImportError | AttributeError) -> str | None:
+    """What to say of a name that is missing in a package of `TESTED`; None of any other."""
+    of, name = _missing(error)
+    asking = _packages(error)
+    package = of.partition(".")[0] or next(reversed(asking), "")  # lazy modules do not always say
+    if package not in TESTED:
+        return None
+    found = installed_version(package)
+    if found is None:
+        requirement = _requirement(package)
+        return f'{package} is not installed, and layerrl needs it: pip install "{requirement}"'
+    importer = next((name for name in reversed(asking) if name != package), "layerrl")
+    theirs = installed_version(importer)
+    if importer != "layerrl" and theirs:
+        return (
+            f"{importer} {theirs} cannot be imported beside {package} {found}: {str(error).rstrip('.')}. Install "
+            f"versions that go together: pip install --upgrade {importer} {package} layerrl"
+        )
+    use = next((s.use for s in SEAMS if f"{s.of}.{s.name}".endswith(f".{name}")), "")
+    problem = f"{_short(of)} has no {name}" if name else f"there is no {of}" if of else f"{error}"
+    return _sentence([_Gone(Seam(of, name, None, use, None), problem)])
+
+
+def _packages(error: BaseException) -> list[str]:
+    """The packages whose code an error went through, the one that raised it last."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = (frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames)
+    return [name for name in names if name not in ("", "importlib")]
 
 
 def _missing(error: ImportError | AttributeError) -> tuple[str, str]:
@@ -551,9 +574,12 @@ def _place(path: str) -> Any:  # noqa: ANN401
     """The module or class of that path, or an instance; None where there is none."""
     names = path.removesuffix("()").split(".")
     for length in range(len(names), 0, -1):
+        module = ".".join(names[:length])
         try:
-            found = import_module(".".join(names[:length]))
-        except ImportError:
+            found = import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise  # it is there, and imports what is not
             continue
         for name in names[length:]:
             found = getattr(found, name, None)

@@ -280,6 +280,15 @@ class TestImports:
         with pytest.raises(FrameworkError, match=expected), imported():
             raise ModuleNotFoundError("No module named 'trl'", name="trl")
 
+    def test_what_another_package_misses_is_not_laid_at_layerrl_s_door(self):
+        code = (
+            "import transformers.trainer as module; del module.Trainer; import transformers; "
+            "transformers.__dict__.pop('Trainer', None); import layerrl.trainer"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        [*_, said] = done.stderr.strip().splitlines()
+        assert re.search(r"FrameworkError: trl .* cannot be imported beside transformers", said)
+
     def test_errors_of_other_packages_stay_what_they_are(self):
         for error in (ModuleNotFoundError("no", name="vllm"), AttributeError("no")):
             with pytest.raises(type(error)) as raised, imported():
