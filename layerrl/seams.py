@@ -474,8 +474,9 @@ def _said_of(error: ImportError | AttributeError) -> str | None:
     theirs = installed_version(importer)
     if importer != "layerrl" and theirs:
         return (
-            f"{importer} {theirs} cannot be imported beside {package} {found}: {str(error).rstrip('.')}. Install "
-            f"versions that go together: pip install --upgrade {importer} {package} layerrl"
+            f"{importer} {theirs} cannot be imported beside {package} {found}: "
+            f"{str(error).rstrip('.')}. Install versions that go together: pip install --upgrade "
+            f"{importer} {package} layerrl"
         )
     use = next((s.use for s in SEAMS if f"{s.of}.{s.name}".endswith(f".{name}")), "")
     problem = f"{_short(of)} has no {name}" if name else f"there is no {of}" if of else f"{error}"
