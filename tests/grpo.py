@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from layerrl import LayerMaskedGRPOTrainer
+from tests.devices import DEVICE
 
 # Tensors this small only wait for a second thread, most of all where tests share the cores.
 torch.set_num_threads(1)
@@ -48,7 +49,7 @@ QUIETLY = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
-    "use_cpu": True,
+    "use_cpu": DEVICE.type == "cpu",
     "bf16": False,
     "disable_tqdm": True,
 }

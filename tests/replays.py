@@ -14,6 +14,7 @@ from layerrl import select_layers
 from layerrl.blocks import find_blocks
 from layerrl.replay import PrefixReplay
 from layerrl.replay.comparing import flat
+from tests.devices import DEVICE, generator, random_state, set_random_state
 
 # Legend: B rows, T tokens, H hidden size.
 B, T, H = 6, 5, 16
@@ -26,7 +27,8 @@ Call = Callable[[Any], Any]
 
 def ids(seed: int = 0, rows: int = B, tokens: int = T) -> Tensor:
     """Random tokens."""
-    return torch.randint(3, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    shape = (rows, tokens)
+    return torch.randint(3, 64, shape, generator=generator(seed), device=DEVICE)
 
 
 def call(ids_BT: Tensor | None = None, **kwargs: Any) -> Any:
@@ -61,7 +63,7 @@ class Pair:
         trained = set(map(id, selection.parameters(model).values()))
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        self.model: Any = model
+        self.model: Any = model.to(DEVICE)
         self.plain: Any = deepcopy(model)
         self.replay = PrefixReplay(model, selection, max_bytes, agree=agree)
 
@@ -85,12 +87,12 @@ class Pair:
     def same(self, run: Call, *, grad: bool = False, atol: float = 0.0) -> bool:
         """Whether a pass was replayed. What it gives must be equal, and the random state left."""
         before, results = self.replay.num_replayed, []
-        state = torch.get_rng_state()
+        state = random_state()
         for model in (self.plain, self.model):
-            torch.set_rng_state(state)
+            set_random_state(state)
             with torch.set_grad_enabled(grad):
                 output = run(model)
-            results.append(([*flat(output)], gradients(model, output), torch.get_rng_state()))
+            results.append(([*flat(output)], gradients(model, output), random_state()))
         assert_close(results[1], results[0], rtol=0, atol=atol, equal_nan=True)
         return self.replay.num_replayed > before
 

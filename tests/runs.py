@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from layerrl import LayerMaskedGRPOTrainer
+from tests.devices import on_cpu
 from tests.grpo import PROMPTS, make
 from tests.models import tiny
 
@@ -126,14 +127,14 @@ def evaluation(every: int = 1, num_prompts: int = 2, **changes: Any) -> dict[str
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all that is saved with a model."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: on_cpu(tensor) for name, tensor in model.state_dict().items()}
 
 
 def optimizer_state(trainer: Any) -> dict[str, Tensor]:
     """The optimizer's tensors, by the name of the parameter and what they are of it."""
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     return {
-        f"{names[id(parameter)]}: {key}": value
+        f"{names[id(parameter)]}: {key}": on_cpu(value)
         for parameter, state in trainer.optimizer.state.items()
         for key, value in state.items()
     }

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer import utils
 
 from layerrl import LayerMaskedMixin
+from tests.devices import on_any_device
 from tests.grpo import PROMPTS, QUIETLY, make, tokenizer
 from tests.models import tiny
 from tests.runs import (
@@ -23,6 +24,8 @@ from tests.runs import (
     train,
     trained_pair,
 )
+
+pytestmark = on_any_device
 
 PREFERENCES = {
     "prompt": PROMPTS * 4,

@@ -10,6 +10,7 @@ from trl import RLOOConfig, RLOOTrainer
 from layerrl import LayerMaskedMixin
 from layerrl.blocks import find_blocks
 from layerrl.reference import ReferenceModel
+from tests.devices import on_any_device
 from tests.grpo import QUIETLY, make
 from tests.models import tiny
 from tests.runs import (
@@ -29,6 +30,8 @@ from tests.runs import (
     train,
     trained_pair,
 )
+
+pytestmark = on_any_device
 
 CHECKPOINTING = {"default": {}, "off": NO_CHECKPOINTING, "reentrant": REENTRANT}
 REUSED = {"beta": 0.04, "num_iterations": 2}

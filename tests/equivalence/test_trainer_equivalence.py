@@ -15,9 +15,11 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from layerrl import select_layers
+from tests.devices import on_any_device, on_cpu
 from tests.grpo import make
 from tests.models import FAMILIES, tiny
 
+pytestmark = on_any_device
 STEPS = 5
 
 
@@ -50,7 +52,7 @@ def train(model: PreTrainedModel, folder: Path, *, selection: Any = None, **chan
 
 def bits(model: PreTrainedModel) -> dict[str, Tensor]:
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in named}
+    return {name: on_cpu(tensor) for name, tensor in named}
 
 
 def assert_equivalent(

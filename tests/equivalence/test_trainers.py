@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from layerrl.blocks import find_blocks
 from layerrl.errors import DeltaError
 from layerrl.reference import ReferenceModel
+from tests.devices import DEVICE, on_any_device
 from tests.grpo import make
 from tests.models import tiny
 from tests.runs import (
@@ -42,6 +43,8 @@ from tests.trainers import (
     saves_a_delta,
     sends_what_was_trained,
 )
+
+pytestmark = on_any_device
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 # Halves add up to the very same frozen tensor, which plain TRL mixes with itself as well.
@@ -201,7 +204,7 @@ class TestReference:
         assert trainer.ref_model is None
         example = trainer.train_dataset[0]
         prompt, chosen = example["prompt_ids"], example["chosen_ids"]
-        ids = torch.tensor([prompt + chosen])
+        ids = torch.tensor([prompt + chosen], device=DEVICE)
         with torch.no_grad():
             logps = load(dpo.folder / "base").eval()(ids).logits.log_softmax(-1)[0, :-1]
         scores = logps.gather(1, ids[0, 1:, None])[len(prompt) - 1 :]

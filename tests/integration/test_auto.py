@@ -11,11 +11,14 @@ from trl import DPOConfig, DPOTrainer, RLOOConfig
 from layerrl import ContributionReport, LayerMaskedMixin, contribution_probe, select_layers
 from layerrl.errors import ProbeError, SelectionError
 from layerrl.trainer import LayerMaskedRLOOTrainer, LayerSchedule
+from tests.devices import on_any_device
 from tests.engines import in_place_of_vllm
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
 from tests.runs import assert_same_run, bits
 from tests.trainers import PREFERENCES
+
+pytestmark = on_any_device
 
 TRAIN = Dataset.from_dict({"prompt": PROMPTS * 64})
 

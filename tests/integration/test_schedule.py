@@ -14,6 +14,7 @@ from layerrl import ContributionReport, load_delta, select_layers
 from layerrl.errors import SelectionError
 from layerrl.report import Score
 from layerrl.trainer.schedule import LayerSchedule
+from tests.devices import on_any_device
 from tests.engines import Engine, in_place_of_vllm
 from tests.grpo import make
 from tests.models import tiny
@@ -26,6 +27,8 @@ from tests.runs import (
     optimizer_state,
     train,
 )
+
+pytestmark = on_any_device
 
 LAYERS = [0, 1, 2]
 

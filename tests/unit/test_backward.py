@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 from layerrl import select_layers
 from layerrl.blocks import find_blocks
 from layerrl.checkpointing import backward_from_first_trained
+from tests.devices import DEVICE, on_any_device
 from tests.grpo import make
 from tests.models import tiny
 from tests.runs import NO_CHECKPOINTING, REENTRANT, bits, freeze_by_hand, moved
 
-IDS = torch.tensor([[5, 9, 11, 3], [7, 8, 3, 12]])
+pytestmark = on_any_device
+
+IDS = torch.tensor([[5, 9, 11, 3], [7, 8, 3, 12]], device=DEVICE)
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "default": {},
     "non-reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
@@ -93,7 +96,7 @@ def required(model: nn.Module) -> dict[str, bool]:
 
 def checkpointed(model: PreTrainedModel, kind: str, times: int = 1) -> PreTrainedModel:
     """The model in training mode, with checkpointing enabled as often as TRL does in a run."""
-    model.train()
+    model.to(DEVICE).train()
     if kind != "off":
         for _ in range(times):
             reentrant = {"use_reentrant": kind == "reentrant"}

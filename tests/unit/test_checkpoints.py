@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from layerrl import load_delta, select_layers
 from layerrl.delta import DeltaBase, restore_delta, save_delta
 from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
+from tests.devices import on_any_device
 from tests.grpo import PROMPTS, config, make, reward
 from tests.models import tiny
 from tests.runs import (
@@ -30,6 +31,8 @@ from tests.runs import (
     saved,
     train,
 )
+
+pytestmark = on_any_device
 
 WEIGHT = "model.layers.2.mlp.up_proj.weight"
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}

@@ -24,15 +24,14 @@ from layerrl import delta as delta_module
 from layerrl.delta import DeltaBase, checkpoint_form
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints
+from tests.devices import on_any_device
 from tests.models import tiny
+from tests.runs import bits
+
+pytestmark = [on_any_device, pytest.mark.usefixtures("made_on_device")]
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 INDEX = "model.safetensors.index.json"
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all that is saved with a model."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_same(model: nn.Module, expected: dict[str, Tensor]) -> None:
@@ -44,7 +43,7 @@ def change(model: nn.Module, selection: LayerSelection) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in selection.parameters(model).values():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
             parameter.add_(noise)
 
 

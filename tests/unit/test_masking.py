@@ -20,7 +20,10 @@ from layerrl.masking import (
     parameters_by_layer,
     scale_learning_rates,
 )
+from tests.devices import DEVICE, on_any_device
 from tests.models import tiny
+
+pytestmark = on_any_device
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 COMPLEX = [torch.complex64, torch.complex128]
@@ -30,7 +33,7 @@ CHUNK = 1 << 20
 
 
 def fingerprint(tensor: Tensor) -> str:
-    return fingerprints({"tensor": tensor})["tensor"]
+    return fingerprints({"tensor": tensor.to(DEVICE)})["tensor"]
 
 
 def random_bytes(num_elements: int, dtype: torch.dtype) -> Tensor:
@@ -53,7 +56,7 @@ class TestFingerprints:
     def test_are_those_that_deltas_on_disk_have(self, num_elements, digits):
         generator = torch.Generator().manual_seed(0)
         tensor = torch.randn(num_elements, generator=generator)
-        assert fingerprints({"": tensor}) == {"": digits}
+        assert fingerprints({"": tensor.to(DEVICE)}) == {"": digits}
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_any_single_flipped_bit_changes_it(self, dtype):

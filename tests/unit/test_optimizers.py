@@ -17,6 +17,7 @@ from layerrl.errors import SelectionError
 from layerrl.optimizer import check_steps, keep_only, nested
 from layerrl.precision import step_in_float32, stepped_value
 from layerrl.trainer.schedule import LayerSchedule
+from tests.devices import DEVICE, on_any_device
 from tests.grpo import make
 from tests.models import tiny
 from tests.optimizers import (
@@ -42,6 +43,8 @@ from tests.runs import (
     train,
 )
 
+pytestmark = on_any_device
+
 SHAPES = [(6, 4), (4,), (5, 6)]
 
 
@@ -49,18 +52,18 @@ def weights(dtype: torch.dtype) -> list[nn.Parameter]:
     draws = torch.Generator().manual_seed(0)
     # Everyone starts from the same, rounded values.
     drawn = [0.02 * torch.randn(shape, generator=draws) for shape in SHAPES]
-    return [nn.Parameter(value.bfloat16().to(dtype)) for value in drawn]
+    return [nn.Parameter(value.bfloat16().to(DEVICE, dtype)) for value in drawn]
 
 
 def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
     draws = torch.Generator().manual_seed(step + 1)
     for p in parameters:
-        p.grad = torch.randn(p.shape, generator=draws).bfloat16().to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=draws).bfloat16().to(p)
 
 
 def closure(parameters: list[nn.Parameter]) -> Tensor:
     """Of the weights as the model sees them, rounded."""
-    loss = torch.zeros(())
+    loss = torch.zeros((), device=DEVICE)
     for p in parameters:
         seen = p.detach().bfloat16()
         p.grad = (seen - 0.5).to(p.dtype)

@@ -13,9 +13,12 @@ from torch.testing import assert_close
 
 from layerrl.errors import SelectionError
 from layerrl.precision import step_in_float32
+from tests.devices import DEVICE, on_any_device
 from tests.grpo import make
 from tests.models import tiny
 from tests.runs import assert_same_run, bits, metric, optimizer_state, pair, saved, train
+
+pytestmark = on_any_device
 
 SMALL_STEP = 1e-6
 HALVES = [torch.bfloat16, torch.float16]
@@ -23,11 +26,12 @@ HALVES = [torch.bfloat16, torch.float16]
 
 def weights(dtype: torch.dtype) -> nn.Parameter:
     draws = torch.Generator().manual_seed(0)
-    return nn.Parameter((0.02 * torch.randn(40, 30, generator=draws)).to(dtype))
+    return nn.Parameter((0.02 * torch.randn(40, 30, generator=draws)).to(DEVICE, dtype))
 
 
 def gradient(step: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(40, 30, generator=torch.Generator().manual_seed(step + 1)).to(dtype)
+    draws = torch.Generator().manual_seed(step + 1)
+    return torch.randn(40, 30, generator=draws).to(DEVICE, dtype)
 
 
 def steps(optimizer: Optimizer, num: int, first: int = 0) -> None:
@@ -172,7 +176,7 @@ class TestStepInFloat32:
 
     def test_inside_accelerates_wrapper(self):
         parameter = weights(torch.bfloat16)
-        optimizer = Accelerator(cpu=True).prepare(AdamW([parameter], lr=SMALL_STEP))
+        optimizer = Accelerator(cpu=DEVICE.type == "cpu").prepare(AdamW([parameter], lr=SMALL_STEP))
         step_in_float32(optimizer)
         steps(optimizer, 2)
         assert master(optimizer).dtype == torch.float32

@@ -20,6 +20,7 @@ from trl.experimental.bema_for_ref_model import DPOTrainer as BEMADPOTrainer
 from layerrl import LayerMaskedMixin, select_layers
 from layerrl.errors import ModelError, SelectionError
 from layerrl.reference import ReferenceModel
+from tests.devices import DEVICE, on_any_device
 from tests.grpo import QUIETLY, config, make, tokenizer
 from tests.models import tiny
 from tests.runs import (
@@ -33,12 +34,14 @@ from tests.runs import (
     train,
 )
 
-IDS = torch.tensor([[5, 9, 11, 3]])
+pytestmark = on_any_device
+
+IDS = torch.tensor([[5, 9, 11, 3]], device=DEVICE)
 
 
 @pytest.fixture
 def policy() -> PreTrainedModel:
-    return tiny("llama", 4)
+    return tiny("llama", 4).to(DEVICE)
 
 
 def reference_of(policy: nn.Module, layers: Any = 2) -> ReferenceModel:

@@ -26,6 +26,7 @@ from layerrl.errors import (
 from layerrl.trainer import LayerMaskedRewardTrainer
 from tests.grpo import QUIETLY, make, reward, tokenizer
 from tests.models import tiny, tiny_config
+from tests.runs import bits
 
 UPDATE, GRAD_NORM = "layerrl/relative_update/layer_{}", "layerrl/grad_norm/layer_{}"
 
@@ -35,10 +36,6 @@ KEYWORDS = [
     "master_weights",
     "checkpoint_format",
 ]
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def trainable(model: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from layerrl.blocks import find_blocks
+from tests.devices import DEVICE, on_any_device
 from tests.models import tiny
 from tests.replays import (
     BUDGET,
@@ -22,6 +23,8 @@ from tests.replays import (
     layers_run,
     warnings,
 )
+
+pytestmark = [on_any_device, pytest.mark.usefixtures("made_on_device")]
 
 
 @pytest.fixture
@@ -172,7 +175,7 @@ class TestRecordAndReplay:
 
     def test_autocast_is_another_setting(self, pair):
         def cast(model: Any) -> Any:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 return model(input_ids=ids(), use_cache=False)
 
         with pair.batch():

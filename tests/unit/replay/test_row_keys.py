@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, row_keys
+from tests.devices import generator as draws
+from tests.devices import on_any_device
+
+pytestmark = [on_any_device, pytest.mark.usefixtures("made_on_device")]
 
 B = 3
 DTYPES = [
@@ -16,7 +20,7 @@ DTYPES = [
 
 
 def random(dtype: torch.dtype, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+    generator = draws(0)
     numbers = torch.randint(0, 120, shape, generator=generator)
     return numbers % 2 == 0 if dtype == torch.bool else numbers.to(dtype)
 
@@ -55,7 +59,7 @@ class TestRowKeys:
         assert len({keys(row)[0] for row in (rows, *flipped)}) == 257
 
     def test_sees_the_sign_of_zero_one_ulp_and_pairs_of_signs(self):
-        rows = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+        rows = torch.randn(1, 16, generator=draws(0))
         rows[0, 3] = 0.0
         changed = [rows.clone() for _ in range(4)]
         changed[0][0, 3] = -0.0

@@ -14,8 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from layerrl.reference import ReferenceModel
+from tests.devices import DEVICE, on_any_device
+from tests.devices import generator as draws
 from tests.models import tiny, tiny_config
 from tests.replays import FIRST, B, H, Pair, T, assert_unpatched, call, ids, warnings
+
+pytestmark = [on_any_device, pytest.mark.usefixtures("made_on_device")]
 
 
 def llama(**changes: Any) -> Any:
@@ -222,7 +226,7 @@ class TestModels:
         pair.plain.config.image_token_id = 60
 
         def seen(seed: int) -> Any:
-            generator = torch.Generator().manual_seed(seed)
+            generator = draws(seed)
             pixels = torch.randn(32, 3 * 2 * 4 * 4, generator=generator)
             return call(
                 tokens, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 4]] * 2),
@@ -571,7 +575,7 @@ class TestUsers:
 
 @contextmanager
 def autocast(*, enabled: bool) -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
         yield
 
 
