@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerrl.report import Score
-from layerrl.scoring import Interval, bootstrap, interval_of, spearman
+from layerrl.statistics import Interval, bootstrap, interval_of, spearman
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -34,7 +34,7 @@ from torch import Tensor
 from layerrl import ContributionReport, contribution_probe
 from layerrl.proxies import position_scores
 from layerrl.report import Score
-from layerrl.scoring import Interval, spearman
+from layerrl.statistics import Interval, spearman
 from layerrl.sweep.harness import weights_digest
 
 TRUTHS = Path(__file__).parent / "ground_truth"

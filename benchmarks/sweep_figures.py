@@ -14,7 +14,7 @@ import matplotlib as mpl
 
 from layerrl import ContributionReport
 from layerrl.errors import ReportError
-from layerrl.scoring import bootstrap, interval_of, spearman
+from layerrl.statistics import bootstrap, interval_of, spearman
 from layerrl.sweep.halving import below_the_cut, rungs
 
 ROOT = Path(__file__).parents[1]

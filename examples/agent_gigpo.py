@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from layerrl.scoring import bootstrap, interval_of
+from layerrl.statistics import bootstrap, interval_of
 from layerrl.trainer import GiGPOConfig, LayerMaskedGiGPOTrainer, TextRollout
 from layerrl.trainer.evaluation import prompt_scores
 

@@ -23,7 +23,7 @@ from layerrl import LayerSelection, merge_delta, select_layers
 from layerrl.blocks import find_blocks, meta_model
 from layerrl.plan import in_units
 from layerrl.quantisation import is_quantised, keep_layout
-from layerrl.scoring import bootstrap, interval_of
+from layerrl.statistics import bootstrap, interval_of
 
 TRAINED = "4-bit trained"
 

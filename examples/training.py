@@ -22,7 +22,7 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 from layerrl import LayerMaskedGRPOTrainer
-from layerrl.scoring import bootstrap, interval_of
+from layerrl.statistics import bootstrap, interval_of
 
 
 class Setup(NamedTuple):

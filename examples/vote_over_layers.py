@@ -19,7 +19,7 @@ from datasets import Dataset
 from training import Setup, arguments, check_settings, layers, parser, start, train
 
 from layerrl import load_delta, select_layers
-from layerrl.scoring import bootstrap, interval_of
+from layerrl.statistics import bootstrap, interval_of
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from layerrl.scoring import Interval
+    from layerrl.statistics import Interval
 
 
 @dataclass(frozen=True, slots=True)

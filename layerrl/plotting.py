@@ -9,7 +9,7 @@ from layerrl.errors import ReportError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from layerrl.scoring import Interval
+    from layerrl.statistics import Interval
 
 
 def plot_layers(

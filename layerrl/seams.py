@@ -136,7 +136,7 @@ def _of_generating_trainers() -> Iterator[Seam]:
             "_tokenize_prompts(prompts)": "start episodes",
             "_generate_single_turn(prompt_ids, images, multimodal_fields, ...)": "play turns",
         },
-        by="layerrl.trainer.gigpo.GiGPOTrainer",
+        by="layerrl.agents.gigpo.GiGPOTrainer",
     )
     yield from _seams(
         "trl.GRPOTrainer",
@@ -146,7 +146,7 @@ def _of_generating_trainers() -> Iterator[Seam]:
             "chat_template_kwargs": "write observations",
             "scale_rewards": "scale the steps' advantages",
         },
-        by="layerrl.trainer.gigpo.GiGPOTrainer",
+        by="layerrl.agents.gigpo.GiGPOTrainer",
         attribute=True,
     )
 

@@ -18,7 +18,8 @@ from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
 from layerrl.report.entries import Cost, Score
 from layerrl.report.table import as_html, as_text
-from layerrl.scoring import (
+from layerrl.selection import LayerSelection
+from layerrl.statistics import (
     Interval,
     bootstrap,
     contribution,
@@ -26,7 +27,6 @@ from layerrl.scoring import (
     interval_of,
     spearman,
 )
-from layerrl.selection import LayerSelection
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,6 +22,7 @@ from layerrl.blocks import (
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
+from layerrl.selection.exports import config_for
 from layerrl.selection.masked import Masked
 from layerrl.selection.parsing import (
     are_globs,
@@ -33,7 +34,6 @@ from layerrl.selection.parsing import (
     resolve,
     scales,
 )
-from layerrl.selection.tools import config_for
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from layerrl.scoring import bootstrap, interval_of
+from layerrl.statistics import bootstrap, interval_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,15 +6,15 @@ from layerrl.errors import FrameworkError
 from layerrl.seams import imported, installed_version
 
 with imported():
-    from trl import GRPOTrainer
-
+    from layerrl.agents.environments import TextEnvironment, TextRollout
+    from layerrl.agents.episodes import Step
+    from layerrl.agents.gigpo import GiGPOConfig, GiGPOTrainer
     from layerrl.trainer import ready
-    from layerrl.trainer.environments import TextEnvironment, TextRollout
-    from layerrl.trainer.episodes import Step
-    from layerrl.trainer.gigpo import GiGPOConfig, GiGPOTrainer
     from layerrl.trainer.mixin import LayerMaskedMixin
     from layerrl.trainer.ready import (
         LayerMaskedDPOTrainer,
+        LayerMaskedGiGPOTrainer,
+        LayerMaskedGRPOTrainer,
         LayerMaskedKTOTrainer,
         LayerMaskedRewardTrainer,
         LayerMaskedRLOOTrainer,
@@ -33,38 +33,6 @@ else:
             f"{name} needs trl's DistillationTrainer, which trl {installed_version('trl')} does "
             "not have. trl 1.10 does: pip install 'trl>=1.10'"
         )
-
-
-class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):
-    """TRL's `GRPOTrainer`, training only the layers of a selection.
-
-    Takes what `GRPOTrainer` takes and the keywords of `LayerMaskedMixin`, `selection` above all.
-
-    Example:
-        ```python
-        trainer = LayerMaskedGRPOTrainer(
-            model, reward, args=GRPOConfig(...), train_dataset=data, selection=10
-        )
-        trainer.train()
-        trainer.save_delta("out/layer-10")
-        ```
-    """
-
-
-class LayerMaskedGiGPOTrainer(LayerMaskedMixin, GiGPOTrainer):
-    """`GiGPOTrainer`, training only the layers of a selection.
-
-    Example:
-        ```python
-        trainer = LayerMaskedGiGPOTrainer(
-            model,
-            args=GiGPOConfig(...),
-            train_dataset=tasks,
-            rollout_func=TextRollout(environment=FrozenLake, max_turns=10),
-            selection=10,
-        )
-        ```
-    """
 
 
 __all__ = [

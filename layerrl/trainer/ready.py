@@ -1,11 +1,44 @@
-"""TRL's other trainers with the mixin in front of them."""
+"""TRL's trainers, and GiGPO's, with the mixin in front of them."""
 
 from typing import TYPE_CHECKING
 
 import trl
-from trl import DPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
+from layerrl.agents.gigpo import GiGPOTrainer
 from layerrl.trainer.mixin import LayerMaskedMixin
+
+
+class LayerMaskedGRPOTrainer(LayerMaskedMixin, GRPOTrainer):
+    """TRL's `GRPOTrainer`, training only the layers of a selection.
+
+    Takes what `GRPOTrainer` takes and the keywords of `LayerMaskedMixin`, `selection` above all.
+
+    Example:
+        ```python
+        trainer = LayerMaskedGRPOTrainer(
+            model, reward, args=GRPOConfig(...), train_dataset=data, selection=10
+        )
+        trainer.train()
+        trainer.save_delta("out/layer-10")
+        ```
+    """
+
+
+class LayerMaskedGiGPOTrainer(LayerMaskedMixin, GiGPOTrainer):
+    """`GiGPOTrainer`, training only the layers of a selection.
+
+    Example:
+        ```python
+        trainer = LayerMaskedGiGPOTrainer(
+            model,
+            args=GiGPOConfig(...),
+            train_dataset=tasks,
+            rollout_func=TextRollout(environment=FrozenLake, max_turns=10),
+            selection=10,
+        )
+        ```
+    """
 
 
 class LayerMaskedRLOOTrainer(LayerMaskedMixin, RLOOTrainer):

@@ -17,8 +17,8 @@ from trl.trainer.utils import (
 )
 
 from layerrl.blocks import replaced_forwards, unwrap
+from layerrl.compatibility import windows_of_tokens
 from layerrl.errors import ProbeError
-from layerrl.trainer.compatibility import windows_of_tokens
 from layerrl.trainer.evaluation import replaced_rewards, rewarded_differently, watched_rewards
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ NEEDS = {
     "trl.RLOOTrainer": LayerMaskedRLOOTrainer,
     "trl.DPOTrainer": LayerMaskedDPOTrainer,
     "trl.KTOTrainer": LayerMaskedKTOTrainer,
-    "layerrl.trainer.gigpo.GiGPOTrainer": LayerMaskedGiGPOTrainer,
+    "layerrl.agents.gigpo.GiGPOTrainer": LayerMaskedGiGPOTrainer,
     "trl.generation.vllm_generation.VLLMGeneration": VLLMGeneration,
 }
 if hasattr(trl, "DistillationTrainer"):
@@ -230,7 +230,7 @@ class TestObjects:
             for step in path:
                 place = getattr(place, step)
             monkeypatch.delattr(place if name in vars(place) else type(place), name)
-        if seam.by in ("trl.DistillationTrainer", "layerrl.trainer.gigpo.GiGPOTrainer"):
+        if seam.by in ("trl.DistillationTrainer", "layerrl.agents.gigpo.GiGPOTrainer"):
             monkeypatch.setattr(seams, "_base", lambda cls, path: cls if path == seam.by else None)
         refused(seam, check_made, made)
 
@@ -462,7 +462,7 @@ class TestTable:
         overridden = {
             node.attr
             for file, node in self.nodes(ast.Attribute)
-            if file in ("trainer/mixin.py", "trainer/gigpo.py")
+            if file in ("trainer/mixin.py", "agents/gigpo.py")
             and ast.unparse(node.value) == "super()"
         }
         assert "_save_checkpoint" in overridden

@@ -25,8 +25,8 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler
 
+from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.trainer.arguments import StandIn
-from layerrl.trainer.compatibility import end_tokens, generated_one_each
 from tests.engines import Engine, in_place_of_vllm
 from tests.grpo import make
 from tests.models import FAMILIES, VISION_FAMILIES, tiny
@@ -51,7 +51,7 @@ REFERENCE = "the mixin passes a stand-in for ref_model, and _set_reference repla
 IN_LOSS = "LayerMaskedMixin._scoring_in_loss finds the passes of a policy and its reference"
 SYNC = "trainer.sync.WeightSync swaps the model and the metadata of a sync"
 MASTERS = "precision.step_in_float32 replaces two methods of an optimizer"
-EPISODES = "trainer.gigpo and trainer.environments play episodes behind TRL's rollout_func"
+EPISODES = "agents.gigpo and agents.environments play episodes behind TRL's rollout_func"
 LAUNCHERS = "trainer.launchers and LayerMaskedMixin follow a model that is sharded in between"
 SCHEDULE = "trainer.schedule refuses other schedules than the one in a checkpoint, and AsyncGRPO"
 QUANTISED = "quantisation.quantised_base replaces what the trainer calls with a quantised model"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from layerrl.advantages import (
+from layerrl.agents.advantages import (
     anchor_groups,
     discounted_returns,
     on_response_tokens,

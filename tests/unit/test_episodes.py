@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from layerrl.agents.episodes import check_episodes
 from layerrl.errors import EpisodeError
 from layerrl.trainer import GiGPOConfig, Step, TextRollout
-from layerrl.trainer.episodes import check_episodes
 from tests.grpo import tokenizer
 
 EOS = 2

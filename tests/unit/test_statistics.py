@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerrl.scoring import Interval, bootstrap, contribution, interval_of, ranks, spearman
+from layerrl.statistics import Interval, bootstrap, contribution, interval_of, ranks, spearman
 
 
 class TestContribution:

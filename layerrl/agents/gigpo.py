@@ -11,15 +11,15 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
-from layerrl.advantages import (
+from layerrl.agents.advantages import (
     anchor_groups,
     discounted_returns,
     on_response_tokens,
     step_advantages,
 )
+from layerrl.agents.episodes import Step, check_episodes, is_finite
 from layerrl.errors import EpisodeError
 from layerrl.seams import check_class, check_made
-from layerrl.trainer.episodes import Step, check_episodes, is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable

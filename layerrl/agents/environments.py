@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from layerrl.agents.episodes import Step, is_finite
+from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.errors import EpisodeError
-from layerrl.trainer.compatibility import end_tokens, generated_one_each
-from layerrl.trainer.episodes import Step, is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

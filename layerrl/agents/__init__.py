@@ -1,0 +1,1 @@
+"""Agents that act over several turns: GiGPO, its episodes and environments."""
