@@ -15,8 +15,6 @@ METHODS = {
     "lora": "PEFT LoRA r16 on the layer",
     "modules-to-save": "PEFT modules_to_save",
     "masked": "layerrl",
-    "masked-lean": "layerrl, activation_bytes=0",
-    "masked-fast": "layerrl, activation_bytes=2**40",
 }
 MODEL = "SmolLM2-135M-Instruct"
 GAP = ("<!-- train_step: written by make bench -->", "<!-- train_step: end -->")

@@ -35,7 +35,6 @@ from typing import Any
 
 from step_report import GAP, METHODS, MODEL, describe, fill, tables, tabulate, write
 
-ACTIVATION_BYTES = {"masked": None, "masked-lean": 0, "masked-fast": 2**40}
 WHOLE_MODEL = ("full", "masked-full")  # the same at every depth, so measured once a round
 PROMPT = "What is 12 plus 30, and why? " * 4
 ROOT = Path(__file__).parents[1]
@@ -119,7 +118,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     selection = select_layers(model, "full" if case["method"] in WHOLE_MODEL else layer)
     plan = selection.plan(model, beta=case["beta"], num_iterations=case["num_iterations"])
     synced = {plain_name(name): p.nbytes for name, p in model.named_parameters()}
-    if case["method"] in ACTIVATION_BYTES:
+    if case["method"] == "masked":
         sent = with_fused_siblings(synced, selection.parameters(model))
         synced = {name: synced[name] for name in sent}
 
@@ -215,11 +214,8 @@ def make_trainer(
         "rollout_func": rollouts,
         "callbacks": callbacks,
     }
-    if method in ("masked-full", *ACTIVATION_BYTES):
-        spend = ACTIVATION_BYTES.get(method)
-        return LayerMaskedGRPOTrainer(
-            model, reward, selection=selection, activation_bytes=spend, **arguments
-        )
+    if method in ("masked", "masked-full"):
+        return LayerMaskedGRPOTrainer(model, reward, selection=selection, **arguments)
     if method == "by-hand":
         trained = {id(p) for p in selection.parameters(model).values()}
         for parameter in model.parameters():

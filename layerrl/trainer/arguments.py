@@ -17,11 +17,18 @@ from layerrl.errors import ModelError, SelectionError, TrainerError
 from layerrl.selection import select_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from layerrl.selection import LayerSelection
 
     Reference = Literal["beta", "ref_model"] | None
+
+REMOVED = {
+    "activation_bytes": "activations are no longer kept beside gradient checkpointing. Leave it "
+    "out; gradient_checkpointing=False in the args keeps those of all layers from the first "
+    "trained one up.",
+}
+"""What stands where a keyword of the mixin was."""
 
 
 def signature(cls: type, mixin: type) -> inspect.Signature:
@@ -66,9 +73,15 @@ def names(cls: type, mixin: type) -> list[str]:
 
 
 def check_keywords(
-    *, byte_counts: dict[str, object], switches: dict[str, object], checkpoint_format: object
+    given: Collection[str],
+    *,
+    byte_counts: dict[str, object],
+    switches: dict[str, object],
+    checkpoint_format: object,
 ) -> None:
-    """Refuse keywords of the mixin that are of the wrong kind."""
+    """Refuse keywords that the mixin no longer has, and those of the wrong kind."""
+    for name in REMOVED.keys() & given:
+        raise SelectionError(f"{name} was removed: {REMOVED[name]}")
     for name, value in byte_counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise SelectionError(

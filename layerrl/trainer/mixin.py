@@ -33,6 +33,7 @@ from layerrl.optimizer import (
 from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
 from layerrl.quantisation import quantised_base
 from layerrl.reference import ReferenceModel
+from layerrl.replay import PrefixReplay
 from layerrl.seams import check_class, check_made
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.selection.masked import TrainingMask
@@ -49,7 +50,6 @@ from layerrl.trainer.callbacks import (
     refuse_callbacks,
 )
 from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
-from layerrl.trainer.passes import Passes
 from layerrl.trainer.sync import WeightSync
 from layerrl.trainer.vocabulary import Vocabulary
 
@@ -82,10 +82,9 @@ class LayerMaskedMixin(metaclass=_OneMask):
     The backward ends at the first trained layer, and only layers from there up are checkpointed.
     The reference (`beta > 0`; DPO, KTO without a `ref_model`) is the model that was passed, kept as
     the trained tensors' initial values. What enters the first trained layer is recorded in the
-    first pass over a batch and replayed in the others. Memory that this frees spares layers the
-    recomputation in the backward. After a first time, vLLM is sent only what was trained. None of
-    this changes a result; with `selection="full"` there is nothing to save, and the trainer is the
-    plain one, with a copy of the model that was passed for its reference.
+    first pass over a batch and replayed in the others. After a first time, vLLM is sent only what
+    was trained. None of this changes a result; with `selection="full"` there is nothing to save,
+    and the trainer is the plain one, with a copy of the model that was passed for its reference.
 
     What does change a result, for the better: trained tensors in bfloat16 or float16 are updated in
     float32, where small steps are not rounded away.
@@ -104,11 +103,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
             `selection` is all layers. Checkpoints hold the report, and resume on it.
         prefix_cache_bytes: Most memory the recorded hidden states of one batch may take, on the
             device; a larger batch is not recorded. 0: never record.
-        activation_bytes: Most memory that activations kept for the backward may take, so that fewer
-            layers are recomputed where gradient checkpointing is on. None: what a second model for
-            the reference would have taken (nothing for `beta` 0), less what is recorded of the
-            prefix, and on a GPU at most half of what a whole step left unused. 0: recompute every
-            checkpointed layer.
         master_weights: Update half-precision trained tensors in float32. The optimizer keeps those
             values, and its checkpoint holds them. Not for `"full"`, which is the plain trainer.
         checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
@@ -162,7 +156,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
         *args: Any,
         selection: LayerSelection | int | Iterable[int] | slice | str,
         prefix_cache_bytes: int = 2 * 2**30,
-        activation_bytes: int | None = None,
         master_weights: bool = True,
         checkpoint_format: Literal["delta", "full"] = "delta",
         **kwargs: Any,
@@ -173,10 +166,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
         model = given.get("model")
         arguments.refuse_peft(selection, model, given.get("peft_config"))
         arguments.check_keywords(
-            byte_counts={
-                "prefix_cache_bytes": prefix_cache_bytes,
-                "activation_bytes": 0 if activation_bytes is None else activation_bytes,
-            },
+            kwargs,
+            byte_counts={"prefix_cache_bytes": prefix_cache_bytes},
             switches={"master_weights": master_weights},
             checkpoint_format=checkpoint_format,
         )
@@ -221,7 +212,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
             early=early,
             reference=reference,
             prefix_cache_bytes=prefix_cache_bytes,
-            activation_bytes=activation_bytes,
         )
         if reference == "beta":
             self.beta = self.args.beta
@@ -245,7 +235,6 @@ class LayerMaskedMixin(metaclass=_OneMask):
         early: EarlyMask | None,
         reference: arguments.Reference,
         prefix_cache_bytes: int,
-        activation_bytes: int | None,
     ) -> None:
         """Everything that depends on what trains; little of it where that is still to be chosen."""
         full, decided = selection.full, self._auto is None or self._auto.report is not None
@@ -267,24 +256,14 @@ class LayerMaskedMixin(metaclass=_OneMask):
         if decided:
             base = DeltaBase.of(self.model, self.selection, frozen=self._frozen)
             self._base = launchers.of_main_process(base, self.accelerator)
-        budget = activation_bytes or 0
-        if activation_bytes is None:
-            trained = set(map(id, self._trained.values()))
-            frozen = [p for p in self.model.parameters() if id(p) not in trained]
-            spared = sum(p.element_size() * shape(p).numel() for p in frozen) if reference else 0
-            # Whatever shards this model would have sharded that one, too.
-            sharded = launchers.shards_model(self.accelerator)
-            budget = spared // (self.accelerator.num_processes if sharded else 1)
-        self._passes = Passes(
+        self._replay = PrefixReplay(
             self.model,
             self.selection,
-            prefix_cache_bytes=prefix_cache_bytes,
-            activation_bytes=budget,
-            shared=activation_bytes is None,
-            # DPO and KTO score each batch in `compute_loss`, with the policy and the reference.
-            scores_in_loss=reference == "ref_model",
+            prefix_cache_bytes,
             agree=partial(launchers.agree, self.accelerator),
         )
+        # DPO and KTO score each batch in `compute_loss`, with the policy and the reference.
+        self._scores_in_loss = reference == "ref_model"
         self._weight_sync = None
         if hasattr(self, "vllm_generation") and not full and decided:
             self._weight_sync = WeightSync(self.vllm_generation, self.model, self.selection)
@@ -350,7 +329,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             self._sync_everything()  # what failed may have been a sync
             raise
         finally:
-            self._passes.replay.clear()
+            self._replay.clear()
             if self._auto is not None:
                 self._auto.clear()
 
@@ -559,12 +538,16 @@ class LayerMaskedMixin(metaclass=_OneMask):
         """
         # Here and not once for the run: TRL enables checkpointing anew after every generation.
         self._follow_shards()  # an evaluation shards the model, too
-        stepped = self.state.global_step > 0
-        with (
-            backward_from_first_trained(self.model, self.selection),
-            self._passes.loss(stepped=stepped),
-        ):
-            return super().compute_loss(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        training = self._replay.model.training
+        try:
+            with (
+                backward_from_first_trained(self.model, self.selection),
+                self._replay.passes(training=training, alone=self._scores_in_loss),
+            ):
+                return super().compute_loss(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            if not training:
+                self._replay.forget_evaluation()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the layers' metrics beside those of a training step.
@@ -712,13 +695,13 @@ class LayerMaskedMixin(metaclass=_OneMask):
         own_rollout = getattr(self, "rollout_func", None)  # which may ask the engine itself
         if own_rollout is not None and isinstance(self._weight_sync, WeightSync):
             self._weight_sync.freshen()
-        with self._passes.batch():
+        with self._replay.batch(training=self._replay.model.training):
             return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Score completions, before the loss and in it; generation does not go through here."""
         self._follow_shards()
-        with self._passes.scored(stepped=self.state.global_step > 0):
+        with self._replay.passes(training=self._replay.model.training):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _note_gradients(self) -> None:

@@ -46,9 +46,9 @@ CONSTRUCTOR = (
 )
 BYTES = "delta.merging._replace_bytes writes tensors at the offsets in a safetensors header"
 BACKWARD = "checkpointing.backward_from_first_trained removes that hook and sets that flag"
-SCORING = "replay and kept activations work around each pass that scores completions"
+SCORING = "the prefix is replayed around each pass that scores completions"
 REFERENCE = "the mixin passes a stand-in for ref_model, and _set_reference replaces it"
-IN_LOSS = "LayerMaskedMixin._scoring_in_loss finds the passes of a policy and its reference"
+IN_LOSS = "LayerMaskedMixin.compute_loss holds the passes of a policy and its reference"
 SYNC = "trainer.sync.WeightSync swaps the model and the metadata of a sync"
 MASTERS = "precision.step_in_float32 replaces two methods of an optimizer"
 EPISODES = "agents.gigpo and agents.environments play episodes behind TRL's rollout_func"

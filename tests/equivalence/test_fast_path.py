@@ -119,8 +119,8 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
-        assert bool(masked._passes.replay.num_replayed) == (beta > 0 or num_iterations > 1)
-        assert masked._passes.replay.enabled
+        assert bool(masked._replay.num_replayed) == (beta > 0 or num_iterations > 1)
+        assert masked._replay.enabled
         assert warnings(caplog) == []
 
     @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
-        assert masked._passes.replay.num_replayed
-        assert masked._passes.replay.enabled
+        assert masked._replay.num_replayed
+        assert masked._replay.enabled
         # Micro-batches without padding have no mask: rows scored beside padded ones run again.
         assert [w for w in warnings(caplog) if "masks" not in w] == []
 
@@ -207,7 +207,7 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, layers)
-        assert bool(masked._passes.replay.num_replayed) == (0 not in layers)
+        assert bool(masked._replay.num_replayed) == (0 not in layers)
 
     def test_in_rloo(self, base, tmp_path):
         arguments = {
@@ -235,7 +235,7 @@ class TestEqualsFreezingByHand:
         plain, masked = trainers
         assert_same_run(masked, plain)
         assert isinstance(masked.ref_model, ReferenceModel)
-        assert masked._passes.replay.num_replayed
+        assert masked._replay.num_replayed
 
     @pytest.mark.parametrize("fails", ["reward", "backward"])
     def test_after_an_exception_in_the_middle_of_a_step(self, base, fails):
@@ -313,7 +313,7 @@ class TestOptimisationsOnAndOff:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not masked._passes.replay.enabled
+        assert not masked._replay.enabled
 
 
 class TestReplay:
@@ -364,8 +364,8 @@ class TestReplay:
     def test_forgets_the_recording_when_training_ends(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, **REUSED)
         train(trainer)
-        assert trainer._passes.replay.num_replayed
-        assert not trainer._passes.replay._batches
+        assert trainer._replay.num_replayed
+        assert not trainer._replay._batches
 
 
 class TestFamilies:
@@ -382,8 +382,8 @@ class TestFamilies:
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
         assert warnings(caplog) == []
-        assert masked._passes.replay.num_replayed
-        assert masked._passes.replay.enabled
+        assert masked._replay.num_replayed
+        assert masked._replay.enabled
         # The second batch of completions and half of the third, four passes each.
         assert passes.ran[4:] == [True, False, False, False, True, False, False]
 
@@ -397,7 +397,7 @@ class TestFamilies:
         # The policy's passes return router logits; the reference's do not and are replayed.
         [warning] = warnings(caplog)
         assert "asks for more than its output (output_router_logits)" in warning
-        assert masked._passes.replay.num_replayed
+        assert masked._replay.num_replayed
 
     @pytest.mark.parametrize("num_iterations", [1, 2])
     @pytest.mark.parametrize("layer", [2, 3])
@@ -407,7 +407,7 @@ class TestFamilies:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not masked._passes.replay.num_replayed
+        assert not masked._replay.num_replayed
         assert "layers are called with shared_kv_states, a " in warnings(caplog)[0]
 
     @pytest.mark.parametrize("num_iterations", [1, 2])
@@ -415,7 +415,7 @@ class TestFamilies:
         folder = saved(tmp_path / "base", tiny("gpt2", 4))
         plain, masked = trained_pair(folder, beta=0.04, num_iterations=num_iterations)
         assert_same_run(masked, plain)
-        assert not masked._passes.replay.num_replayed
+        assert not masked._replay.num_replayed
         [warning] = warnings(caplog)
         assert "2 layers" in warning
         assert "dropout is active" in warning

@@ -323,8 +323,7 @@ class TestTrainer:
     def test_no_step_visits_the_frozen_prefix_of_other_families(self, tmp_path, family, kind):
         model = no_dropout(family)
         changes = {"max_steps": 2, "beta": 0.04, **CHECKPOINTING[kind]}
-        recompute = {"activation_bytes": 0}
-        trainer = make(model, tmp_path, selection=2, arguments=recompute, **changes)
+        trainer = make(model, tmp_path, selection=2, **changes)
         with each_step(trainer, Visits(model)) as steps:
             trainer.train()
         for _, visited, embedding_gradients in steps:

@@ -32,7 +32,6 @@ UPDATE, GRAD_NORM = "layerrl/relative_update/layer_{}", "layerrl/grad_norm/layer
 
 KEYWORDS = [
     "prefix_cache_bytes",
-    "activation_bytes",
     "master_weights",
     "checkpoint_format",
 ]
@@ -102,6 +101,25 @@ class TestSelection:
         trainer = make(model, tmp_path, selection=selection)
         assert trainer.selection == select_layers(model, selection)
         assert trainable(model) == names_of(model, *layers)
+
+    @pytest.mark.parametrize("value", [-1, 1.5, True, "1 GB"])
+    def test_a_budget_that_is_no_number_of_bytes_is_refused(self, model, tmp_path, value):
+        with pytest.raises(SelectionError, match=r"cache_bytes is .*, expected a number of bytes"):
+            make(model, tmp_path, selection=1, arguments={"prefix_cache_bytes": value})
+
+    def test_a_switch_that_is_none_is_refused(self, model, tmp_path):
+        with pytest.raises(SelectionError, match="master_weights is 'no', expected True or False"):
+            make(model, tmp_path, selection=1, arguments={"master_weights": "no"})
+
+    @pytest.mark.parametrize(
+        ("name", "instead"),
+        [("activation_bytes", "gradient_checkpointing=False")],
+    )
+    def test_a_removed_keyword_is_refused_with_what_replaces_it(
+        self, model, tmp_path, name, instead
+    ):
+        with pytest.raises(SelectionError, match=f"{name} was removed: .*{instead}"):
+            make(model, tmp_path, selection=1, arguments={name: 0})
 
     def test_takes_a_selection_with_modules(self, model, tmp_path):
         selection = select_layers(model.config, [0, 1], modules="mlp.*")
