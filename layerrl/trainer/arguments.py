@@ -27,6 +27,8 @@ REMOVED = {
     "activation_bytes": "activations are no longer kept beside gradient checkpointing. Leave it "
     "out; gradient_checkpointing=False in the args keeps those of all layers from the first "
     "trained one up.",
+    "record_while_generating": "the prefix is recorded in the first pass over a batch. Leave it "
+    "out.",
 }
 """What stands where a keyword of the mixin was."""
 

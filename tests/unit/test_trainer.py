@@ -113,7 +113,10 @@ class TestSelection:
 
     @pytest.mark.parametrize(
         ("name", "instead"),
-        [("activation_bytes", "gradient_checkpointing=False")],
+        [
+            ("activation_bytes", "gradient_checkpointing=False"),
+            ("record_while_generating", "recorded in the first pass"),
+        ],
     )
     def test_a_removed_keyword_is_refused_with_what_replaces_it(
         self, model, tmp_path, name, instead
