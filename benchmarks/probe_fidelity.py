@@ -39,7 +39,7 @@ from layerrl.sweep.harness import weights_digest
 
 TRUTHS = Path(__file__).parent / "ground_truth"
 NUM_PROMPTS = 128
-"""Of probes that generate; suites whose batches are large have twice as many for \"rollout\"."""
+"""Of probes that generate."""
 SEPARATES = 0.6
 """Noise ceiling below which a suite says nothing."""
 
@@ -64,7 +64,6 @@ PROBES: dict[str, Callable[[Any], ContributionReport]] = {
     "position:0.37": lambda suite: contribution_probe(suite.model(), method="position:0.37"),
     "published": lambda suite: contribution_probe(suite.model(), method="published"),
     "gradient": lambda suite: scored(suite, "gradient", NUM_PROMPTS),
-    "rollout": lambda suite: scored(suite, "rollout", suite.rollout_prompts),
     "gradient norm": lambda suite: baselines.gradient_norm(suite, NUM_PROMPTS),
     "spectrum": baselines.spectrum,
     "bypass": lambda suite: baselines.bypass(suite, NUM_PROMPTS),
@@ -262,7 +261,7 @@ def picture(overall: dict[str, Overall], path: Path) -> None:
         share = max(one.share or 0.0, free)
         x = share * 1.6 ** at.setdefault(share, 0)  # side by side
         at[share] += 1
-        own = name in ("gradient", "rollout")
+        own = name == "gradient"
         if one.spearman in one.interval:  # or it is none, see `shown`
             ends = one.interval.low, one.interval.high
             ax.plot([x, x], ends, color="C0" if own else "0.6", lw=1.5)

@@ -69,8 +69,6 @@ class Suite:
     full_learning_rate: float = 1e-4
     evaluated: int = 512
     layers = "all"
-    rollout_prompts = 256
-    """Of the probe that trains on half of them."""
 
     @property
     def task(self) -> Callable[[random.Random], tuple[str, str]]:
@@ -211,7 +209,6 @@ class SmolLM2:
     name: str = "smollm2-chain_sum"
     greedy = True
     layers: Any = "all"
-    rollout_prompts = 128
     steps: int = 16
 
     @cached_property
@@ -256,8 +253,6 @@ class Multiplying(SmolLM2):
 
     Its truth has eight of the layers: two seeds of all would take five hours.
     """
-
-    rollout_prompts = 48  # all that whole generation batches of 50 problems have
 
     def __init__(self) -> None:
         super().__init__("smollm2-products", layers=[0, 3, 9, 15, 21, 24, 27, 29], steps=8)

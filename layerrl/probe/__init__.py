@@ -20,12 +20,12 @@ from layerrl.probe.checks import (
 )
 from layerrl.probe.gradient import gradient_probe
 from layerrl.probe.priors import position_report, published_report
-from layerrl.probe.rollout import rollout_probe
 from layerrl.selection import select_layers
 from layerrl.sweep import Sweep, digest, digest_of_rows, settings_of
 from layerrl.sweep.executors import EXECUTORS
 from layerrl.sweep.harness import Harness
 from layerrl.trainer import LayerMaskedGRPOTrainer
+from layerrl.trainer.arguments import refuse_removed
 from layerrl.trainer.evaluation import random_state_kept
 
 if TYPE_CHECKING:
@@ -37,11 +37,9 @@ if TYPE_CHECKING:
     from layerrl.report import ContributionReport
 
 _PRIORS = {"position": position_report, "published": published_report}
-_FROM_ROLLOUTS = {"rollout": rollout_probe, "gradient": gradient_probe}
 _ROLLOUTS = ("reward_funcs", "train_dataset", "args")
 _NEEDS = {
     "train": (*_ROLLOUTS, "eval_dataset", "output_dir"),
-    "rollout": _ROLLOUTS,
     "gradient": _ROLLOUTS,
     **dict.fromkeys(_PRIORS, ()),
 }
@@ -74,7 +72,6 @@ def contribution_probe(
     | method | what it does | what it needs |
     |---|---|---|
     | `"train"` | measures C(k), each layer's share of the full-parameter gain | everything |
-    | `"rollout"` | what a few steps of the layer gain on other prompts | rollouts |
     | `"gradient"` | what a step in the layer alone would gain on other prompts | rollouts |
     | `"published"` | C(k) of the paper's Qwen3-1.7B at the same relative depth | nothing |
     | `"position"` | how near the layer is to the middle | nothing |
@@ -87,16 +84,14 @@ def contribution_probe(
 
     `"gradient"`: the base answers `budget` prompts, as at the beginning of a training, and each
     prompt's gradient is compared with the optimizer's step from the prompts before it. One backward
-    pass serves all layers. `"rollout"`: the base answers `budget` prompts, each layer alone takes
-    16 steps at the learning rate of `args` on the answers to half of them, and its score is how
-    much more likely that makes the better answers to the others. `"published:NAME"` takes another
-    of the paper's models, and `"position:0.37"` another centre than the middle. A method takes no
-    notice of what it does not need.
+    pass serves all layers. `"published:NAME"` takes another of the paper's models, and
+    `"position:0.37"` another centre than the middle. A method takes no notice of what it does not
+    need.
 
-    Scores of `"gradient"` and `"rollout"` change with the seed, which draws prompts and
-    completions; their intervals are over the prompts of one seed. On five suites the median rank
-    correlation of `"gradient"` with C(k) was 0.56 to 0.90 over five seeds (two of the suites: one
-    seed), and that of another seed's sweep 0.84. Measure what a decision rests on with `"train"`.
+    Scores of `"gradient"` change with the seed, which draws prompts and completions; their
+    intervals are over the prompts of one seed. On five suites its median rank correlation with C(k)
+    was 0.56 to 0.90 over five seeds (two of the suites: one seed), and that of another seed's sweep
+    0.84. Measure what a decision rests on with `"train"`.
 
     Args:
         model: The base; it is as it was found when this returns or raises, and so are the global
@@ -113,8 +108,7 @@ def contribution_probe(
             same. None: `args`.
         layers: Layers to score, as `select_layers` takes them.
         modules: Globs inside the block: score only this part of each layer.
-        budget: Prompts that `"gradient"` and `"rollout"` generate for, `num_generations`
-            completions each; for `"rollout"` a multiple of two generation batches.
+        budget: Prompts that `"gradient"` generates for, `num_generations` completions each.
         seeds: Seeds of the runs. Methods without runs take the first: to see how far a probe
             depends on its seed, probe again with another one.
         greedy: Evaluate greedily, one completion a prompt, instead of sampling as in training.
@@ -141,6 +135,7 @@ def contribution_probe(
         SelectionError: If the layers do not fit the model.
     """
     kind, _, of = method.partition(":") if isinstance(method, str) else ("", "", "")
+    refuse_removed([f"method={method!r}"], ProbeError)
     if kind not in _NEEDS or (of and kind not in ("position", "published")):
         raise ProbeError(
             f"method is {method!r}, expected one of {', '.join(map(repr, _NEEDS))}, "
@@ -176,8 +171,8 @@ def contribution_probe(
     # A trainer also puts hooks and casts on reward models.
     models = [model, *(found for found in functions if isinstance(found, nn.Module))]
     with random_state_kept():
-        if kind in _FROM_ROLLOUTS:
-            return _FROM_ROLLOUTS[kind](
+        if kind == "gradient":
+            return gradient_probe(
                 models,
                 make_trainer,
                 chosen,

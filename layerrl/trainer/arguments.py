@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, Trainer
 
 from layerrl.blocks import adapters, count_layers, meta_model, unwrap
-from layerrl.errors import ModelError, SelectionError, TrainerError
+from layerrl.errors import LayerRLError, ModelError, SelectionError, TrainerError
 from layerrl.selection import select_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterable, Iterator
 
     from layerrl.selection import LayerSelection
 
@@ -29,8 +29,10 @@ REMOVED = {
     "trained one up.",
     "record_while_generating": "the prefix is recorded in the first pass over a batch. Leave it "
     "out.",
+    "method='rollout'": "it ranked layers worse than 'gradient' at 24 times the price. Take "
+    "method='gradient', or measure with 'train'.",
 }
-"""What stands where a keyword of the mixin was."""
+"""Keywords and values that layerrl took, and what to do instead."""
 
 
 def signature(cls: type, mixin: type) -> inspect.Signature:
@@ -74,16 +76,21 @@ def names(cls: type, mixin: type) -> list[str]:
     return []
 
 
+def refuse_removed(given: Iterable[str], error: type[LayerRLError]) -> None:
+    """Refuse what layerrl no longer takes, with what stands in its place."""
+    for name in filter(REMOVED.__contains__, given):
+        raise error(f"{name} was removed: {REMOVED[name]}")
+
+
 def check_keywords(
-    given: Collection[str],
+    given: Iterable[str],
     *,
     byte_counts: dict[str, object],
     switches: dict[str, object],
     checkpoint_format: object,
 ) -> None:
     """Refuse keywords that the mixin no longer has, and those of the wrong kind."""
-    for name in REMOVED.keys() & given:
-        raise SelectionError(f"{name} was removed: {REMOVED[name]}")
+    refuse_removed(given, SelectionError)
     for name, value in byte_counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise SelectionError(

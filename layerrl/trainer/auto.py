@@ -234,7 +234,7 @@ class AutoSelection:
             per_step = args.steps_per_generation * trainer.num_iterations
             used = -(-args.max_steps * args.gradient_accumulation_steps // per_step)
             num_batches = min(num_batches, used)
-        rollouts = Rollouts(trainer, num_batches * per_batch, old="later", twice=False)
+        rollouts = Rollouts(trainer, num_batches * per_batch, old=True, twice=False)
         adapts = getattr(trainer, "use_adaptive_entropy", False)
         self.clear()
         self._probing = True

@@ -12,8 +12,6 @@ from layerrl.proxies import held_out_gains
 from layerrl.report import ContributionReport, Cost, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from layerrl.selection import LayerSelection
     from layerrl.trainer.rollouts import Rollouts
 
@@ -67,49 +65,12 @@ def gradient_report(
     rows = (scored_PL.T / average).tolist()
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
-    return report_of(
-        "gradient",
-        dict(zip(selection.layers, rows, strict=True)),
-        rollouts,
-        num_layers=selection.num_layers,
-        settings=settings,
-        cost=Cost(
-            seconds=time.perf_counter() - started,
-            tokens=rollouts.num_tokens,
-            forwards=units[1],
-            backwards=units[1],
-            fraction=(units[0] + units[1] * units_of_a_pass(args)) / run_units(args, trainer),
-        ),
-    )
-
-
-def report_of(
-    method: str,
-    scores: Mapping[int, Sequence[float]],
-    rollouts: Rollouts,
-    *,
-    num_layers: int,
-    settings: dict[str, Any],
-    cost: Cost,
-) -> ContributionReport:
-    """A report on answers that all layers share.
-
-    Args:
-        method: How they were scored.
-        scores: One number per prompt, of each layer that was scored.
-        rollouts: The answers.
-        num_layers: Decoder layers of the model.
-        settings: What else to keep.
-        cost: What it took.
-
-    Returns:
-        The report.
-    """
+    scores = dict(zip(selection.layers, rows, strict=True))
     return ContributionReport(
-        method=method,
+        method="gradient",
         layers=tuple(
             Score(scores=(tuple(scores[layer]),)) if layer in scores else Score(status="missing")
-            for layer in range(num_layers)
+            for layer in range(selection.num_layers)
         ),
         settings={
             **settings,
@@ -117,7 +78,13 @@ def report_of(
             "prompts_with_signal": sum(rollouts.with_signal),
             "reward_noise": rollouts.reward_noise,
         },
-        cost=cost,
+        cost=Cost(
+            seconds=time.perf_counter() - started,
+            tokens=rollouts.num_tokens,
+            forwards=units[1],
+            backwards=units[1],
+            fraction=(units[0] + units[1] * units_of_a_pass(args)) / run_units(args, trainer),
+        ),
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import convert_outputs_to_fp32
 from trl.trainer.utils import (
@@ -39,9 +39,9 @@ class Rollouts:
 
     trainer: Any
     num_prompts: int
-    old: Literal["none", "later", "all"] = "none"
-    """Which generation batches hold log-probabilities of the model as it is now, to train on when
-    it will have moved: those after the first, or all."""
+    old: bool = False
+    """Whether batches after the first hold log-probabilities of the model as it is now, to train on
+    when it will have moved."""
     twice: bool = True
     """Ask for the rewards of the first batch a second time, to see whether they are the same."""
     num_tokens: int = field(default=0, init=False)
@@ -101,9 +101,7 @@ class Rollouts:
             replaced_rewards(trainer, self._again)
             if first and self.twice and can_again
             else nullcontext(),
-            _scored_by_the_base(trainer)
-            if self.old == "all" or (self.old == "later" and not first)
-            else nullcontext(),
+            _scored_by_the_base(trainer) if self.old and not first else nullcontext(),
             watched_rewards(trainer, self._note),
         ):
             batch = trainer._generate_and_score_completions(rows)

@@ -135,7 +135,6 @@ def test_every_probe_scores_every_layer(load: Any, tmp_path: Path, monkeypatch: 
         reward=reward,
         args=lambda full=False: config(tmp_path, max_steps=2, seed=0),
         layers="all",
-        rollout_prompts=64,
     )
     for name, probe in module.PROBES.items():
         found = probe(suite)

@@ -10,19 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.testing import assert_close
-from trl import RLOOConfig, SFTConfig
 
-from layerrl import (
-    ContributionReport,
-    LayerMaskedGRPOTrainer,
-    contribution_probe,
-    published_contributions,
-)
+from layerrl import ContributionReport, contribution_probe, published_contributions
 from layerrl.errors import ProbeError, ReportError, SelectionError
-from layerrl.probe.rollout import _gain, _scores
-from layerrl.trainer import LayerMaskedRLOOTrainer
 from layerrl.trainer.probing import check_trainer
-from layerrl.trainer.rollouts import Rollouts
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
 from tests.runs import bits
@@ -148,9 +139,8 @@ class TestGradient:
         assert len(twice) == 64 * 4
         assert twice[: len(seen[0])] == seen[0]
 
-    @pytest.mark.parametrize("method", ["gradient", "rollout"])
     @pytest.mark.parametrize("bf16", [True, False])
-    def test_passes_are_in_the_precision_of_the_training(self, model, tmp_path, method, bf16):
+    def test_passes_are_in_the_precision_of_the_training(self, model, tmp_path, bf16):
         seen = []
         layer = model.model.layers[0].mlp
         hook = layer.register_forward_pre_hook(
@@ -159,7 +149,6 @@ class TestGradient:
         gradient(
             model,
             tmp_path,
-            method=method,
             arguments={"bf16": bf16, "per_device_train_batch_size": 64},
         )
         hook.remove()
@@ -214,199 +203,15 @@ class TestGradient:
         assert "% of a full-parameter run" in str(report)
 
 
-def rollout(model: Any, folder: Any, **changes: Any) -> ContributionReport:
-    arguments = {"per_device_train_batch_size": 64, "learning_rate": 3e-3}
-    arguments |= changes.pop("arguments", {})
-    return gradient(model, folder, **{"method": "rollout", "arguments": arguments, **changes})
-
-
-class TestRollout:
-    def test_scores_every_layer_with_an_interval(self, model, tmp_path):
-        report = rollout(model, tmp_path)
-        assert set(report.scores) == {0, 1, 2}
-        for layer, score in report.scores.items():
-            assert report.interval(layer).low > 0  # there is something to learn, and it is learned
-            assert score in report.interval(layer)
-        assert report.settings["steps"] == 16
-        # 256 answers, generated and scored; 128 held-out ones scored by the base; 16 steps of 64
-        # and those 128 a layer.
-        assert report.cost.forwards == 2 * 256 + 128 + 3 * (16 * 64 + 128)
-        assert report.cost.backwards == 3 * 16 * 64
-        assert ContributionReport.from_json(report.to_json()) == report
-
-    def test_gains_are_weighted_by_likelihood_under_the_new_policy(self, model, tmp_path):
-        trainer = make(
-            model,
-            tmp_path,
-            selection="all",
-            arguments={"reward_funcs": letters, "train_dataset": TRAIN},
-            temperature=0.7,
-        )
-        prompts = [parts for parts in Rollouts(trainer, 8) if parts]
-        before = [_scores(trainer, parts) for parts in prompts]
-        base = tiny("llama", 3)
-        with torch.no_grad():
-            model.model.layers[1].mlp.up_proj.weight += 0.5
-        for parts, old in zip(prompts, before, strict=True):
-            [part] = parts
-            ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
-            mask = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
-            answer, size = part["completion_ids"], part["completion_ids"].shape[1]
-            found = []
-            for policy in (model, base):
-                logits = policy(input_ids=ids, attention_mask=mask).logits[:, -size - 1 : -1] / 0.7
-                logps = logits.log_softmax(-1).gather(-1, answer[..., None])[..., 0]
-                found.append((logps * part["completion_mask"]).sum(1))
-            ratios = (found[0] - found[1]).exp()
-            advantages = part["advantages"]
-            expected = (ratios * advantages).sum() / ratios.sum() - advantages.mean()
-            assert abs(expected) > 1e-3
-            found = _gain(parts, old, _scores(trainer, parts))
-            assert found == pytest.approx(expected.item(), rel=1e-3)
-
-    def test_without_steps_nothing_is_gained(self, model, tmp_path):
-        report = rollout(model, tmp_path, arguments={"learning_rate": 0.0})
-        assert report.scores == pytest.approx({0: 0, 1: 0, 2: 0}, abs=1e-6)
-
-    def test_answers_are_generated_once_for_all_layers(self, model, tmp_path):
-        asked = []
-
-        def noting(completions, **_):
-            asked.append(len(completions))
-            return letters(completions)
-
-        rollout(model, tmp_path, reward_funcs=noting)
-        assert asked == [64] * 5  # four batches, the first one rewarded twice
-
-    @pytest.mark.parametrize(
-        "arguments",
-        [
-            {"beta": 0.1, "num_iterations": 2},
-            {"bf16": True},
-            {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4},
-            {"per_device_train_batch_size": 16, "steps_per_generation": 4},
-            {"lr_scheduler_type": "cosine", "warmup_steps": 50},
-        ],
-    )
-    def test_other_arguments(self, model, tmp_path, arguments):
-        report = rollout(model, tmp_path, arguments=arguments)
-        assert min(report.scores.values()) > 0
-
-    def test_steps_know_that_the_answers_are_the_bases(self, model, tmp_path, monkeypatch):
-        known = []
-        compute = LayerMaskedGRPOTrainer._compute_loss
-
-        def watched(trainer, policy, inputs):
-            known.append("old_per_token_logps" in inputs)
-            return compute(trainer, policy, inputs)
-
-        monkeypatch.setattr(LayerMaskedGRPOTrainer, "_compute_loss", watched)
-        rollout(model, tmp_path, layers=1)
-        assert len(known) > 16
-        assert all(known)
-
-    def test_dropout_is_no_gain(self, tmp_path):
-        model = tiny("gpt2", 3)
-        model.config.resid_pdrop = 0.5
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.5
-        report = rollout(model, tmp_path, arguments={"learning_rate": 0.0})
-        assert report.scores == pytest.approx({0: 0, 1: 0, 2: 0}, abs=1e-6)
-
-    def test_rloo(self, model, tmp_path):
-        report = rollout(
-            model,
-            tmp_path,
-            trainer_class=LayerMaskedRLOOTrainer,
-            args=config(
-                tmp_path,
-                kind=RLOOConfig,
-                max_steps=100,
-                per_device_train_batch_size=64,
-                learning_rate=3e-3,
-            ),
-        )
-        assert min(report.scores.values()) > 0
-
-    def test_is_the_same_each_time(self, model, tmp_path):
-        first, again = (rollout(model, tmp_path) for _ in range(2))
-        assert first.layers == again.layers
-
-    def test_a_layer_alone_scores_as_among_others(self, model, tmp_path):
-        together, alone = (rollout(model, tmp_path, layers=which) for which in ("all", 2))
-        assert alone.layers[2] == together.layers[2]
-        assert alone.layers[0].status == "missing"
-
-    def test_leaves_everything_as_it_was(self, model, tmp_path, monkeypatch):
-        model.eval()
-        model.lm_head.weight.requires_grad_(False)
-        weights, settings = bits(model), model.config.to_dict()
-        attributes = [sorted(vars(module)) for module in model.modules()]
-
-        def check():
-            assert_close(bits(model), weights, rtol=0, atol=0)
-            assert not any(module.training for module in model.modules())
-            assert [sorted(vars(module)) for module in model.modules()] == attributes
-            assert [p.requires_grad for p in (model.lm_head.weight, model.model.norm.weight)] == [
-                False,
-                True,
-            ]
-            assert model.config.to_dict() == settings
-
-        before = torch.get_rng_state()
-        rollout(model, tmp_path)
-        check()
-        assert torch.equal(torch.get_rng_state(), before)
-
-        steps = []
-        step = LayerMaskedGRPOTrainer.training_step
-
-        def failing(*args, **kwargs):
-            steps.append(1)
-            if len(steps) == 20:  # in the second layer's training
-                raise KeyboardInterrupt
-            return step(*args, **kwargs)
-
-        monkeypatch.setattr(LayerMaskedGRPOTrainer, "training_step", failing)
-        with pytest.raises(KeyboardInterrupt):
-            rollout(model, tmp_path)
-        check()
-
-    @pytest.mark.parametrize("budget", [16, 40, 0, 64.0, True])
-    def test_a_budget_that_is_no_two_halves(self, model, tmp_path, budget):
-        with pytest.raises(ProbeError, match=r"expected a multiple of 32, twice generation_batch"):
-            rollout(model, tmp_path, budget=budget)
-
-    def test_a_trainer_that_does_not_generate(self, model, tmp_path):
-        args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-        with pytest.raises(ProbeError, match="such as GRPO's; args is a SFTConfig"):
-            rollout(model, tmp_path, args=args)
-
-    def test_a_data_set_smaller_than_the_budget(self, model, tmp_path):
-        with pytest.raises(ProbeError, match="budget is 64 prompts, and train_dataset gives 48"):
-            rollout(model, tmp_path, train_dataset=TRAIN.select(range(50)))
-
-    def test_signal_in_one_half_only(self, model, tmp_path):
-        calls = []
-
-        def first_half(completions, **_):
-            calls.append(1)  # the first batch is rewarded twice
-            return letters(completions) if len(calls) < 4 else [0.0] * len(completions)
-
-        with pytest.raises(ProbeError, match=r"3\d of the half that is trained on, 0 of the other"):
-            rollout(model, tmp_path, reward_funcs=first_half)
-
-    def test_a_learning_rate_that_diverges(self, model, tmp_path):
-        with pytest.raises(ProbeError, match=r"layer 0, answers have no finite likelihood: learn"):
-            rollout(model, tmp_path, arguments={"learning_rate": 1e30})
-
-
 class TestBadInput:
     @pytest.mark.parametrize("method", ["magic", None, "gradient:1", ""])
     def test_an_unknown_method(self, model, method):
         with pytest.raises(ProbeError, match=rf"method is {re.escape(repr(method))}, expected"):
             contribution_probe(model, method=method)
+
+    def test_a_removed_method_says_what_to_take_instead(self, model):
+        with pytest.raises(ProbeError, match=r"method='rollout' was removed: .*method='gradient'"):
+            contribution_probe(model, method="rollout")
 
     def test_what_is_missing_is_named(self, model):
         with pytest.raises(ProbeError, match="'gradient' needs reward_funcs, train_dataset, args,"):
