@@ -58,15 +58,6 @@ def refuse_other_classes(cls: type, mixin: type) -> None:
         )
 
 
-def refuse_masked(name: str, masked: type, mixin: type) -> None:
-    """One mixin is enough."""
-    if issubclass(masked, mixin):
-        raise TrainerError(
-            f"{name}({mixin.__name__}, {masked.__name__}): {masked.__name__} has the mixin, "
-            f"expected a trainer without it. Leave it out: class {name}({masked.__name__})."
-        )
-
-
 def names(cls: type, mixin: type) -> list[str]:
     """The arguments of the first class behind the mixin that spells them out."""
     for behind in cls.__mro__[cls.__mro__.index(mixin) + 1 :]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABCMeta
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -60,17 +59,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class _OneMask(ABCMeta):  # which is also the metaclass of trainers with abstract methods
-    """Says what Python's own error about the order of bases does not."""
-
-    def __new__(cls, name: str, bases: tuple[type, ...], *args: Any, **kwargs: Any) -> _OneMask:
-        for index, behind in enumerate(bases):
-            if LayerMaskedMixin in bases[:index]:
-                arguments.refuse_masked(name, behind, LayerMaskedMixin)
-        return super().__new__(cls, name, bases, *args, **kwargs)
-
-
-class LayerMaskedMixin(metaclass=_OneMask):
+class LayerMaskedMixin:
     """Put in front of a TRL trainer, trains only the layers of a selection and pays only for them.
 
     `class MyTrainer(LayerMaskedMixin, GRPOTrainer)` takes a few keywords more than the trainer it
@@ -115,8 +104,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
         SelectionError: If the selection does not fit the model, or comes with a `peft_config` or a
             PEFT model, which also choose what trains; if tokens were added whose embedding rows it
             does not train; if a callback takes checkpoints for models that hold a delta.
-        TrainerError: If the class behind the mixin is no trainer, is masked already, or is one that
-            cannot be masked.
+        TrainerError: If the class behind the mixin is no trainer, or is one that cannot be masked.
         ModelError: If the model's decoder layers cannot be found.
         LauncherError: Under a launcher that cannot train chosen layers, or in processes that do not
             choose the same.

@@ -1028,13 +1028,11 @@ class TestClasses:
 
     def test_need_the_mixin_in_front(self):
         with pytest.raises(TrainerError, match=r"Mine has nothing behind LayerMaskedMixin"):
-            type(LayerMaskedMixin)("Mine", (GRPOTrainer, LayerMaskedMixin), {})
+            type("Mine", (GRPOTrainer, LayerMaskedMixin), {})
 
     def test_are_masked_once(self):
-        with pytest.raises(
-            TrainerError, match=r"Mine\(LayerMaskedMixin, LayerMaskedGRPOTrainer\): .* Leave"
-        ):
-            type(LayerMaskedMixin)("Mine", (LayerMaskedMixin, LayerMaskedGRPOTrainer), {})
+        with pytest.raises(TypeError, match=r"\(MRO\) for bases LayerMaskedMixin, LayerM"):
+            type("Mine", (LayerMaskedMixin, LayerMaskedGRPOTrainer), {})
 
     def test_may_have_abstract_methods(self):
         class Abstract(GRPOTrainer, ABC):
