@@ -149,7 +149,6 @@ class _Bytes:
     quantised: Mapping[str, int]
     """Bytes of those that are quantised in the base."""
     dtype: torch.dtype | None
-    optimizer_bytes: int | None
 
     def weights(self, names: Collection[str]) -> int:
         return sum(self.tensors[name].numel() * self._itemsize(name) for name in names)
@@ -161,9 +160,7 @@ class _Bytes:
         total = 0
         for name in names:
             master = _FLOAT32 if masters and self._itemsize(name) == _HALF else 0
-            state = self.optimizer_bytes
-            if state is None:
-                state = 2 * (master or self._itemsize(name))
+            state = 2 * (master or self._itemsize(name))
             total += self.tensors[name].numel() * (master + state)
         return total
 
@@ -177,7 +174,6 @@ def make_plan(
     layers: Collection[int],
     *,
     dtype: torch.dtype | None,
-    optimizer_bytes: int | None,
     beta: float,
     num_iterations: int,
     quantization_config: Any = None,  # noqa: ANN401
@@ -189,7 +185,6 @@ def make_plan(
         trained: Name to tensor of what trains.
         layers: The selected layers.
         dtype: The weights' dtype; None: each tensor's own.
-        optimizer_bytes: Bytes of optimizer state per trained element; None: AdamW's.
         beta: KL coefficient; above 0 there is a reference.
         num_iterations: Policy passes over a batch.
         quantization_config: The base's `BitsAndBytesConfig`, or None.
@@ -198,17 +193,15 @@ def make_plan(
         The plan, with those of LoRA and full training in it.
 
     Raises:
-        SelectionError: If `dtype`, `optimizer_bytes`, `beta` or `num_iterations` is impossible, or
-            what trains is quantised.
+        SelectionError: If `dtype`, `beta` or `num_iterations` is impossible, or what trains is
+            quantised.
     """
     is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     _check("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None")
-    is_size = optimizer_bytes is None or _is_count(optimizer_bytes, at_least=0)
-    _check("optimizer_bytes", optimizer_bytes, is_size, "an int from 0 up or None")
     is_real = isinstance(beta, Real) and not isinstance(beta, bool)
     _check("beta", beta, is_real and 0 <= beta < math.inf, "a finite number from 0 up")
-    is_number = _is_count(num_iterations, at_least=1)
-    _check("num_iterations", num_iterations, is_number, "an int from 1 up")
+    is_int = isinstance(num_iterations, Integral) and not isinstance(num_iterations, bool)
+    _check("num_iterations", num_iterations, is_int and num_iterations >= 1, "an int from 1 up")
     base, blocks = unwrap(model), find_blocks(model)
     parameters = {plain_name(name): p for name, p in base.named_parameters()}
     quantised = {} if quantization_config is None else quantised_bytes(base, quantization_config)
@@ -218,9 +211,7 @@ def make_plan(
             f"{packed[0]}: they could not be trained. Give it llm_int8_skip_modules="
             "selection.quantization_skip_modules(model)."
         )
-    kept = _Bytes(
-        tensors=parameters, quantised=quantised, dtype=dtype, optimizer_bytes=optimizer_bytes
-    )
+    kept = _Bytes(tensors=parameters, quantised=quantised, dtype=dtype)
     met = _met_by_a_token(base, parameters)
     costs = _Costs(
         layers=[
@@ -262,10 +253,6 @@ def _check(name: str, value: object, fits: bool, expected: str) -> None:
         raise SelectionError(f"{name}={value!r}: expected {expected}")
 
 
-def _is_count(value: object, *, at_least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= at_least
-
-
 def _full(kept: _Bytes, *, second_model: bool) -> Plan:
     weights, state = kept.weights(kept.tensors), kept.optimizer(kept.tensors, masters=False)
     return Plan(
@@ -282,14 +269,14 @@ def _full(kept: _Bytes, *, second_model: bool) -> Plan:
 
 def _lora(kept: _Bytes, costs: _Costs, adapters: int) -> Plan:
     of_adapters = adapters * _FLOAT32
-    per_element = 2 * _FLOAT32 if kept.optimizer_bytes is None else kept.optimizer_bytes
+    moments = 2 * of_adapters
     return Plan(
         name=f"LoRA r{_RANK}",
         weights=kept.base() + of_adapters,
         gradients=of_adapters,
-        optimizer=adapters * per_element,
+        optimizer=moments,
         reference=0,
-        checkpoint=of_adapters + adapters * per_element,
+        checkpoint=of_adapters + moments,
         sync=kept.weights(kept.tensors),
         step=costs.lora(adapters) / costs.full(),
     )

@@ -164,7 +164,6 @@ class LayerSelection:
         model: Any,  # noqa: ANN401 - a model or a config
         *,
         dtype: torch.dtype | None = None,
-        optimizer_bytes: int | None = None,
         beta: float = 0.0,
         num_iterations: int = 1,
         quantization_config: Any = None,  # noqa: ANN401 - transformers is not imported for a type
@@ -174,10 +173,6 @@ class LayerSelection:
         Args:
             model: A model, or a config: its names and shapes then come from a model on `meta`.
             dtype: The weights' dtype; None: each tensor's own (of a config, what it names).
-            optimizer_bytes: Bytes of optimizer state per trained element, without master copies.
-                None: AdamW's two moments, each in the dtype that is stepped on. A selection in 16
-                bits is stepped on in float32, by master copies of 4 more bytes; full training as
-                TRL does it is stepped on in the weights' dtype, LoRA's adapters in float32.
             beta: As in the trainer's args. Above 0, there is a reference policy.
             num_iterations: As in the trainer's args: policy passes over a batch.
             quantization_config: The `BitsAndBytesConfig` that the base will be loaded with; None:
@@ -187,12 +182,15 @@ class LayerSelection:
         Returns:
             Bytes of weights, gradients, optimizer, reference, checkpoint and weight sync, and the
             cost of a step relative to full training; the same for LoRA on these layers and for full
-            training. Activations are left out: they depend on the batch.
+            training. Activations are left out: they depend on the batch. The optimizer is AdamW,
+            with two moments in the dtype that is stepped on. A selection in 16 bits is stepped on
+            in float32, by master copies of 4 more bytes; full training as TRL does it is stepped on
+            in the weights' dtype, LoRA's adapters in float32.
 
         Raises:
             SelectionError: If the selection does not fit the model, `dtype` is no floating-point
-                dtype, `optimizer_bytes` or `beta` is negative, or `num_iterations` not positive; if
-                a selected tensor would be quantised, or not by bitsandbytes.
+                dtype, `beta` is negative, or `num_iterations` not positive; if a selected tensor
+                would be quantised, or not by bitsandbytes.
             ModelError: If the model's layers cannot be found.
 
         Example:
@@ -214,7 +212,6 @@ class LayerSelection:
             self.parameters(base),
             self.layers,
             dtype=dtype,
-            optimizer_bytes=optimizer_bytes,
             beta=beta,
             num_iterations=num_iterations,
             quantization_config=quantization_config,

@@ -25,10 +25,10 @@ class LayerSchedule(TrainerCallback, ExportableState):
     """Lets the layers of a selection take turns: at any step, only one set of them trains.
 
     For a masked trainer whose `selection` is all the layers that ever train. The optimizer holds
-    them all from the start; those whose turn it is not have no gradient, and no optimizer state
-    unless it is kept, but for the float32 values of what trains in half precision. Which set trains
-    follows from the step alone, so a resumed run goes on as if it had not been stopped. The family
-    of LISA (arXiv:2403.17919) and BAdam (arXiv:2404.02827).
+    them all from the start; those whose turn it is not have no gradient, and no optimizer state but
+    for the float32 values of what trains in half precision. Which set trains follows from the step
+    alone, so a resumed run goes on as if it had not been stopped. The family of LISA
+    (arXiv:2403.17919) and BAdam (arXiv:2404.02827).
 
     Args:
         layers: The sets, each a layer or several that train together.
@@ -37,7 +37,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
             another order.
         weights: With `"random"`, how likely each set is, instead of rounds: a number above 0 for
             each, or for each layer by its number (`report.scores`), of which a set has the mean.
-        keep_state: Keep a set's optimizer state until its next turn, instead of starting anew.
         seed: Of the random order.
 
     Raises:
@@ -63,7 +62,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
         every: int,
         order: Literal["rotate", "random"] = "rotate",
         weights: Sequence[float] | Mapping[int, float] | None = None,
-        keep_state: bool = False,
         seed: int = 0,
     ) -> None:
         try:
@@ -83,7 +81,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
             raise SelectionError(f'order is {order!r}, expected "rotate" or "random"')
         self._weights = None if weights is None else self._of_sets(weights, order)
         self._every, self._order, self._seed = every, order, seed
-        self._keep_state = keep_state
         self._active: tuple[int, ...] | None = None
 
     def _of_sets(self, weights: Any, order: str) -> list[float]:  # noqa: ANN401
@@ -116,7 +113,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
             "every": self._every,
             "order": self._order,
             "weights": self._weights,
-            "keep_state": self._keep_state,
             "seed": self._seed,
         }
         return {"args": given, "attributes": {}}
@@ -237,7 +233,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 parameter.requires_grad_(layer in active)
                 if layer not in active:
                     parameter.grad = None
-                    for state in () if self._keep_state else states:
+                    for state in states:
                         values = state.pop(parameter, {})
                         if MASTER in values:  # the weight itself, which the model has rounded
                             state[parameter] = {MASTER: values[MASTER]}

@@ -97,15 +97,12 @@ class TestTurns:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("keep_state", [False, True])
-    def test_moves_only_the_layers_whose_turn_it_is(self, tmp_path, keep_state):
-        schedule = LayerSchedule(LAYERS, every=2, keep_state=keep_state)
+    def test_moves_only_the_layers_whose_turn_it_is(self, tmp_path):
+        schedule = LayerSchedule(LAYERS, every=2)
         trainer, watch = scheduled(tmp_path / "run", schedule)
         trainer.train()
         assert watch.moved == [{0}, {0}, {1}, {1}, {2}, {2}]
-        one = one_layers_state(tmp_path / "one")
-        kept = [1, 1, 2, 2, 3, 3] if keep_state else [1] * 6
-        assert watch.held == [one * layers for layers in kept]
+        assert watch.held == [one_layers_state(tmp_path / "one")] * 6
         [first, *_] = trainer.model.model.layers
         size = sum(p.numel() for p in first.parameters())
         assert metric(trainer, "layerrl/trained_parameters") == [size] * 6
@@ -116,18 +113,6 @@ class TestTraining:
         plain = make(tiny("llama", 4), tmp_path / "plain", selection=LAYERS, max_steps=6)
         train(fixed, plain)
         assert_same_run(fixed, plain)
-
-    def test_a_set_keeps_its_state_through_the_others_turns(self, tmp_path):
-        """Two layers that alternate with kept state: Adam counts each one's own steps."""
-        schedule = LayerSchedule([0, 1], every=1, keep_state=True)
-        model = tiny("llama", 4)
-        trainer = make(
-            model, tmp_path, selection=[0, 1], arguments={"callbacks": [schedule]}, max_steps=5
-        )
-        trainer.train()
-        steps = {n: int(v) for n, v in optimizer_state(trainer).items() if n.endswith("step")}
-        assert {v for n, v in steps.items() if in_layers(n, [0])} == {3}
-        assert {v for n, v in steps.items() if in_layers(n, [1])} == {2}
 
     def test_replays_below_the_first_layer_and_ends_there(self, tmp_path):
         """The fast path under a schedule, against the plain one."""
@@ -209,11 +194,10 @@ class TestTraining:
             trainer.train()
         assert all(p.requires_grad for p in model.parameters())
 
-    @pytest.mark.parametrize("keep_state", [False, True])
     @pytest.mark.parametrize("stop", [2, 3])
-    def test_resumes_in_the_middle(self, tmp_path, keep_state, stop):
+    def test_resumes_in_the_middle(self, tmp_path, stop):
         def make_one(folder: Any) -> Any:
-            schedule = LayerSchedule(LAYERS, every=2, order="random", keep_state=keep_state)
+            schedule = LayerSchedule(LAYERS, every=2, order="random")
             changes = {"save_strategy": "steps", "save_steps": stop}
             return scheduled(folder, schedule, **changes)[0]
 

@@ -77,15 +77,6 @@ def test_sixteen_bits_are_stepped_on_in_float32_except_in_full_training(dtype):
     assert plan.lora.optimizer == 8 * ADAPTERS
 
 
-def test_another_optimizer_keeps_its_bytes_beside_the_master_copies():
-    selection = select_layers(CONFIG, 1)
-    plan = selection.plan(CONFIG, dtype=torch.bfloat16, optimizer_bytes=1)
-    assert plan.optimizer == (4 + 1) * TRAINED
-    assert plan.full.optimizer == EVERYTHING
-    assert plan.lora.optimizer == ADAPTERS
-    assert selection.plan(CONFIG, dtype=torch.float32, optimizer_bytes=0).optimizer == 0
-
-
 def test_without_beta_only_the_initial_values_remain_for_the_metrics():
     plan = select_layers(CONFIG, 1).plan(CONFIG)
     assert plan.reference == plan.gradients
@@ -210,8 +201,6 @@ def test_model_and_config_give_the_same_plan(name):
         ({"beta": -0.1}, "a finite number from 0 up"),
         ({"beta": float("nan")}, "a finite number from 0 up"),
         ({"beta": "0.04"}, "a finite number from 0 up"),
-        ({"optimizer_bytes": -1}, "an int from 0 up or None"),
-        ({"optimizer_bytes": 2.5}, "an int from 0 up or None"),
         ({"dtype": "bfloat16"}, "a floating-point torch.dtype or None"),
         ({"dtype": torch.int8}, "a floating-point torch.dtype or None"),
     ],
