@@ -61,6 +61,7 @@ class DeltaBase:
         selection: LayerSelection,
         *,
         frozen: Mapping[str, str] | None = None,
+        device: torch.device | None = None,
     ) -> DeltaBase:
         """Record a model as it is now: call it before training.
 
@@ -70,6 +71,7 @@ class DeltaBase:
             selection: What will train.
             frozen: `fingerprints(frozen_tensors(model, selection))` of this moment, if you have
                 them: these tensors are not read again, unless their form on disk differs.
+            device: Where to compute the fingerprints of tensors on the CPU; None: there.
 
         Returns:
             The record that `save_delta` takes as `base`.
@@ -88,7 +90,7 @@ class DeltaBase:
                 [mine] = source
                 if all(tensor is tensors[mine] for tensor in form.values()):
                     known = (frozen or {}).get(mine)
-            marks |= dict.fromkeys(form, known) if known else fingerprints(form)
+            marks |= dict.fromkeys(form, known) if known else fingerprints(form, device=device)
         config = getattr(unwrap(model), "config", None)
         record = cls(
             name=getattr(config, "name_or_path", None) or None,

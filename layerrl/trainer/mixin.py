@@ -263,9 +263,11 @@ class LayerMaskedMixin(metaclass=_OneMask):
         self._trained = self.selection.parameters(self.model)
         self._in_parts = is_sharded(next(iter(self._trained.values())))
         self._base: DeltaBase | None = None
-        self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        self._frozen = self._fingerprints()
         if decided:
-            base = DeltaBase.of(self.model, self.selection, frozen=self._frozen)
+            base = DeltaBase.of(
+                self.model, self.selection, frozen=self._frozen, device=self.accelerator.device
+            )
             self._base = launchers.of_main_process(base, self.accelerator)
         budget = activation_bytes or 0
         if activation_bytes is None:
@@ -489,7 +491,12 @@ class LayerMaskedMixin(metaclass=_OneMask):
             FrozenTensorError: If one changed.
         """
         self._follow_shards()
-        check_frozen(self.model, self.selection, self._frozen)
+        check_frozen(self.model, self.selection, self._frozen, device=self.accelerator.device)
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Of all that is frozen. A model that will be sharded lies on the CPU until it is."""
+        frozen = frozen_tensors(self.model, self.selection)
+        return fingerprints(frozen, device=self.accelerator.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The optimizer that the args name, over the trained tensors, each at its layer's rate.
@@ -608,7 +615,7 @@ class LayerMaskedMixin(metaclass=_OneMask):
             return
         self._trained = self.selection.parameters(self.model)
         self._by_layer = parameters_by_layer(self.model, self.selection)
-        self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        self._frozen = self._fingerprints()
         initial = {
             name: sharded_like(value, self._trained[name]) for name, value in self._initial.items()
         }
