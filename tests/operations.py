@@ -36,7 +36,7 @@ class Operations(TorchDispatchMode):
         before = {_key(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         found = func(*args, **(kwargs or {}))
         made = [value for value in tree_leaves(found) if isinstance(value, Tensor)]
-        made = [value for value in made if _key(value) not in before]
+        made = [v for v in made if _key(v) not in before and v.device.type != "meta"]
         if made:
             self.kernels.append((str(func.overloadpacket).removeprefix("aten."), made[0].device))
         self._held = {k: (ref, size) for k, (ref, size) in self._held.items() if not ref.expired()}
