@@ -22,6 +22,8 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.kernels: list[tuple[str, torch.device]] = []
         """Name and device of each."""
+        self.num_reads = 0
+        """Numbers that Python took out of tensors, which waits for a device."""
         self.peak = 0
         """Most bytes that results held at a time."""
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -35,6 +37,7 @@ class Operations(TorchDispatchMode):
     ) -> Any:
         before = {_key(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         found = func(*args, **(kwargs or {}))
+        self.num_reads += func is torch.ops.aten._local_scalar_dense.default
         made = [value for value in tree_leaves(found) if isinstance(value, Tensor)]
         made = [v for v in made if _key(v) not in before and v.device.type != "meta"]
         if made:
