@@ -298,7 +298,7 @@ class TestBudget:
             assert pair.replays(call(ids(1)), call(ids(1))) == [False, True]
         assert pair.replay.num_bytes == BYTES
 
-    def test_what_does_not_fit_is_said_once_and_never_copied(self, caplog):
+    def test_what_does_not_fit_is_said_once_whatever_its_size(self, caplog):
         pair = Pair(tiny("llama", 4).eval(), max_bytes=BYTES - 1)
         for tokens in (T, T + 1, T + 2):
             with pair.batch():
@@ -308,9 +308,14 @@ class TestBudget:
         assert len(lines) == 1
 
     def test_a_batch_that_fails_is_forgotten(self, pair):
-        with pytest.raises(OSError, match="cheese"), pair.batch(training=False):
-            pair.same(call())
-            raise OSError("out of cheese")
+        def fail() -> None:
+            with pair.batch(training=False):
+                pair.same(call())
+                assert pair.replay.num_bytes == BYTES
+                raise OSError("out of cheese")
+
+        with pytest.raises(OSError, match="cheese"):
+            fail()
         assert pair.replay.num_bytes == 0
 
     def test_keeps_what_fits_of_passes_that_stand_alone(self):
