@@ -102,8 +102,8 @@ class LayerMaskedMixin(metaclass=_OneMask):
             layers that `contribution_probe`'s `"gradient"` scores highest when training starts, on
             its first generation batches (64 prompts or more), which are then trained on. Until then
             `selection` is all layers. Checkpoints hold the report, and resume on it.
-        prefix_cache_bytes: Most memory that recorded hidden states may take, on the device, those of
-            an evaluation beside a batch to train on included; a larger batch is not recorded. 0:
+        prefix_cache_bytes: Most memory that recorded hidden states may take, on the device: those
+            of an evaluation beside a batch to train on included; a larger batch is not recorded. 0:
             never record.
         activation_bytes: Most memory that activations kept for the backward may take, so that fewer
             layers are recomputed where gradient checkpointing is on. None: what a second model for
