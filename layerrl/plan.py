@@ -79,6 +79,9 @@ class Plan:
     step_by_layer: tuple[float, ...] = ()
     """`step` if each layer were trained alone, layer 0 first. Only of the plan that was asked
     for, not of those in `lora` and `full`."""
+    stepping: int = 0
+    """Bytes that are held only while the optimizer steps, when activations are gone: float32
+    gradients of trained tensors in 16 bits, all at once."""
     lora: Plan | None = None
     """The same for LoRA on the selected layers."""
     full: Plan | None = None
@@ -86,7 +89,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes held during training, without activations."""
+        """Bytes held during training, without activations and without `stepping`."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
     def __str__(self) -> str:
@@ -96,7 +99,8 @@ class Plan:
             values = [getattr(plan, field) for plan in columns]
             shown = [f"{v:.2f}" if field == "step" else in_units(v) for v in values]
             lines.append(f"{label:12}" + "".join(f"{text:>13}" for text in shown))
-        lines.append("Without activations.")
+        also = f" and the {in_units(self.stepping)} that only a step takes" * (self.stepping > 0)
+        lines.append(f"Without activations{also}.")
         if self.step_by_layer:
             lines[-1] += (
                 f" Early layers cost more than late ones: layer 0 would cost "
@@ -163,6 +167,10 @@ class _Bytes:
             state = 2 * (master or self._itemsize(name))
             total += self.tensors[name].numel() * (master + state)
         return total
+
+    def stepping(self, names: Collection[str]) -> int:
+        halves = [name for name in names if self._itemsize(name) == _HALF]
+        return _FLOAT32 * sum(self.tensors[name].numel() for name in halves)
 
     def _itemsize(self, name: str) -> int:
         return (self.dtype or self.tensors[name].dtype).itemsize
@@ -243,6 +251,7 @@ def make_plan(
         checkpoint=weights + (weights if beta else 0) + state,
         sync=kept.weights(with_fused_siblings(parameters, trained)),
         step=step,
+        stepping=kept.stepping(trained),
         full=full,
         **beside,
     )

@@ -67,27 +67,33 @@ def held_out_gains(
         p: column for column, layer in enumerate(layers.values()) for p in layer
     }
     gains: list[Tensor] = []
+    # Of the present prompt, where its gradients are: reading each one would wait for the device.
+    gained = {p.device: torch.zeros(len(layers), dtype=torch.double, device=p.device) for p in sums}
 
     def take(parameter: Tensor) -> None:
         if parameter.grad is None:
             return
-        earlier, prompt = sums[parameter], len(gains) - 1
+        earlier, prompt = sums[parameter], len(gains)
         # Before the first prompt there is no step, which gains nothing.
         size = earlier.abs() + epsilon * max(prompt, 1)
         step = earlier / size.clamp(min=torch.finfo(size.dtype).tiny)
-        gained = (parameter.grad * step).sum(dtype=torch.double)
-        gains[-1][column_of[parameter]] += gained.cpu()
+        of_layers = gained[parameter.device]
+        of_layers[column_of[parameter]] += (parameter.grad * step).sum(dtype=torch.double)
         earlier += parameter.grad
         parameter.grad = None
 
     for losses in prompts:
-        gains.append(torch.zeros(len(layers), dtype=torch.double))
+        for of_layers in gained.values():
+            of_layers.zero_()
         for number, loss in enumerate(losses, 1):
             value = loss()
             with _as_they_arrive(sums, take if number == len(losses) else None):
                 value.backward()
         for parameter in sums:  # of an expert that the last micro-batch sent no token to
             take(parameter)
+        gains.append(torch.zeros(len(layers), dtype=torch.double))
+        for of_layers in gained.values():
+            gains[-1] += of_layers.cpu()
         if not gains[-1].isfinite().all():
             odd = [k for k, gain in zip(layers, gains[-1], strict=True) if not gain.isfinite()]
             raise ProbeError(

@@ -277,7 +277,7 @@ class ReferenceModel(nn.Module):
         given = dict(zip(self._trained.values(), values, strict=True))
         sharded = {parameter: value for parameter, value in given.items() if is_sharded(parameter)}
         if sharded:
-            write(self._policy[0], sharded)
+            write(self._policy[0], sharded.items())
         # Inside a caller's autocast, casts of the values before would be used again.
         torch.clear_autocast_cache()
         for parameter in given.keys() - sharded.keys():

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 def parts(tensor: Tensor) -> Tensor:
@@ -84,12 +84,12 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> None:
+def write(model: nn.Module, values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
     """Overwrite parameters, so that the next pass gathers sharded ones anew.
 
     Args:
         model: Theirs. FSDP2 and ZeRO-3 keep some tensors gathered after a pass.
-        values: Parameter to value, which is as `sharded_like` gives it.
+        values: Parameters and their values, which are as `sharded_like` gives them.
     """
     for module in model.modules():
         reshard = getattr(module, "reshard", None)
@@ -99,7 +99,7 @@ def write(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> None:
     for handle in under_way.values():
         handle.wait()
     under_way.clear()
-    for parameter, value in values.items():
+    for parameter, value in values:
         let_go = getattr(parameter, "partition", None)
         if callable(let_go):
             let_go()

@@ -40,6 +40,7 @@ from layerrl.delta.folder import (
 from layerrl.delta.processing import save_processing, sums_of
 from layerrl.delta.record import (
     DeltaBase,
+    checkpoint_groups,
     checkpoint_names,
     digest_of,
     dtype_name,
@@ -122,8 +123,8 @@ def save_delta(
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
+    now = fingerprints(tensors)  # before the copy, so on their own device
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    now = fingerprints(tensors)
     meta = {
         "format_version": FORMAT_VERSION,
         "base_model": base.name,
@@ -331,6 +332,31 @@ def put_tensors(
     Raises:
         DeltaError: If the model drops or repeats elements when it is saved. It is then as it was.
     """
+    form = checkpoint_form(model, stand_ins(trained))
+    num_elements = sum(shape(parameter).numel() for parameter in trained.values())
+    if sum(tensor.numel() for tensor in form.values()) != num_elements:
+        raise DeltaError(
+            f"{type(unwrap(model)).__name__} drops or repeats elements of its layers when it is "
+            "saved: a delta cannot be loaded into it. Use merge_delta and load the merged model."
+        )
+    write(
+        model,
+        (
+            (trained[name], sharded_like(value, trained[name]))
+            for names, renamed in checkpoint_groups(model, trained)
+            for name, value in (
+                _in_memory(model, {name: trained[name] for name in names}, tensors).items()
+                if renamed is None
+                else [(names[0], tensors[renamed])]
+            )
+        ),
+    )
+
+
+def _in_memory(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The values that parameters have in a checkpoint, by their names and shapes in the model."""
     # `checkpoint_form` only moves elements: follow each one's position through it.
     sizes = [shape(parameter).numel() for parameter in trained.values()]
     positions = torch.arange(sum(sizes)).split(sizes)
@@ -341,19 +367,11 @@ def put_tensors(
             for (name, parameter), position in zip(trained.items(), positions, strict=True)
         },
     )
-    if sum(position.numel() for position in form.values()) != sum(sizes):
-        raise DeltaError(
-            f"{type(unwrap(model)).__name__} drops or repeats elements of its layers when it is "
-            "saved: a delta cannot be loaded into it. Use merge_delta and load the merged model."
-        )
-    widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    widest = reduce(torch.promote_types, (tensors[name].dtype for name in form))
     flat = torch.empty(sum(sizes), dtype=widest)
     for name, position in form.items():
         flat[position.reshape(-1)] = tensors[name].reshape(-1).to(flat.dtype)
-    write(
-        model,
-        {
-            parameter: sharded_like(values.view(shape(parameter)), parameter)
-            for parameter, values in zip(trained.values(), flat.split(sizes), strict=True)
-        },
-    )
+    return {
+        name: values.view(shape(parameter))
+        for (name, parameter), values in zip(trained.items(), flat.split(sizes), strict=True)
+    }

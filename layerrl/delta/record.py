@@ -61,6 +61,7 @@ class DeltaBase:
         selection: LayerSelection,
         *,
         frozen: Mapping[str, str] | None = None,
+        device: torch.device | None = None,
     ) -> DeltaBase:
         """Record a model as it is now: call it before training.
 
@@ -70,6 +71,7 @@ class DeltaBase:
             selection: What will train.
             frozen: `fingerprints(frozen_tensors(model, selection))` of this moment, if you have
                 them: these tensors are not read again, unless their form on disk differs.
+            device: Where to compute the fingerprints of tensors on the CPU; None: there.
 
         Returns:
             The record that `save_delta` takes as `base`.
@@ -88,7 +90,7 @@ class DeltaBase:
                 [mine] = source
                 if all(tensor is tensors[mine] for tensor in form.values()):
                     known = (frozen or {}).get(mine)
-            marks |= dict.fromkeys(form, known) if known else fingerprints(form)
+            marks |= dict.fromkeys(form, known) if known else fingerprints(form, device=device)
         config = getattr(unwrap(model), "config", None)
         record = cls(
             name=getattr(config, "name_or_path", None) or None,
@@ -171,17 +173,35 @@ def in_checkpoint_form(
     Yields:
         Plain names, and the full tensors made of these by their names in a checkpoint.
     """
+    for names, renamed in checkpoint_groups(model, tensors):
+        if renamed is None:
+            full = {name: whole(tensors[name]).detach() for name in names}
+            yield names, _checkpoint_form(model, full)
+        else:
+            tensor = tensors[names[0]]
+            yield names, {renamed: whole(tensor).detach() if is_sharded(tensor) else tensor}
+
+
+def checkpoint_groups(
+    model: nn.Module, tensors: Mapping[str, Tensor]
+) -> list[tuple[tuple[str, ...], str | None]]:
+    """The fewest tensors that can be brought into the form of a checkpoint without the others.
+
+    Args:
+        model: Theirs.
+        tensors: Plain name to tensor.
+
+    Returns:
+        Plain names; and for a tensor that is only renamed, its name in a checkpoint.
+    """
     empty = stand_ins(tensors)
     form = _checkpoint_form(model, empty)
     same = {id(tensor): name for name, tensor in empty.items()}
     renamed = {same[id(tensor)]: name for name, tensor in form.items() if id(tensor) in same}
     groups: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        if name in renamed:
-            yield (name,), {renamed[name]: whole(tensor).detach() if is_sharded(tensor) else tensor}
-        else:
-            inside = _IN_LAYER.match(name)
-            groups.setdefault(inside[1] if inside else name, []).append(name)
+    for name in [name for name in tensors if name not in renamed]:
+        inside = _IN_LAYER.match(name)
+        groups.setdefault(inside[1] if inside else name, []).append(name)
     made = {name for name in form if name not in set(renamed.values())}
     parts = [[empty[name] for name in group] for group in groups.values()]
     alone = [
@@ -190,9 +210,10 @@ def in_checkpoint_form(
     ]
     if alone and (set().union(*alone) != made or sum(map(len, alone)) != len(made)):
         groups = {"": [name for group in groups.values() for name in group]}
-    for group in groups.values():
-        full = {name: whole(tensors[name]).detach() for name in group}
-        yield tuple(group), _checkpoint_form(model, full)
+    return [
+        *(((name,), renamed[name]) for name in tensors if name in renamed),
+        *((tuple(group), None) for group in groups.values()),
+    ]
 
 
 def checkpoint_names(

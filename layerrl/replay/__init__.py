@@ -49,7 +49,8 @@ class PrefixReplay:
     Args:
         model: The model whose prefix is replayed.
         selection: What trains; nothing is recorded when no whole layer lies below.
-        max_bytes: Memory that the recordings of a batch may take; a larger one is not recorded.
+        max_bytes: Memory that recordings may take at a time. A batch is not recorded that would
+            take more than what is left of it, as an evaluation's beside one to train on.
         agree: Whether something is so in all processes that train together. A pass that one of them
             replays and another does not would leave them waiting for each other.
     """
@@ -76,7 +77,8 @@ class PrefixReplay:
         """Calls of the model so far that did not run the prefix."""
         self.enabled = bool(self.prefix) and agree(max_bytes > 0)
         """Whether calls are recorded at all; False for good once a replay did not match."""
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        """Memory that recordings may take at a time."""
         self._batches: dict[bool, Recordings] = {}
         self._alone: Recordings | None = None
         self._is_new_batch = self._inside = False
@@ -107,10 +109,14 @@ class PrefixReplay:
         Yields:
             Nothing.
         """
-        self._batches[training] = Recordings(self._max_bytes, partly=False)
+        self._batches.pop(training, None)
+        self._batches[training] = Recordings(self.max_bytes - self.num_bytes, partly=False)
         self._is_new_batch = True
         try:
             yield
+        except BaseException:  # no loss will follow, after which an evaluation's are forgotten
+            self._batches.pop(training, None)
+            raise
         finally:
             self._is_new_batch = False
 
@@ -144,7 +150,8 @@ class PrefixReplay:
             return run
 
         self._inside = True
-        self._alone = Recordings(self._max_bytes, partly=True) if alone else None
+        left = self.max_bytes - self.num_bytes
+        self._alone = Recordings(left, partly=True) if alone else None
         try:
             with replaced_forwards([unwrap(self.model)], look_at):
                 yield

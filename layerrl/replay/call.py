@@ -338,6 +338,15 @@ class Prefix:
 
     def _keep(self, left_BTH: Tensor) -> None:
         assert self._entry is not None
+        num_bytes = left_BTH.numel() * left_BTH.element_size()
+        if not self._recordings.fits(num_bytes):
+            each = num_bytes // max(1, left_BTH[..., 0].numel())
+            self._replay.say(
+                "what leaves it in all passes over a batch takes more than prefix_cache_bytes="
+                f"{self._replay.max_bytes} has room for ({each} bytes a token, padding included, "
+                f"in {left_BTH.dtype})"
+            )
+            return
         recording = Recording(
             # A copy: what comes after may work in place.
             hidden_BTH=left_BTH.detach().clone(),
@@ -346,11 +355,7 @@ class Prefix:
             modes=self._entry.modes,
             storages=self._entry.storages,
         )
-        if not self._recordings.add(self._entry, recording):
-            self._replay.say(
-                "what leaves it in all passes over a batch takes more than prefix_cache_bytes "
-                f"({recording.hidden_BTH.nbytes} bytes for {len(recording.hidden_BTH)} rows)"
-            )
+        self._recordings.add(self._entry, recording)
 
     def _handed_on(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """What a layer returns that does not run: after the last one, what left it then."""

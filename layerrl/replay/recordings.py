@@ -58,26 +58,33 @@ class Recordings:
         self.used = False
         """Whether a call was looked at: the same in all processes, whatever fitted."""
 
-    def add(self, entry: Entry, recording: Recording) -> bool:
-        """Keep a recording if there is room.
+    def fits(self, num_bytes: int) -> bool:
+        """Whether there is room for more; to be asked before it is made.
+
+        Args:
+            num_bytes: Memory that a recording would take.
+
+        Returns:
+            False if it would exceed the budget, which then forgets what is there, unless a part is
+            of use.
+        """
+        if not self._full and self.num_bytes + num_bytes <= self._max_bytes:
+            return True
+        if not self._partly:  # rows come back shuffled: hardly a call would be over these alone
+            self._rows.clear()
+            self.num_bytes, self._full = 0, True
+        return False
+
+    def add(self, entry: Entry, recording: Recording) -> None:
+        """Keep a recording that fits.
 
         Args:
             entry: What entered layer 0.
             recording: What left. Its hidden states must not be written to by others.
-
-        Returns:
-            Whether it is kept.
         """
-        num_bytes = recording.hidden_BTH.nbytes
-        if self._full or self.num_bytes + num_bytes > self._max_bytes:
-            if not self._partly:  # rows come back shuffled: hardly a call would be over these alone
-                self._rows.clear()
-                self.num_bytes, self._full = 0, True
-            return False
-        self.num_bytes += num_bytes
+        self.num_bytes += recording.hidden_BTH.nbytes
         rows = self._rows.setdefault(entry.circumstances, {})
         rows.update({key: (recording, index) for index, key in enumerate(entry.rows)})
-        return True
 
     def places(self, entry: Entry) -> list[Place]:
         """Where the rows of a call are; empty unless all of them are known."""

@@ -90,8 +90,9 @@ class LayerMaskedMixin:
             layers that `contribution_probe`'s `"gradient"` scores highest when training starts, on
             its first generation batches (64 prompts or more), which are then trained on. Until then
             `selection` is all layers. Checkpoints hold the report, and resume on it.
-        prefix_cache_bytes: Most memory the recorded hidden states of one batch may take, on the
-            device; a larger batch is not recorded. 0: never record.
+        prefix_cache_bytes: Most memory that recorded hidden states may take, on the device: those
+            of an evaluation beside a batch to train on included; a larger batch is not recorded. 0:
+            never record.
         master_weights: Update half-precision trained tensors in float32. The optimizer keeps those
             values, and its checkpoint holds them. Not for `"full"`, which is the plain trainer.
         checkpoint_format: `"delta"`: checkpoints hold the trained tensors, their optimizer state
@@ -240,9 +241,11 @@ class LayerMaskedMixin:
         self._trained = self.selection.parameters(self.model)
         self._in_parts = is_sharded(next(iter(self._trained.values())))
         self._base: DeltaBase | None = None
-        self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        self._frozen = self._fingerprints()
         if decided:
-            base = DeltaBase.of(self.model, self.selection, frozen=self._frozen)
+            base = DeltaBase.of(
+                self.model, self.selection, frozen=self._frozen, device=self.accelerator.device
+            )
             self._base = launchers.of_main_process(base, self.accelerator)
         self._replay = PrefixReplay(
             self.model,
@@ -456,7 +459,12 @@ class LayerMaskedMixin:
             FrozenTensorError: If one changed.
         """
         self._follow_shards()
-        check_frozen(self.model, self.selection, self._frozen)
+        check_frozen(self.model, self.selection, self._frozen, device=self.accelerator.device)
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Of all that is frozen. A model that will be sharded lies on the CPU until it is."""
+        frozen = frozen_tensors(self.model, self.selection)
+        return fingerprints(frozen, device=self.accelerator.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The optimizer that the args name, over the trained tensors, each at its layer's rate.
@@ -579,7 +587,7 @@ class LayerMaskedMixin:
             return
         self._trained = self.selection.parameters(self.model)
         self._by_layer = parameters_by_layer(self.model, self.selection)
-        self._frozen = fingerprints(frozen_tensors(self.model, self.selection))
+        self._frozen = self._fingerprints()
         initial = {
             name: sharded_like(value, self._trained[name]) for name, value in self._initial.items()
         }

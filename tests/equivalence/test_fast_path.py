@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
 from layerrl import LayerMaskedMixin
@@ -338,6 +339,24 @@ class TestReplay:
         train(trainer)
         assert passes.ran == [True] * 3
         assert warnings(caplog) == []
+
+    @pytest.mark.parametrize("num_iterations", [1, 2])
+    def test_an_evaluation_leaves_no_recordings(self, base, tmp_path, num_iterations):
+        held = []
+
+        class Look(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                held.append(False in trainer._passes.replay._batches)
+
+        how = evaluation(num_prompts=4, eval_on_start=True)
+        how["arguments"]["callbacks"] = [Look()]
+        trainer = make(
+            load(base), tmp_path, selection=2, beta=0.04, num_iterations=num_iterations, **how
+        )
+        train(trainer)
+        assert held == [False] * 3
+        trainer.evaluate()
+        assert trainer._passes.replay.num_bytes == 0
 
     def test_serves_the_evaluation_of_the_loss(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, beta=0.04, **evaluation(num_prompts=4))

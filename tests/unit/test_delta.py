@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 import layerrl
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
 from layerrl import delta as delta_module
-from layerrl.delta import DeltaBase, checkpoint_form
+from layerrl.blocks import find_blocks
+from layerrl.delta import DeltaBase, checkpoint_form, put_tensors
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.masking import fingerprints
 from tests.devices import on_any_device
 from tests.models import tiny
+from tests.operations import during
 from tests.runs import bits
 
 pytestmark = [on_any_device, pytest.mark.usefixtures("made_on_device")]
@@ -276,6 +278,34 @@ class TestRoundTrip:
         model = tiny("llama")
         with refused("LlamaForCausalLM drops or repeats elements", under=tmp_path, model=model):
             load_delta(model, tmp_path / "delta")
+
+    @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+    def test_loading_takes_memory_of_one_layer(self, family):
+        live, fresh = (tiny(family, 8, seed=seed) for seed in (0, 1))
+        selection = select_layers(live, "full")
+        tensors = checkpoint_form(live, selection.parameters(live))
+        trained = selection.parameters(fresh)
+        operations = during(lambda: put_tensors(fresh, trained, tensors))
+        assert_same(fresh, bits(live))
+        layer = sum(p.nbytes for _, p in find_blocks(fresh).named_parameters(0))
+        # Of what is only renamed nothing; of fused experts their positions, twice as large.
+        assert operations.peak <= (0 if family == "llama" else 8 * layer)
+
+    def test_is_summed_where_the_tensors_lie_before_they_are_copied(self, monkeypatch, tmp_path):
+        live, summed = tiny("llama"), {}
+        weight = live.get_parameter(WEIGHT)
+        weight.data = weight.data.t().contiguous().t()  # of which a file needs a copy
+
+        def look(tensors: dict[str, Tensor]) -> dict[str, str]:
+            summed.update(tensors)
+            return fingerprints(tensors)
+
+        monkeypatch.setattr(delta_module, "fingerprints", look)
+        make_delta(live, 1, tmp_path / "delta")
+        assert summed[WEIGHT].data_ptr() == weight.data_ptr()
+        assert fingerprints(load_file(tmp_path / "delta" / "delta.safetensors")) == fingerprints(
+            summed
+        )
 
     def test_tied_head_follows_the_embedding(self, tmp_path):
         live = tiny("llama", tie_word_embeddings=True)

@@ -133,9 +133,9 @@ class TestRecord:
         frozen = fingerprints(frozen_tensors(model, selection))
         read: list[int] = []
 
-        def spy(tensors: dict[str, Tensor]) -> dict[str, str]:
+        def spy(tensors: dict[str, Tensor], **how: Any) -> dict[str, str]:
             read.extend(tensor.numel() for tensor in tensors.values())
-            return fingerprints(tensors)
+            return fingerprints(tensors, **how)
 
         monkeypatch.setattr(record_module, "fingerprints", spy)
         assert DeltaBase.of(model, selection, frozen=frozen) == expected

@@ -1,14 +1,17 @@
 """Fingerprints see every bit; frozen tensors, learning rates and optimizers are told apart."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing import assert_close
 from transformers import Adafactor
 
-from layerrl import select_layers
+from layerrl import masking, select_layers
 from layerrl.errors import FrozenTensorError, SelectionError
 from layerrl.masking import (
     as_found,
@@ -22,6 +25,7 @@ from layerrl.masking import (
 )
 from tests.devices import DEVICE, on_any_device
 from tests.models import tiny
+from tests.operations import Operations, during
 
 pytestmark = on_any_device
 
@@ -34,6 +38,39 @@ CHUNK = 1 << 20
 
 def fingerprint(tensor: Tensor) -> str:
     return fingerprints({"tensor": tensor.to(DEVICE)})["tensor"]
+
+
+def one_by_one(tensor: Tensor) -> str:
+    """The digits by their definition: 2^18 words at a time, in 64-bit arithmetic that wraps."""
+    bits = tensor.contiguous().view(-1)
+    bits = torch.view_as_real(bits).view(-1) if bits.is_complex() else bits
+    word = {1: torch.uint8, 2: torch.int16}.get(bits.element_size(), torch.int32)
+    weights, total = masking._weights(torch.device("cpu")), 0
+    for chunk in bits.view(word).split(2**18):
+        of_chunk = (chunk.long() * weights[: len(chunk)]).sum().item()
+        total = (total * masking._ODD_MULTIPLIER + of_chunk) % 2**64
+    return f"{total:016x}"
+
+
+@contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Inside, tensors have a GPU and no values."""
+    masking._weights.cache_clear()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        masking._weights.cache_clear()
+
+
+def launched(shape: tuple[int, ...], dtype: torch.dtype, where: str, **how: object) -> Operations:
+    """What the fingerprint of a tensor without values computes, until one is asked for."""
+    with fake_gpu():
+        masking._weights(torch.device("cuda", 0))  # once in a process
+        tensor = torch.empty(shape, dtype=dtype, device=where)
+        with Operations() as operations, pytest.raises(DataDependentOutputException):
+            fingerprints({"": tensor}, **how)  # type: ignore[arg-type]
+    return operations
 
 
 def random_bytes(num_elements: int, dtype: torch.dtype) -> Tensor:
@@ -57,6 +94,45 @@ class TestFingerprints:
         generator = torch.Generator().manual_seed(0)
         tensor = torch.randn(num_elements, generator=generator)
         assert fingerprints({"": tensor.to(DEVICE)}) == {"": digits}
+
+    @pytest.mark.parametrize("at_once", [1, 2])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_are_the_same_however_many_chunks_are_taken_at_once(self, dtype, at_once, monkeypatch):
+        monkeypatch.setitem(masking._CHUNKS_AT_ONCE, "cpu", at_once)
+        for num_elements in (0, 1, 77, 2**18 + 1, 3 * 2**18 - 1, 3 * 2**18):
+            tensor = random_bytes(num_elements, dtype).view(dtype)
+            assert fingerprint(tensor) == one_by_one(tensor)
+        pairs = tensor.view(-1, 2)
+        for other in (tensor[0], pairs[:, 0], pairs.t(), pairs[:0], tensor[3:]):
+            assert fingerprint(other) == one_by_one(other)
+            assert fingerprints({"": other}, device=DEVICE) == {"": one_by_one(other)}
+
+    def test_of_many_chunks_and_a_rest_are_the_same_in_groups_of_64(self, monkeypatch):
+        monkeypatch.setitem(masking._CHUNKS_AT_ONCE, "cpu", 64)
+        tensor = random_bytes(66 * 2**18 + 5, torch.bfloat16).view(torch.bfloat16)
+        assert fingerprint(tensor) == one_by_one(tensor)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("num_chunks", [1, 3, 64, 65, 1000])
+    def test_take_a_gpu_few_kernels_and_little_memory(self, dtype, num_chunks):
+        words = max(1, dtype.itemsize // 4)  # of an element
+        operations = launched((num_chunks * 2**18 // words + 1,), dtype, "cuda")
+        # Two for each 64 chunks and for the rest, and one that puts their sums together.
+        assert len(operations.kernels) <= 2 * (num_chunks // 64 + 2) + 1
+        assert {device.type for _, device in operations.kernels} == {"cuda"}
+        assert operations.peak < 256 * 2**20
+
+    @pytest.mark.parametrize("shape", [(77,), (5000, 7000)])
+    def test_of_tensors_on_the_cpu_are_computed_on_the_device_that_is_given(self, shape):
+        operations = launched(shape, torch.bfloat16, "cpu", device=torch.device("cuda", 0))
+        assert {device.type for _, device in operations.kernels} == {"cuda"}
+        assert operations.peak < 256 * 2**20
+        operations = launched(shape, torch.bfloat16, "cuda", device=torch.device("cpu"))
+        assert {device.type for _, device in operations.kernels} == {"cuda"}
+
+    def test_on_the_cpu_take_little_memory(self):
+        tensor = torch.zeros(20, 2**18)
+        assert during(lambda: fingerprints({"": tensor})).peak <= 2**24
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_any_single_flipped_bit_changes_it(self, dtype):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from layerrl import select_layers
 from layerrl.errors import ModelError, SelectionError
+from layerrl.plan import in_units
 from tests.grpo import make
 from tests.models import tiny, tiny_config
 from tests.runs import saved
@@ -72,6 +73,9 @@ def test_sixteen_bits_are_stepped_on_in_float32_except_in_full_training(dtype):
     assert plan.gradients == plan.reference == plan.sync == 2 * TRAINED
     assert plan.optimizer == (4 + 8) * TRAINED
     assert plan.checkpoint == (2 + 2 + 4 + 8) * TRAINED
+    assert plan.stepping == 4 * TRAINED
+    assert plan.full.stepping == plan.lora.stepping == 0
+    assert f"Without activations and the {in_units(4 * TRAINED)} that only a step" in str(plan)
     assert plan.full.optimizer == (2 + 2) * EVERYTHING
     assert plan.lora.weights == 2 * EVERYTHING + 4 * ADAPTERS
     assert plan.lora.optimizer == 8 * ADAPTERS
@@ -80,6 +84,7 @@ def test_sixteen_bits_are_stepped_on_in_float32_except_in_full_training(dtype):
 def test_without_beta_only_the_initial_values_remain_for_the_metrics():
     plan = select_layers(CONFIG, 1).plan(CONFIG)
     assert plan.reference == plan.gradients
+    assert plan.stepping == 0
     assert plan.checkpoint == plan.gradients + plan.optimizer
     assert plan.full.reference == plan.lora.reference == 0
 

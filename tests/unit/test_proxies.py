@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from layerrl import select_layers
@@ -10,6 +11,7 @@ from layerrl.errors import ProbeError
 from layerrl.masking import parameters_by_layer
 from layerrl.proxies import held_out_gains, position_scores
 from tests.models import tiny
+from tests.operations import during
 
 EPSILON = 1e-8
 
@@ -96,6 +98,17 @@ def test_gradients_are_freed_as_they_arrive(tokens_PBT):
     first.register_post_accumulate_grad_hook(lambda _: seen.append(last.grad))
     gains(model, [[lambda t=t: loss(model, t)] for t in tokens_PBT])
     assert seen == [None] * len(tokens_PBT)
+
+
+def test_a_prompt_is_read_from_the_device_once(monkeypatch):
+    """Every read waits until the device has done all that it was given."""
+    copies, copy = [], Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: (copies.append(tensor), copy(tensor))[1])
+    model = tiny("llama", 4)
+    prompts = [[lambda: sum(p.square().sum() for p in model.model.layers.parameters())]] * 5
+    operations = during(lambda: gains(model, prompts))
+    assert len(copies) == len(prompts)
+    assert operations.num_reads == len(prompts)  # whether the copy is finite
 
 
 @pytest.mark.parametrize("odd", [0, 2])

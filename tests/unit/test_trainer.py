@@ -15,7 +15,13 @@ from torch.testing import assert_close
 from transformers import Adafactor, LlamaForSequenceClassification, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOTrainer, RewardConfig, SFTConfig, SFTTrainer
 
-from layerrl import LayerMaskedGRPOTrainer, LayerMaskedMixin, load_delta, select_layers
+from layerrl import (
+    LayerMaskedGRPOTrainer,
+    LayerMaskedMixin,
+    load_delta,
+    masking,
+    select_layers,
+)
 from layerrl.errors import (
     DeltaError,
     FrozenTensorError,
@@ -859,6 +865,21 @@ class TestFrozenCheck:
     def test_ignores_everything_under_full(self, model, tmp_path):
         callback = Do(on_step_end=lambda model, **_: move(model, "lm_head.weight"))
         make(model, tmp_path, selection="full", arguments={"callbacks": [callback]}).train()
+
+    def test_is_computed_on_the_device_of_the_accelerator(self, model, tmp_path, monkeypatch):
+        """A model that will be sharded lies on the CPU when it is masked and when it is checked."""
+        devices = []
+        on_device = masking._chunk_sums
+
+        def look(tensor: Tensor, device: torch.device | None) -> Tensor:
+            devices.append(device)
+            return on_device(tensor, device)
+
+        monkeypatch.setattr(masking, "_chunk_sums", look)
+        trainer = make(model, tmp_path, selection=1)
+        trainer.check_frozen()
+        num_tensors = len(names_of(model, 1)) + 2 * len(trainer._frozen)
+        assert devices == [trainer.accelerator.device] * num_tensors
 
 
 class TestSaving:

@@ -43,6 +43,13 @@ def verified(**changes: Any) -> Pair:
     return pair
 
 
+def held(pair: Pair) -> list[Any]:
+    """The hidden states in a pair's recordings, each once."""
+    rows = [rows for of in pair.replay._batches.values() for rows in of._rows.values()]
+    recordings = {id(r): r for places in rows for r, _ in places.values()}
+    return [recording.hidden_BTH for recording in recordings.values()]
+
+
 class Failing:
     """Lets a module raise on its n-th call from now."""
 
@@ -259,6 +266,57 @@ class TestBudget:
         lines = [line for line in warnings(caplog) if "more than prefix_cache_bytes" in line]
         assert len(lines) == (not fits)
         assert pair.replay.enabled
+
+    @pytest.mark.parametrize(("max_bytes", "fits"), [(BYTES, True), (BYTES - 1, False)])
+    def test_counts_what_is_recorded_under_autocast(self, caplog, max_bytes, fits):
+        pair = Pair(tiny("llama", 4).eval(), max_bytes=max_bytes)
+        with torch.autocast(DEVICE.type, torch.bfloat16), pair.batch():
+            pair.replays(call())
+            assert pair.replay.num_bytes == (BYTES if fits else 0)
+            [recording] = held(pair) or [None]
+            assert recording is None or recording.dtype == torch.float32  # what layers add up in
+        lines = [line for line in warnings(caplog) if f"prefix_cache_bytes={max_bytes}" in line]
+        assert len(lines) == (not fits)
+        assert all(
+            f"({4 * H} bytes a token, padding included, in torch.float32)" in li for li in lines
+        )
+
+    def test_an_evaluation_has_what_the_batch_to_train_on_leaves(self, caplog):
+        pair = Pair(tiny("llama", 4).eval(), max_bytes=2 * BYTES - 1)
+        with pair.batch():
+            pair.replays(call(), call())
+        for _ in range(2):
+            with pair.batch(training=False):
+                assert pair.replays(call(ids(1)), call(ids(1))) == [False, False]
+                assert pair.replay.num_bytes == sum(t.nbytes for t in held(pair)) == BYTES
+        with pair.alone():
+            assert pair.replays(*[call(ids(1))] * 2) == [False, False]
+            assert pair.replay.num_bytes == BYTES
+        with pair.replay.passes(training=True):
+            assert pair.same(call())
+        with pair.batch():  # the batch before makes room
+            assert pair.replays(call(ids(1)), call(ids(1))) == [False, True]
+        assert pair.replay.num_bytes == BYTES
+
+    def test_what_does_not_fit_is_said_once_whatever_its_size(self, caplog):
+        pair = Pair(tiny("llama", 4).eval(), max_bytes=BYTES - 1)
+        for tokens in (T, T + 1, T + 2):
+            with pair.batch():
+                pair.replays(call(ids(tokens=tokens)))
+                assert held(pair) == []
+        lines = [line for line in warnings(caplog) if "prefix_cache_bytes" in line]
+        assert len(lines) == 1
+
+    def test_a_batch_that_fails_is_forgotten(self, pair):
+        def fail() -> None:
+            with pair.batch(training=False):
+                pair.same(call())
+                assert pair.replay.num_bytes == BYTES
+                raise OSError("out of cheese")
+
+        with pytest.raises(OSError, match="cheese"):
+            fail()
+        assert pair.replay.num_bytes == 0
 
     def test_keeps_what_fits_of_passes_that_stand_alone(self):
         pair = Pair(tiny("llama", 4).eval(), max_bytes=2 * BYTES - 1)
