@@ -333,7 +333,7 @@ def put_tensors(
     """
     # `checkpoint_form` only moves elements: follow each one's position through it.
     sizes = [shape(parameter).numel() for parameter in trained.values()]
-    positions = torch.arange(sum(sizes)).split(sizes)
+    positions = torch.arange(sum(sizes), device="cpu").split(sizes)
     form = checkpoint_form(
         model,
         {
@@ -347,7 +347,7 @@ def put_tensors(
             "saved: a delta cannot be loaded into it. Use merge_delta and load the merged model."
         )
     widest = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
-    flat = torch.empty(sum(sizes), dtype=widest)
+    flat = torch.empty(sum(sizes), dtype=widest, device="cpu")
     for name, position in form.items():
         flat[position.reshape(-1)] = tensors[name].reshape(-1).to(flat.dtype)
     write(
