@@ -259,7 +259,8 @@ class TestKinds:
             @torch.no_grad()
             def step(self, closure=None):
                 for p in self.param_groups[0]["params"]:
-                    p.copy_(p.flatten() @ torch.eye(p.numel(), dtype=torch.bfloat16))
+                    unit = torch.eye(p.numel(), dtype=torch.bfloat16, device=p.device)
+                    p.copy_(p.flatten() @ unit)
 
         halves = weights(torch.bfloat16)
         optimizer = in_float32(halves, Stubborn)
