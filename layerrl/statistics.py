@@ -36,7 +36,8 @@ class Interval:
 def interval_of(draws_D: Tensor) -> Interval:
     """The central 95 % of bootstrap draws."""
     tail = (1 - _CONFIDENCE) / 2
-    low, high = draws_D.double().quantile(torch.tensor([tail, 1 - tail], dtype=torch.double))
+    draws_D = draws_D.double()
+    low, high = draws_D.quantile(draws_D.new_tensor([tail, 1 - tail]))
     return Interval(low.item(), high.item())
 
 
@@ -70,13 +71,16 @@ def bootstrap(
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(f"scores of {sorted(sizes)} prompts, expected one number above 0 for all")
     [num_prompts] = sizes
+    # On the CPU whatever torch's default device is: the same draws everywhere.
     draw = torch.Generator().manual_seed(seed)
-    picked_DP = torch.randint(num_prompts, (num_draws, num_prompts), generator=draw)
+    shape = (num_draws, num_prompts)
+    picked_DP = torch.randint(num_prompts, shape, generator=draw, device="cpu")
     # How often each prompt was drawn, as a share: a product with scores is then a mean.
-    share_DP = torch.zeros(num_draws, num_prompts, dtype=torch.double)
+    share_DP = torch.zeros(shape, dtype=torch.double, device="cpu")
     share_DP.scatter_add_(1, picked_DP, torch.full_like(share_DP, 1 / num_prompts))
     scores_SP = {
-        n: torch.tensor([[*row] for row in rows], dtype=torch.double) for n, rows in runs.items()
+        name: torch.tensor([[*row] for row in rows], dtype=torch.double, device="cpu")
+        for name, rows in runs.items()
     }
     found = {name: share_DP @ scores.mean(dim=0) for name, scores in scores_SP.items()}
     means_S = {n: scores.mean(dim=1) for n, scores in scores_SP.items() if n not in seedless}
@@ -85,10 +89,12 @@ def bootstrap(
         squares = sum((means - means.mean()).square().sum() for means in means_S.values())
         # Not from `draw`: what two reports' seeds did has nothing in common, as their prompts may.
         pooled = _generator("variance", *scores_SP.values())
-        chi2_D = torch.randn(freedom, num_draws, generator=pooled).double().square().sum(dim=0)
+        normal_FD = torch.randn(freedom, num_draws, generator=pooled, device="cpu")
+        chi2_D = normal_FD.double().square().sum(dim=0)
         deviation_D = (squares / chi2_D).sqrt()
         for name, means in means_S.items():
-            normal_D = torch.randn(num_draws, generator=_generator(name, scores_SP[name]))
+            own = _generator(name, scores_SP[name])
+            normal_D = torch.randn(num_draws, generator=own, device="cpu")
             found[name] = found[name] + deviation_D * normal_D / len(means) ** 0.5
     return found
 
@@ -122,7 +128,8 @@ def contribution_draws(score_D: Tensor, base_D: Tensor, full_D: Tensor) -> Tenso
 
 def ranks(values: Sequence[float] | Tensor) -> Tensor:
     """Ranks from 0 up along the last dimension; equal values share the mean of theirs."""
-    values = torch.as_tensor(values, dtype=torch.double)
+    device = values.device if isinstance(values, Tensor) else "cpu"
+    values = torch.as_tensor(values, dtype=torch.double, device=device)
     below = (values[..., None, :] < values[..., :, None]).sum(dim=-1)
     equal = (values[..., None, :] == values[..., :, None]).sum(dim=-1)
     return below + (equal - 1) / 2

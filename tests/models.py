@@ -117,7 +117,7 @@ def tiny(
     """A tiny random model of a family: the same weights for the same arguments, global RNG kept."""
     config = tiny_config(name, num_layers, vision_layers=vision_layers, **text)
     auto = AutoModelForImageTextToText if name in VISION_FAMILIES else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         return auto.from_config(config)
 

@@ -61,7 +61,7 @@ def shares_keys_and_values() -> PreTrainedModel:
         bos_token_id=1,
         eos_token_id=2,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config)
 

@@ -58,7 +58,7 @@ def classifier() -> PreTrainedModel:
     """A tiny Llama of four layers with a score head."""
     config = tiny_config("llama", 4)
     config.num_labels = 1
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForSequenceClassification(config)
 

@@ -359,7 +359,7 @@ def _in_memory(
     """The values that parameters have in a checkpoint, by their names and shapes in the model."""
     # `checkpoint_form` only moves elements: follow each one's position through it.
     sizes = [shape(parameter).numel() for parameter in trained.values()]
-    positions = torch.arange(sum(sizes)).split(sizes)
+    positions = torch.arange(sum(sizes), device="cpu").split(sizes)
     form = checkpoint_form(
         model,
         {
@@ -368,7 +368,7 @@ def _in_memory(
         },
     )
     widest = reduce(torch.promote_types, (tensors[name].dtype for name in form))
-    flat = torch.empty(sum(sizes), dtype=widest)
+    flat = torch.empty(sum(sizes), dtype=widest, device="cpu")
     for name, position in form.items():
         flat[position.reshape(-1)] = tensors[name].reshape(-1).to(flat.dtype)
     return {

@@ -225,5 +225,7 @@ def _mixed(words: Tensor) -> Tensor:
 def _weights(device: torch.device) -> Tensor:
     """Fixed odd 64-bit numbers without a pattern, as many as a chunk has words."""
     generator = torch.Generator().manual_seed(20260701)
-    bits = torch.randint(-(1 << 63), (1 << 63) - 1, (_CHUNK_WORDS,), generator=generator)
+    least, most = -(1 << 63), (1 << 63) - 1
+    # On the CPU whatever torch's default device is, so that keys are the same everywhere.
+    bits = torch.randint(least, most, (_CHUNK_WORDS,), generator=generator, device="cpu")
     return (bits | 1).to(device)

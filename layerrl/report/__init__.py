@@ -250,9 +250,9 @@ class ContributionReport:
         if not few._draws and not many._draws:
             return correlation, None
         ours_DK = torch.stack([few._draws_of(k) for k in shared], dim=-1)
+        nothing = torch.zeros((), device="cpu")
         theirs_DK = torch.stack(
-            [sum((w * many._draws_of(n) for n, w in aligned[k]), torch.zeros(())) for k in shared],
-            dim=-1,
+            [sum((w * many._draws_of(n) for n, w in aligned[k]), nothing) for k in shared], dim=-1
         )
         ours_DK, theirs_DK = torch.broadcast_tensors(ours_DK, theirs_DK)
         draws_D = spearman(ours_DK, theirs_DK)
@@ -319,7 +319,7 @@ class ContributionReport:
         found = self._draws.get(str(layer))
         if found is not None:
             return found
-        return torch.full((1,), self._values()[layer], dtype=torch.double)
+        return torch.full((1,), self._values()[layer], dtype=torch.double, device="cpu")
 
     def to_json(self) -> str:
         """A text that `from_json` makes an equal report of."""

@@ -134,8 +134,12 @@ def replaced_rewards(
 def random_state_kept() -> Iterator[None]:
     """Give Python's, numpy's and torch's global generators back as they were."""
     before = random_state(torch.device("cpu"))
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type
+    # All of them by number: without numbers torch warns of hosts with several.
+    numbers = range(torch.accelerator.device_count())
     try:
-        with torch.random.fork_rng():  # of all accelerators
+        with torch.random.fork_rng(numbers, device_type=kind):
             yield
     finally:
         set_random_state(before, torch.device("cpu"))

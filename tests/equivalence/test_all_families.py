@@ -75,7 +75,7 @@ LAYER = 2
 
 
 def model_of(family: str, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **CONFIG)
         return AutoModelForCausalLM.from_config(config).to(dtype)

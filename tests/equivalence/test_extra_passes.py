@@ -87,7 +87,7 @@ class Restless:
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         rows, chosen = rows_of(inputs), random.Random(len(self.noted))
-        at = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
+        at = torch.ones_like(rows["input_ids"]).cumsum(1) - 1
         embeddings = model.get_input_embeddings()(rows["input_ids"]).detach()
         asks: list[dict[str, Any]] = [
             rows,
@@ -125,7 +125,7 @@ class Invariant(trl.DPOTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss, rows = super().compute_loss(model, inputs, *args, **kwargs), rows_of(inputs)
-        at = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
+        at = torch.ones_like(rows["input_ids"]).cumsum(1) - 1
         near, far = (model(**rows, position_ids=at * by, use_cache=False).logits for by in (1, 3))
         gap = (near - far).pow(2).mean()
         self.noted.append(gap.item())
@@ -151,7 +151,7 @@ class Taught(trl.GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
         if Taught.teacher is None:
-            Taught.teacher = tiny("llama", 4, seed=3)
+            Taught.teacher = tiny("llama", 4, seed=3).to(inputs["completion_ids"].device)
             # Before TRL 1.15 log-probabilities come from the logits.
             getattr(utils, "add_fused_lm_head", lambda _: None)(Taught.teacher)
         rows = rows_of(inputs)

@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory):
         eos_token_id=None,
         pad_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         Qwen2ForCausalLM(config).save_pretrained(path)
     vocabulary = {f"t{index}": index for index in range(64)}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from layerrl import load_delta, select_layers
 from layerrl.delta import DeltaBase, restore_delta, save_delta
 from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
-from tests.devices import on_any_device
+from tests.devices import on_any_device, on_cpu
 from tests.grpo import PROMPTS, config, make, reward
 from tests.models import tiny
 from tests.runs import (
@@ -64,7 +64,7 @@ def checkpoints(folder: Path) -> set[str]:
 
 def trained(trainer: Any) -> dict[str, Tensor]:
     tensors = trainer.selection.parameters(trainer.model)
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: on_cpu(tensor) for name, tensor in tensors.items()}
 
 
 def delta_of(checkpoint: Path) -> dict[str, Tensor]:
@@ -110,7 +110,8 @@ class TestContent:
         start = trained(trainer)
         trainer.train()
         reference = load_file(tmp_path / "out" / "checkpoint-2" / "reference.safetensors")
-        assert_close(reference, dict(trainer.ref_model.tensors), rtol=0, atol=0)
+        now = {name: on_cpu(tensor) for name, tensor in trainer.ref_model.tensors.items()}
+        assert_close(reference, now, rtol=0, atol=0)
         assert not torch.equal(reference[WEIGHT], start[WEIGHT])
         assert not torch.equal(reference[WEIGHT], trained(trainer)[WEIGHT])
 

@@ -20,7 +20,7 @@ from trl.experimental.bema_for_ref_model import DPOTrainer as BEMADPOTrainer
 from layerrl import LayerMaskedMixin, select_layers
 from layerrl.errors import ModelError, SelectionError
 from layerrl.reference import ReferenceModel
-from tests.devices import DEVICE, on_any_device
+from tests.devices import DEVICE, on_any_device, on_cpu
 from tests.grpo import QUIETLY, config, make, tokenizer
 from tests.models import tiny
 from tests.runs import (
@@ -78,7 +78,7 @@ class TestReferenceModel:
         assert not logits.requires_grad
 
     def test_runs_the_policy_in_evaluation_mode(self):
-        policy = tiny("llama", 4, attention_dropout=0.5).train()
+        policy = tiny("llama", 4, attention_dropout=0.5).to(DEVICE).train()
         reference = reference_of(policy)
         first, second = reference(IDS).logits, reference(IDS).logits
         assert not torch.equal(policy(IDS).logits, policy(IDS).logits)
@@ -170,11 +170,11 @@ class TestReferenceModel:
 
     def test_load_tensors_changes_the_reference_and_not_the_policy(self, policy):
         reference = reference_of(policy)
-        source = tiny("llama", 4, seed=1)
+        source = tiny("llama", 4, seed=1)  # on the CPU, as what is read from a file
         before = bits(policy)
         reference.load_tensors(reference_of(source).tensors)
         assert_close(bits(policy), before, rtol=0, atol=0)
-        mixed = tiny("llama", 4)
+        mixed = tiny("llama", 4).to(DEVICE)
         mixed.model.layers[2].load_state_dict(source.model.layers[2].state_dict())
         assert_close(reference(IDS).logits, mixed.eval()(IDS).logits, rtol=0, atol=0)
 
@@ -312,7 +312,7 @@ class TestAsTheModelThatItStandsFor:
             parameter.data.mul_(2)
         assert_close(bits(policy), before, rtol=0, atol=0)
         assert torch.equal(
-            reference.tensors["model.layers.2.mlp.up_proj.weight"],
+            on_cpu(reference.tensors["model.layers.2.mlp.up_proj.weight"]),
             2 * before["model.layers.2.mlp.up_proj.weight"],
         )
 
@@ -321,7 +321,7 @@ class TestAsTheModelThatItStandsFor:
         before = bits(policy)
         other = {n: t + 1 if in_layers(n, [2]) else t for n, t in before.items()}
         assert reference.load_state_dict(other).missing_keys == []
-        assert_close(reference.state_dict(), other, rtol=0, atol=0)
+        assert_close(bits(reference), other, rtol=0, atol=0)
         assert_close(bits(policy), before, rtol=0, atol=0)
         with pytest.raises(RuntimeError, match=r"missing \['model.embed_tokens.weight'"):
             reference.load_state_dict({})
@@ -329,7 +329,7 @@ class TestAsTheModelThatItStandsFor:
         frozen = {**before, "lm_head.weight": before["lm_head.weight"] + 1}
         with pytest.raises(ModelError, match=r"lm_head\.weight is frozen"):
             reference.load_state_dict(frozen)
-        assert_close(reference.state_dict(), other, rtol=0, atol=0)
+        assert_close(bits(reference), other, rtol=0, atol=0)
 
 
 class TestBEMA:
@@ -355,7 +355,7 @@ class TestBEMA:
         plain = self.trained(folder, "plain", BEMADPOTrainer)
         masked = self.trained(folder, "masked", MaskedBEMA, selection="full")
         assert_same_run(masked, plain)
-        found, expected = masked.ref_model.state_dict(), plain.ref_model.state_dict()
+        found, expected = bits(masked.ref_model), bits(plain.ref_model)
         assert_close(found, expected, rtol=0, atol=0)
         assert not torch.equal(found["lm_head.weight"], load(folder).lm_head.weight)
         assert_close(masked.ref_model(IDS).logits, plain.ref_model(IDS).logits, rtol=0, atol=0)
@@ -427,7 +427,7 @@ class TestTrainer:
         before = bits(model)
         trainer = make(model, tmp_path / "out", selection=2, beta=0.04)
         for key, tensor in trainer.ref_model.tensors.items():
-            assert_close(tensor, before[key], rtol=0, atol=0)
+            assert_close(on_cpu(tensor), before[key], rtol=0, atol=0)
         trainer.train()
         assert metric(trainer, "kl")[0] == 0.0
         assert metric(trainer, "kl")[-1] > 0.0
@@ -457,8 +457,8 @@ class TestTrainer:
         trainer.train()
         policy = bits(trainer.model)
         for name, tensor in trainer.ref_model.tensors.items():
-            expected = start[name] * 0.75 + policy[name] * 0.25
-            assert_close(tensor.detach(), expected, rtol=0, atol=1e-6)
+            expected = on_cpu(start[name]) * 0.75 + policy[name] * 0.25
+            assert_close(on_cpu(tensor), expected, rtol=0, atol=1e-6)
             assert not torch.equal(tensor, start[name])
 
     @pytest.mark.parametrize("synced", [False, True])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 
 from layerrl import select_layers
 from layerrl.errors import ReportError
@@ -28,6 +29,19 @@ def report(*shares: float, base: float = 0.1, full: float = 0.6, **changes) -> C
     layers = tuple(Score(scores=right(share), steps=5, seconds=2.5) for share in shares)
     values = {"base": Score(scores=right(base)), "full": Score(scores=right(full), steps=5)}
     return ContributionReport(**{"method": "train", "layers": layers, **values, **changes})
+
+
+def test_torchs_default_device_changes_nothing():
+    """A notebook may have set a GPU; what is made on `meta` by mistake has no values."""
+
+    def everything() -> tuple[object, ...]:
+        made, other = report(0.1, 0.35, 0.6), report(0.3, 0.2, 0.5, 0.4)
+        seeds = replace(made, layers=tuple(replace(s, scores=right(0.3, 3)) for s in made.layers))
+        return str(made), str(seeds), made.top(1), made.compare(other), *made.spearman(other)
+
+    expected = everything()
+    with torch.device("meta"):
+        assert everything() == expected
 
 
 class TestNumbers:

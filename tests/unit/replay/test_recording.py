@@ -124,9 +124,9 @@ class TestRecordAndReplay:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"attention_mask": torch.arange(T).expand(B, T).ge(2).long()},
-            {"position_ids": torch.arange(T).expand(B, T) * 2},
-            {"input_ids": None, "inputs_embeds": torch.randn(B, T, H)},
+            {"attention_mask": torch.arange(T, device=DEVICE).expand(B, T).ge(2).long()},
+            {"position_ids": torch.arange(T, device=DEVICE).expand(B, T) * 2},
+            {"input_ids": None, "inputs_embeds": torch.randn(B, T, H, device=DEVICE)},
             {"input_ids": ids(1)},
             {"input_ids": torch.nn.functional.pad(ids(), (1, 0), value=3)},
         ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerrl.replay import arguments
 from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, row_keys
 from tests.devices import generator as draws
 from tests.devices import on_any_device
@@ -42,6 +43,14 @@ class TestRowKeys:
         assert keys(rows) == [keys(row[None])[0] for row in rows]
         assert keys(rows.repeat(2, 1)) == keys(rows) * 2
         assert len(set(keys(rows))) == len({tuple(row) for row in rows.tolist()})
+
+    def test_are_the_same_whatever_torchs_default_device_is(self):
+        rows = random(torch.int64, B, 8)
+        expected = keys(rows)
+        arguments._weights.cache_clear()
+        with torch.device("meta"):  # where tensors that are made by mistake have no values
+            found = keys(rows)
+        assert found == expected
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_one_element_that_changes_changes_its_row_alone(self, dtype):
