@@ -120,7 +120,7 @@ docstrings: $(INSTALLED)
 	@touch $@
 
 bundle: .venv-bundle/.installed
-	@.venv-bundle/bin/python .ci/bundle.py $(PYTHON) --without "$(WITHOUT)"
+	@.venv-bundle/bin/python .ci/bundle.py $(PYTHON) --without "$(WITHOUT)" --extra "$(EXTRA)"
 
 clean:
 	rm -rf .venv .venv-* site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache
