@@ -144,9 +144,7 @@ def bundled(
                     waiting += [(canonicalize_name(one.name), e) for e in ("", *one.extras)]
         return seen
 
-    lacking = needed(
-        [("layerrl", ""), ("layerrl", extra)], needed((name, "") for name in left_out)
-    )
+    lacking = needed([("layerrl", ""), ("layerrl", extra)], needed((name, "") for name in left_out))
     pinned = {
         canonicalize_name(one.name)
         for name, extra in lacking

@@ -50,7 +50,10 @@ def serve(pipe: Connection, log: Path) -> None:
     for descriptor in (1, 2):
         os.dup2(stream.fileno(), descriptor)
     while True:
-        case = pipe.recv()
+        try:
+            case = pipe.recv()
+        except EOFError:
+            return
         print(f"\n=== {case}", flush=True)
         try:
             found = globals()[case["kind"]](case)
@@ -207,6 +210,13 @@ def step(case: dict[str, Any]) -> dict[str, Any]:
     settings["gradient_accumulation_steps"] = case.get("accumulate", 1)
     if case.get("continuous"):
         settings["use_transformers_continuous_batching"] = True
+        # Room for every completion twice, in blocks of 256 tokens: left alone, it takes nearly all
+        # of the memory that is free and leaves none to train in.
+        blocks = (
+            2 * case["rows"] * case["accumulate"] * -(-(case["prompt"] + case["length"]) // 256)
+        )
+        config = {"num_blocks": blocks, "max_batch_tokens": 8 * (case["prompt"] + case["length"])}
+        settings["transformers_continuous_batching_config"] = config
     # TRL loads its reference by the model's name, and this one has none.
     loader = "trl.trainer.grpo_trainer.create_model_from_path"
     try:
@@ -223,7 +233,7 @@ def generate(case: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second of a model as it is served: with merged weights, or an adapter apart."""
     import torch
 
-    device, model = torch.device(case["device"]), made(case)
+    device, model = torch.device(case["device"]), made(case).eval()
     middle = model.config.num_hidden_layers // 2
     if case["method"] != "masked":
         from peft import get_peft_model
@@ -296,8 +306,9 @@ def truth(case: dict[str, Any]) -> dict[str, Any]:
     from fidelity import ceiling
     from probe_fidelity import sweep
 
-    suite, started = suite_of(case), time.perf_counter()
+    suite = suite_of(case)
     known = suite.accuracy(suite.model().to(case["device"]))
+    started = time.perf_counter()
     report = sweep(suite, case["seeds"], Path(case["folder"]) / "sweep")
     (Path(case["folder"]) / "truth.json").write_text(report.to_json(), encoding="utf-8")
     return {
@@ -312,19 +323,32 @@ def truth(case: dict[str, Any]) -> dict[str, Any]:
 
 def probe(case: dict[str, Any]) -> dict[str, Any]:
     """How well a cheaper score of the suite's layers agrees with the sweep's."""
+    import probe_fidelity
     from fidelity import fidelity
-    from probe_fidelity import PROBES
 
-    from layerrl import ContributionReport
+    from layerrl import ContributionReport, LayerRLError
 
-    exact = ContributionReport.from_json((Path(case["folder"]) / "truth.json").read_text("utf-8"))
-    started = time.perf_counter()
-    report = PROBES[case["probe"]](suite_of(case))
-    seconds, found = time.perf_counter() - started, fidelity(exact, report)
+    if case["tiny"]:
+        probe_fidelity.NUM_PROMPTS = 8
+    folder = Path(case["folder"])
+    kept, started = folder / f"{case['probe']}.json", time.perf_counter()
+    if not kept.exists():  # of fewer seeds of the sweep
+        try:
+            report = probe_fidelity.PROBES[case["probe"]](suite_of(case))
+        except LayerRLError as error:
+            return {"refused": str(error)}
+        kept.write_text(report.to_json(), encoding="utf-8")
+        kept.with_suffix(".seconds").write_text(str(time.perf_counter() - started))
+    seconds = float(kept.with_suffix(".seconds").read_text())
+    exact, report = (
+        ContributionReport.from_json(path.read_text(encoding="utf-8"))
+        for path in (folder / "truth.json", kept)
+    )
+    found = fidelity(exact, report)
     figures = ("spearman", "kendall", "beyond_depth", "regret", "top3")
     return {
         "scores": list(report.scores.values()),
-        "seconds": seconds,
+        "probe_seconds": seconds,
         "fraction": report.cost.fraction if report.cost else None,
     } | {name: getattr(found, name) for name in figures}
 
@@ -353,7 +377,7 @@ def probe_cost(case: dict[str, Any]) -> dict[str, Any]:
         except LayerRLError as error:  # random weights may show no signal, at the same cost
             refused = str(error)
     seconds = elapsed(begin, mark(device))
-    return {"seconds": seconds, "peak_bytes": peak_bytes(device), "refused": refused}
+    return {"probe_seconds": seconds, "peak_bytes": peak_bytes(device), "refused": refused}
 
 
 def odd_tokens(completions: list[str], **_: Any) -> list[float]:

@@ -10,21 +10,25 @@ from step_report import METHODS, by_setting, plot, spread, tables, tabulate
 Entries = list[dict[str, Any]]
 HEAD = """# On a GPU
 
-Written by `benchmarks/gpu.py`. Models have the shapes that their names say, bfloat16 weights drawn at
-random, and made-up prompts: speed and memory do not ask what weights say.
+Written by `benchmarks/gpu.py`. Models have the shapes that their names say, bfloat16 weights drawn
+at random, and made-up prompts: speed and memory do not ask what weights say.
 
 ```console
-$ make bundle PYTHON=3.12 WITHOUT="torch transformers accelerate" EXTRA=gpu   # for a machine without a network
 $ make gpu ARGS="--budget 1500"
 ```
 
-`make gpu` runs the tests that need a GPU, then measures stage by stage within the budget, in
-seconds. It needs Python with torch for the GPU; the rest comes from `dist/bundle-*`, where that
-folder was brought along, or from the network. All output is in `runs/gpu`: `tests.txt`, this page
-with its pictures (where matplotlib is), `journal.jsonl` with every measurement, `worker.log` with
-what libraries printed. The same command continues where the time was up, unless the machine, a
-library or layerrl itself has changed. `python benchmarks/gpu.py --report --page docs/gpu.md` writes
-the page anywhere from the journal.
+runs the tests that need a GPU, then measures stage by stage within the budget, in seconds. It needs
+a Python with torch for the GPU. The rest comes from the network, or from a folder made on a machine
+that has one, for the version of Python and beside the packages of the one with the GPU:
+
+```console
+$ make bundle PYTHON=3.12 WITHOUT="torch transformers accelerate" EXTRA=gpu
+```
+
+All output is in `runs/gpu`: `tests.txt`, this page with its pictures (where matplotlib is),
+`journal.jsonl` with every measurement, `worker.log` with what libraries printed. The same command
+continues where the time was up, unless the machine, a library or layerrl itself has changed.
+`python benchmarks/gpu.py --report --page docs/gpu.md` writes the page anywhere from the journal.
 """
 NOT_YET = "Not measured."
 KINDS = {"selection": "layerrl, the middle layer", "LoRA r16": "LoRA, merged", "full": "full"}
@@ -78,6 +82,8 @@ def steps(entries: Entries) -> Iterator[str]:
     """Tables of training steps by model, then what did not run."""
     rows = step_rows(entries)
     if rows:
+        for e in {e["shape"]: e for e in entries if e["stage"] == "step"}.values():
+            yield f"{e['shape']}: {e['rows']} completions of {e['prompt']} + {e['length']} tokens."
         yield tables(rows)
     failed = [
         f"- {METHODS[e['method']]}, {setting_of(e)}: {why_not(e)}"
@@ -115,6 +121,8 @@ def why_not(entry: dict[str, Any]) -> str:
     """Why there are no figures."""
     if "failed" in entry:
         return f"failed: `{entry['failed']}`"
+    if entry.get("refused"):
+        return f"refused: {entry['refused']}"
     size = f"{entry['planned_bytes'] / 1e9:.1f} GB by `plan()`, without activations"
     if "skipped" in entry:
         return f"skipped, the device is too small: {size}"
@@ -136,7 +144,10 @@ def of_stage(entries: Entries, stage: str, *kinds: str) -> Entries:
 
 def reasons(entries: Entries) -> str:
     """Measurements of stages that failed."""
-    return "\n".join(f"- `{e['case']}`: {why_not(e)}" for e in entries if "failed" in e)
+    failed = [e for e in entries if "failed" in e or e.get("refused")]
+    names = ("kind", "probe", "method", "shape")
+    told = [" ".join(str(e[name]) for name in names if name in e) or e["stage"] for e in failed]
+    return "\n".join(f"- {t}: {why_not(e)}" for t, e in zip(told, failed, strict=True))
 
 
 def whole_steps(entries: Entries) -> Iterator[str]:
@@ -218,28 +229,39 @@ def serving(entries: Entries) -> Iterator[str]:
 
 def ranged(values: list[float], spec: str) -> str:
     """Median and range."""
-    median, low, high = spread(values).values()
-    return f"{median:{spec}} [{low:{spec}}, {high:{spec}}]"
+    median, low, high = (f"{value:{spec}}" for value in spread(values).values())
+    return median if low == high else f"{median} [{low}, {high}]"
 
 
 def evidence(entries: Entries) -> Iterator[str]:
-    """The suite, then every probe."""
-    for e in of_stage(entries, "evidence", "truth"):
-        if "failed" not in e:
-            yield (
-                f"Base: {e['known']:.0%} right, sampled; evaluation score {e['base']:.3f}, after "
-                f"full training {e['full']:.3f}. Noise ceiling of the sweep: "
-                f"{e['noise_ceiling']:.2f}; {e['sweep_seconds']:.0f} s."
-            )
+    """The suite, then every probe, against the sweep that has most seeds."""
+    exact = swept(entries)
+    if exact:
+        yield (
+            f"Base: {exact['known']:.0%} right, sampled; evaluation score {exact['base']:.3f}, "
+            f"after full training {exact['full']:.3f}. Seeds: {len(exact['seeds'])}; noise ceiling "
+            f"of the sweep: {exact['noise_ceiling']:.2f}."
+        )
     rows = []
-    for e in of_stage(entries, "evidence", "probe"):
-        if "spearman" in e:
-            figures = (e["spearman"], e["beyond_depth"], e["regret"], e["seconds"])
-            share = "-" if e["fraction"] is None else f"{e['fraction']:.1%}"
-            rows.append([e["probe"], *(f"{value:.2f}" for value in figures), share])
+    for e in probes_of(entries, exact):
+        figures = (e["spearman"], e["beyond_depth"], e["regret"], e["probe_seconds"])
+        share = "-" if e["fraction"] is None else f"{e['fraction']:.1%}"
+        rows.append([e["probe"], *(f"{value:.2f}" for value in figures), share])
     heads = ["probe", "Spearman", "beyond depth", "regret", "seconds", "of a full run"]
     yield table(heads, rows)
     yield reasons(entries_of("evidence", entries))
+
+
+def swept(entries: Entries) -> dict[str, Any] | None:
+    """The last sweep that was finished."""
+    truths = [e for e in of_stage(entries, "evidence", "truth") if "failed" not in e]
+    return truths[-1] if truths else None
+
+
+def probes_of(entries: Entries, exact: dict[str, Any] | None) -> Entries:
+    """Probes that were held against it."""
+    probes = [e for e in of_stage(entries, "evidence", "probe") if "spearman" in e]
+    return [e for e in probes if exact and e["seeds"] == exact["seeds"]]
 
 
 def probe_cost(entries: Entries) -> Iterator[str]:
@@ -248,15 +270,14 @@ def probe_cost(entries: Entries) -> Iterator[str]:
         if not fits(e):
             yield f"- {why_not(e)}"
             continue
-        rows = [[f'`"gradient"` on {e["budget"]} prompts', *cost(e, "seconds", "peak_bytes")]]
+        rows = [[f'`"gradient"` on {e["budget"]} prompts', *cost(e, "probe_seconds", "peak_bytes")]]
         rows += [
             [f"a whole step, {METHODS[w['method']]}", *cost(w, "step_seconds", "step_peak_bytes")]
             for w in of_stage(entries, "whole", "step")
             if fits(w) and not w["continuous"]
         ]
         yield table(["", "seconds", "peak, GB"], rows)
-        if e["refused"]:
-            yield f"The probe's scores were refused: {e['refused']}"
+        yield reasons([e])
 
 
 def cost(entry: dict[str, Any], seconds: str, peak: str) -> list[str]:
@@ -278,16 +299,16 @@ def picture_of_steps(entries: Entries, file: Path) -> bool:
 
 def picture_of_evidence(entries: Entries, file: Path) -> bool:
     """What layers contribute, and what the probes make of it."""
-    exact = [e for e in of_stage(entries, "evidence", "truth") if "scores" in e]
-    if not exact:
+    exact = swept(entries)
+    if exact is None:
         return False
     from matplotlib.figure import Figure
 
-    scores = {"exact sweep": exact[0]["scores"]}
+    scores = {"exact sweep": exact["scores"]}
     scores |= {
         e["probe"]: e["scores"]
-        for e in of_stage(entries, "evidence", "probe")
-        if "scores" in e and e["probe"] in ("gradient", "published", "position")
+        for e in probes_of(entries, exact)
+        if e["probe"] in ("gradient", "published", "position")
     }
     figure = Figure(figsize=(7, 1.6 * len(scores) + 0.6), layout="constrained")
     panels = figure.subplots(len(scores), sharex=True, squeeze=False)[:, 0]
@@ -303,20 +324,21 @@ SECTIONS: list[tuple[str, str, Callable[[Entries], Iterator[str]]]] = [
     (
         "Training step",
         "Given completions, the same to every method: scoring, old log-probabilities and policy "
-        "passes with their optimizer steps; 8 completions of 512 + 1024 tokens. Median [range] of "
-        "repeats in one process, ratios within it. *To the cost model* is the time relative to full "
-        "training over what `plan()` says of it.",
+        "passes with their optimizer steps. Median [range] of repeats in one process, ratios within "
+        "one run. *To the cost model* is the time relative to full training over what `plan()` says "
+        "of it.",
         steps,
     ),
     (
         "Whole step",
-        "With generation by transformers, with and without continuous batching: where a step's time "
-        "goes. Engines that generate faster leave training a larger share.",
+        "With generation by transformers, with and without continuous batching: the share of each "
+        "part. An engine that generates faster leaves training a larger share.",
         whole_steps,
     ),
     (
         "Largest batch and model",
-        "What fits, each tried by a step: micro-batches of 512 + 1024 tokens, `beta` 0, middle layer.",
+        "What fits, each tried by a step: micro-batches with `beta` 0, prompts and completions as "
+        "above, middle layer.",
         largest,
     ),
     (
@@ -327,14 +349,16 @@ SECTIONS: list[tuple[str, str, Callable[[Entries], Iterator[str]]]] = [
     ),
     (
         "Evidence",
-        "A model of 24 layers and 48 million parameters, pre-trained on the spot until it half-knows "
-        "a mixture of two tasks; every layer trained alone with two seeds, and every probe against "
-        "that. *Regret*: contribution of the best layer less that of the probe's choice.",
+        "A model of 24 layers and 48 million parameters, pre-trained on the spot until it "
+        "half-knows a mixture of two tasks; every layer trained alone with two seeds, and every "
+        "probe against that. *Regret*: contribution of the best layer minus that of the probe's "
+        "choice.",
         evidence,
     ),
     (
         "Cost of a probe",
-        '`contribution_probe(method="gradient")` on Qwen3-1.7B beside a step on as many completions.',
+        'Seconds and peak memory of `contribution_probe(method="gradient")` on Qwen3-1.7B beside a '
+        "step on as many completions.",
         probe_cost,
     ),
 ]

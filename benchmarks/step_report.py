@@ -172,7 +172,7 @@ def cell(row: dict[str, Any], key: str) -> str:
     if not isinstance(value, dict):
         return f"{value / unit:.3f}"
     median, lowest, highest = (f"{v / unit:.2f}" for v in value.values())
-    return f"{median} [{lowest}, {highest}]"
+    return median if lowest == highest else f"{median} [{lowest}, {highest}]"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -81,6 +81,10 @@ class Suite:
     pretraining_rate: float = 1e-3
     patience: float = math.inf
     """Seconds of pre-training after which what the base knows must do."""
+    rows: int = 256
+    """Completions of a step."""
+    rows_evaluated: int = 256
+    """Completions at once in evaluations."""
     folder: Path = BASES
     device: str = "cpu"
 
@@ -127,7 +131,7 @@ class Suite:
             max_steps=self.steps,
             learning_rate=self.full_learning_rate if full else self.learning_rate,
             lr_scheduler_type="constant",
-            per_device_train_batch_size=256,
+            per_device_train_batch_size=self.rows,
             num_generations=8,
             num_generations_eval=4,
             max_completion_length=max(map(len, self.data[1]["answer"])) + 1,
@@ -137,7 +141,7 @@ class Suite:
             gradient_checkpointing=False,
             eval_strategy="steps",
             eval_steps=max(self.steps // 4, 1),
-            per_device_eval_batch_size=256,
+            per_device_eval_batch_size=self.rows_evaluated,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -179,7 +183,9 @@ class Suite:
         ids = self.tokenizer(texts, return_tensors="pt")["input_ids"].to(self.device)
         asked = torch.tensor([*map(len, prompts)], device=self.device)
         first = int(asked.min())
-        labels = ids.masked_fill(torch.arange(ids.size(1), device=self.device) < asked[:, None], -100)
+        labels = ids.masked_fill(
+            torch.arange(ids.size(1), device=self.device) < asked[:, None], -100
+        )
         draw = torch.Generator().manual_seed(0)
         known, step, started = 0.0, 0, time.monotonic()
         while known < self.knows and time.monotonic() - started < self.patience:
@@ -203,7 +209,7 @@ class Suite:
     def accuracy(self, model: Any) -> float:
         """Share of right answers to 512 training problems, one sample each."""
         train, _ = self.data
-        rows = train.select(range(512))
+        rows = train.select(range(min(512, len(train))))
         inputs = self.tokenizer(list(rows["prompt"]), return_tensors="pt", padding=True)
         inputs = inputs.to(model.device)
         length = self.args().max_completion_length
