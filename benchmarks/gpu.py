@@ -139,9 +139,8 @@ def measure(options: argparse.Namespace, worker: Worker) -> None:
     started = time.monotonic()
     machine = worker.measure({"kind": "machine", "device": options.device}, LONGEST)
     if machine is None or "failed" in machine:
-        sys.exit(
-            f"the device cannot be used: {(machine or {}).get('failed', 'it does not answer')}"
-        )
+        why = "it does not answer" if machine is None else machine["failed"]
+        sys.exit(f"{options.device} cannot be used: {why}")
     settings = {"machine": machine, "tiny": options.tiny, "versions": versions()}
     with Journal(options.output, settings) as journal:
         options.room, options.old = machine["bytes"], len(journal.entries)
@@ -288,7 +287,7 @@ def bisected(
     case: Callable[[int], dict[str, Any]], fitting: int, guess: int, unit: int, most: int
 ) -> Stage:
     """Measure cases around the largest number that fits, to within a sixteenth."""
-    number, too_much = min(guess, most), most + unit
+    number, too_much, stride = min(guess, most), most + unit, max(guess // 4, unit)
     while too_much - fitting > max(unit, fitting // 16):
         found = yield case(number)
         if fits(found):
@@ -297,7 +296,8 @@ def bisected(
             too_much = number
         middle = (fitting + too_much) // 2
         if too_much > most:  # none was too much yet
-            middle = min(fitting + max(fitting // 4, unit), most)
+            middle = min(fitting + stride, most)
+            stride *= 2
         number = max(middle // unit * unit, fitting + unit)
 
 

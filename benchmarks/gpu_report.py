@@ -324,9 +324,9 @@ SECTIONS: list[tuple[str, str, Callable[[Entries], Iterator[str]]]] = [
     (
         "Training step",
         "Given completions, the same to every method: scoring, old log-probabilities and policy "
-        "passes with their optimizer steps. Median [range] of repeats in one process, ratios within "
-        "one run. *To the cost model* is the time relative to full training over what `plan()` says "
-        "of it.",
+        "passes with their optimizer steps. Median [range] of repeats in one process, ratios "
+        "within one run. *To the cost model* is the time relative to full training over what "
+        "`plan()` says of it.",
         steps,
     ),
     (

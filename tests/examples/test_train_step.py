@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from layerrl import select_layers
 from tests.grpo import tokenizer
 from tests.models import tiny
 
@@ -61,7 +62,8 @@ def test_worker_trains_what_the_method_says(
     layer = sum(p.nbytes for p in model.model.layers[2].parameters())
     whole = sum(p.nbytes for p in model.parameters())
     if method.startswith("lora"):
-        assert found["trained_bytes"] < layer
+        selection = select_layers(model, "all" if method == "lora-all" else 2)
+        assert found["trained_bytes"] == selection.plan(model).lora.gradients
     else:
         assert found["trained_bytes"] == (layer if method == "modules-to-save" else whole)
     assert found["synced_bytes"] == whole
