@@ -166,11 +166,10 @@ def run(
                 if begun >= ends:
                     print(f"{name}: its time is up", flush=True)
                     return
-                limit = max(ends - begun, 5)
-                if case["kind"] != "truth":
-                    limit = min(limit, LONGEST)
+                left = max(ends - begun, 5)
+                limit = left if case["kind"] == "truth" else min(left, LONGEST)
                 found = worker.measure(case, limit)
-                if found is None and limit < LONGEST:
+                if found is None and limit == left:
                     print(f"{name}: its time is up in the middle of {told(case)}", flush=True)
                     return
                 found = found or {"failed": f"took more than {limit:.0f} s"}

@@ -43,13 +43,16 @@ def write_page(journal: Path, page: Path) -> None:
     """Write the page of a journal, of none as well, and the pictures beside it."""
     lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
     head, *entries = [json.loads(line) for line in lines] or [{}]
-    latest = {json.dumps(entry["case"]): entry for entry in entries}  # of one tried again
+    # Of what was tried again, the last.
+    latest = {json.dumps([entry["stage"], entry["case"]]): entry for entry in entries}
     entries = [{**e, **(e["case"] or {}), **e["found"]} for e in latest.values()]
     parts = [HEAD, described(head.get("settings"), entries)]
     for title, about, section in SECTIONS:
         parts += [f"## {title}", about]
-        found = [block for block in section(entries) if block]
-        parts += found or [NOT_YET]
+        try:
+            parts += [block for block in section(entries) if block] or [NOT_YET]
+        except Exception as error:  # one part less
+            parts.append(f"This part could not be written: {error!r}.")
     for name, draw, after in PICTURES:
         file = page.with_name(f"{page.stem}_{name}.png")
         try:
@@ -88,8 +91,9 @@ def steps(entries: Entries) -> Iterator[str]:
     failed = [
         f"- {METHODS[e['method']]}, {setting_of(e)}: {why_not(e)}"
         for e in entries
-        if e["stage"] in ("step", "grid") and "peak_bytes" not in e
+        if e["stage"] in ("step", "grid") and e["case"] and not fits(e)
     ]
+    failed += [f"- {why_not(e)}" for e in of_stage(entries, "step", None)]
     if failed:
         yield "Without figures:"
         yield "\n".join(failed)
@@ -137,8 +141,8 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def of_stage(entries: Entries, stage: str, *kinds: str) -> Entries:
-    """A stage's entries of some kinds."""
+def of_stage(entries: Entries, stage: str, *kinds: str | None) -> Entries:
+    """A stage's entries of some kinds; None: that the stage itself failed."""
     return [e for e in entries if e["stage"] == stage and e.get("kind") in kinds]
 
 

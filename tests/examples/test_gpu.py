@@ -162,7 +162,13 @@ def test_a_stage_out_of_time_leaves_no_line(
         assert run({"seconds": 1}, journal, seconds=-1).cases == []
         assert len(run(None, journal, seconds=10).cases) == 1  # cut off by the end of the stage
         assert journal.entries == []
-        run(None, journal)  # a measurement that does not end has had its chance
+    run = stage(gpu, monkeypatch, {"kind": "truth"})  # which may take all of the stage's time
+    with Journal(tmp_path, {}) as journal:
+        run(None, journal, seconds=2 * gpu.LONGEST)
+        assert journal.entries == []
+    run = stage(gpu, monkeypatch, {"kind": "a"})  # one that does not end has had its chance
+    with Journal(tmp_path, {}) as journal:
+        run(None, journal)
         assert journal.entries[0]["found"] == {"failed": f"took more than {gpu.LONGEST} s"}
 
 
