@@ -329,7 +329,7 @@ def probe(case: dict[str, Any]) -> dict[str, Any]:
     from layerrl import ContributionReport, LayerRLError
 
     if case["tiny"]:
-        probe_fidelity.NUM_PROMPTS = 8
+        probe_fidelity.NUM_PROMPTS = 32
     folder = Path(case["folder"])
     kept, started = folder / f"{case['probe']}.json", time.perf_counter()
     if not kept.exists():  # of fewer seeds of the sweep

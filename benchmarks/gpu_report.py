@@ -41,6 +41,7 @@ SERVED = {
 
 def write_page(journal: Path, page: Path) -> None:
     """Write the page of a journal, of none as well, and the pictures beside it."""
+    page.parent.mkdir(parents=True, exist_ok=True)
     lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
     head, *entries = [json.loads(line) for line in lines] or [{}]
     # Of what was tried again, the last.
@@ -63,7 +64,6 @@ def write_page(journal: Path, page: Path) -> None:
         if drawn:
             at = next(i for i, part in enumerate(parts) if part == f"## {after}") + 2
             parts.insert(at, f"![{after}]({file.name})")
-    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 
