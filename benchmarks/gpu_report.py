@@ -320,6 +320,7 @@ def picture_of_evidence(entries: Entries, file: Path) -> bool:
         axes.plot(values, "o-", color="tab:blue" if name == "exact sweep" else "tab:orange")
         axes.set_title(name, fontsize=9)
     panels[-1].set_xlabel("layer")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(file, dpi=150)
     return True
 
