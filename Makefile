@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 FRAMEWORKS := verl openrlhf
 VERSIONS := lowest axolotl unsloth vllm-pins
-.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image check lint types layers docs docstrings clean
+.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu check lint types layers docs docstrings clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
@@ -18,8 +18,10 @@ help:
 	@echo "make test-versions  run the tests with other versions of what layerrl needs: $(VERSIONS:%=test-%)"
 	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
 	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (3 GB, Linux x86-64)"
+	@echo "make gpu        run the tests that need a GPU, then measure on it for 25 minutes (options in ARGS)"
 	@echo "make bundle PYTHON=3.12  download layerrl and what it needs into dist/bundle-3.12, for a machine without"
-	@echo "                a network that has that Python, and what WITHOUT=\"torch transformers accelerate\" names"
+	@echo "                a network that has that Python, and what WITHOUT=\"torch transformers accelerate\" names;"
+	@echo "                with EXTRA=gpu what make gpu needs, too"
 	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
 	@echo "make docs       build the documentation into site/"
 	@echo "make clean      delete every .venv, the built documentation, bundles and caches; runs/ stays"
@@ -67,6 +69,32 @@ $(VERSIONS:%=test-%) test-gpu-image: export HF_HUB_OFFLINE := 1
 $(VERSIONS:%=test-%) test-gpu-image: export OMP_NUM_THREADS := 1
 $(VERSIONS:%=test-%) test-gpu-image: test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest $(PARALLEL) $(ARGS)
+
+# On top of what PYTHON has, which may itself be an environment's: that is not among its system's
+# packages. Where there is a bundle, nothing is downloaded.
+GPU := .venv-gpu
+GPU_OUTPUT ?= runs/gpu
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+$(GPU)/.installed: pyproject.toml
+	@echo "Installing into $(GPU)"
+	$(PYTHON) -m venv --system-site-packages $(GPU)
+	$(PYTHON) -c '$(SITE)' > "$$($(GPU)/bin/python -c '$(SITE)')/python.pth"
+	bundle=dist/bundle-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	if [ -d $$bundle ]; then $(GPU)/bin/python -m pip install --quiet --no-index --find-links $$bundle "layerrl[gpu]"; \
+	else $(GPU)/bin/python -m pip install --quiet -e ".[gpu,plot]"; fi
+	@touch $@
+
+# The tree comes before a bundled wheel of it. Tests run once, whatever they say: figures are wanted
+# all the same.
+gpu: export PYTHONPATH := $(CURDIR)
+gpu: export HF_HUB_OFFLINE := 1
+gpu: $(GPU)/.installed
+	@mkdir -p $(GPU_OUTPUT)
+	@test -f $(GPU_OUTPUT)/tests.txt || { echo "Running the tests: $(GPU_OUTPUT)/tests.txt"; \
+	timeout -k 10 400 $(GPU)/bin/python -u -m pytest -m cuda --continue-on-collection-errors tests \
+	> $(GPU_OUTPUT)/tests.partial 2>&1; mv $(GPU_OUTPUT)/tests.partial $(GPU_OUTPUT)/tests.txt; }
+	@tail -n 1 $(GPU_OUTPUT)/tests.txt
+	$(GPU)/bin/python -u benchmarks/gpu.py --output $(GPU_OUTPUT) $(ARGS)
 
 # vLLM and other frameworks ask for parts that have no build for CPUs, or that no test needs, so that
 # theirs is the only installation without dependencies. layerrl comes with its own.
@@ -120,7 +148,7 @@ docstrings: $(INSTALLED)
 	@touch $@
 
 bundle: .venv-bundle/.installed
-	@.venv-bundle/bin/python .ci/bundle.py $(PYTHON) --without "$(WITHOUT)"
+	@.venv-bundle/bin/python .ci/bundle.py $(PYTHON) --without "$(WITHOUT)" --extra "$(EXTRA)"
 
 clean:
 	rm -rf .venv .venv-* site build dist .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache

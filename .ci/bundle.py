@@ -1,7 +1,8 @@
 """Download layerrl's wheel and the wheels that it needs, for a machine without a network.
 
-`make bundle PYTHON=3.12 WITHOUT="torch transformers==5.17.0 accelerate"` runs it. What the folder
-holds is for a system like this one, with that Python.
+`make bundle PYTHON=3.12 WITHOUT="torch transformers==5.17.0 accelerate"` runs it, with `EXTRA=gpu`
+for what `make gpu` needs as well. What the folder holds is for a system like this one, with that
+Python.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 LIMIT = 64  # MB
 # The newest of these take more than the limit by themselves.
-BOUNDS = ["pyarrow<25", "pandas<3.1"]
+BOUNDS = ["pyarrow<22", "pandas<3.1"]
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("python", help="the target's Python, as 3.12")
     parser.add_argument("--without", default="", help="what the target has, with versions or not")
+    parser.add_argument("--extra", default="", help="one of layerrl's, bundled too")
     options = parser.parse_args()
     if not re.fullmatch(r"3\.\d+", options.python):
         sys.exit(f"PYTHON is {options.python!r}, expected the target's version, as PYTHON=3.12")
@@ -42,7 +44,7 @@ def main() -> None:
     folder = ROOT / "dist" / f"bundle-{options.python}"
     shutil.rmtree(folder, ignore_errors=True)
     with TemporaryDirectory() as made:
-        download(Path(made), options.python, there)
+        download(Path(made), options.python, there, options.extra)
         shutil.copytree(made, folder)
     sizes = {file.name: file.stat().st_size / 1e6 for file in folder.iterdir()}
     where = folder.relative_to(ROOT)
@@ -56,12 +58,15 @@ def main() -> None:
         )
 
 
-def download(folder: Path, python: str, there: list[Requirement]) -> None:
+def download(folder: Path, python: str, there: list[Requirement], extra: str) -> None:
     """Build layerrl's wheel into a folder, and download those that the target lacks."""
     build = ["wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
     subprocess.run([sys.executable, "-m", "pip", *build], check=True)
     [wheel] = folder.glob("*.whl")
-    resolved = resolve(wheel, python, there)
+    resolved = resolve(wheel, python, there, extra)
+    if extra not in ["", *resolved["layerrl"].get("provides_extra", ())]:
+        there_are = ", ".join(resolved["layerrl"]["provides_extra"])
+        sys.exit(f"EXTRA is {extra!r}, which layerrl does not have: expected one of {there_are}")
     left_out = [canonicalize_name(requirement.name) for requirement in there]
     for name in left_out:
         if name not in resolved:
@@ -69,7 +74,7 @@ def download(folder: Path, python: str, there: list[Requirement]) -> None:
             sys.exit(
                 f"WITHOUT has {name}, which layerrl does not need: expected {', '.join(close)}"
             )
-    wanted = bundled(resolved, left_out, python) - {"layerrl"}
+    wanted = bundled(resolved, left_out, python, extra) - {"layerrl"}
     pins = [f"{name}=={resolved[name]['version']}" for name in sorted(wanted)]
     pip(python, "download", "--no-deps", "--dest", str(folder), *pins)
 
@@ -90,14 +95,17 @@ def pip(python: str, command: str, *arguments: str) -> None:
         sys.exit(f"no bundle for Python {python}: {'; '.join(lines) or ended.stdout}")
 
 
-def resolve(wheel: Path, python: str, there: list[Requirement]) -> dict[str, dict[str, Any]]:
+def resolve(
+    wheel: Path, python: str, there: list[Requirement], extra: str
+) -> dict[str, dict[str, Any]]:
     """The metadata of all that would be installed beside what is there, by name."""
     report, constraints = wheel.with_name("report.json"), wheel.with_name("constraints.txt")
     constraints.write_text("\n".join([*BOUNDS, *map(str, there)]), encoding="utf-8")
     try:
         pip(
             python, "install", "--dry-run", "--ignore-installed", "--target", str(wheel.parent),
-            "--report", str(report), "--constraint", str(constraints), str(wheel),
+            "--report", str(report), "--constraint", str(constraints),
+            f"{wheel}[{extra}]" if extra else str(wheel),
         )  # fmt: skip
         installed = json.loads(report.read_text(encoding="utf-8"))["install"]
     finally:
@@ -106,7 +114,9 @@ def resolve(wheel: Path, python: str, there: list[Requirement]) -> dict[str, dic
     return {canonicalize_name(one["metadata"]["name"]): one["metadata"] for one in installed}
 
 
-def bundled(resolved: dict[str, dict[str, Any]], left_out: Iterable[str], python: str) -> set[str]:
+def bundled(
+    resolved: dict[str, dict[str, Any]], left_out: Iterable[str], python: str, extra: str
+) -> set[str]:
     """The names of what the target lacks.
 
     What comes with the packages left out is left out, unless layerrl itself asks for it or another
@@ -122,10 +132,10 @@ def bundled(resolved: dict[str, dict[str, Any]], left_out: Iterable[str], python
                 yield one
 
     def needed(
-        roots: Iterable[str], there: Collection[tuple[str, str]] = ()
+        roots: Iterable[tuple[str, str]], there: Collection[tuple[str, str]] = ()
     ) -> set[tuple[str, str]]:
         """Names with each extra that is asked for."""
-        seen, waiting = set(), [(name, "") for name in roots]
+        seen, waiting = set(), [*roots]
         while waiting:
             name, extra = waiting.pop()
             if (name, extra) not in seen and (name, extra) not in there:
@@ -134,7 +144,7 @@ def bundled(resolved: dict[str, dict[str, Any]], left_out: Iterable[str], python
                     waiting += [(canonicalize_name(one.name), e) for e in ("", *one.extras)]
         return seen
 
-    lacking = needed(["layerrl"], needed(left_out))
+    lacking = needed([("layerrl", ""), ("layerrl", extra)], needed((name, "") for name in left_out))
     pinned = {
         canonicalize_name(one.name)
         for name, extra in lacking

@@ -120,7 +120,8 @@ def weight_change(suite: Any) -> ContributionReport:
 
     with torch.no_grad():
         changes = [
-            norm(a - b for a, b in zip(now[k], before[k], strict=True)) / norm(before[k])
+            norm(a - b.to(a.device) for a, b in zip(now[k], before[k], strict=True))
+            / norm(before[k])
             for k in now
         ]
     return report("weight change", changes, 1.0)

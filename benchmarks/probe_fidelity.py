@@ -105,9 +105,19 @@ def main() -> None:
 
 
 def ground(suite: Any, seeds: list[int]) -> None:
+    """Keep and print the exact sweep."""
+    report = sweep(suite, seeds, FOLDER / suite.name / "sweep")
+    TRUTHS.mkdir(exist_ok=True)
+    (TRUTHS / f"{suite.name}.json").write_text(report.to_json() + "\n", encoding="utf-8")
+    print(report)
+    for target, truth in targets(report).items():
+        print(f"Noise ceiling of {target}: {ceiling(truth):.2f}")
+
+
+def sweep(suite: Any, seeds: list[int], folder: Path) -> ContributionReport:
     """The exact sweep: every layer alone, all seeds."""
     train, held_out = suite.data
-    report = contribution_probe(
+    return contribution_probe(
         suite.model(),
         method="train",
         reward_funcs=suite.reward,
@@ -119,13 +129,8 @@ def ground(suite: Any, seeds: list[int]) -> None:
         layers=suite.layers,
         seeds=seeds,
         greedy=suite.greedy,
-        output_dir=FOLDER / suite.name / "sweep",
+        output_dir=folder,
     )
-    TRUTHS.mkdir(exist_ok=True)
-    (TRUTHS / f"{suite.name}.json").write_text(report.to_json() + "\n", encoding="utf-8")
-    print(report)
-    for target, truth in targets(report).items():
-        print(f"Noise ceiling of {target}: {ceiling(truth):.2f}")
 
 
 def targets(report: ContributionReport) -> dict[str, ContributionReport]:

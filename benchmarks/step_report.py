@@ -13,9 +13,12 @@ METHODS = {
     "masked-full": 'layerrl, selection="full"',
     "by-hand": "TRL, requires_grad by hand",
     "lora": "PEFT LoRA r16 on the layer",
+    "lora-all": "PEFT LoRA r16 on all layers",
     "modules-to-save": "PEFT modules_to_save",
     "masked": "layerrl",
+    "masked-4bit": "layerrl, frozen layers in 4 bits",
 }
+BENCH = [method for method in METHODS if method != "masked-4bit"]  # slow on a CPU
 MODEL = "SmolLM2-135M-Instruct"
 GAP = ("<!-- train_step: written by make bench -->", "<!-- train_step: end -->")
 
@@ -72,6 +75,7 @@ def summarize(method: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": spread(entry["seconds"] for entry in own),
         "seconds_to_layerrl": ratio("seconds", "masked"),
         "seconds_to_full": ratio("seconds", "full"),
+        "seconds_to_lora_all": ratio("seconds", "lora-all"),
         "model_step": last["model_step"],
         "seconds_to_model": ratio("seconds", "full", "model_step"),
         "step_seconds": spread(e["step_seconds"] for e in own if e["step_seconds"] is not None),
@@ -80,6 +84,7 @@ def summarize(method: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_to_full": ratio("peak_bytes", "full"),
         "peak_to_layerrl": ratio("peak_bytes", "masked"),
         "peak_to_lora": ratio("peak_bytes", "lora"),
+        "peak_to_lora_all": ratio("peak_bytes", "lora-all"),
         "held_bytes": spread(entry["held_bytes"] for entry in own),
         "loading_peak_bytes": spread(entry["loading_peak_bytes"] for entry in own),
         "checkpoint_bytes": last["checkpoint_bytes"],
@@ -98,7 +103,7 @@ def spread(values: Iterable[float]) -> dict[str, float] | None:
 
 def describe(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str:
     """The command, what it ran on and how long it took."""
-    given = [] if options.methods == list(METHODS) else [f"--methods {' '.join(options.methods)}"]
+    given = [] if options.methods == BENCH else [f"--methods {' '.join(options.methods)}"]
     if options.model != MODEL:
         given.append(f"--model {options.model}")
     for name in ("depth", "beta", "num_iterations", "rounds", "cycles", "rows", "length"):
@@ -121,6 +126,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "seconds": "training pass, s",
         "seconds_to_layerrl": "to layerrl",
         "seconds_to_full": "to full",
+        "seconds_to_lora_all": "to LoRA on all",
         "seconds_to_model": "to the cost model",
         "step_seconds": "with generation, s",
         "step_seconds_to_full": "to full",
@@ -130,6 +136,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "peak_bytes": "peak, GB",
         "peak_to_full": "to full",
         "peak_to_lora": "to LoRA",
+        "peak_to_lora_all": "to LoRA on all",
         "checkpoint_bytes": "checkpoint, GB",
         "synced_bytes": "synced, GB",
     }
@@ -150,6 +157,7 @@ def by_setting(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for row in rows:
         depth = "" if row["depth"] is None else f"depth {row['depth']:g}, "
         title = f"{depth}beta {row['beta']:g}, num_iterations {row['num_iterations']}"
+        title = f"{row['of']}, {title}" if "of" in row else title
         groups.setdefault(title, []).append(row)
     return groups
 
@@ -162,7 +170,7 @@ def cell(row: dict[str, Any], key: str) -> str:
     if not isinstance(value, dict):
         return f"{value / unit:.3f}"
     median, lowest, highest = (f"{v / unit:.2f}" for v in value.values())
-    return f"{median} [{lowest}, {highest}]"
+    return median if lowest == highest else f"{median} [{lowest}, {highest}]"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -13,6 +13,7 @@ import importlib
 import math
 import random
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,13 +47,15 @@ def sorting(draw: random.Random) -> tuple[str, str]:
     return "".join(digits) + ">", "".join(sorted(digits))
 
 
+def mixture(draw: random.Random) -> tuple[str, str]:
+    """One of the others."""
+    return draw.choice([addition, sorting])(draw)
+
+
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "addition": addition,
     "sorting": sorting,
-}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"intermediate_size": 2 * HIDDEN, "num_key_value_heads": 4},
-    "gpt_neox": {"intermediate_size": 4 * HIDDEN},
+    "mixture": mixture,
 }
 
 
@@ -69,6 +72,19 @@ class Suite:
     full_learning_rate: float = 1e-4
     evaluated: int = 512
     layers = "all"
+    num_layers: int = NUM_LAYERS
+    hidden: int = HIDDEN
+    problems: int = 4000
+    """Distinct ones, those to evaluate on among them."""
+    pretraining_rate: float = 1e-3
+    patience: float = math.inf
+    """Seconds of pre-training after which what the base knows must do."""
+    rows: int = 256
+    """Completions of a step."""
+    rows_evaluated: int = 256
+    """Completions at once in evaluations."""
+    folder: Path = BASES
+    device: str = "cpu"
 
     @property
     def task(self) -> Callable[[random.Random], tuple[str, str]]:
@@ -79,7 +95,7 @@ class Suite:
     def data(self) -> tuple[Dataset, Dataset]:
         """Problems to train on, and others to evaluate on."""
         draw, rows = random.Random(0), {}
-        while len(rows) < 4000:
+        while len(rows) < self.problems:
             prompt, answer = self.task(draw)
             rows[prompt] = {"prompt": prompt, "answer": answer}
         listed = list(rows.values())
@@ -98,7 +114,7 @@ class Suite:
 
     def model(self) -> Any:
         """The base, pre-trained where it is not kept."""
-        folder = BASES / self.name
+        folder = self.folder / self.name
         if not folder.exists():
             model = self._pretrained().to(torch.bfloat16)  # half as large to keep
             unfinished = folder.with_name(folder.name + ".partial")
@@ -113,17 +129,17 @@ class Suite:
             max_steps=self.steps,
             learning_rate=self.full_learning_rate if full else self.learning_rate,
             lr_scheduler_type="constant",
-            per_device_train_batch_size=256,
+            per_device_train_batch_size=self.rows,
             num_generations=8,
             num_generations_eval=4,
-            max_completion_length=len(self.task(random.Random(0))[1]) + 1,
+            max_completion_length=max(map(len, self.data[1]["answer"])) + 1,
             temperature=1.0,
             bf16=False,
-            use_cpu=True,
+            use_cpu=self.device == "cpu",
             gradient_checkpointing=False,
             eval_strategy="steps",
             eval_steps=max(self.steps // 4, 1),
-            per_device_eval_batch_size=256,
+            per_device_eval_batch_size=self.rows_evaluated,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -144,28 +160,38 @@ class Suite:
         config = AutoConfig.for_model(
             architecture,
             vocab_size=len(_SPECIAL) + len(_CHARACTERS),
-            hidden_size=HIDDEN,
-            num_hidden_layers=NUM_LAYERS,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.num_layers,
             num_attention_heads=4,
             max_position_embeddings=32,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=1,
-            **ARCHITECTURES[architecture],
+            **{
+                "llama": {"intermediate_size": 2 * self.hidden, "num_key_value_heads": 4},
+                "gpt_neox": {"intermediate_size": 4 * self.hidden},
+            }[architecture],
         )
-        model = AutoModelForCausalLM.from_config(config)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model = AutoModelForCausalLM.from_config(config).to(self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.pretraining_rate)
         train, _ = self.data
-        texts = [row["prompt"] + row["answer"] + "<eos>" for row in train]
-        ids = self.tokenizer(texts, return_tensors="pt", padding=True)["input_ids"]
-        asked = len(self.tokenizer(train[0]["prompt"])["input_ids"])
+        prompts, answers = train["prompt"], train["answer"]
+        # A token per character, and as many of them in each row: prompt, answer, end.
+        texts = [prompt + answer + "<eos>" for prompt, answer in zip(prompts, answers, strict=True)]
+        ids = self.tokenizer(texts, return_tensors="pt")["input_ids"].to(self.device)
+        asked = torch.tensor([*map(len, prompts)], device=self.device)
+        first = int(asked.min())
+        labels = ids.masked_fill(
+            torch.arange(ids.size(1), device=self.device) < asked[:, None], -100
+        )
         draw = torch.Generator().manual_seed(0)
-        known, step = 0.0, 0
-        while known < self.knows:
-            batch = ids[torch.randint(len(ids), (256,), generator=draw)]
-            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100)
-            logits = model(input_ids=batch).logits[:, asked - 1 : -1]
-            loss = cross_entropy(logits.mT, batch[:, asked:])
+        known, step, started = 0.0, 0, time.monotonic()
+        while known < self.knows and time.monotonic() - started < self.patience:
+            batch = torch.randint(len(ids), (256,), generator=draw)
+            rate = self.pretraining_rate * min(1.0, (step + 1) / 100)
+            optimizer.param_groups[0]["lr"] = rate
+            logits = model(input_ids=ids[batch]).logits[:, first - 1 : -1]
+            loss = cross_entropy(logits.mT, labels[batch, first:])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -181,8 +207,9 @@ class Suite:
     def accuracy(self, model: Any) -> float:
         """Share of right answers to 512 training problems, one sample each."""
         train, _ = self.data
-        rows = train.select(range(512))
-        inputs = self.tokenizer(list(rows["prompt"]), return_tensors="pt")
+        rows = train.select(range(min(512, len(train))))
+        inputs = self.tokenizer(list(rows["prompt"]), return_tensors="pt", padding=True)
+        inputs = inputs.to(model.device)
         length = self.args().max_completion_length
         model.eval()
         with torch.random.fork_rng(devices=[]):

@@ -33,9 +33,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from step_report import GAP, METHODS, MODEL, describe, fill, tables, tabulate, write
+from step_report import BENCH, GAP, MODEL, describe, fill, tables, tabulate, write
 
-WHOLE_MODEL = ("full", "masked-full")  # the same at every depth, so measured once a round
+MASKED = ("masked", "masked-4bit")
+WHOLE_MODEL = ("full", "masked-full")
+ANY_DEPTH = (*WHOLE_MODEL, "lora-all")  # the same at every depth, so measured once a round
+SCORED = "_generate_and_score_completions"
 PROMPT = "What is 12 plus 30, and why? " * 4
 ROOT = Path(__file__).parents[1]
 
@@ -62,8 +65,8 @@ def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shared |= {"device": options.device, "model": base(options.model), "versions": versions()}
     turns = itertools.product(range(options.rounds), options.beta, options.num_iterations)
     for turn, beta, num_iterations in turns:
-        group = [(method, None) for method in options.methods if method in WHOLE_MODEL]
-        others = [method for method in options.methods if method not in WHOLE_MODEL]
+        group = [(method, None) for method in options.methods if method in ANY_DEPTH]
+        others = [method for method in options.methods if method not in ANY_DEPTH]
         group += itertools.product(others, options.depth)
         random.Random(f"{turn} {beta} {num_iterations}").shuffle(group)
         for method, depth in group:
@@ -105,26 +108,43 @@ def run_missing(wanted: list[dict[str, Any]], journal: Path) -> list[dict[str, A
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """One method in this process: seconds of a step, and bytes in memory, on disk and to sync."""
+    """One method in this process."""
     import torch
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32)
+    found = train(case, model.to(case["device"]), AutoTokenizer.from_pretrained(case["model"]))
+    return found | {"seconds": statistics.mean(found["cycle_seconds"])}
+
+
+def train(
+    case: dict[str, Any], model: Any, tokenizer: Any, *, prompt: str = PROMPT, **settings: Any
+) -> dict[str, Any]:
+    """Train by one method: seconds of steps, and bytes in memory, on disk and to sync.
+
+    A model that is on no disk is told by `settings`, more of the trainer's arguments: nothing of
+    it is saved. With `case["generate"]`, steps with real generation follow those with given
+    completions; `case["cycles"]` of 0 is one step that no time is told of.
+    """
+    import torch
+    from transformers import TrainerCallback
 
     from layerrl import select_layers
     from layerrl.blocks import find_blocks, plain_name, with_fused_siblings
 
     device = torch.device(case["device"])
-    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32).to(device)
     layer = int((case["depth"] or 0) * len(find_blocks(model).modules))
     selection = select_layers(model, "full" if case["method"] in WHOLE_MODEL else layer)
-    plan = selection.plan(model, beta=case["beta"], num_iterations=case["num_iterations"])
     synced = {plain_name(name): p.nbytes for name, p in model.named_parameters()}
-    if case["method"] == "masked":
+    if case["method"] in MASKED:
         sent = with_fused_siblings(synced, selection.parameters(model))
         synced = {name: synced[name] for name in sent}
+    model_step = plan_of(case, model, selection).step
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.steps: list[tuple[Any, Any]] = []
+            self.parts: dict[str, list[tuple[Any, Any]]] = {"_generate": [], SCORED: []}
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self.begin = mark(device)
@@ -132,55 +152,97 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.steps.append((self.begin, mark(device)))
 
-        def seconds(self) -> float:  # the first cycle warms up
-            return statistics.mean(elapsed(*step) for step in self.steps[case["num_iterations"] :])
+        def cycles(self) -> list[float]:
+            """Seconds of a step, mean of each cycle; the first warms up."""
+            size = case["num_iterations"]
+            seconds = [elapsed(*step) for step in self.steps[size:]]
+            return [statistics.mean(seconds[i : i + size]) for i in range(0, len(seconds), size)]
+
+        def of_a_step(self, part: str) -> float | None:
+            """Mean seconds of a part of a step; the first call warms up."""
+            calls = [elapsed(*call) for call in self.parts[part][1:]]
+            return sum(calls) / len(calls) / case["num_iterations"] if calls else None
+
+        def watch(self, trainer: Any, part: str) -> None:
+            function = getattr(trainer, part)
+
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                begin = mark(device)
+                returned = function(*args, **kwargs)
+                self.parts[part].append((begin, mark(device)))
+                return returned
+
+            setattr(trainer, part, timed)
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(case, model, selection, callbacks=[clock], output_dir=folder)
+        arguments = {"tokenizer": tokenizer, "prompt": prompt, "settings": settings}
+        arguments |= {"callbacks": [clock], "output_dir": folder}
+        trainer = make_trainer(case, model, selection, **arguments)
         loading_peak, held = peak_bytes(device), held_bytes(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak(device)
         trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()
         found = {
-            "seconds": clock.seconds(),
+            "cycle_seconds": clock.cycles(),
             "step_seconds": None,
-            "model_step": plan.step,
+            "model_step": model_step,
             "peak_bytes": peak_bytes(device),  # before saving, which is no part of training
             "loading_peak_bytes": loading_peak,
             "held_bytes": held,
             "synced_bytes": sum(synced.values()),
             "trained_bytes": trained,
+            "checkpoint_bytes": None,
         }
-        trainer._save_checkpoint(trainer.model, None)
-        [checkpoint] = Path(folder).glob("checkpoint-*")
-        files = [*checkpoint.rglob("*.safetensors"), checkpoint / "optimizer.pt"]
-        found["checkpoint_bytes"] = sum(file.stat().st_size for file in files)
+        if not settings:
+            trainer._save_checkpoint(trainer.model, None)
+            [checkpoint] = Path(folder).glob("checkpoint-*")
+            files = [*checkpoint.rglob("*.safetensors"), checkpoint / "optimizer.pt"]
+            found["checkpoint_bytes"] = sum(file.stat().st_size for file in files)
         if case["generate"]:
             trainer.rollout_func = None
+            for part in clock.parts:
+                clock.watch(trainer, part)
+            reset_peak(device)
             trainer.train()
-            found["step_seconds"] = clock.seconds()
-    cpu = f"{torch.get_num_threads()} CPU threads"
-    return found | {
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    }
+            found["step_seconds"] = statistics.mean(clock.cycles())
+            found["generation_seconds"] = clock.of_a_step("_generate")
+            found["rollout_seconds"] = clock.of_a_step(SCORED)
+            found["step_peak_bytes"] = peak_bytes(device)
+    return found | {"hardware": hardware(device)}
+
+
+def plan_of(case: dict[str, Any], model: Any, selection: Any, **options: Any) -> Any:
+    """The plan of what a method trains, of a model or a config."""
+    from layerrl import select_layers
+
+    if case["method"] == "lora-all":
+        selection = select_layers(model, "all")
+    options |= {"beta": case["beta"], "num_iterations": case["num_iterations"]}
+    plan = selection.plan(model, **options)
+    return plan.lora if case["method"].startswith("lora") else plan
 
 
 def make_trainer(
-    case: dict[str, Any], model: Any, selection: Any, *, callbacks: list[Any], output_dir: str
+    case: dict[str, Any],
+    model: Any,
+    selection: Any,
+    *,
+    tokenizer: Any,
+    prompt: str,
+    callbacks: list[Any],
+    output_dir: str,
+    settings: dict[str, Any],
 ) -> Any:
     """The method's trainer: TRL's defaults, and completions that are given."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from layerrl import LayerMaskedGRPOTrainer
 
     method, length = case["method"], case["length"]
-    tokenizer = AutoTokenizer.from_pretrained(case["model"])
     vocabulary = model.config.get_text_config().vocab_size
 
     def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -190,26 +252,9 @@ def make_trainer(
         prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": None}
 
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(text) % 7) for text in completions]
-
     arguments: dict[str, Any] = {
-        "args": GRPOConfig(
-            output_dir=output_dir,
-            per_device_train_batch_size=case["rows"],
-            num_generations=case["rows"] // 2,
-            max_completion_length=length,
-            generation_kwargs={"min_new_tokens": length},
-            beta=case["beta"],
-            num_iterations=case["num_iterations"],
-            max_steps=(1 + case["cycles"]) * case["num_iterations"],
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=case["device"] == "cpu",
-            bf16=case["device"] != "cpu",  # TRL's default; few CPUs are faster in it
-        ),
-        "train_dataset": Dataset.from_dict({"prompt": [PROMPT] * 64}),
+        "args": arguments_of(case, output_dir, **settings),
+        "train_dataset": Dataset.from_dict({"prompt": [prompt] * 64}),
         "processing_class": tokenizer,
         "rollout_func": rollouts,
         "callbacks": callbacks,
@@ -220,19 +265,48 @@ def make_trainer(
         trained = {id(p) for p in selection.parameters(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-    if method in ("lora", "modules-to-save"):
+    if method in ("lora", "lora-all", "modules-to-save"):
         arguments["peft_config"] = adapter(method, selection.first)
     return GRPOTrainer(model, reward, **arguments)
 
 
+def arguments_of(case: dict[str, Any], output_dir: str, **settings: Any) -> Any:
+    """TRL's defaults, but for what the case says."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=output_dir,
+        per_device_train_batch_size=case["rows"],
+        num_generations=case["rows"] // 2,
+        max_completion_length=case["length"],
+        generation_kwargs={"min_new_tokens": case["length"]},
+        beta=case["beta"],
+        num_iterations=case["num_iterations"],
+        max_steps=(1 + case["cycles"]) * case["num_iterations"],
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=case["device"] == "cpu",
+        bf16=case["device"] != "cpu",  # TRL's default; few CPUs are faster in it
+        **settings,
+    )
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """What differs between completions, and says nothing."""
+    return [float(len(text) % 7) for text in completions]
+
+
 def adapter(method: str, layer: int) -> Any:
-    """LoRA on one layer, or one layer trained whole by way of PEFT, with no LoRA anywhere."""
+    """LoRA on one layer or on all, or one layer trained whole by way of PEFT, with no LoRA."""
     from peft import LoraConfig
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     if method == "modules-to-save":
         return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[f"layers.{layer}"])
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    if method == "lora-all":
+        return LoraConfig(r=16, target_modules=names)
     return LoraConfig(
         r=16, target_modules=names, layers_to_transform=[layer], layers_pattern="layers"
     )
@@ -277,6 +351,23 @@ def peak_bytes(device: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def reset_peak(device: Any) -> None:
+    """Let the peak begin anew; on a CPU it is the process's."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def hardware(device: Any) -> str:
+    """What the steps ran on."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
 def base(model: str) -> str:
     """The bundled model's folder, or whatever id or path was given."""
     sys.path.insert(0, str(ROOT / "examples"))
@@ -292,7 +383,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default=MODEL, help="hub id or path, of a Llama or alike")
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    add("--methods", nargs="+", default=BENCH, choices=BENCH)
     add("--depth", nargs="+", type=float, default=[0.5], help="of the layer, 0 to below 1")
     add("--beta", nargs="+", type=float, default=[0.04])
     add("--num-iterations", nargs="+", type=int, default=[1, 4])

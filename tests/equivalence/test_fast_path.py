@@ -346,7 +346,7 @@ class TestReplay:
 
         class Look(TrainerCallback):
             def on_step_begin(self, *_: Any, **__: Any) -> None:
-                held.append(False in trainer._passes.replay._batches)
+                held.append(False in trainer._replay._batches)
 
         how = evaluation(num_prompts=4, eval_on_start=True)
         how["arguments"]["callbacks"] = [Look()]
@@ -356,7 +356,7 @@ class TestReplay:
         train(trainer)
         assert held == [False] * 3
         trainer.evaluate()
-        assert trainer._passes.replay.num_bytes == 0
+        assert trainer._replay.num_bytes == 0
 
     def test_serves_the_evaluation_of_the_loss(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, beta=0.04, **evaluation(num_prompts=4))

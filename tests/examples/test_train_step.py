@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from layerrl import select_layers
 from tests.grpo import tokenizer
 from tests.models import tiny
 
@@ -52,7 +53,7 @@ def test_worker_measures_masked_and_by_hand(train_step: Any, model_folder: Path)
     assert masked["checkpoint_bytes"] > 4 * layer  # weights, reference, two moments
 
 
-@pytest.mark.parametrize("method", ["full", "masked-full", "lora", "modules-to-save"])
+@pytest.mark.parametrize("method", ["full", "masked-full", "lora", "lora-all", "modules-to-save"])
 def test_worker_trains_what_the_method_says(
     train_step: Any, model_folder: Path, method: str
 ) -> None:
@@ -60,8 +61,11 @@ def test_worker_trains_what_the_method_says(
     model = tiny("llama", 4)
     layer = sum(p.nbytes for p in model.model.layers[2].parameters())
     whole = sum(p.nbytes for p in model.parameters())
-    expected = {"modules-to-save": layer, "lora": found["trained_bytes"]}.get(method, whole)
-    assert found["trained_bytes"] == expected
+    if method.startswith("lora"):
+        selection = select_layers(model, "all" if method == "lora-all" else 2)
+        assert found["trained_bytes"] == selection.plan(model).lora.gradients
+    else:
+        assert found["trained_bytes"] == (layer if method == "modules-to-save" else whole)
     assert found["synced_bytes"] == whole
     assert (found["model_step"] == 1) == (method in train_step.WHOLE_MODEL)
 
@@ -147,7 +151,7 @@ def test_every_round_holds_every_case_in_an_order_of_its_own(train_step: Any) ->
     assert listed == list(train_step.cases(options))
     rounds = [[(c["method"], c["depth"]) for c in listed if c["round"] == r] for r in range(4)]
     assert all(sorted(r, key=str) == sorted(rounds[0], key=str) for r in rounds)
-    assert len(rounds[0]) == 2 + (len(train_step.METHODS) - 2) * 2
+    assert len(rounds[0]) == 3 + (len(train_step.BENCH) - 3) * 2
     assert len({tuple(r) for r in rounds}) == 4
 
 

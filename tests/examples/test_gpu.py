@@ -1,0 +1,284 @@
+"""The benchmark for a GPU: every stage runs, and nothing that goes wrong loses figures."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layerrl.journal import Journal
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = [
+    "Training step", "Whole step", "Largest batch and model", "Serving", "Evidence",
+    "Cost of a probe",
+]  # fmt: skip
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def worker(gpu: Any, tmp_path: Path) -> Iterator[Any]:
+    started = gpu.Worker(tmp_path)
+    yield started
+    started.stop()
+
+
+def command(output: Path, *more: str) -> list[str]:
+    options = ["--device", "cpu", "--tiny", "--budget", "3000", "--output", str(output), *more]
+    return [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *options]
+
+
+def entries_of(output: Path) -> list[dict[str, Any]]:
+    journal = output / "journal.jsonl"
+    text = journal.read_text() if journal.exists() else ""
+    return [json.loads(line) for line in text.splitlines()[1:] if line.endswith("}")]
+
+
+def cuts(page: str) -> list[str]:
+    """The text of each section."""
+    places = [page.index(f"\n## {title}\n") for title in SECTIONS]
+    assert places == sorted(places)
+    return [page[a:b] for a, b in zip(places, [*places[1:], None], strict=True)]
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_a_killed_run_continues(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment)
+    while len(entries_of(tmp_path)) < 3:
+        assert first.poll() is None
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) != 0
+    before = entries_of(tmp_path)
+    training, *others = cuts((tmp_path / "gpu.md").read_text())
+    assert "| layerrl |" in training
+    assert all("Not measured." in text for text in others)
+
+    page = tmp_path / "docs" / "page.md"
+    for _ in range(2):  # the second has nothing left to do
+        ended = subprocess.run(
+            command(tmp_path, "--page", str(page)), cwd=ROOT, env=environment, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    assert ended.stdout == ""
+    after = entries_of(tmp_path)
+    assert after[: len(before)] == before
+    cases = [json.dumps(entry["case"]) for entry in after]
+    assert len({*cases}) == len(cases)
+    assert {entry["stage"] for entry in after} == {
+        "step", "whole", "largest", "serving", "evidence", "probe", "grid"
+    }  # fmt: skip
+    assert not [entry for entry in after if "failed" in entry["found"]]
+    text = page.read_text()
+    assert "Not measured." not in text
+    assert not [part for part in cuts(text) if "|" not in part]
+    for name in ("step", "evidence"):
+        assert f"](page_{name}.png)" in text
+        assert (page.parent / f"page_{name}.png").stat().st_size > 0
+
+    refused = subprocess.run(
+        [part for part in command(tmp_path) if part != "--tiny"], cwd=ROOT, env=environment,
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "holds runs of other settings. tiny: True there, False here" in refused.stderr
+    assert entries_of(tmp_path) == after
+
+
+def test_what_goes_wrong_in_a_measurement_is_its_result(worker: Any, tmp_path: Path) -> None:
+    found = worker.measure({"kind": "no such thing"}, 100)
+    assert found["failed"].startswith("KeyError: 'no such thing' (gpu_measure.py:")
+    assert worker.process is None  # the next begins afresh
+    assert "Traceback" in (tmp_path / "worker.log").read_text()
+    assert worker.measure({"kind": "machine", "device": "cpu"}, 0.01) is None
+    assert worker.process is None
+    found = worker.measure({"kind": "machine", "device": "cpu"}, 100)
+    assert found["bytes"] > 0
+    os.kill(worker.process.pid, signal.SIGKILL)
+    found = worker.measure({"kind": "machine", "device": "cpu"}, 100)
+    assert found == {"failed": "the process ended, exit status -9"}
+
+
+class Stub:
+    """In place of the process: what each case is to find."""
+
+    def __init__(self, found: dict[str, Any] | None) -> None:
+        self.found, self.cases = found, []
+
+    def measure(self, case: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        self.cases.append(case)
+        return self.found
+
+
+def stage(gpu: Any, monkeypatch: pytest.MonkeyPatch, *cases: Any) -> Any:
+    def made(options: Namespace) -> Iterator[dict[str, Any]]:
+        for case in cases:
+            if isinstance(case, Exception):
+                raise case
+            yield case
+
+    monkeypatch.setitem(gpu.STAGES, "step", (made, 1))
+
+    def run(found: dict[str, Any] | None, journal: Journal, seconds: float = 1000) -> Stub:
+        stub = Stub(found)
+        options = Namespace(device="cpu", tiny=True, old=len(journal.entries))
+        gpu.run("step", options, stub, journal, time.monotonic() + seconds)
+        return stub
+
+    return run
+
+
+def test_what_failed_is_tried_again_by_the_next_call(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = stage(gpu, monkeypatch, {"kind": "a"}, {"kind": "a"}, {"kind": "b"})
+    with Journal(tmp_path, {}) as journal:
+        assert [case["kind"] for case in run({"failed": "why"}, journal).cases] == ["a", "b"]
+        assert [case["kind"] for case in run({"seconds": 1}, journal).cases] == ["a", "b"]
+        assert run({"seconds": 2}, journal).cases == []
+        assert [entry["found"] for entry in journal.entries[2:]] == [{"seconds": 1}] * 2
+
+
+def test_a_stage_out_of_time_leaves_no_line(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = stage(gpu, monkeypatch, {"kind": "a"}, {"kind": "b"})
+    with Journal(tmp_path, {}) as journal:
+        assert run({"seconds": 1}, journal, seconds=-1).cases == []
+        assert len(run(None, journal, seconds=10).cases) == 1  # cut off by the end of the stage
+        assert journal.entries == []
+    run = stage(gpu, monkeypatch, {"kind": "truth"})  # which may take all of the stage's time
+    with Journal(tmp_path, {}) as journal:
+        run(None, journal, seconds=2 * gpu.LONGEST)
+        assert journal.entries == []
+    run = stage(gpu, monkeypatch, {"kind": "a"})  # one that does not end has had its chance
+    with Journal(tmp_path, {}) as journal:
+        run(None, journal)
+        assert journal.entries[0]["found"] == {"failed": f"took more than {gpu.LONGEST} s"}
+
+
+def test_a_mistake_in_a_stage_ends_no_other(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = stage(gpu, monkeypatch, {"kind": "a"}, ZeroDivisionError("oh"))
+    with Journal(tmp_path, {}) as journal:
+        run({"seconds": 1}, journal)
+        assert [entry["found"] for entry in journal.entries] == [
+            {"seconds": 1},
+            {"failed": "ZeroDivisionError('oh')"},
+        ]
+
+
+@pytest.mark.parametrize("limit", [5, 37, 64, 200, 1000])
+@pytest.mark.parametrize("guess", [6, 60, 900])
+def test_the_largest_is_found_from_any_guess(gpu: Any, limit: int, guess: int) -> None:
+    search = gpu.bisected(lambda number: {"rows": number}, 4, guess, 2, 512)
+    tried, found = [4], None
+    while True:
+        try:
+            number = search.send(found)["rows"]
+        except StopIteration:
+            break
+        assert number % 2 == 0
+        assert number not in tried
+        tried.append(number)
+        found = {"peak_bytes": 1} if number <= limit else {"out_of_memory": True}
+    best = max(number for number in tried if number <= limit)
+    assert min(512, limit) * 15 // 16 - 2 <= best <= 512
+    assert len(tried) < 16
+
+
+SMALL = {"device": "cpu", "tiny": True, "folder": "unused"}
+
+
+def test_too_small_a_device_and_out_of_memory_are_told_with_the_plan(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measures = importlib.import_module("gpu_measure")
+    case = gpu.step(Namespace(tiny=True), "full") | SMALL
+    plan = measures.planned(case)
+    monkeypatch.setattr(measures, "train", lambda *_, **__: throw(torch.OutOfMemoryError("no")))
+    too_much = measures.step(case)
+    monkeypatch.setattr(measures, "memory", lambda device: plan["planned_bytes"] - 1)
+    too_small = measures.step(case)
+    assert too_much["planned_bytes"] == too_small["planned_bytes"] == plan["planned_bytes"] > 0
+    machine = {"name": "a GPU", "bytes": 1e9}
+    settings = {"machine": machine, "tiny": False, "versions": "torch 1"}
+    with Journal(tmp_path, settings) as journal:
+        for found, shape in ((too_much, "Qwen3-8B"), (too_small, "Qwen3-1.7B")):
+            entry = {"stage": "step", "case": case | {"shape": shape}, "seconds": 1.0}
+            journal.append(entry | {"found": found})
+    importlib.import_module("gpu_report").write_page(journal.path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "Qwen3-8B, beta 0, num_iterations 1: does not fit: out of memory with 0.0 GB" in text
+    assert "Qwen3-1.7B, beta 0, num_iterations 1: skipped, the device is too small: 0.0 GB" in text
+
+
+def throw(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("method", ["full", "by-hand", "masked", "lora", "lora-all"])
+def test_the_plan_holds_what_the_method_holds(gpu: Any, method: str) -> None:
+    measures = importlib.import_module("gpu_measure")
+    case = gpu.step(Namespace(tiny=True), method, beta=0.04) | SMALL
+    model = measures.made(case)
+    whole = sum(p.nbytes for p in model.parameters())
+    layer = sum(p.nbytes for p in model.model.layers[2].parameters())
+    total = measures.planned(case)["planned_bytes"]
+    expected = {
+        "full": 5 * whole,  # weights, gradients, two moments, a second model
+        "by-hand": 2 * whole + 3 * layer,
+        "masked": whole + 4 * layer,  # weights, gradient, two moments, the values at the start
+    }
+    if method in expected:
+        assert total == expected[method]
+    else:  # four float32 values of each adapter weight
+        assert whole < total < whole + 4 * 4 * 16 * 3 * 7 * 64 * 4
+
+
+def test_the_page_of_the_documentation_is_what_the_command_writes(gpu: Any, tmp_path: Path) -> None:
+    gpu.main(["--report", "--output", str(tmp_path), "--page", str(tmp_path / "gpu.md")])
+    empty, page = (tmp_path / "gpu.md").read_text(), (ROOT / "docs" / "gpu.md").read_text()
+    assert all("Not measured." in text for text in cuts(empty))
+    assert cuts(page)
+    if "has not been run" in page:
+        assert page == empty
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--device", "cuda"], "--device is cuda, but torch finds no GPU on this machine"),
+        (["--budget", "60"], "--budget is 60, expected at least 120 seconds: no stage can be"),
+        (["--tiny", "--budget", "3"], "--budget is 3, expected at least 30 seconds: no stage can"),
+        (["--stages", "magic"], "invalid choice: 'magic'"),
+        (["--device", "cpu", "--output", f"{__file__}/out"], "cannot use"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    gpu: Any,
+    options: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.parse(options)
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
