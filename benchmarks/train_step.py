@@ -259,7 +259,7 @@ def make_trainer(
         "rollout_func": rollouts,
         "callbacks": callbacks,
     }
-    if method in ("masked", "masked-full"):
+    if method in ("masked-full", *MASKED):
         return LayerMaskedGRPOTrainer(model, reward, selection=selection, **arguments)
     if method == "by-hand":
         trained = {id(p) for p in selection.parameters(model).values()}

@@ -62,17 +62,17 @@ class GiGPOConfig(GRPOConfig):
 
 
 class GiGPOTrainer(GRPOTrainer):
-    r"""TRL's `GRPOTrainer` on episodes of several steps, each with an advantage of its own.
+    """TRL's `GRPOTrainer` on episodes of several steps, each with an advantage of its own.
 
-    The first reward is the episode's: the sum of its steps' rewards, less `invalid_action_penalty`
+    The first reward is the episode's: the sum of its steps' rewards, minus `invalid_action_penalty`
     for each action that was not valid. With it, and the `reward_funcs` given, TRL compares the
-    episodes of a prompt as it compares completions: $A^E$. In addition, steps of the same prompt's
+    episodes of a prompt as it compares completions: `A_E`. In addition, steps of the same prompt's
     episodes that were taken from the same observation are compared by their discounted returns,
-    each less the penalty of its own action: $A^S$, 0 where no other step was. Every response token
-    of a step has the advantage $A^E + \omega A^S$.
+    each minus the penalty of its own action: `A_S`, 0 where no other step was. Every response token
+    of a step has the advantage `A_E + omega * A_S`.
 
     All else is GRPO: with `omega=0` bit for bit, on these rewards. In the authors' code only the
-    step with the invalid action pays for it in $A^E$, too; here the whole episode does.
+    step with the invalid action pays for it in `A_E`, too; here the whole episode does.
 
     Logged with the trainer's own metrics: `layerrl/episode_turns`, the mean number of steps;
     `layerrl/anchored_steps`, the share of steps that another one was compared with;

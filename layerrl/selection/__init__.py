@@ -375,10 +375,10 @@ def select_layers(
     modules: str | Iterable[str] | None = None,
     boost: Mapping[int, float] | None = None,
 ) -> LayerSelection:
-    r"""Choose which decoder layers train, and how fast.
+    """Choose which decoder layers train, and how fast.
 
-    Mid-K of arXiv:2607.01232 is `"middle:K"`: layers $\lfloor L/2 - K/2 \rfloor$ to
-    $\lfloor L/2 + K/2 \rfloor - 1$. Its Boost is `"full"` with `boost=`.
+    Mid-K of arXiv:2607.01232 is `"middle:K"`: of L layers, ⌊L/2 - K/2⌋ to ⌊L/2 + K/2⌋ - 1.
+    Its Boost is `"full"` with `boost=`.
 
     Args:
         model: A transformers model (any device, `meta` included) or config. Not changed; no weight

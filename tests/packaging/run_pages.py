@@ -41,7 +41,10 @@ def prompts(letters: str) -> Dataset:
 
 
 def before(snippet: str) -> dict[str, Any]:
-    """What the reader has before a snippet: a model as it was loaded, not as another left it."""
+    """What the reader has before a snippet: a model as it was loaded, not as another left it.
+
+    The reward and the data are such that a random model learns, which it does not on a page's own.
+    """
     model = AutoModelForCausalLM.from_pretrained(HUB_ID)
     if "stage-1" in snippet:
         for stage, layer in enumerate((3, 5), 1):
@@ -50,14 +53,17 @@ def before(snippet: str) -> dict[str, Any]:
             trainer = layerrl.LayerMaskedGRPOTrainer(model, reward, **shared)
             trainer.train()
             trainer.save_delta(f"runs/stage-{stage}/delta")
-    return {"model": model, "config": model.config}
+    return {
+        "model": model,
+        "config": model.config,
+        "reward": reward,
+        "data": prompts("abcdefgh"),
+    }
 
 
 def run(page: Path) -> None:
     """Run a page's snippets; the traceback of one that fails names its line of the page."""
     namespace = {
-        "reward": reward,
-        "data": prompts("abcdefgh"),
         "held_out": prompts("ijk"),
         "preferences": prompts("abc"),
         "safes": Dataset.from_list([{"prompt": "a", "code": ["left", "right"]}] * 8),

@@ -18,7 +18,9 @@ def add_to_hub(cache: Path, name: str, model: PreTrainedModel) -> None:
     repository, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
-    for part in (model, tokenizer()):
+    chat = tokenizer()
+    chat.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for part in (model, chat):
         part.save_pretrained(repository / "snapshots" / commit)
 
 

@@ -1,0 +1,101 @@
+"""The documentation names what the code has: keywords, messages, modules."""
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerrl import LayerMaskedMixin, contribution_probe, errors, select_layers
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def section(page: str, heading: str) -> str:
+    """The text below a heading, down to the next one."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.split(r"^#+ ", text[text.index(f"# {heading}\n") :][2:], flags=re.MULTILINE)[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all rows of tables but their heads, without the code marks around a cell."""
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return [[cell.strip("`") for cell in row] for row in cells]
+
+
+@pytest.mark.parametrize(
+    ("function", "page", "heading", "left_out"),
+    [
+        (LayerMaskedMixin.__init__, "guide.md", "Keywords", {"self"}),
+        (contribution_probe, "choosing.md", "Arguments of contribution_probe", set()),
+        (select_layers, "choosing.md", "Select", {"model", "layers"}),
+    ],
+)
+def test_tables_of_keywords_are_those_of_the_code(
+    function: Callable[..., Any], page: str, heading: str, left_out: set[str]
+) -> None:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind not in kinds and name not in left_out
+    }
+    text = section(page, heading)
+    table = {name: default for name, default, *_ in rows(text[text.index("default") :])}
+    assert [*table] == [*parameters]
+    for name, default in parameters.items():
+        shown = {inspect.Parameter.empty: "required", 2 * 2**30: "2 GiB"}
+        if isinstance(default, type) and default is not inspect.Parameter.empty:
+            assert table[name] == default.__name__
+        else:
+            expected = shown.get(default, repr(default).replace("'", '"'))
+            assert table[name] == expected, name
+
+
+def texts() -> Iterator[str]:
+    """All text in the code, with a mark for what is filled in."""
+    for file in (ROOT / "layerrl").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                parts = (v.value if isinstance(v, ast.Constant) else "\0" for v in node.values)
+                yield "".join(map(str, parts))
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    code = "\n".join(texts())
+    first = re.findall(r"^\| (`.+?) \|", page, flags=re.MULTILINE)
+    quoted = re.findall(r"`([^`]+)`", "\n".join(first))
+    assert len(quoted) > 80
+    gone = [m for m in quoted if any(part.strip(" ,") not in code for part in m.split("..."))]
+    assert gone == []
+
+
+def test_troubleshooting_has_every_error() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    expected = {e.__name__ for e in vars(errors).values() if inspect.isclass(e)} - {"LayerRLError"}
+    assert {*re.findall(r"^## (\w+Error)$", page, flags=re.MULTILINE)} == expected
+
+
+def test_modules_of_the_glossary_exist() -> None:
+    page = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    modules = re.findall(r"`(layerrl/\S+)`", page)
+    assert len(modules) > 30
+    assert [module for module in modules if not (ROOT / module).is_file()] == []
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+        file, _, anchor = target.partition("#")
+        text = (ROOT / file).read_bytes().decode("utf-8", errors="ignore")
+        headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
+        assert not anchor or anchor in anchors, target
