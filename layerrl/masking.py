@@ -325,9 +325,13 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, selection: LayerSele
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm over all elements of several tensors, in float32 or wider on their device."""
+    """Euclidean norm over several tensors, in float32 or wider, on the device of the first."""
     norms = [
         torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32))
         for t in tensors
     ]
-    return whole(torch.linalg.vector_norm(torch.stack(norms))) if norms else torch.zeros(())
+    if not norms:
+        return torch.zeros(())
+    # With device_map="auto", layers lie on several devices.
+    together = torch.stack([value.to(norms[0].device) for value in norms])
+    return whole(torch.linalg.vector_norm(together))

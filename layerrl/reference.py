@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerrl.errors import ModelError
 from layerrl.seams import imported
-from layerrl.shards import is_sharded, parts, sharded_like, write
+from layerrl.shards import is_sharded, parts, sharded_like, with_parameter, write
 
 with imported():
     from torch.nn.modules.module import _IncompatibleKeys
@@ -262,6 +262,8 @@ class ReferenceModel(nn.Module):
             parts(parameter).detach().clone() if is_sharded(parameter) else parameter.data
             for parameter in self._trained.values()
         ]
+        for value, parameter in zip(self.initial, self._trained.values(), strict=True):
+            with_parameter(value, parameter)
         try:
             for module in training:
                 module.training = False

@@ -83,6 +83,25 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(on_device, like.device_mesh, like.placements)
 
 
+def with_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value that is kept beside a parameter, moved to where the parameter is now.
+
+    `bf16_full_eval` has transformers place the model when training starts, after such values were
+    taken, and a user may move it at any time.
+
+    Args:
+        value: Moved in place if it lies on another device.
+        parameter: Sharded where `value` is.
+
+    Returns:
+        `value`.
+    """
+    device = parts(parameter).device
+    if value.device != device:
+        value.data = value.data.to(device)
+    return value
+
+
 @torch.no_grad()
 def write(model: nn.Module, values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
     """Overwrite parameters, so that the next pass gathers sharded ones anew.

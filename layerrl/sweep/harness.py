@@ -87,11 +87,21 @@ class Harness:
         self._eval_dataset = eval_dataset.flatten_indices()  # or every evaluation would do it
         self._folder = Path(folder).absolute()
         self._base = _tensors(self._model)
-        self._fingerprint = fingerprints(self._base)
+        self._fingerprint = fingerprints(_tensors(self._model, copy_them=False))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the second copy of the weights, which is made again."""
-        return self.__dict__ | {"_base": None, "_model": _on_cpu(self._model)}
+        """Everything but the copy of the weights, which is made again, for any device."""
+        state = self.__dict__ | {"_base": None}
+        models = [self._model, *self._reward_models]
+        moved = {id(model): model_on_cpu(model) for model in models}
+        state["_model"], *state["_reward_models"] = moved.values()
+        make = self._make_trainer
+        if isinstance(make, partial):  # which rewards with the same models
+            rewards = make.keywords.get("reward_funcs", [])
+            rewards = [moved.get(id(function), function) for function in rewards]
+            state["_make_trainer"] = partial(make.func, *make.args, **make.keywords)
+            state["_make_trainer"].keywords["reward_funcs"] = rewards
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -99,6 +109,8 @@ class Harness:
         for args in (self._args, self._full_args):
             args.__dict__.pop("_setup_devices", None)  # this process may see other devices
             _ = args.device  # looks now: it resets what an Accelerator made before would need
+            if args.tf32 is not None:  # set when args are made, and not when they are unpickled
+                torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
 
     @property
     def base(self) -> str:
@@ -191,7 +203,7 @@ class Harness:
     def _restore(self) -> None:
         now = _tensors(self._model, copy_them=False)
         for name, tensor in now.items():
-            base = self._base[name] = self._base[name].to(tensor.device)
+            base = self._base[name].to(tensor.device)  # one at a time: the copy stays on the CPU
             if not torch.equal(tensor, base):
                 tensor.copy_(base)
         found = fingerprints(now)
@@ -269,12 +281,22 @@ def _digest(fingerprint: dict[str, str]) -> str:
 
 
 def _tensors(model: nn.Module, *, copy_them: bool = True) -> dict[str, torch.Tensor]:
+    """All parameters and buffers; copies lie on the CPU, where a whole model has room."""
     base = unwrap(model)
     named = [*base.named_parameters(), *base.named_buffers()]
-    return {name: t.detach().clone() if copy_them else t.detach() for name, t in named}
+    return {name: t.detach().to("cpu", copy=True) if copy_them else t.detach() for name, t in named}
 
 
-def _on_cpu(model: nn.Module) -> nn.Module:
-    if all(tensor.device.type == "cpu" for tensor in model.parameters()):
+def model_on_cpu(model: nn.Module) -> nn.Module:
+    """A model itself where it is on the CPU, otherwise a copy there, with none on its device."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
         return model
-    return copy.deepcopy(model).cpu()
+    # What is in the memo is not copied by deepcopy.
+    memo: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.detach().cpu(), requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.detach().cpu()
+        for tensor in tensors
+    }
+    return copy.deepcopy(model, memo)

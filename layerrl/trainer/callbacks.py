@@ -10,7 +10,7 @@ from trl.trainer.callbacks import BEMACallback, SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler
 
 from layerrl.errors import SelectionError
-from layerrl.shards import parts
+from layerrl.shards import parts, with_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -114,4 +114,5 @@ class SyncReference(SyncRefModelCallback):
         """
         # TRL would gather what ZeRO-3 has in parts; both sides here are in the same parts.
         for value, tensor in zip(target_model.initial, target_model.trained.values(), strict=True):
-            value.data.mul_(1.0 - alpha).add_(parts(tensor).data, alpha=alpha)
+            value = with_parameter(value, tensor).data
+            value.mul_(1.0 - alpha).add_(parts(tensor).data, alpha=alpha)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerrl.masking import norm
 from layerrl.precision import MASTER
-from layerrl.shards import parts
+from layerrl.shards import parts, with_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -76,7 +76,7 @@ def relative_updates(
     """
     if not initial:
         return {}
-    start = {id(parameter): initial[name] for name, parameter in trained.items()}
+    start = {id(p): with_parameter(initial[name], p) for name, p in trained.items()}
     return {
         layer: norm(parts(state.get(p, {}).get(MASTER, p)) - start[id(p)] for p in parameters)
         / norm(start[id(p)] for p in parameters)

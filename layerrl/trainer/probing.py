@@ -127,8 +127,15 @@ def check_trainer(trainer: Any, asked: str) -> None:  # noqa: ANN401
         asked: What was asked for, to name it.
 
     Raises:
-        ProbeError: If it generates nothing, or does so in several processes or in parts.
+        ProbeError: If it generates nothing, or does so in several processes or in parts; if its
+            gradients would be float16, of which the probe's backward, unscaled, loses the small.
     """
+    if trainer.args.fp16:
+        raise ProbeError(
+            f"{asked} with fp16=True: its backward has no gradient scaler, and up to 15 % of the "
+            "gradients would be rounded to zero. Probe with bf16=True, or in float32 (bf16=False, "
+            "fp16=False), with contribution_probe; the report's selection trains in float16."
+        )
     if not hasattr(trainer, "_calculate_rewards"):
         raise ProbeError(
             f"{asked} needs a trainer that generates and rewards, such as GRPO's; "

@@ -1,0 +1,106 @@
+"""What a GPU asks for, as far as a CPU can show it."""
+
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+from layerrl.errors import ProbeError
+from layerrl.masking import norm
+from layerrl.sweep.harness import Harness, model_on_cpu
+from tests.devices import on_any_device
+from tests.grpo import config, make, reward
+from tests.models import tiny
+from tests.runs import evaluation
+
+
+def on(device: str, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, device=device)
+
+
+def test_a_norm_over_tensors_on_two_devices():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = norm([on("cuda:1", 3), on("cuda:0", 2, 2)])
+    assert str(found.device) == "cuda:1"
+
+
+@on_any_device
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_a_full_evaluation_in_bfloat16(tmp_path, beta):
+    settings = evaluation(bf16_full_eval=True, beta=beta, max_steps=1)
+    trainer = make(tiny("llama", 2), tmp_path, selection=1, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["layerrl/relative_update/layer_1"] > 0
+
+
+def test_float16_gradients_are_not_scored(tmp_path):
+    args = config(tmp_path)
+    args.fp16 = True  # which transformers refuses on a CPU
+    with pytest.raises(ProbeError, match=r'selection="auto" with fp16=True: its backward'):
+        make(tiny("llama", 2), tmp_path, selection="auto", arguments={"args": args})
+
+
+class Tied(nn.Module):
+    """A parameter under two names, and a buffer, on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = self.head = nn.Parameter(on("cuda:0", 4, 2))
+        self.register_buffer("counts", on("cuda:0", 3))
+
+
+def test_a_copy_on_the_cpu_shares_what_the_model_does_and_leaves_it_alone():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Tied()
+        copied = model_on_cpu(model)
+    assert {t.device.type for t in (*copied.parameters(), *copied.buffers())} == {"cpu"}
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
+    assert copied.head is copied.embedding
+
+
+def harness(tmp_path, **settings):
+    model, judge = tiny("llama", 2), tiny("llama", 2)
+    args = config(tmp_path, **settings)
+    prompts = make(model, tmp_path).train_dataset
+    return Harness(
+        [model, judge],
+        partial(dict, reward_funcs=[reward, judge]),
+        args=args, full_args=args, eval_dataset=prompts, greedy=True, modules=None, folder=tmp_path,
+    )  # fmt: skip
+
+
+def test_a_worker_gets_models_on_the_cpu_and_rewards_with_them(tmp_path, monkeypatch):
+    given = harness(tmp_path)
+    copies = {id(model): tiny("llama", 2) for model in (given._model, *given._reward_models)}
+    monkeypatch.setattr("layerrl.sweep.harness.model_on_cpu", lambda model: copies[id(model)])
+    state = given.__getstate__()
+    [judge] = state["_reward_models"]
+    assert [state["_model"], judge] == [*copies.values()]
+    assert state["_make_trainer"].keywords["reward_funcs"] == [reward, judge]
+    assert given._make_trainer.keywords["reward_funcs"][1] is given._reward_models[0]
+
+
+def test_the_copy_of_the_base_lies_on_the_cpu(tmp_path):
+    given = harness(tmp_path)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given._model.to("cuda:0")
+    received = pickle.loads(pickle.dumps(harness(tmp_path)))
+    for one in (given, received):
+        assert {tensor.device.type for tensor in one._base.values()} == {"cpu"}
+    assert_close(received._base, harness(tmp_path)._base, rtol=0, atol=0)
+
+
+def test_a_worker_multiplies_as_the_args_say(tmp_path, monkeypatch):
+    given = harness(tmp_path)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for tf32, precision in ((True, "high"), (False, "highest")):
+            given._args.tf32 = tf32
+            pickle.loads(pickle.dumps(given))
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
