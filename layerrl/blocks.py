@@ -127,7 +127,7 @@ class _Forward:
         functools.update_wrapper(self, forward)
         self._forward, self._run = forward, run
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
@@ -135,7 +135,7 @@ class _Forward:
         return deepcopy(self._forward, memo)
 
 
-def own_forward(function: Any) -> Any:  # noqa: ANN401 - any callable
+def own_forward(function: Any) -> Any:  # any callable
     """The forward that `replaced_forwards` has put others around; any other function itself."""
     while isinstance(function, _Forward):
         function = function._forward
@@ -213,7 +213,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     return Blocks(path=path, modules=tuple(stack))
 
 
-def count_layers(config: Any) -> int:  # noqa: ANN401 - transformers is not imported for a type
+def count_layers(config: Any) -> int:  # transformers is not imported for a type
     """Number of decoder layers that a transformers config describes.
 
     Args:
@@ -245,7 +245,7 @@ def count_layers(config: Any) -> int:  # noqa: ANN401 - transformers is not impo
     return num_layers
 
 
-def layers_described(config: Any) -> int:  # noqa: ANN401
+def layers_described(config: Any) -> int:
     """Number of decoder layers that the model of a config has.
 
     Configs usually say it. Some count otherwise than their model (LongCat's, each layer twice): one
@@ -287,7 +287,7 @@ def layers_described(config: Any) -> int:  # noqa: ANN401
         ) from error
 
 
-def meta_model(config: Any) -> nn.Module:  # noqa: ANN401
+def meta_model(config: Any) -> nn.Module:
     """The model a config describes, on the `meta` device: every name and shape, no weights.
 
     Args:

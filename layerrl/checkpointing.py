@@ -109,7 +109,7 @@ def _watched(
             raise _WithoutGradient
 
     def watch(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal watching
             if not torch.is_grad_enabled() or base in _checkpointed_around:
                 return forward(*args, **kwargs)
@@ -155,7 +155,7 @@ def _watched(
 
 
 @contextmanager
-def _input_grad_at_checkpoint(layer: Any) -> Iterator[None]:  # noqa: ANN401 - a module
+def _input_grad_at_checkpoint(layer: Any) -> Iterator[None]:  # a module
     """Give a reentrant checkpoint of a layer an input with a gradient.
 
     Not by a hook of the layer: before transformers 5.23 hooks run inside the checkpoint.
@@ -165,7 +165,7 @@ def _input_grad_at_checkpoint(layer: Any) -> Iterator[None]:  # noqa: ANN401 - a
         yield
         return
 
-    def checkpoint(run: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+    def checkpoint(run: Callable[..., Any], *args: Any) -> Any:
         return given(run, *_first_with_gradient(args)[0])
 
     layer._gradient_checkpointing_func = checkpoint
@@ -187,7 +187,7 @@ def _not_checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
             setattr(module, _FLAG, True)
 
 
-def _requires_input_grad(hook: Any) -> bool:  # noqa: ANN401 - any callable
+def _requires_input_grad(hook: Any) -> bool:  # any callable
     return getattr(hook, "__name__", "") in INPUT_GRAD_HOOKS
 
 

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from layerrl.seams import installed
 
 
-def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, Any]:  # noqa: ANN401
+def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, Any]:
     """A completion of each prompt, every one with a history of its own.
 
     Before 1.15, TRL takes it that each prompt is there as often as the trainer generates for it,
@@ -37,7 +37,7 @@ def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, 
         trainer.num_generations, trainer.num_generations_eval = before
 
 
-def windows_of_tokens(trainer: Any) -> float:  # noqa: ANN401
+def windows_of_tokens(trainer: Any) -> float:
     """What a loss by token (DAPO's) divides a batch's tokens by, before it divides by them.
 
     Since 1.10, TRL takes the share of a generation batch that one optimizer step is for.
@@ -53,7 +53,7 @@ def windows_of_tokens(trainer: Any) -> float:  # noqa: ANN401
     return trainer.args.steps_per_generation / trainer.current_gradient_accumulation_steps
 
 
-def end_tokens(trainer: Any) -> list[int]:  # noqa: ANN401
+def end_tokens(trainer: Any) -> list[int]:
     """The tokens that end a completion: before 1.15, TRL knows the tokenizer's alone.
 
     Args:

@@ -117,7 +117,7 @@ class Journal:
         self._check(head)
         self._file.truncate(len(whole))
 
-    def _check(self, head: Any) -> None:  # noqa: ANN401
+    def _check(self, head: Any) -> None:
         version = head.get("version") if isinstance(head, dict) else None
         if version != _VERSION or "settings" not in head:
             raise JournalError(

@@ -21,7 +21,7 @@ _CHECK = "layerrl_step_check"
 _LOMO = ("Lomo", "AdaLomo")
 
 
-def updates_in_backward(optimizer: Any) -> bool:  # noqa: ANN401
+def updates_in_backward(optimizer: Any) -> bool:
     """Whether an optimizer updates each tensor while the backward runs, and not in its `step`.
 
     Args:
@@ -64,7 +64,7 @@ def refuse_updates_in_backward(
         )
 
 
-def keep_only(optimizer: Any, parameters: Collection[nn.Parameter]) -> None:  # noqa: ANN401
+def keep_only(optimizer: Any, parameters: Collection[nn.Parameter]) -> None:
     """Take everything but these parameters out of a new optimizer.
 
     Transformers builds GaLore, APOLLO and LOMO over the whole model, frozen tensors too; a factory
@@ -102,7 +102,7 @@ def keep_only(optimizer: Any, parameters: Collection[nn.Parameter]) -> None:  # 
 
 
 def check_steps(
-    optimizer: Any,  # noqa: ANN401
+    optimizer: Any,
     trained: Callable[[], Mapping[str, nn.Parameter]],
 ) -> None:
     """Make sure, in the first step with a gradient, that an optimizer's step reaches each tensor.
@@ -125,7 +125,7 @@ def check_steps(
     setattr(optimizer, _CHECK, check)
     step = optimizer.step
 
-    def checked_step(_: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def checked_step(_: Any, *args: Any, **kwargs: Any) -> Any:
         before = check.before()
         result = step(*args, **kwargs)
         if before:
@@ -140,7 +140,7 @@ class _StepCheck:
 
     def __init__(
         self,
-        optimizer: Any,  # noqa: ANN401
+        optimizer: Any,
         trained: Callable[[], Mapping[str, nn.Parameter]],
     ) -> None:
         self.optimizer = optimizer

@@ -184,7 +184,7 @@ def make_plan(
     dtype: torch.dtype | None,
     beta: float,
     num_iterations: int,
-    quantization_config: Any = None,  # noqa: ANN401
+    quantization_config: Any = None,
 ) -> Plan:
     """The plan behind `LayerSelection.plan`, which documents the arguments.
 

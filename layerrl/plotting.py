@@ -19,8 +19,8 @@ def plot_layers(
     num_layers: int,
     quantity: str,
     lines: Mapping[float, str],
-    ax: Any = None,  # noqa: ANN401 - matplotlib's Axes
-) -> Any:  # noqa: ANN401
+    ax: Any = None,  # matplotlib's Axes
+) -> Any:
     """One value a layer against depth.
 
     Args:

@@ -32,7 +32,7 @@ _MASTERS = "layerrl_masters"  # the same in a state dict of the optimizer's own 
 _DTENSOR_SLOTS = ("_local_tensor", "_spec")
 
 
-def step_in_float32(optimizer: Any) -> None:  # noqa: ANN401
+def step_in_float32(optimizer: Any) -> None:
     """Let an optimizer update its half-precision parameters in float32.
 
     While one of its methods runs, the parameters themselves are the float32 masters, with float32
@@ -52,7 +52,7 @@ def step_in_float32(optimizer: Any) -> None:  # noqa: ANN401
         masters.install()
 
 
-def unwrap_optimizer(optimizer: Any) -> Any:  # noqa: ANN401
+def unwrap_optimizer(optimizer: Any) -> Any:
     """The optimizer in accelerate's wrapper; not what an optimizer of the user's own wraps."""
     with imported():
         from accelerate.optimizer import AcceleratedOptimizer
@@ -62,7 +62,7 @@ def unwrap_optimizer(optimizer: Any) -> Any:  # noqa: ANN401
     return optimizer
 
 
-def stepped_value(optimizer: Any, parameter: Tensor) -> Tensor:  # noqa: ANN401
+def stepped_value(optimizer: Any, parameter: Tensor) -> Tensor:
     """The value that an optimizer updates for a parameter: its master, or the parameter itself.
 
     Args:
@@ -80,7 +80,7 @@ def stepped_value(optimizer: Any, parameter: Tensor) -> Tensor:  # noqa: ANN401
     return half.float() if held is None else torch.where(held.to(half.dtype) == half, held, half)
 
 
-def nested(optimizer: Any) -> Iterator[Any]:  # noqa: ANN401
+def nested(optimizer: Any) -> Iterator[Any]:
     """An optimizer and all that it holds in attributes, lists or dicts, at any depth.
 
     Args:
@@ -114,7 +114,7 @@ class _Masters:
     dict takes them. Optimizers take an empty state for a new one: inside a call they are not there.
     """
 
-    def __init__(self, optimizer: Any) -> None:  # noqa: ANN401
+    def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self.values: dict[Any, Tensor] = {}
         self._pairs: list[tuple[Any, Any, Tensor | None]] | None = None
@@ -136,8 +136,8 @@ class _Masters:
         _widen_state(optimizer)
 
     def _stepping(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        def step_on_masters(_: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            def on_model(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def step_on_masters(_: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+            def on_model(*args: Any, **kwargs: Any) -> Any:
                 with self._outside():  # the closure runs the model, on its own weights
                     return closure(*args, **kwargs)
 
@@ -148,14 +148,14 @@ class _Masters:
         return step_on_masters
 
     def _touching(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def on_masters(_: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def on_masters(_: Any, *args: Any, **kwargs: Any) -> Any:
             with self._inside():
                 return method(*args, **kwargs)
 
         return on_masters
 
     def _giving_state(self, state_dict: Callable[..., Any]) -> Callable[..., Any]:
-        def with_masters(_: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def with_masters(_: Any, *args: Any, **kwargs: Any) -> Any:
             given = state_dict(*args, **kwargs)
             # An optimizer that gives the states of others inside of it leaves out its own.
             if isinstance(given, dict) and _count(given, MASTER) < len(self.values):
@@ -167,7 +167,7 @@ class _Masters:
         return with_masters
 
     def _loading_state(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        def load_masters(_: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def load_masters(_: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
             own: dict[int, Tensor] = {}
             if isinstance(state_dict, dict) and _MASTERS in state_dict:
                 state_dict = {**state_dict}
@@ -264,7 +264,7 @@ class _Masters:
                 half.data.copy_(master.data)
                 self._publish(half, master.data)
 
-    def _publish(self, parameter: Any, value: Tensor) -> None:  # noqa: ANN401
+    def _publish(self, parameter: Any, value: Tensor) -> None:
         self.values[parameter] = value
         state = getattr(self.optimizer, "state", {})
         state.setdefault(parameter, {})[MASTER] = value
@@ -290,7 +290,7 @@ def _other_methods(cls: type) -> set[str]:
     }
 
 
-def _widen_state(optimizer: Any) -> None:  # noqa: ANN401
+def _widen_state(optimizer: Any) -> None:
     """Put what optimizers have made of half-precision parameters beforehand in float32."""
     inner = [*nested(optimizer)]
     queue: list[Any] = [value for one in inner for value in (one.state, *vars(one).values())]
@@ -309,7 +309,7 @@ def _widen_state(optimizer: Any) -> None:  # noqa: ANN401
             item.data = item.data.float()
 
 
-def _count(values: Any, key: str) -> int:  # noqa: ANN401
+def _count(values: Any, key: str) -> int:
     if not isinstance(values, dict | list | tuple):
         return 0
     inner = values.values() if isinstance(values, dict) else values
@@ -328,7 +328,7 @@ def _swapped(pairs: list[tuple[Any, Any]]) -> Iterator[None]:
             _swap(half, master)
 
 
-def _swap(one: Any, other: Any) -> None:  # noqa: ANN401
+def _swap(one: Any, other: Any) -> None:
     """Exchange what two Python tensors stand for; twice is as if nothing had been.
 
     References, attributes and hashes stay with the Python objects; values, gradients, and the hooks

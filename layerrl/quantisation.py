@@ -28,7 +28,7 @@ def is_quantised(parameter: nn.Parameter) -> bool:
     return packed or not is_number
 
 
-def is_bitsandbytes(config: Any) -> bool:  # noqa: ANN401
+def is_bitsandbytes(config: Any) -> bool:
     """Whether a model's `quantization_config`, an object or a dict, is of this method."""
     method = config.get("quant_method") if isinstance(config, dict) else None
     method = method or getattr(config, "quant_method", None)
@@ -43,7 +43,7 @@ def skipped_by_default(model: nn.Module) -> list[str]:
     return sorted(get_keys_to_not_convert(model))
 
 
-def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:  # noqa: ANN401
+def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:
     """Bytes of each tensor that bitsandbytes would quantise, its scales included.
 
     An element takes 8 bits, and a row one scale in float32; or 4 bits, and 64 elements one scale:
@@ -89,7 +89,7 @@ def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:  # noqa: A
     }
 
 
-def _size(weight: Tensor, transposed: bool, config: Any) -> int:  # noqa: ANN401
+def _size(weight: Tensor, transposed: bool, config: Any) -> int:
     elements, blocks = weight.numel(), math.ceil(weight.numel() / _BLOCK)
     if config.load_in_8bit:
         return elements + weight.shape[transposed] * _FLOAT32
@@ -100,7 +100,7 @@ def _size(weight: Tensor, transposed: bool, config: Any) -> int:  # noqa: ANN401
 
 
 @contextmanager
-def quantised_base(args: Any) -> Iterator[None]:  # noqa: ANN401
+def quantised_base(args: Any) -> Iterator[None]:
     """Let transformers' trainer take a quantised model without adapters.
 
     It refuses one, since nothing in it could train; here what trains is not quantised.
@@ -115,7 +115,7 @@ def quantised_base(args: Any) -> Iterator[None]:  # noqa: ANN401
 
     upstream = trainer.validate_quantization_for_training
 
-    def validate(model: Any) -> None:  # noqa: ANN401
+    def validate(model: Any) -> None:
         if getattr(model, "is_quantized", False):
             _refuse_others(model, vllm=getattr(args, "use_vllm", False))
             keep_layout(model)
@@ -127,7 +127,7 @@ def quantised_base(args: Any) -> Iterator[None]:  # noqa: ANN401
         trainer.validate_quantization_for_training = upstream
 
 
-def _refuse_others(model: Any, *, vllm: bool) -> None:  # noqa: ANN401
+def _refuse_others(model: Any, *, vllm: bool) -> None:
     config = model.hf_quantizer.quantization_config
     if not is_bitsandbytes(config):
         method = getattr(config.quant_method, "value", config.quant_method)

@@ -67,7 +67,7 @@ class ReferenceModel(nn.Module):
         )
         self._settings: dict[str, Any] = {}
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -78,7 +78,7 @@ class ReferenceModel(nn.Module):
             return self._settings.setdefault(name, copy.deepcopy(getattr(policy, name)))
         return self._seen(policy, name)
 
-    def _seen(self, module: nn.Module, name: str) -> Any:  # noqa: ANN401
+    def _seen(self, module: nn.Module, name: str) -> Any:
         """An attribute of the policy, or of a part of it, as the reference's."""
         found = getattr(module, name)
         if not callable(found) or isinstance(found, nn.Module | type):
@@ -90,13 +90,13 @@ class ReferenceModel(nn.Module):
                 "made."
             )
 
-        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def run(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad(), self.swapped_in():
                 return self._as_own(getattr(module, name)(*args, **kwargs))
 
         return run
 
-    def _as_own(self, value: Any) -> Any:  # noqa: ANN401
+    def _as_own(self, value: Any) -> Any:
         [policy] = self._policy
         if value is policy:
             return self
@@ -165,7 +165,7 @@ class ReferenceModel(nn.Module):
     @torch.no_grad()
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Take other values for the trained tensors.
 
         Args:
@@ -214,7 +214,7 @@ class ReferenceModel(nn.Module):
         """
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ReferenceModel:  # noqa: ANN401
+    def _apply(self, fn: Any, recurse: bool = True) -> ReferenceModel:
         """Stay: the values are where, and in the dtype that, the policy's are."""
         return self
 
@@ -286,7 +286,7 @@ class ReferenceModel(nn.Module):
             parameter.data = given[parameter].data.to(parameter.device)
 
     @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the policy's own
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # the policy's own
         """What the policy would have returned at the start.
 
         Args:
@@ -308,7 +308,7 @@ class _Part(nn.Module):
         self._of = (reference, part)
         self.training = False
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -317,7 +317,7 @@ class _Part(nn.Module):
         reference, part = self._of
         return reference._seen(part, name)
 
-    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - of a list of layers
+    def __getitem__(self, index: Any) -> Any:  # of a list of layers
         reference, part = self._of
         return reference._as_own(part[index])  # pyright: ignore[reportIndexIssue]
 
@@ -345,11 +345,11 @@ class _Part(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> _Part:
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _Part:  # noqa: ANN401
+    def _apply(self, fn: Any, recurse: bool = True) -> _Part:
         return self
 
     @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         reference, part = self._of
         with reference.swapped_in():
             return part(*args, **kwargs)
@@ -360,7 +360,7 @@ def _frozen_view(parameter: nn.Parameter, *, copied: bool = False) -> nn.Paramet
     return nn.Parameter(value.clone() if copied else value, requires_grad=False)
 
 
-def _same(present: Any, value: Any) -> bool:  # noqa: ANN401
+def _same(present: Any, value: Any) -> bool:
     if not isinstance(present, Tensor) or not isinstance(value, Tensor):
         return present is value
     return torch.equal(parts(present), sharded_like(value.to(present), present))

@@ -411,7 +411,7 @@ def check_class(cls: type) -> None:
     _refuse(gone)
 
 
-def check_made(trainer: Any) -> None:  # noqa: ANN401
+def check_made(trainer: Any) -> None:
     """Compare what is set in a trainer, when it has been made, with what its class needs.
 
     Args:
@@ -571,7 +571,7 @@ def _base(cls: type, path: str) -> type | None:
     return None
 
 
-def _place(path: str) -> Any:  # noqa: ANN401
+def _place(path: str) -> Any:
     """The module or class of that path, or an instance; None where there is none."""
     names = path.removesuffix("()").split(".")
     for length in range(len(names), 0, -1):
@@ -588,7 +588,7 @@ def _place(path: str) -> Any:  # noqa: ANN401
     return None
 
 
-def _has(place: Any, path: str) -> bool:  # noqa: ANN401
+def _has(place: Any, path: str) -> bool:
     for name in path.split("."):
         if not hasattr(place, name):
             return False
@@ -596,7 +596,7 @@ def _has(place: Any, path: str) -> bool:  # noqa: ANN401
     return True
 
 
-def _problem(seam: Seam, place: Any) -> str:  # noqa: ANN401
+def _problem(seam: Seam, place: Any) -> str:
     """What is not as the table says; empty where all is."""
     if place is None:
         return f"there is no {seam.of}"
@@ -619,7 +619,7 @@ def _problem(seam: Seam, place: Any) -> str:  # noqa: ANN401
     return f"{short} takes ({', '.join(names)}), expected ({', '.join(seam.takes)})"
 
 
-def _parameters(place: Any, path: str) -> tuple[list[str], bool]:  # noqa: ANN401
+def _parameters(place: Any, path: str) -> tuple[list[str], bool]:
     """The names of a function's parameters, and whether it takes any others by name."""
     holder, found = None, place
     for name in path.split("."):
@@ -637,7 +637,7 @@ def _parameters(place: Any, path: str) -> tuple[list[str], bool]:  # noqa: ANN40
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _problem_of_hook(model_class: Any) -> str:  # noqa: ANN401
+def _problem_of_hook(model_class: Any) -> str:
     """Whether the hook that makes embeddings require a gradient can be told by its name."""
     from torch import nn
 

@@ -39,7 +39,7 @@ def parts(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _mesh(group: Any, device_type: str) -> DeviceMesh:  # noqa: ANN401
+def _mesh(group: Any, device_type: str) -> DeviceMesh:
     return DeviceMesh.from_group(group, device_type)
 
 

@@ -83,7 +83,7 @@ class TextRollout:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise EpisodeError(f"{name} is {value!r}, expected an int from 1 up")
 
-    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:  # noqa: ANN401
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Play an episode for each prompt.
 
         Args:
@@ -139,7 +139,7 @@ class TextRollout:
                 "function that takes nothing and makes an environment"
             ) from error
 
-    def _respond(self, going: list[_Episode], trainer: Any) -> None:  # noqa: ANN401
+    def _respond(self, going: list[_Episode], trainer: Any) -> None:
         """One response in each of these episodes."""
         rooms = [trainer.max_completion_length - len(e.completion_ids) for e in going]
         with _at_most(trainer, min(max(rooms), self.max_turn_tokens or max(rooms))):
@@ -180,7 +180,7 @@ class _Episode:
         else:
             self.logprobs = [*self.logprobs, *logprobs]
 
-    def act(self, trainer: Any) -> None:  # noqa: ANN401
+    def act(self, trainer: Any) -> None:
         """Take the response for an action."""
         action = trainer._tokenizer.decode(self.response, skip_special_tokens=True)
         with self._named(f"step({action!r:.80})"):
@@ -206,7 +206,7 @@ class _Episode:
         self.finished = bool(done)
         self.going = not self.finished
 
-    def observe(self, trainer: Any, *, conversation: bool) -> None:  # noqa: ANN401
+    def observe(self, trainer: Any, *, conversation: bool) -> None:
         """Put the observation behind the response, if that leaves room for another one."""
         if not self.going:
             return
@@ -239,14 +239,14 @@ class _Episode:
         )
 
 
-def _with(prompt: Any, observation: str) -> Any:  # noqa: ANN401
+def _with(prompt: Any, observation: str) -> Any:
     """A prompt and the first observation, put together as TRL does it for its environments."""
     if isinstance(prompt, str):
         return prompt + observation
     return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + observation}]
 
 
-def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> list[int]:  # noqa: ANN401
+def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> list[int]:
     """The tokens between two responses."""
     tokenizer, text = trainer._tokenizer, observation
     if conversation:
@@ -275,7 +275,7 @@ def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> l
 
 
 @contextmanager
-def _at_most(trainer: Any, num_tokens: int) -> Iterator[None]:  # noqa: ANN401
+def _at_most(trainer: Any, num_tokens: int) -> Iterator[None]:
     """Let the trainer generate no more than this many tokens."""
     if getattr(trainer, "vllm_generation", None) is not None:
         holder, name = trainer.vllm_generation, "max_completion_length"

@@ -29,7 +29,7 @@ class Step:
     """Whether the response was an action that the environment knows."""
 
 
-def is_finite(reward: Any) -> bool:  # noqa: ANN401
+def is_finite(reward: Any) -> bool:
     """Whether a reward is a number, and a finite one."""
     try:
         return math.isfinite(reward)
@@ -115,7 +115,7 @@ def _check_step(step: Step, where: str) -> None:
         )
 
 
-def _is_comparable(value: Any) -> bool:  # noqa: ANN401
+def _is_comparable(value: Any) -> bool:
     if isinstance(value, tuple):  # which takes an item that is the same object for an equal one
         return all(map(_is_comparable, value))
     if isinstance(value, torch.Tensor):  # whose hash is that of the object

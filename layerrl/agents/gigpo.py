@@ -116,10 +116,10 @@ class GiGPOTrainer(GRPOTrainer):
 
     def __init__(
         self,
-        model: Any,  # noqa: ANN401
-        reward_funcs: Any = None,  # noqa: ANN401
+        model: Any,
+        reward_funcs: Any = None,
         args: GiGPOConfig | None = None,
-        train_dataset: Any = None,  # noqa: ANN401
+        train_dataset: Any = None,
         *,
         rollout_func: Callable[[list[Any], Any], dict[str, Any]],
         **kwargs: Any,

@@ -73,7 +73,7 @@ def save_delta(
     *,
     selection: LayerSelection,
     base: DeltaBase | nn.Module,
-    processing_class: Any = None,  # noqa: ANN401 - a tokenizer or processor of any kind
+    processing_class: Any = None,  # a tokenizer or processor of any kind
     is_main_process: bool = True,
     check_frozen: bool = True,
 ) -> Path:

@@ -215,7 +215,7 @@ def described_model(folder: Path) -> nn.Module | None:
         return None
 
 
-def loaded_as(model: Any, names: Mapping[str, Any]) -> dict[str, str]:  # noqa: ANN401
+def loaded_as(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     """What transformers makes of a checkpoint's tensors.
 
     Args:

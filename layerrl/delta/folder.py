@@ -196,7 +196,7 @@ class Delta:
         )
 
 
-def _kind(value: Any, kind: Any, what: str) -> Any:  # noqa: ANN401
+def _kind(value: Any, kind: Any, what: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{what} is {value!r:.80}")
     return value

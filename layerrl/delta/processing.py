@@ -33,7 +33,7 @@ _TOKENIZER = {
 }
 
 
-def refuse_misfit(processing_class: Any, model: nn.Module) -> None:  # noqa: ANN401
+def refuse_misfit(processing_class: Any, model: nn.Module) -> None:
     """A tokenizer must not give ids that the model has no embedding for.
 
     Args:
@@ -62,7 +62,7 @@ def refuse_misfit(processing_class: Any, model: nn.Module) -> None:  # noqa: ANN
         )
 
 
-def _ids_of_base(tokenizer: Any, model: nn.Module) -> dict[str, int]:  # noqa: ANN401
+def _ids_of_base(tokenizer: Any, model: nn.Module) -> dict[str, int]:
     """Some models are published with a token too many (Gemma 3's images, in its text models)."""
     name = getattr(getattr(unwrap(model), "config", None), "name_or_path", "")
     if not name or getattr(tokenizer, "name_or_path", None) != name:
@@ -73,7 +73,7 @@ def _ids_of_base(tokenizer: Any, model: nn.Module) -> dict[str, int]:  # noqa: A
         return {}
 
 
-def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> None:  # noqa: ANN401
+def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> None:
     """Write a tokenizer or processor, and the model's generation settings.
 
     Args:

@@ -20,7 +20,7 @@ _NO_COMPUTATION = re.compile(
 )
 
 
-def computing_settings(config: Any) -> dict[str, Any]:  # noqa: ANN401
+def computing_settings(config: Any) -> dict[str, Any]:
     """Settings of a config that change what its model computes.
 
     Args:

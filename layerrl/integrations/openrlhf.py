@@ -70,7 +70,7 @@ class LayerMaskedStrategy(upstream.DeepspeedStrategy):
         if problem:
             raise LauncherError(f"OpenRLHF cannot train chosen layers here: {problem}.")
 
-    def prepare(self, *args: Any) -> Any:  # noqa: ANN401 - what OpenRLHF gives
+    def prepare(self, *args: Any) -> Any:  # what OpenRLHF gives
         """Prepare models as OpenRLHF does; each actor that is to train is masked before.
 
         Args:
@@ -87,7 +87,7 @@ class LayerMaskedStrategy(upstream.DeepspeedStrategy):
                 self._mask(arg[0].model)
         return super().prepare(*args)
 
-    def _mask(self, model: Any) -> None:  # noqa: ANN401 - a transformers model
+    def _mask(self, model: Any) -> None:  # a transformers model
         selection = read_selection(model, self._given)
         if {*selection.learning_rate_scale} != {1.0}:
             raise SelectionError(

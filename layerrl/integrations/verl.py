@@ -86,7 +86,7 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
     _selection: LayerSelection | None = None
     _sent = False
 
-    def __init__(self, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
         self._sync = os.environ.get(SYNC) or "all"
         _refuse(model_config, engine_config, self._sync)
         super().__init__(model_config, engine_config, *args, **kwargs)
@@ -187,7 +187,7 @@ def _keep(state: dict[str, Any], names: frozenset[str]) -> None:
         del state[name]
 
 
-def _refuse(model_config: Any, engine_config: Any, sync: str) -> None:  # noqa: ANN401 - verl's
+def _refuse(model_config: Any, engine_config: Any, sync: str) -> None:  # verl's
     strategy, problem = engine_config.strategy, None
     if strategy == "fsdp" and engine_config.forward_only:
         return

@@ -50,12 +50,12 @@ def contribution_probe(
     model: nn.Module,
     *,
     method: str = "gradient",
-    reward_funcs: Any = None,  # noqa: ANN401 - what the trainer takes
+    reward_funcs: Any = None,  # what the trainer takes
     train_dataset: Dataset | None = None,
     eval_dataset: Dataset | None = None,
-    processing_class: Any = None,  # noqa: ANN401
-    args: Any = None,  # noqa: ANN401
-    full_args: Any = None,  # noqa: ANN401
+    processing_class: Any = None,
+    args: Any = None,
+    full_args: Any = None,
     layers: int | Iterable[int] | slice | str = "all",
     modules: Sequence[str] | None = None,
     budget: int = 64,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def checked(function: Any) -> Any:  # noqa: ANN401
+def checked(function: Any) -> Any:
     """A reward function whose faults name it and a prompt. Models and coroutines stay as given."""
     waits = iscoroutinefunction(function) or iscoroutinefunction(type(function).__call__)
     if waits or not callable(function) or isinstance(function, nn.Module):
@@ -60,7 +60,7 @@ def checked(function: Any) -> Any:  # noqa: ANN401
     return call_and_check
 
 
-def name_of(function: Any) -> str:  # noqa: ANN401
+def name_of(function: Any) -> str:
     """What a function, a class, or the id of a reward model is called."""
     while isinstance(function, partial):
         function = function.func
@@ -69,7 +69,7 @@ def name_of(function: Any) -> str:  # noqa: ANN401
     return getattr(function, "__name__", type(function).__name__)
 
 
-def identity_of(function: Any) -> str:  # noqa: ANN401
+def identity_of(function: Any) -> str:
     """A name that changes with what a function does, as far as its own text says so."""
     if isinstance(function, partial):
         given = digest(function.args, function.keywords)
@@ -93,7 +93,7 @@ def _instructions(code: CodeType) -> list[Any]:
     return [code.co_code.hex(), code.co_names, constants]
 
 
-def identity_of_tokens(processing_class: Any) -> str:  # noqa: ANN401
+def identity_of_tokens(processing_class: Any) -> str:
     """A name that changes with how texts become tokens."""
     if processing_class is None:
         return "the model's own"
@@ -103,7 +103,7 @@ def identity_of_tokens(processing_class: Any) -> str:  # noqa: ANN401
     return f"{type(processing_class).__name__} of {tokens} tokens {digest(template)}"
 
 
-def check_prompts(name: str, dataset: Any) -> Dataset:  # noqa: ANN401
+def check_prompts(name: str, dataset: Any) -> Dataset:
     """A data set that has prompts and a length."""
     if not isinstance(dataset, Dataset):
         raise ProbeError(
@@ -115,7 +115,7 @@ def check_prompts(name: str, dataset: Any) -> Dataset:  # noqa: ANN401
     return dataset
 
 
-def check_held_out(eval_dataset: Any, train_dataset: Dataset) -> Dataset:  # noqa: ANN401
+def check_held_out(eval_dataset: Any, train_dataset: Dataset) -> Dataset:
     """An evaluation set that says something, and something new."""
     check_prompts("eval_dataset", eval_dataset)
     evaluated, trained = _prompts(eval_dataset, train_dataset)
@@ -161,7 +161,7 @@ _EVALUATED_WITH = (
 """Arguments that say how a run is evaluated, and not only how it is trained."""
 
 
-def check_arguments(args: Any, full_args: Any, *, greedy: bool, halving: bool) -> None:  # noqa: ANN401
+def check_arguments(args: Any, full_args: Any, *, greedy: bool, halving: bool) -> None:
     """Refuse arguments under which runs could not be evaluated alike, or not at all."""
     if args.world_size > 1:
         raise ProbeError(

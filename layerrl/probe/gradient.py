@@ -27,7 +27,7 @@ def gradient_probe(
     make_trainer: Callable[..., Any],
     selection: LayerSelection,
     *,
-    args: Any,  # noqa: ANN401
+    args: Any,
     num_prompts: int,
     seed: int,
     settings: dict[str, Any],
@@ -68,7 +68,7 @@ def gradient_probe(
         return gradient_report(rollouts, selection, args, {**settings, "seed": seed}, started)
 
 
-def _of_one_pass(args: Any, seed: int) -> Any:  # noqa: ANN401
+def _of_one_pass(args: Any, seed: int) -> Any:
     """Arguments under which a batch is passed over once: a gradient at the base needs no more."""
     args = only_training(args)
     args.beta, args.num_iterations = 0.0, 1  # the base is the reference and the old policy

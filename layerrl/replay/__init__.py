@@ -137,7 +137,7 @@ class PrefixReplay:
             return
 
         def look_at(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            def run(*args: Any, **kwargs: Any) -> Any:
                 recordings = self._batches.get(training) if self._alone is None else self._alone
                 records = self._alone is not None or self._is_new_batch
                 if not self.enabled or recordings is None or not (records or recordings.used):

@@ -68,7 +68,7 @@ class Call:
         self._device = next(replay.model.parameters()).device
         self._random_state = random_state(self._device)
 
-    def run(self, *, records: bool) -> Any:  # noqa: ANN401
+    def run(self, *, records: bool) -> Any:
         """Compute the call's output.
 
         Args:
@@ -96,7 +96,7 @@ class Call:
         self._replay.refuse(prefix.kind, "the model calls its layers otherwise than when recorded")
         return self._forward(*self._args, **self._kwargs)
 
-    def _through(self, prefix: Prefix) -> Any:  # noqa: ANN401
+    def _through(self, prefix: Prefix) -> Any:
         with replaced_forwards(self._replay.prefix, prefix.layer):
             output = self._forward(*self._args, **self._kwargs)
         prefix.finish()
@@ -188,7 +188,7 @@ class Prefix:
     def layer(self, index: int, forward: Forward) -> Forward:
         """Make what stands in for the forward of a layer."""
 
-        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def run(*args: Any, **kwargs: Any) -> Any:
             if index == 0:
                 self.finish()
                 self._begin()
@@ -310,7 +310,7 @@ class Prefix:
         moved = left is None or same or hidden_BTH.device != left.device
         return index == self._num_done and moved
 
-    def _after(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
+    def _after(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note what left a layer that ran, and after the last one keep the recording."""
         self._num_done += 1
         last = self._num_done == len(self._replay.prefix)
@@ -357,7 +357,7 @@ class Prefix:
         )
         self._recordings.add(self._entry, recording)
 
-    def _handed_on(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    def _handed_on(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a layer returns that does not run: after the last one, what left it then."""
         if not self._same_arguments(index, args, kwargs):
             raise _RestartError

@@ -24,7 +24,7 @@ _LARGEST, _GRADIENT = 16, 4
 _NEGLIGIBLE = 1e-2  # a gradient that much smaller than all together may be nothing but rounding
 
 
-def flat(output: Any) -> list[Any]:  # noqa: ANN401
+def flat(output: Any) -> list[Any]:
     """What a model returned, one by one, out of all containers."""
     if is_dataclass(output) and not isinstance(output, Mapping | type):
         output = vars(output)

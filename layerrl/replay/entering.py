@@ -62,7 +62,7 @@ class Request:
         return any(version(tensor) != before for tensor, before in self._tensors)
 
 
-def _asked_of_prefix(config: Any, given: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ANN401
+def _asked_of_prefix(config: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
     """Names such as `output_hidden_states`: of transformers' arguments, or of the config's."""
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else []
     asked = {

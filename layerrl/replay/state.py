@@ -107,7 +107,7 @@ def _settings(owner: object) -> Iterator[tuple[str, Any]]:
             yield name, _comparable(value)
 
 
-def _comparable(value: object) -> Any:  # noqa: ANN401
+def _comparable(value: object) -> Any:
     """What tells a setting that is no number from another: a patched forward, a list, a dict."""
     if isinstance(value, dict):
         return tuple((key, _comparable(part)) for key, part in value.items())
@@ -246,7 +246,7 @@ def _foreign_hooks(module: nn.Module) -> Iterator[tuple[Hooks, Hooks]]:
             yield hooks, foreign
 
 
-def _origin(hook: Any) -> str:  # noqa: ANN401 - any callable
+def _origin(hook: Any) -> str:  # any callable
     function = getattr(hook, "func", hook)  # of a functools.partial
     function = function if hasattr(function, "__qualname__") else type(function)
     return f"{function.__module__}.{function.__qualname__}"

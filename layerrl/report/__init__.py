@@ -430,7 +430,7 @@ class ContributionReport:
         remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
         return as_html(self._rows()) + remarks
 
-    def plot(self, ax: Any = None) -> Any:  # noqa: ANN401 - matplotlib's Axes
+    def plot(self, ax: Any = None) -> Any:  # matplotlib's Axes
         """Contribution against depth, or the score where there is no contribution.
 
         Filled: the interval excludes the base, or no gain. Open: it does not, or there is none.

@@ -161,12 +161,12 @@ class LayerSelection:
 
     def plan(
         self,
-        model: Any,  # noqa: ANN401 - a model or a config
+        model: Any,  # a model or a config
         *,
         dtype: torch.dtype | None = None,
         beta: float = 0.0,
         num_iterations: int = 1,
-        quantization_config: Any = None,  # noqa: ANN401 - transformers is not imported for a type
+        quantization_config: Any = None,  # transformers is not imported for a type
     ) -> Plan:
         """What training this selection takes, before anything is loaded.
 
@@ -217,7 +217,7 @@ class LayerSelection:
             quantization_config=quantization_config,
         )
 
-    def quantization_skip_modules(self, model: Any) -> list[str]:  # noqa: ANN401
+    def quantization_skip_modules(self, model: Any) -> list[str]:
         """What to leave out of a quantisation so that this selection can be trained.
 
         Args:
@@ -250,7 +250,7 @@ class LayerSelection:
         # What a layer holds itself is no module's, and is not quantised.
         return [*skipped_by_default(base), *(name for name in holders if name not in layers)]
 
-    def to_config(self, tool: str, model: Any) -> dict[str, Any]:  # noqa: ANN401
+    def to_config(self, tool: str, model: Any) -> dict[str, Any]:
         """The same choice in the settings of another tool, which trains without layerrl.
 
         Args:
@@ -369,7 +369,7 @@ class LayerSelection:
 
 
 def select_layers(
-    model: Any,  # noqa: ANN401 - a model or a config
+    model: Any,  # a model or a config
     layers: int | Iterable[int] | slice | str | LayerSelection,
     *,
     modules: str | Iterable[str] | None = None,

@@ -18,7 +18,7 @@ _WORDS = (
 )
 
 
-def resolve(layers: Any, num_layers: int, described: str) -> tuple[int, ...]:  # noqa: ANN401
+def resolve(layers: Any, num_layers: int, described: str) -> tuple[int, ...]:
     """Layers given in any form, as ascending numbers; `described` says what the model has."""
     if isinstance(layers, str):
         return tuple(_resolve_word(layers, num_layers, described))
@@ -87,7 +87,7 @@ def _checked(given: slice, num_layers: int, described: str) -> slice:
     return given
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: Any) -> Any:
     """Python's own numbers and lists for those of numpy and torch."""
     return value.tolist() if hasattr(value, "tolist") else value
 

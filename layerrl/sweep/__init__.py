@@ -58,7 +58,7 @@ class Sweep:
         num_layers: int,
         layers: Sequence[int],
         seeds: Sequence[int],
-        args: Any,  # noqa: ANN401
+        args: Any,
         settings: dict[str, Any],
         halving: bool,
         folder: Path,
@@ -259,7 +259,7 @@ class _Records:
         }
 
 
-def settings_of(args: Any) -> dict[str, Any]:  # noqa: ANN401
+def settings_of(args: Any) -> dict[str, Any]:
     """What a trainer's arguments say of the result of a run.
 
     Args:
@@ -312,7 +312,7 @@ def stored_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _cycle(args: Any) -> int:  # noqa: ANN401
+def _cycle(args: Any) -> int:
     """Optimizer steps on one generation batch."""
     forwards = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
     return forwards // math.gcd(forwards, args.gradient_accumulation_steps)

@@ -73,8 +73,8 @@ class Harness:
         models: Sequence[nn.Module],
         make_trainer: Callable[..., Any],
         *,
-        args: Any,  # noqa: ANN401
-        full_args: Any,  # noqa: ANN401
+        args: Any,
+        full_args: Any,
         eval_dataset: Dataset,
         greedy: bool,
         modules: Sequence[str] | None,
@@ -169,7 +169,7 @@ class Harness:
     def _run_folder(self, run: Run) -> Path:
         return self._folder / f"{run.name}-{run.seed}"
 
-    def _args_of(self, run: Run) -> Any:  # noqa: ANN401
+    def _args_of(self, run: Run) -> Any:
         args = only_training(self._full_args if run.name == "full" else self._args)
         args.output_dir = str(self._run_folder(run))
         if run.name == "base" and hasattr(args, "sync_ref_model"):
@@ -179,7 +179,7 @@ class Harness:
 
     def _train(
         self,
-        trainer: Any,  # noqa: ANN401
+        trainer: Any,
         run: Run,
         since: int,
         curve: list[tuple[int, list[float]]],
@@ -195,7 +195,7 @@ class Harness:
             trainer.train(resume_from_checkpoint=str(checkpoint) if start else None)
         return start
 
-    def _scores(self, trainer: Any) -> list[float]:  # noqa: ANN401
+    def _scores(self, trainer: Any) -> list[float]:
         with in_its_precision(trainer):  # the base has not trained
             return prompt_scores(trainer, self._eval_dataset, greedy=self._greedy)
 
@@ -229,7 +229,7 @@ class _Along(TrainerCallback):
     ) -> None:
         self._stop, self._every, self._scores, self._curve = stop, every, scores, curve
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Evaluate where it is due, but not at the end, which is evaluated anyway."""
         step = state.global_step
         if step == self._stop:
@@ -243,7 +243,7 @@ class _Along(TrainerCallback):
 
 
 @contextmanager
-def _signal_expected(trainer: Any) -> Iterator[None]:  # noqa: ANN401
+def _signal_expected(trainer: Any) -> Iterator[None]:
     """Give up on a training in which no two completions of a prompt are rewarded differently."""
     batches = prompts = 0
     differ = False
@@ -256,7 +256,7 @@ def _signal_expected(trainer: Any) -> Iterator[None]:  # noqa: ANN401
             "base sometimes gets right, or raise the temperature or num_generations."
         )
 
-    def look(_: Any, rewards: list[float]) -> None:  # noqa: ANN401
+    def look(_: Any, rewards: list[float]) -> None:
         nonlocal batches, prompts, differ
         if differ or not trainer.model.training:
             return

@@ -64,7 +64,7 @@ class EarlyMask(TrainerCallback, AbstractContextManager[None]):
         own_transfer: Whether the trainer was given what sends its weights.
     """
 
-    def __init__(self, choice: Any, *, own_transfer: bool) -> None:  # noqa: ANN401
+    def __init__(self, choice: Any, *, own_transfer: bool) -> None:
         self._choice, self.own_transfer = choice, own_transfer
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self.everything: frozenset[str] = frozenset()
@@ -114,7 +114,7 @@ class AnnouncedSync(PartialSync):
         TrainerError: If it sends or has announced something else than TRL's trainers are known to.
     """
 
-    def __init__(self, trainer: Any, selection: LayerSelection, mask: EarlyMask) -> None:  # noqa: ANN401
+    def __init__(self, trainer: Any, selection: LayerSelection, mask: EarlyMask) -> None:
         super().__init__(unwrap(trainer.model), selection)
         trainer.remove_callback(mask)
         self._trainer, self._everything = trainer, mask.everything

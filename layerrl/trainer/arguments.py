@@ -120,7 +120,7 @@ def refuse_peft(selection: object, model: object, peft_config: object = None) ->
         )
 
 
-def refuse_cast(args: Any, model: nn.Module | None, by_deepspeed: bool) -> None:  # noqa: ANN401
+def refuse_cast(args: Any, model: nn.Module | None, by_deepspeed: bool) -> None:
     """TRL casts the whole model, for good, for continuous batching; DeepSpeed for bf16 and fp16."""
     by_trl = getattr(args, "use_transformers_continuous_batching", False)
     if model is None or not (by_trl or by_deepspeed):
@@ -137,7 +137,7 @@ def refuse_cast(args: Any, model: nn.Module | None, by_deepspeed: bool) -> None:
         )
 
 
-def config_at(path: Any, args: Any) -> Any:  # noqa: ANN401
+def config_at(path: Any, args: Any) -> Any:
     """The config of a model id or path; None where the trainer itself has to say what is wrong."""
     options = dict(getattr(args, "model_init_kwargs", None) or {})
     options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
@@ -147,7 +147,7 @@ def config_at(path: Any, args: Any) -> Any:  # noqa: ANN401
         return None
 
 
-def chosen_early(described: Any, selection: Any) -> Any:  # noqa: ANN401
+def chosen_early(described: Any, selection: Any) -> Any:
     """Resolve a selection before weights are loaded, to find a mistake in it.
 
     Args:
@@ -215,7 +215,7 @@ def with_argument(
 
 
 @contextmanager
-def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:  # noqa: ANN401
+def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:
     """Let a trainer be made as if it had no reference, or none that follows the policy.
 
     Args:
@@ -253,7 +253,7 @@ def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
     )
 
 
-def only_training(args: Any) -> Any:  # noqa: ANN401
+def only_training(args: Any) -> Any:
     """A copy of a trainer's arguments that saves, evaluates, pushes and shows nothing by itself."""
     args = copy.deepcopy(args)
     args.save_strategy = args.eval_strategy = "no"

@@ -69,7 +69,7 @@ class AutoSelection:
             )
         return cls(int(found[1] or 1))
 
-    def check(self, trainer: Any, num_layers: int) -> None:  # noqa: ANN401
+    def check(self, trainer: Any, num_layers: int) -> None:
         """Refuse what could not be chosen, before anything is generated for it.
 
         Args:
@@ -105,7 +105,7 @@ class AutoSelection:
 
     def choose(
         self,
-        trainer: Any,  # noqa: ANN401
+        trainer: Any,
         resume_from_checkpoint: str | bool | None,
     ) -> tuple[LayerSelection, ContributionReport]:
         """Score the layers, or read in a checkpoint how they were scored.
@@ -154,7 +154,7 @@ class AutoSelection:
 
     def batch(
         self,
-        trainer: Any,  # noqa: ANN401
+        trainer: Any,
         rows: list[Any],
         answer: Callable[[list[Any]], dict[str, Any]],
     ) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class AutoSelection:
 
     def _recorded(
         self,
-        trainer: Any,  # noqa: ANN401
+        trainer: Any,
         rows: list[Any],
         answer: Callable[[list[Any]], dict[str, Any]],
     ) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class AutoSelection:
                 f" ({error}). Pass the selection that it was trained with."
             ) from error
 
-    def _probed(self, trainer: Any) -> ContributionReport:  # noqa: ANN401
+    def _probed(self, trainer: Any) -> ContributionReport:
         started, args = time.perf_counter(), trainer.args
         per_batch = args.generation_batch_size // trainer.num_generations
         num_batches = -(-NUM_PROMPTS // per_batch)

@@ -82,7 +82,7 @@ class Checkpoints:
         trainer: The masked trainer.
     """
 
-    def __init__(self, trainer: Any) -> None:  # noqa: ANN401
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._pushing: Path | None = None
         self._beside: Beside = "older"
@@ -440,7 +440,7 @@ class Checkpoints:
             )
 
 
-def _state(file: Path) -> Any:  # noqa: ANN401
+def _state(file: Path) -> Any:
     """What transformers will load from a file; None where there is none."""
     if not file.exists():
         return None

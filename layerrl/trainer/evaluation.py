@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _ROW = "layerrl_row"
 
 
-def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float]:  # noqa: ANN401
+def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float]:
     """The mean reward of each prompt's completions.
 
     Random state is as it was afterwards, and so is the trainer: an evaluation in the middle of a
@@ -40,7 +40,7 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float
     """
     found: dict[int, list[float]] = {row: [] for row in range(len(dataset))}
 
-    def note(inputs: Any, rewards: list[float]) -> None:  # noqa: ANN401
+    def note(inputs: Any, rewards: list[float]) -> None:
         for example, reward in zip(inputs, rewards, strict=True):
             found[example[_ROW]].append(reward)
 
@@ -65,7 +65,7 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float
 
 
 @contextmanager
-def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> Iterator[None]:  # noqa: ANN401
+def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> Iterator[None]:
     """Show somebody what is rewarded.
 
     Args:
@@ -78,7 +78,7 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
     """
 
     def watch(calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def watched(inputs: Any, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        def watched(inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
             rewards_BF = calculate(inputs, *args, **kwargs)
             weighted_B = (rewards_BF * trainer.reward_weights.to(rewards_BF.device)).nansum(dim=1)
             weighted_B[rewards_BF.isnan().all(dim=1)] = torch.nan
@@ -107,7 +107,7 @@ def rewarded_differently(rewards: Sequence[float], num_generations: int) -> list
 
 @contextmanager
 def replaced_rewards(
-    trainer: Any,  # noqa: ANN401
+    trainer: Any,
     wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
 ) -> Iterator[None]:
     """Do something around a trainer's rewards.
@@ -146,7 +146,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(trainer: Any, greedy: bool) -> Iterator[None]:  # noqa: ANN401
+def _evaluating(trainer: Any, greedy: bool) -> Iterator[None]:
     vllm = getattr(trainer, "vllm_generation", None)
     settings: list[tuple[Any, str, Any]] = [(trainer.args, "dataloader_drop_last", False)]
     if greedy:

@@ -94,7 +94,7 @@ def refuse_launcher(
         _refuse_parts_elsewhere(selection, settings)
 
 
-def refuse_threads(args: Any) -> None:  # noqa: ANN401
+def refuse_threads(args: Any) -> None:
     """Several devices in one process, which the oldest TRL does not refuse itself.
 
     Args:
@@ -133,7 +133,7 @@ def _refuse_parts_elsewhere(selection: LayerSelection, settings: Mapping[str, An
         )
 
 
-def refuse_schedule(args: Any) -> None:  # noqa: ANN401
+def refuse_schedule(args: Any) -> None:
     """Launchers that settle once for all which tensors have gradients.
 
     Args:

@@ -289,7 +289,7 @@ class LayerMaskedMixin:
             "trainer, with selection=... and this one's model, which goes on from where it is."
         )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train the selected layers; the wrapped trainer's arguments and result.
 
         Args:
@@ -324,7 +324,7 @@ class LayerMaskedMixin:
             if self._auto is not None:
                 self._auto.clear()
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:  # noqa: ANN401
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from the trainer's `model_init`, which it is masked on from now on.
 
         Args:
@@ -386,7 +386,7 @@ class LayerMaskedMixin:
         else:
             self._checkpoints.refresh(folder, pushes=_internal_call)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with self._checkpoints.all_or_nothing(Path(self._get_output_dir(trial=trial), folder)):
             super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
@@ -405,7 +405,7 @@ class LayerMaskedMixin:
         super().create_model_card(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         self._checkpoints.describe(Path(self.args.output_dir))
 
-    def add_callback(self, callback: Any) -> None:  # noqa: ANN401
+    def add_callback(self, callback: Any) -> None:
         """Add a callback, as the wrapped trainer does.
 
         Args:
@@ -522,7 +522,7 @@ class LayerMaskedMixin:
         check_steps(optimizer, lambda: self.selection.parameters(self.model))
         self._optimizer_is_own = own
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped trainer's loss, whose backward ends at the first trained layer.
 
         Args:
@@ -597,7 +597,7 @@ class LayerMaskedMixin:
             initial = self.ref_model.tensors if shared else initial
         self._initial = initial
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped trainer's scheduler.
 
         Transformers asks for it when the model has been sharded, before it loads a checkpoint.
@@ -645,7 +645,7 @@ class LayerMaskedMixin:
         resume_from_checkpoint: str | None,
         *args: Any,
         **kwargs: Any,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         """Transformers calls this before it has the model sharded."""
         if launchers.shards_model(self.accelerator):
             self.check_frozen()  # before it takes the tensors apart
@@ -665,7 +665,7 @@ class LayerMaskedMixin:
         self._epochs_trained = started[0]
         return started
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._sync_everything()
         self._follow_shards()
         if not self._checkpoints.load(Path(resume_from_checkpoint), resumes=True):
@@ -682,12 +682,12 @@ class LayerMaskedMixin:
         if self._weight_sync is not None:
             self._weight_sync.reset()
 
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """What the wrapped trainer makes of a batch, or has made of it to choose the layers."""
         answer = self._answered
         return answer(inputs) if self._auto is None else self._auto.batch(self, inputs, answer)
 
-    def _answered(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def _answered(self, inputs: Any) -> dict[str, Any]:
         own_rollout = getattr(self, "rollout_func", None)  # which may ask the engine itself
         if own_rollout is not None and isinstance(self._weight_sync, WeightSync):
             self._weight_sync.freshen()

@@ -23,7 +23,7 @@ _UNSCORED = 1 / 4
 def gradient_report(
     rollouts: Rollouts,
     selection: LayerSelection,
-    args: Any,  # noqa: ANN401
+    args: Any,
     settings: dict[str, Any],
     started: float,
 ) -> ContributionReport:
@@ -88,7 +88,7 @@ def gradient_report(
     )
 
 
-def units_of_a_pass(args: Any) -> int:  # noqa: ANN401
+def units_of_a_pass(args: Any) -> int:
     """Forward passes that a training pass over a completion is worth.
 
     Args:
@@ -100,7 +100,7 @@ def units_of_a_pass(args: Any) -> int:  # noqa: ANN401
     return 4 if args.gradient_checkpointing else 3
 
 
-def run_units(args: Any, trainer: Any) -> float:  # noqa: ANN401
+def run_units(args: Any, trainer: Any) -> float:
     """Forward passes that a whole run is worth, a generated completion and a reference one each.
 
     Args:
@@ -119,7 +119,7 @@ def run_units(args: Any, trainer: Any) -> float:  # noqa: ANN401
     return rows / args.num_iterations * (1 + reference) + rows * units_of_a_pass(args)
 
 
-def check_trainer(trainer: Any, asked: str) -> None:  # noqa: ANN401
+def check_trainer(trainer: Any, asked: str) -> None:
     """Refuse a trainer whose batches say nothing of its layers, or not here.
 
     Args:

@@ -115,7 +115,7 @@ class Rollouts:
         self.num_tokens += int(mask.sum())
         return batch
 
-    def _note(self, _: Any, rewards: list[float]) -> None:  # noqa: ANN401
+    def _note(self, _: Any, rewards: list[float]) -> None:
         self.with_signal += rewarded_differently(rewards, self.trainer.num_generations)
 
     def _again(self, calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -138,7 +138,7 @@ class Rollouts:
 
 
 @contextmanager
-def in_its_precision(trainer: Any) -> Iterator[None]:  # noqa: ANN401
+def in_its_precision(trainer: Any) -> Iterator[None]:
     """Run the model as its training does: in mixed precision, where the arguments ask for it.
 
     Args:
@@ -151,7 +151,7 @@ def in_its_precision(trainer: Any) -> Iterator[None]:  # noqa: ANN401
 
     def prepared(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def run(*args: Any, **kwargs: Any) -> Any:
             with accelerator.autocast():
                 return forward(*args, **kwargs)
 
@@ -165,7 +165,7 @@ def in_its_precision(trainer: Any) -> Iterator[None]:  # noqa: ANN401
 
 
 @contextmanager
-def _scored_by_the_base(trainer: Any) -> Iterator[None]:  # noqa: ANN401
+def _scored_by_the_base(trainer: Any) -> Iterator[None]:
     """Have log-probabilities kept with a batch, as TRL does where the policy will have moved."""
     before = trainer.num_iterations
     trainer.num_iterations = 1 + trainer.args.gradient_accumulation_steps

@@ -83,7 +83,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
         self._every, self._order, self._seed = every, order, seed
         self._active: tuple[int, ...] | None = None
 
-    def _of_sets(self, weights: Any, order: str) -> list[float]:  # noqa: ANN401
+    def _of_sets(self, weights: Any, order: str) -> list[float]:
         """One weight for each set."""
         found: list[Any] = []
         try:
@@ -138,9 +138,9 @@ class LayerSchedule(TrainerCallback, ExportableState):
 
     def on_train_begin(
         self,
-        args: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        control: Any,  # noqa: ANN401
+        args: Any,
+        state: Any,
+        control: Any,
         **given: Any,
     ) -> None:
         """Refuse what cannot take turns."""
@@ -192,7 +192,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 'train in every step: use a masked trainer, with selection="all" for every layer'
             )
 
-    def _refuse_optimizer(self, model: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
+    def _refuse_optimizer(self, model: nn.Module, optimizer: Any) -> None:
         held, blocks = _held(optimizer), find_blocks(model)
         missing = [
             layer
@@ -208,9 +208,9 @@ class LayerSchedule(TrainerCallback, ExportableState):
 
     def on_step_begin(
         self,
-        args: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        control: Any,  # noqa: ANN401
+        args: Any,
+        state: Any,
+        control: Any,
         **given: Any,
     ) -> None:
         """Change turns where it is time."""
@@ -223,7 +223,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
         """Every layer of the selection is masked in again."""
         self._mask(self._layers, given["model"], given["optimizer"])
 
-    def _mask(self, active: Collection[int], model: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
+    def _mask(self, active: Collection[int], model: nn.Module, optimizer: Any) -> None:
         held, blocks = _held(optimizer), find_blocks(model)
         states = [inner.state for inner in nested(optimizer)]
         for layer in self._layers:
@@ -239,5 +239,5 @@ class LayerSchedule(TrainerCallback, ExportableState):
                             state[parameter] = {MASTER: values[MASTER]}
 
 
-def _held(optimizer: Any) -> set[int]:  # noqa: ANN401
+def _held(optimizer: Any) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -78,7 +78,7 @@ class WeightSync(PartialSync):
         selection: What trains.
     """
 
-    def __init__(self, generation: Any, model: nn.Module, selection: LayerSelection) -> None:  # noqa: ANN401
+    def __init__(self, generation: Any, model: nn.Module, selection: LayerSelection) -> None:
         check_class(type(generation))
         check_made(generation)
         super().__init__(model, selection)
@@ -121,7 +121,7 @@ class WeightSync(PartialSync):
         self._metadata[narrow] = generation._weight_metadata
         self._sent, self._stale = frozen, False
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, with weights that a checkpoint was loaded into since the last sync.
 
         TRL syncs once a step, and a trainer may be at the same step after it has loaded one.
@@ -136,7 +136,7 @@ class WeightSync(PartialSync):
         self.freshen()
         return self._call("generate", *args, **kwargs)
 
-    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if name in self._given:
             return self._given[name](*args, **kwargs)
         return getattr(type(self._generation), name)(self._generation, *args, **kwargs)

@@ -164,14 +164,14 @@ def _tokens(processing_class: object) -> dict[str, int]:
     return dict(found.get_vocab()) if callable(getattr(found, "get_vocab", None)) else {}
 
 
-def _embedding(model: nn.Module) -> Any:  # noqa: ANN401
+def _embedding(model: nn.Module) -> Any:
     try:
         return unwrap(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
     except (AttributeError, NotImplementedError):
         return None
 
 
-def _size(config: Any) -> int | None:  # noqa: ANN401
+def _size(config: Any) -> int | None:
     if not callable(getattr(config, "get_text_config", None)):
         return None
     size = getattr(config.get_text_config(), "vocab_size", None)
