@@ -53,8 +53,8 @@ def main() -> None:
     if sum(sizes.values()) > LIMIT:
         largest = sorted(sizes, key=sizes.__getitem__)[:-4:-1]
         sys.exit(
-            f"That is more than {LIMIT:.1f} MB, of which {', '.join(largest)} are the largest: name "
-            'what the target has, as WITHOUT="torch transformers accelerate".'
+            f"That is more than {LIMIT:.1f} MB, of which {', '.join(largest)} are the largest: "
+            'name what the target has, as WITHOUT="torch transformers accelerate".'
         )
 
 
