@@ -10,8 +10,8 @@ from torch import Tensor
 
 from layerrl import ContributionReport, LayerMaskedGRPOTrainer, select_layers
 from layerrl.blocks import find_blocks, replaced_forwards
-from layerrl.masking import parameters_by_layer
 from layerrl.report import Cost, Score
+from layerrl.trained import parameters_by_layer
 from layerrl.trainer.arguments import only_training
 from layerrl.trainer.probing import run_units, units_of_a_pass
 from layerrl.trainer.rollouts import Rollouts

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from layerrl import select_layers
 from layerrl.blocks import find_blocks
 from layerrl.delta import DeltaBase, save_delta
-from layerrl.masking import check_frozen, fingerprints, frozen_tensors
+from layerrl.frozen import check_frozen, fingerprints, frozen_tensors
 from layerrl.replay.arguments import RowKeys
 from layerrl.replay.entering import entry_of
 from layerrl.replay.state import unfit

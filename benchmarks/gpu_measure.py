@@ -46,7 +46,7 @@ def serve(pipe: Connection, log: Path) -> None:
     """Measure what comes through the pipe. What libraries print goes to the log."""
     os.setsid()  # what a measurement starts ends with it
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    stream = log.open("a", buffering=1)
+    stream = log.open("a", buffering=1, encoding="utf-8")
     for descriptor in (1, 2):
         os.dup2(stream.fileno(), descriptor)
     while True:
@@ -338,8 +338,10 @@ def probe(case: dict[str, Any]) -> dict[str, Any]:
         except LayerRLError as error:
             return {"refused": str(error)}
         kept.write_text(report.to_json(), encoding="utf-8")
-        kept.with_suffix(".seconds").write_text(str(time.perf_counter() - started))
-    seconds = float(kept.with_suffix(".seconds").read_text())
+        kept.with_suffix(".seconds").write_text(
+            str(time.perf_counter() - started), encoding="utf-8"
+        )
+    seconds = float(kept.with_suffix(".seconds").read_text(encoding="utf-8"))
     exact, report = (
         ContributionReport.from_json(path.read_text(encoding="utf-8"))
         for path in (folder / "truth.json", kept)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from layerrl.blocks import plain_name, unwrap
 from layerrl.errors import SelectionError
-from layerrl.masking import fingerprints
+from layerrl.frozen import fingerprints
 from layerrl.precision import HALF, MASTER, nested, stepped_value, unwrap_optimizer
 from layerrl.shards import local
+from layerrl.trained import parameters_by_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from layerrl.selection import LayerSelection
 
@@ -206,3 +210,74 @@ class _StepCheck:
         value, gradient = local(value), local(gradient).to(value.dtype)
         moved = value - min(known, default=1.0) * gradient
         return bool(gradient.isfinite().all() and (moved != value).any())
+
+
+def scale_learning_rates(optimizer: Optimizer, model: nn.Module, selection: LayerSelection) -> None:
+    """Split an optimizer's parameter groups by the layers' learning-rate scales.
+
+    Every group keeps its own options (weight decay above all); schedulers made afterwards see the
+    scaled rates as their base rates. Groups stay as they are where every scale is 1.
+
+    Args:
+        optimizer: A new optimizer without state. Its groups are replaced.
+        model: The model whose parameters it holds.
+        selection: The layers and their scales; parameters outside the blocks have scale 1.
+
+    Raises:
+        SelectionError: If the optimizer sets its own learning rate, so that none can be scaled.
+    """
+    if set(selection.learning_rate_scale) == {1.0}:
+        return
+    scale_of = {
+        id(parameter): scale
+        for parameters, scale in zip(
+            parameters_by_layer(model, selection).values(),
+            selection.learning_rate_scale,
+            strict=True,
+        )
+        for parameter in parameters
+    }
+    groups = list(optimizer.param_groups)
+    if any(group.get("lr") is None for group in groups):
+        raise SelectionError(
+            f"{type(optimizer).__name__} sets its own learning rate (lr=None): the selection's "
+            f"scales {set(selection.learning_rate_scale)} cannot apply. Use an optimizer with a "
+            "learning rate, or a selection without boost."
+        )
+    optimizer.param_groups.clear()
+    for group in groups:
+        by_scale: dict[float, list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            by_scale[scale_of.get(id(parameter), 1.0)].append(parameter)
+        for scale in sorted(by_scale, key=lambda scale: (scale != 1.0, scale)):
+            optimizer.add_param_group(
+                {**group, "params": by_scale[scale], "lr": group["lr"] * scale}
+            )
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module, selection: LayerSelection) -> None:
+    """Make sure that an optimizer holds the trained tensors and nothing else.
+
+    Args:
+        optimizer: The optimizer that will train the model.
+        model: The model.
+        selection: What trains.
+
+    Raises:
+        SelectionError: If it misses a trained tensor or holds a frozen one.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = selection.parameters(model)
+    names = {id(p): plain_name(name) for name, p in unwrap(model).named_parameters()}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    extra = sorted(
+        names.get(i, "a tensor of no parameter") for i in held - {id(p) for p in trained.values()}
+    )
+    if missing or extra:
+        problem = f"misses trained {missing[0]!r}" if missing else f"holds frozen {extra[0]!r}"
+        raise SelectionError(
+            f"the {type(optimizer).__name__} {problem} ({len(missing)} missing, {len(extra)} too "
+            f"many; {selection} trains {len(trained)} tensors). Whoever built it (optimizers=, "
+            "optimizer_cls_and_kwargs= or a create_optimizer of your own) has to give it "
+            "selection.parameters(model).values(); what the args name (optim) gets just these."
+        )

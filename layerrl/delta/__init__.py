@@ -50,7 +50,7 @@ from layerrl.delta.record import (
 )
 from layerrl.delta.settings import computing_settings
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.masking import fingerprints, saved_tensors
+from layerrl.frozen import fingerprints, saved_tensors
 from layerrl.seams import imported
 from layerrl.selection import LayerSelection
 from layerrl.shards import shape, sharded_like, whole, write

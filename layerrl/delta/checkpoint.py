@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from layerrl.delta.fitting import Comparison
 from layerrl.errors import DeltaError
-from layerrl.masking import saved_tensors
+from layerrl.frozen import saved_tensors
 from layerrl.seams import imported
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 
 from layerrl.delta.settings import differing_settings
 from layerrl.errors import DeltaError
-from layerrl.masking import fingerprints
+from layerrl.frozen import fingerprints
 from layerrl.quantisation import is_quantised
 from layerrl.selection.parsing import ranges
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from layerrl.delta.processing import refuse_file_name
 from layerrl.delta.record import DeltaBase, dtype_name
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.masking import fingerprints
+from layerrl.frozen import fingerprints
 from layerrl.selection import LayerSelection
 
 if TYPE_CHECKING:

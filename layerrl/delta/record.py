@@ -14,7 +14,7 @@ from layerrl.blocks import unwrap
 from layerrl.delta.fitting import is_packed
 from layerrl.delta.origin import commit_of
 from layerrl.delta.settings import computing_settings
-from layerrl.masking import fingerprints, saved_tensors
+from layerrl.frozen import fingerprints, saved_tensors
 from layerrl.shards import is_sharded, shape, whole
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from layerrl.checkpointing import backward_from_first_trained
+from layerrl.activations import backward_from_first_trained
 from layerrl.errors import FrameworkError, SelectionError
 from layerrl.selection import LayerSelection, select_layers
 

@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from layerrl.blocks import plain_name, with_fused_siblings
 from layerrl.errors import LauncherError
+from layerrl.frozen import check_frozen, fingerprints, frozen_tensors
 from layerrl.integrations import given, mask, read_selection, require
-from layerrl.masking import (
-    check_frozen,
-    check_optimizer,
-    fingerprints,
-    frozen_tensors,
-    scale_learning_rates,
-)
+from layerrl.optimizer import check_optimizer, scale_learning_rates
 
 TESTED = "0.9.1"
 require("verl", TESTED)

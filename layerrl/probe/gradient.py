@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback, set_seed
 
 from layerrl.errors import ProbeError
-from layerrl.masking import as_found
+from layerrl.sweep.restoring import as_found
 from layerrl.trainer.arguments import only_training
 from layerrl.trainer.probing import FEWEST_PROMPTS, gradient_report
 from layerrl.trainer.rollouts import Rollouts

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from layerrl.activations import checkpoints_reentrantly
 from layerrl.blocks import replaced_forwards
-from layerrl.checkpointing import checkpoints_reentrantly
 from layerrl.randomness import random_state, same_random_state, set_random_state
 from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, version
 from layerrl.replay.comparing import difference, flat, gradients

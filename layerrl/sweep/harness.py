@@ -20,8 +20,9 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
-from layerrl.masking import as_found, fingerprints
+from layerrl.frozen import fingerprints
 from layerrl.selection import select_layers
+from layerrl.sweep.restoring import as_found
 from layerrl.trainer.arguments import only_training
 from layerrl.trainer.evaluation import (
     prompt_scores,

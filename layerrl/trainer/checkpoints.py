@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from layerrl.delta import put_tensors, tensors_of_run
 from layerrl.delta.card import CARD, write_card
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.masking import fingerprints
+from layerrl.frozen import fingerprints
 from layerrl.reference import ReferenceModel
 from layerrl.shards import shape, whole
 from layerrl.trainer import launchers

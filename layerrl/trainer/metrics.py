@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerrl.masking import norm
 from layerrl.precision import MASTER
-from layerrl.shards import parts, with_parameter
+from layerrl.shards import parts, whole, with_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -87,3 +86,16 @@ def relative_updates(
 def named(metric: str, values: Mapping[int, Tensor]) -> dict[str, float]:
     """Values by the name that they are logged under."""
     return {f"layerrl/{metric}/layer_{layer}": value.item() for layer, value in values.items()}
+
+
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm over several tensors, in float32 or wider, on the device of the first."""
+    norms = [
+        torch.linalg.vector_norm(t.detach(), dtype=torch.promote_types(t.dtype, torch.float32))
+        for t in tensors
+    ]
+    if not norms:
+        return torch.zeros(())
+    # With device_map="auto", layers lie on several devices.
+    together = torch.stack([value.to(norms[0].device) for value in norms])
+    return whole(torch.linalg.vector_norm(together))

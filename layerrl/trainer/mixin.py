@@ -11,22 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import plain_name, unwrap
-from layerrl.checkpointing import backward_from_first_trained
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.errors import SelectionError
-from layerrl.masking import (
-    check_frozen,
-    check_optimizer,
-    fingerprints,
-    frozen_tensors,
-    parameters_by_layer,
-    scale_learning_rates,
-)
+from layerrl.frozen import check_frozen, fingerprints, frozen_tensors
 from layerrl.optimizer import (
+    check_optimizer,
     check_steps,
     keep_only,
     refuse_updates_in_backward,
+    scale_learning_rates,
     updates_in_backward,
 )
 from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
@@ -37,6 +32,7 @@ from layerrl.seams import check_class, check_made
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.selection.masked import TrainingMask
 from layerrl.shards import is_sharded, parts, shape, sharded_like
+from layerrl.trained import parameters_by_layer
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.announced import AnnouncedSync, EarlyMask, announces
 from layerrl.trainer.auto import AutoSelection

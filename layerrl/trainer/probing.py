@@ -7,9 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layerrl.errors import ProbeError
-from layerrl.masking import parameters_by_layer
 from layerrl.proxies import held_out_gains
 from layerrl.report import ContributionReport, Cost, Score
+from layerrl.trained import parameters_by_layer
 
 if TYPE_CHECKING:
     from layerrl.selection import LayerSelection

@@ -19,7 +19,7 @@ from transformers.utils import (
 from layerrl.blocks import plain_name, unwrap
 from layerrl.delta import checkpoint_form
 from layerrl.errors import DeltaError, FrozenTensorError
-from layerrl.masking import fingerprints, frozen_tensors
+from layerrl.frozen import fingerprints, frozen_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -55,7 +55,7 @@ EPISODES = "agents.gigpo and agents.environments play episodes behind TRL's roll
 LAUNCHERS = "trainer.launchers and LayerMaskedMixin follow a model that is sharded in between"
 SCHEDULE = "trainer.schedule refuses other schedules than the one in a checkpoint, and AsyncGRPO"
 QUANTISED = "quantisation.quantised_base replaces what the trainer calls with a quantised model"
-BUFFERS = "masking.frozen_tensors leaves out buffers that are not saved with the model"
+BUFFERS = "frozen.frozen_tensors leaves out buffers that are not saved with the model"
 
 
 def parameters_of(function) -> list[str]:

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from layerrl import select_layers
+from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import find_blocks
-from layerrl.checkpointing import backward_from_first_trained
 from tests.devices import DEVICE, on_any_device
 from tests.grpo import make
 from tests.models import tiny

@@ -24,7 +24,7 @@ from layerrl import delta as delta_module
 from layerrl.blocks import find_blocks
 from layerrl.delta import DeltaBase, checkpoint_form, put_tensors
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.masking import fingerprints
+from layerrl.frozen import fingerprints
 from tests.devices import on_any_device, on_cpu
 from tests.models import tiny
 from tests.operations import during

@@ -23,7 +23,7 @@ from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_
 from layerrl.delta import DeltaBase, restore_delta
 from layerrl.delta import record as record_module
 from layerrl.errors import DeltaError
-from layerrl.masking import fingerprints, frozen_tensors
+from layerrl.frozen import fingerprints, frozen_tensors
 from tests.grpo import make, tokenizer
 from tests.models import FAMILIES, tiny
 from tests.runs import bits, load, train

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from layerrl.errors import ProbeError
-from layerrl.masking import norm
 from layerrl.sweep.harness import Harness, model_on_cpu
+from layerrl.trainer.metrics import norm
 from tests.devices import on_any_device
 from tests.grpo import config, make, reward
 from tests.models import tiny

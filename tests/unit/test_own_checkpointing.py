@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from layerrl import select_layers
-from layerrl.checkpointing import backward_from_first_trained
+from layerrl.activations import backward_from_first_trained
 from tests.grpo import make
 from tests.models import tiny
 from tests.runs import assert_same_run, train

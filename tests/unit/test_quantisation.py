@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from layerrl import load_delta, merge_delta, select_layers
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.masking import fingerprints
+from layerrl.frozen import fingerprints
 from tests.grpo import make
 from tests.models import tiny, tiny_config
 from tests.runs import assert_trained, bits, load, metric, saved, train

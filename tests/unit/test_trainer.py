@@ -18,8 +18,8 @@ from trl import DPOConfig, DPOTrainer, GRPOTrainer, RewardConfig, SFTConfig, SFT
 from layerrl import (
     LayerMaskedGRPOTrainer,
     LayerMaskedMixin,
+    frozen,
     load_delta,
-    masking,
     select_layers,
 )
 from layerrl.errors import (
@@ -869,13 +869,13 @@ class TestFrozenCheck:
     def test_is_computed_on_the_device_of_the_accelerator(self, model, tmp_path, monkeypatch):
         """A model that will be sharded lies on the CPU when it is masked and when it is checked."""
         devices = []
-        on_device = masking._chunk_sums
+        on_device = frozen._chunk_sums
 
         def look(tensor: Tensor, device: torch.device | None) -> Tensor:
             devices.append(device)
             return on_device(tensor, device)
 
-        monkeypatch.setattr(masking, "_chunk_sums", look)
+        monkeypatch.setattr(frozen, "_chunk_sums", look)
         trainer = make(model, tmp_path, selection=1)
         trainer.check_frozen()
         num_tensors = len(names_of(model, 1)) + 2 * len(trainer._frozen)

@@ -11,18 +11,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing import assert_close
 from transformers import Adafactor
 
-from layerrl import masking, select_layers
+from layerrl import frozen, select_layers
 from layerrl.errors import FrozenTensorError, SelectionError
-from layerrl.masking import (
-    as_found,
-    check_frozen,
-    check_optimizer,
-    fingerprints,
-    frozen_tensors,
-    norm,
-    parameters_by_layer,
-    scale_learning_rates,
-)
+from layerrl.frozen import check_frozen, fingerprints, frozen_tensors
+from layerrl.optimizer import check_optimizer, scale_learning_rates
+from layerrl.sweep.restoring import as_found
+from layerrl.trained import parameters_by_layer
+from layerrl.trainer.metrics import norm
 from tests.devices import DEVICE, on_any_device
 from tests.models import tiny
 from tests.operations import Operations, during
@@ -45,28 +40,28 @@ def one_by_one(tensor: Tensor) -> str:
     bits = tensor.contiguous().view(-1)
     bits = torch.view_as_real(bits).view(-1) if bits.is_complex() else bits
     word = {1: torch.uint8, 2: torch.int16}.get(bits.element_size(), torch.int32)
-    weights, total = masking._weights(torch.device("cpu")), 0
+    weights, total = frozen._weights(torch.device("cpu")), 0
     for chunk in bits.view(word).split(2**18):
         of_chunk = (chunk.long() * weights[: len(chunk)]).sum().item()
-        total = (total * masking._ODD_MULTIPLIER + of_chunk) % 2**64
+        total = (total * frozen._ODD_MULTIPLIER + of_chunk) % 2**64
     return f"{total:016x}"
 
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
     """Inside, tensors have a GPU and no values."""
-    masking._weights.cache_clear()
+    frozen._weights.cache_clear()
     try:
         with FakeTensorMode():
             yield
     finally:
-        masking._weights.cache_clear()
+        frozen._weights.cache_clear()
 
 
 def launched(shape: tuple[int, ...], dtype: torch.dtype, where: str, **how: object) -> Operations:
     """What the fingerprint of a tensor without values computes, until one is asked for."""
     with fake_gpu():
-        masking._weights(torch.device("cuda", 0))  # once in a process
+        frozen._weights(torch.device("cuda", 0))  # once in a process
         tensor = torch.empty(shape, dtype=dtype, device=where)
         with Operations() as operations, pytest.raises(DataDependentOutputException):
             fingerprints({"": tensor}, **how)  # type: ignore[arg-type]
@@ -98,7 +93,7 @@ class TestFingerprints:
     @pytest.mark.parametrize("at_once", [1, 2])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_are_the_same_however_many_chunks_are_taken_at_once(self, dtype, at_once, monkeypatch):
-        monkeypatch.setitem(masking._CHUNKS_AT_ONCE, "cpu", at_once)
+        monkeypatch.setitem(frozen._CHUNKS_AT_ONCE, "cpu", at_once)
         for num_elements in (0, 1, 77, 2**18 + 1, 3 * 2**18 - 1, 3 * 2**18):
             tensor = random_bytes(num_elements, dtype).view(dtype)
             assert fingerprint(tensor) == one_by_one(tensor)
@@ -108,7 +103,7 @@ class TestFingerprints:
             assert fingerprints({"": other}, device=DEVICE) == {"": one_by_one(other)}
 
     def test_of_many_chunks_and_a_rest_are_the_same_in_groups_of_64(self, monkeypatch):
-        monkeypatch.setitem(masking._CHUNKS_AT_ONCE, "cpu", 64)
+        monkeypatch.setitem(frozen._CHUNKS_AT_ONCE, "cpu", 64)
         tensor = random_bytes(66 * 2**18 + 5, torch.bfloat16).view(torch.bfloat16)
         assert fingerprint(tensor) == one_by_one(tensor)
 

@@ -1,0 +1,175 @@
+"""The record of frozen tensors: their fingerprints, taken and compared."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from layerrl.blocks import plain_name, unwrap
+from layerrl.errors import FrozenTensorError
+from layerrl.shards import local
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from layerrl.selection import LayerSelection
+
+_WORD_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+_CHUNK = 1 << 18
+# A GPU waits for launches: it takes as many chunks at once as make a product of 128 MiB. A CPU is
+# faster with one, which stays in its cache.
+_CHUNKS_AT_ONCE = {"cpu": 1}
+_TENSORS = {"_parameters", "_buffers"}
+_ODD_MULTIPLIER = 0x1E3779B97F4A7C15
+
+
+def fingerprints(
+    tensors: Mapping[str, Tensor], *, device: torch.device | None = None
+) -> dict[str, str]:
+    r"""A 64-bit checksum of each tensor's bits, computed where it lies or on a faster device.
+
+    With the bits read as integers $b_i$ of at most 32 bits and fixed odd weights $w_i$ without a
+    pattern, the checksum is $\sum_i w_i b_i \bmod 2^{64}$. One changed element always changes it,
+    as an odd weight has an inverse; several do unless they cancel by chance. It is no defence
+    against somebody who wants a collision.
+
+    Args:
+        tensors: Name to tensor of any dtype and device. Not changed; `meta` tensors are left out.
+            Of a sharded one, the part that this process holds counts.
+        device: Where to compute those of tensors on the CPU, which get there some MB at a time.
+            None: on the CPU.
+
+    Returns:
+        Name to 16 hexadecimal digits: the same on every device, another one for other bits.
+    """
+    sums = {
+        name: _chunk_sums(local(tensor).detach(), device)
+        for name, tensor in tensors.items()
+        if not tensor.is_meta
+    }
+    return {name: f"{_combined(of_chunks.tolist()):016x}" for name, of_chunks in sums.items()}
+
+
+@lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
+    """Fixed odd 64-bit numbers without a pattern: positions, mixed as in splitmix64."""
+    mixed = torch.arange(1, _CHUNK + 1, dtype=torch.int64, device=device) * _ODD_MULTIPLIER
+    for shift, multiplier in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
+        logical = (mixed >> shift) & ((1 << (64 - shift)) - 1)
+        mixed = (mixed ^ logical) * multiplier
+    return (mixed ^ ((mixed >> 31) & ((1 << 33) - 1))) | 1
+
+
+def _chunk_sums(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """The weighted sum of each chunk of a tensor's words, on its device or a CPU's on another."""
+    flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).view(-1)
+    words = flat.view(_WORD_OF_SIZE[flat.element_size()])
+    if device is None or words.device.type != "cpu":
+        device = words.device
+    weights = _weights(device)
+    at_once = _CHUNKS_AT_ONCE.get(device.type, 64)
+    num_rest = len(words) % _CHUNK
+    full, rest = words.split([len(words) - num_rest, num_rest])
+    groups = full.split(at_once * _CHUNK) if len(full) else ()
+    sums = [(group.to(device).view(-1, _CHUNK) * weights).sum(dim=1) for group in groups]
+    if num_rest or not sums:
+        sums.append((rest.to(device) * weights.narrow(0, 0, num_rest)).sum().view(1))
+    return torch.cat(sums)
+
+
+def _combined(sums: Iterable[int]) -> int:
+    """One checksum of all chunks, in their order."""
+    total = 0
+    for of_chunk in sums:
+        total = (total * _ODD_MULTIPLIER + of_chunk) % (1 << 64)
+    return total
+
+
+def frozen_tensors(model: nn.Module, selection: LayerSelection) -> dict[str, Tensor]:
+    """Everything in a model's state that must not move while the selection trains.
+
+    Args:
+        model: The model the selection fits, wrapped or not.
+        selection: What trains.
+
+    Returns:
+        Name to tensor: parameters outside the selection and all persistent buffers, those of
+        trained blocks too (a moved router bias would be missing from the delta). Buffers that are
+        not saved with the model, such as rotary caches, may be recomputed and are left out. Empty
+        for `"full"`, the plain trainer's own case.
+    """
+    if selection.full:
+        return {}
+    base = unwrap(model)
+    chosen = {id(parameter) for parameter in selection.parameters(model).values()}
+    frozen: dict[str, Tensor] = {
+        plain_name(name): parameter
+        for name, parameter in base.named_parameters()
+        if id(parameter) not in chosen
+    }
+    return frozen | dict(_persistent_buffers(model))
+
+
+def saved_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All that is saved with a model.
+
+    Args:
+        model: Any, wrapped or not.
+
+    Returns:
+        Plain name to parameter or persistent buffer, each once; and further names of shared ones,
+        to the first.
+    """
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    parameters = unwrap(model).named_parameters(remove_duplicate=False)
+    for name, tensor in (*parameters, *_persistent_buffers(model)):
+        name = plain_name(name)
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)], tensors[name] = name, tensor
+    return tensors, tied
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in unwrap(model).named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield plain_name(f"{prefix}.{name}" if prefix else name), buffer
+
+
+def check_frozen(
+    model: nn.Module,
+    selection: LayerSelection,
+    recorded: Mapping[str, str],
+    *,
+    device: torch.device | None = None,
+) -> None:
+    """Compare a model's frozen tensors with the fingerprints taken when they were frozen.
+
+    Args:
+        model: The model, not changed.
+        selection: What trains.
+        recorded: `fingerprints(frozen_tensors(model, selection))` from then.
+        device: As `fingerprints` takes it.
+
+    Raises:
+        FrozenTensorError: If a frozen parameter or buffer has other bits, or is new, or is gone.
+    """
+    now = fingerprints(frozen_tensors(model, selection), device=device)
+    changed = sorted(name for name in {*now, *recorded} if now.get(name) != recorded.get(name))
+    if changed:
+        shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+        raise FrozenTensorError(
+            f"{len(changed)} of {len(recorded)} frozen tensors are not what they were when the "
+            f"model was masked: {shown}. Only {selection} may change. Something else writes to "
+            "them: a callback, a module's buffer update, another base's checkpoint or weights "
+            "loaded after the trainer was made."
+        )
