@@ -157,6 +157,8 @@ class LayerSchedule(TrainerCallback, ExportableState):
         known = state.stateful_callbacks.get(type(self).__name__, self.state())
         if isinstance(known, list):
             raise SelectionError(f"the trainer has {len(known)} schedules, expected one")
+        if not known["args"].get("keep_state"):  # an option that is gone; the default did as now
+            known["args"].pop("keep_state", None)
         if known != self.state():
             raise SelectionError(
                 f"the checkpoint was written with another schedule, {known['args']}; this one is "
