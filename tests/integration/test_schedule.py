@@ -1,5 +1,7 @@
 """Layers that take turns: one set at a time, exactly, and resumed in the middle."""
 
+import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -269,6 +271,23 @@ class TestBadInput:
         trainer = make(tiny("llama", 4), tmp_path, selection=[1, 2], arguments=arguments)
         with pytest.raises(SelectionError, match="the trainer has 2 schedules, expected one"):
             trainer.train()
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_resuming_what_was_written_when_state_could_be_kept(self, tmp_path, kept):
+        def make_one() -> Any:
+            changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+            return scheduled(tmp_path, LayerSchedule(LAYERS, every=1), **changes)[0]
+
+        make_one().train()
+        file = tmp_path / "checkpoint-2" / "trainer_state.json"
+        state = json.loads(file.read_text(encoding="utf-8"))
+        state["stateful_callbacks"]["LayerSchedule"]["args"]["keep_state"] = kept
+        file.write_text(json.dumps(state), encoding="utf-8")
+        refused = (
+            pytest.raises(SelectionError, match="'keep_state': True") if kept else nullcontext()
+        )
+        with refused:
+            make_one().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
     def test_resuming_with_another_one(self, tmp_path):
         def make_one(every: int) -> Any:
