@@ -53,8 +53,9 @@ test-slow: $(INSTALLED)
 
 # One environment a file in tests/versions: the pins of constraints.txt, but for those in the file.
 # test-gpu-image is not among them: its torch brings 5 GB of CUDA.
-.venv-gpu-image/.installed: PYTHON = python3.12
 test-versions: $(VERSIONS:%=test-%)
+
+.venv-gpu-image/.installed: PYTHON = python3.12
 
 .venv-%/.installed: tests/versions/%.txt constraints.txt pyproject.toml
 	@echo "Installing into .venv-$*: a few minutes the first time"

@@ -22,7 +22,6 @@ _CHUNK = 1 << 18
 # A GPU waits for launches: it takes as many chunks at once as make a product of 128 MiB. A CPU is
 # faster with one, which stays in its cache.
 _CHUNKS_AT_ONCE = {"cpu": 1}
-_TENSORS = {"_parameters", "_buffers"}
 _ODD_MULTIPLIER = 0x1E3779B97F4A7C15
 
 
@@ -33,8 +32,8 @@ def fingerprints(
 
     With the bits read as integers $b_i$ of at most 32 bits and fixed odd weights $w_i$ without a
     pattern, the checksum is $\sum_i w_i b_i \bmod 2^{64}$. One changed element always changes it,
-    as an odd weight has an inverse; several do unless they cancel by chance. It is no defence
-    against somebody who wants a collision.
+    as an odd weight has an inverse; several do unless they cancel by chance. It does not
+    protect against collisions made on purpose.
 
     Args:
         tensors: Name to tensor of any dtype and device. Not changed; `meta` tensors are left out.

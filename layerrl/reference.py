@@ -262,8 +262,6 @@ class ReferenceModel(nn.Module):
             parts(parameter).detach().clone() if is_sharded(parameter) else parameter.data
             for parameter in self._trained.values()
         ]
-        for value, parameter in zip(self.initial, self._trained.values(), strict=True):
-            with_parameter(value, parameter)
         try:
             for module in training:
                 module.training = False
@@ -283,7 +281,7 @@ class ReferenceModel(nn.Module):
         # Inside a caller's autocast, casts of the values before would be used again.
         torch.clear_autocast_cache()
         for parameter in given.keys() - sharded.keys():
-            parameter.data = given[parameter].data.to(parameter.device)
+            parameter.data = with_parameter(given[parameter], parameter).data
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # the policy's own

@@ -450,20 +450,20 @@ def imported() -> Iterator[None]:
         cause = error.__cause__
         if not isinstance(cause, ImportError) or isinstance(cause, FrameworkError):
             raise
-        said = _said_of(cause) or f"{error} Install what is named there."
-        raise FrameworkError(said) from error
+        message = _message(cause) or f"{error} Install what is named there."
+        raise FrameworkError(message) from error
     except (ImportError, AttributeError) as error:
-        said = None if isinstance(error, FrameworkError) else _said_of(error)
-        if said is None:
+        message = None if isinstance(error, FrameworkError) else _message(error)
+        if message is None:
             raise
-        raise FrameworkError(said) from error
+        raise FrameworkError(message) from error
 
 
-def _said_of(error: ImportError | AttributeError) -> str | None:
-    """What to say of a name that is missing in a package of `TESTED`; None of any other."""
+def _message(error: ImportError | AttributeError) -> str | None:
+    """The message for a name that a package of `TESTED` lacks; None for any other package."""
     of, name = _missing(error)
     asking = _packages(error)
-    package = of.partition(".")[0] or next(reversed(asking), "")  # lazy modules do not always say
+    package = of.partition(".")[0] or ["", *asking][-1]  # lazy modules do not always say which
     if package not in TESTED:
         return None
     found = installed_version(package)
@@ -479,7 +479,9 @@ def _said_of(error: ImportError | AttributeError) -> str | None:
             f"{importer} {package} layerrl"
         )
     use = next((s.use for s in SEAMS if f"{s.of}.{s.name}".endswith(f".{name}")), "")
-    problem = f"{_short(of)} has no {name}" if name else f"there is no {of}" if of else f"{error}"
+    problem = f"there is no {of}" if of else str(error)
+    if name:
+        problem = f"{_short(of)} has no {name}"
     return _sentence([_Gone(Seam(of, name, None, use, None), problem)])
 
 

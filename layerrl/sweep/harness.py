@@ -95,13 +95,13 @@ class Harness:
         state = self.__dict__ | {"_base": None}
         models = [self._model, *self._reward_models]
         moved = {id(model): model_on_cpu(model) for model in models}
-        state["_model"], *state["_reward_models"] = moved.values()
+        state["_model"], *state["_reward_models"] = [moved[id(model)] for model in models]
         make = self._make_trainer
-        if isinstance(make, partial):  # which rewards with the same models
-            rewards = make.keywords.get("reward_funcs", [])
-            rewards = [moved.get(id(function), function) for function in rewards]
-            state["_make_trainer"] = partial(make.func, *make.args, **make.keywords)
-            state["_make_trainer"].keywords["reward_funcs"] = rewards
+        if isinstance(make, partial) and "reward_funcs" in make.keywords:  # the same models
+            functions = make.keywords["reward_funcs"]
+            rewards = [moved.get(id(function), function) for function in functions]
+            keywords = {**make.keywords, "reward_funcs": rewards}
+            state["_make_trainer"] = partial(make.func, *make.args, **keywords)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

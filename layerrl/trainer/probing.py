@@ -127,8 +127,8 @@ def check_trainer(trainer: Any, asked: str) -> None:
         asked: What was asked for, to name it.
 
     Raises:
-        ProbeError: If it generates nothing, or does so in several processes or in parts; if its
-            gradients would be float16, of which the probe's backward, unscaled, loses the small.
+        ProbeError: If it generates nothing, has several processes or a sharded model, or trains in
+            float16: the probe's backward is not scaled, and small gradients would become zero.
     """
     if trainer.args.fp16:
         raise ProbeError(

@@ -2,6 +2,7 @@
 
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from layerrl.errors import ProbeError
-from layerrl.sweep.harness import Harness, model_on_cpu
+from layerrl.shards import with_parameter
+from layerrl.sweep.harness import Harness, _tensors, model_on_cpu
 from layerrl.trainer.metrics import norm
 from tests.devices import on_any_device
 from tests.grpo import config, make, reward
@@ -26,6 +28,13 @@ def test_a_norm_over_tensors_on_two_devices():
     with FakeTensorMode(allow_non_fake_inputs=True):
         found = norm([on("cuda:1", 3), on("cuda:0", 2, 2)])
     assert str(found.device) == "cuda:1"
+
+
+def test_a_kept_value_follows_its_parameter():
+    # In place of a tensor, whose data can move to a GPU and not to `meta`.
+    value = SimpleNamespace(device=torch.device("cpu"), data=torch.ones(3))
+    assert with_parameter(value, on("meta", 3)) is value
+    assert value.data.is_meta
 
 
 @on_any_device
@@ -84,13 +93,20 @@ def test_a_worker_gets_models_on_the_cpu_and_rewards_with_them(tmp_path, monkeyp
     assert given._make_trainer.keywords["reward_funcs"][1] is given._reward_models[0]
 
 
-def test_the_copy_of_the_base_lies_on_the_cpu(tmp_path):
+def test_the_model_may_reward_as_well(tmp_path):
     given = harness(tmp_path)
+    given._reward_models = [given._model]
+    state = given.__getstate__()
+    assert state["_reward_models"] == [state["_model"]]
+
+
+def test_the_copy_of_the_base_lies_on_the_cpu(tmp_path):
     with FakeTensorMode(allow_non_fake_inputs=True):
-        given._model.to("cuda:0")
+        model = Tied()
+        copied, own = _tensors(model), _tensors(model, copy_them=False)
+    assert {tensor.device.type for tensor in copied.values()} == {"cpu"}
+    assert {tensor.device.type for tensor in own.values()} == {"cuda"}
     received = pickle.loads(pickle.dumps(harness(tmp_path)))
-    for one in (given, received):
-        assert {tensor.device.type for tensor in one._base.values()} == {"cpu"}
     assert_close(received._base, harness(tmp_path)._base, rtol=0, atol=0)
 
 
