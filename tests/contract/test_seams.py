@@ -274,6 +274,13 @@ class TestImports:
         assert said.startswith("layerrl.errors.FrameworkError: trl ")
         assert "trl.trainer.callbacks has no BEMACallback, which layerrl needs" in said
 
+    def test_a_module_that_cannot_import_is_not_taken_for_missing(self, monkeypatch, tmp_path):
+        (tmp_path / "broken_module.py").write_text("import no_such_module", encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+            seams._place("broken_module.Trainer")
+        assert seams._place("no_such_module.Trainer") is None
+
     def test_a_package_that_is_not_there_is_named(self, monkeypatch):
         monkeypatch.setattr(seams, "installed_version", lambda package: None)
         expected = r"trl is not installed.*pip install \"trl>=1"
