@@ -59,7 +59,7 @@ test-versions: $(VERSIONS:%=test-%)
 
 .venv-%/.installed: tests/versions/%.txt constraints.txt pyproject.toml
 	@echo "Installing into .venv-$*: a few minutes the first time"
-	$(PYTHON) -m venv .venv-$*
+	$(PYTHON) -m venv --clear .venv-$*
 	$(PYTHON) -m tests.versions $< > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --no-compile -c .venv-$*/constraints.txt -e ".[test,examples]"
 	.venv-$*/bin/python -m pip check
