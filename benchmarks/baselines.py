@@ -11,7 +11,7 @@ from torch import Tensor
 from layerrl import ContributionReport, LayerMaskedGRPOTrainer, select_layers
 from layerrl.blocks import find_blocks, replaced_forwards
 from layerrl.report import Cost, Score
-from layerrl.trained import parameters_by_layer
+from layerrl.trained import TrainedLayers
 from layerrl.trainer.arguments import only_training
 from layerrl.trainer.probing import run_units, units_of_a_pass
 from layerrl.trainer.rollouts import Rollouts
@@ -39,7 +39,7 @@ def gradient_norm(suite: Any, num_prompts: int) -> ContributionReport:
             trainer.compute_loss(trainer.model, part).backward()
             scored += len(part["advantages"])
     passes = _generated(rollouts) + scored * units_of_a_pass(trainer.args)
-    by_layer = parameters_by_layer(model, select_layers(model, "all"))
+    by_layer = TrainedLayers(model, select_layers(model, "all")).by_layer
     norms = [
         math.sqrt(math.fsum(p.grad.square().sum().item() for p in layer if p.grad is not None))
         for layer in by_layer.values()
@@ -113,7 +113,7 @@ def weight_change(suite: Any) -> ContributionReport:
     trainer = trainer_for(suite, model, "full", full=True)
     trainer.train()
     selection = select_layers(model, "all")
-    now, before = parameters_by_layer(model, selection), parameters_by_layer(base, selection)
+    now, before = (TrainedLayers(m, selection).by_layer for m in (model, base))
 
     def norm(tensors: Any) -> float:
         return math.sqrt(math.fsum(tensor.square().sum().item() for tensor in tensors))

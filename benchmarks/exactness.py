@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from layerrl import select_layers
 from layerrl.blocks import find_blocks
 from layerrl.delta import DeltaBase, save_delta
-from layerrl.frozen import check_frozen, fingerprints, frozen_tensors
+from layerrl.frozen import FrozenRecord
 from layerrl.replay.arguments import RowKeys
 from layerrl.replay.entering import entry_of
 from layerrl.replay.state import unfit
@@ -46,8 +46,8 @@ def main() -> None:
     ids_BT = torch.randint(100, 40_000, (options.rows, options.tokens))
     entered = what_enters(model, ids_BT)
     prefix = [find_blocks(model).modules[layer] for layer in selection.frozen_prefix]
-    frozen = fingerprints(frozen_tensors(model, selection))
-    before = DeltaBase.of(model, selection, frozen=frozen)
+    record = FrozenRecord(model, selection)
+    before = DeltaBase.of(model, selection, frozen=record.fingerprints)
 
     def key() -> None:
         unfit(prefix)
@@ -63,8 +63,10 @@ def main() -> None:
             {
                 "pass": seconds(lambda: training_pass(model, ids_BT)),
                 "key": seconds(key),
-                "record": seconds(lambda: DeltaBase.of(model, selection, frozen=frozen)),
-                "check": seconds(lambda: check_frozen(model, selection, frozen)),
+                "record": seconds(
+                    lambda: DeltaBase.of(model, selection, frozen=record.fingerprints)
+                ),
+                "check": seconds(lambda: record.check()),
                 "save": seconds(save),
             }
             for _ in range(options.rounds)

@@ -144,31 +144,46 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield plain_name(f"{prefix}.{name}" if prefix else name), buffer
 
 
-def check_frozen(
-    model: nn.Module,
-    selection: LayerSelection,
-    recorded: Mapping[str, str],
-    *,
-    device: torch.device | None = None,
-) -> None:
-    """Compare a model's frozen tensors with the fingerprints taken when they were frozen.
+class FrozenRecord:
+    """The fingerprints of everything in a model that must not move while a selection trains.
 
     Args:
-        model: The model, not changed.
+        model: The model, wrapped or not. Not changed.
         selection: What trains.
-        recorded: `fingerprints(frozen_tensors(model, selection))` from then.
         device: As `fingerprints` takes it.
-
-    Raises:
-        FrozenTensorError: If a frozen parameter or buffer has other bits, or is new, or is gone.
     """
-    now = fingerprints(frozen_tensors(model, selection), device=device)
-    changed = sorted(name for name in {*now, *recorded} if now.get(name) != recorded.get(name))
-    if changed:
-        shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
-        raise FrozenTensorError(
-            f"{len(changed)} of {len(recorded)} frozen tensors are not what they were when the "
-            f"model was masked: {shown}. Only {selection} may change. Something else writes to "
-            "them: a callback, a module's buffer update, another base's checkpoint or weights "
-            "loaded after the trainer was made."
-        )
+
+    def __init__(
+        self, model: nn.Module, selection: LayerSelection, *, device: torch.device | None = None
+    ) -> None:
+        self._model, self._selection, self._device = model, selection, device
+        self.take()
+
+    def _now(self) -> dict[str, str]:
+        return fingerprints(frozen_tensors(self._model, self._selection), device=self._device)
+
+    def take(self) -> None:
+        """Record the frozen tensors as they are now: check them first, or a change is lost.
+
+        Of a model that has been sharded, fingerprints are of this process's parts.
+        """
+        self.fingerprints = self._now()
+        """Name of a frozen tensor to its fingerprint."""
+
+    def check(self) -> None:
+        """Compare the frozen tensors with the record.
+
+        Raises:
+            FrozenTensorError: If a frozen parameter or buffer has other bits, or is new, or is
+                gone.
+        """
+        now, then = self._now(), self.fingerprints
+        changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+        if changed:
+            shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            raise FrozenTensorError(
+                f"{len(changed)} of {len(then)} frozen tensors are not what they were when the "
+                f"model was masked: {shown}. Only {self._selection} may change. Something else "
+                "writes to them: a callback, a module's buffer update, another base's checkpoint "
+                "or weights loaded after the trainer was made."
+            )

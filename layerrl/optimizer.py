@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 from layerrl.blocks import plain_name, unwrap
 from layerrl.errors import SelectionError
 from layerrl.frozen import fingerprints
-from layerrl.precision import HALF, MASTER, nested, stepped_value, unwrap_optimizer
+from layerrl.precision import (
+    HALF,
+    MASTER,
+    nested,
+    step_in_float32,
+    stepped_value,
+    unwrap_optimizer,
+)
 from layerrl.shards import local
-from layerrl.trained import parameters_by_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from layerrl.selection import LayerSelection
+    from layerrl.trained import TrainedLayers
 
 _CHECK = "layerrl_step_check"
 _LOMO = ("Lomo", "AdaLomo")
@@ -212,7 +219,7 @@ class _StepCheck:
         return bool(gradient.isfinite().all() and (moved != value).any())
 
 
-def scale_learning_rates(optimizer: Optimizer, model: nn.Module, selection: LayerSelection) -> None:
+def scale_learning_rates(optimizer: Optimizer, layers: TrainedLayers) -> None:
     """Split an optimizer's parameter groups by the layers' learning-rate scales.
 
     Every group keeps its own options (weight decay above all); schedulers made afterwards see the
@@ -220,28 +227,24 @@ def scale_learning_rates(optimizer: Optimizer, model: nn.Module, selection: Laye
 
     Args:
         optimizer: A new optimizer without state. Its groups are replaced.
-        model: The model whose parameters it holds.
-        selection: The layers and their scales; parameters outside the blocks have scale 1.
+        layers: What it holds; parameters outside the layers have scale 1.
 
     Raises:
         SelectionError: If the optimizer sets its own learning rate, so that none can be scaled.
     """
-    if set(selection.learning_rate_scale) == {1.0}:
+    scales = layers.selection.learning_rate_scale
+    if set(scales) == {1.0}:
         return
     scale_of = {
         id(parameter): scale
-        for parameters, scale in zip(
-            parameters_by_layer(model, selection).values(),
-            selection.learning_rate_scale,
-            strict=True,
-        )
+        for parameters, scale in zip(layers.by_layer.values(), scales, strict=True)
         for parameter in parameters
     }
     groups = list(optimizer.param_groups)
     if any(group.get("lr") is None for group in groups):
         raise SelectionError(
             f"{type(optimizer).__name__} sets its own learning rate (lr=None): the selection's "
-            f"scales {set(selection.learning_rate_scale)} cannot apply. Use an optimizer with a "
+            f"scales {set(scales)} cannot apply. Use an optimizer with a "
             "learning rate, or a selection without boost."
         )
     optimizer.param_groups.clear()
@@ -255,20 +258,19 @@ def scale_learning_rates(optimizer: Optimizer, model: nn.Module, selection: Laye
             )
 
 
-def check_optimizer(optimizer: Optimizer, model: nn.Module, selection: LayerSelection) -> None:
+def check_optimizer(optimizer: Optimizer, layers: TrainedLayers) -> None:
     """Make sure that an optimizer holds the trained tensors and nothing else.
 
     Args:
         optimizer: The optimizer that will train the model.
-        model: The model.
-        selection: What trains.
+        layers: What trains.
 
     Raises:
         SelectionError: If it misses a trained tensor or holds a frozen one.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = selection.parameters(model)
-    names = {id(p): plain_name(name) for name, p in unwrap(model).named_parameters()}
+    trained = layers.parameters
+    names = {id(p): plain_name(name) for name, p in unwrap(layers.model).named_parameters()}
     missing = [name for name, p in trained.items() if id(p) not in held]
     extra = sorted(
         names.get(i, "a tensor of no parameter") for i in held - {id(p) for p in trained.values()}
@@ -277,7 +279,94 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, selection: LayerSele
         problem = f"misses trained {missing[0]!r}" if missing else f"holds frozen {extra[0]!r}"
         raise SelectionError(
             f"the {type(optimizer).__name__} {problem} ({len(missing)} missing, {len(extra)} too "
-            f"many; {selection} trains {len(trained)} tensors). Whoever built it (optimizers=, "
-            "optimizer_cls_and_kwargs= or a create_optimizer of your own) has to give it "
-            "selection.parameters(model).values(); what the args name (optim) gets just these."
+            f"many; {layers.selection} trains {len(trained)} tensors). Whoever built it "
+            "(optimizers=, optimizer_cls_and_kwargs= or a create_optimizer of your own) has to "
+            "give it selection.parameters(model).values(); what the args name (optim) gets just "
+            "these."
         )
+
+
+class MaskedOptimizer:
+    """The optimizer of a masked trainer: made over the trained tensors alone, and seen to be.
+
+    Args:
+        layers: What trains.
+        master_weights: Whether trained tensors in half precision are updated in float32.
+    """
+
+    def __init__(self, layers: TrainedLayers, *, master_weights: bool) -> None:
+        self._layers, self._master_weights = layers, master_weights
+        self._is_own = False
+        self._fitted: Any = None
+
+    def made(self, trainer: Any, make: Callable[[], Optimizer]) -> Optimizer:
+        """Let a trainer make its optimizer, and fit it.
+
+        Args:
+            trainer: The masked trainer, which may have been given an optimizer.
+            make: Its own `create_optimizer`.
+
+        Returns:
+            The trainer's optimizer.
+
+        Raises:
+            SelectionError: If it holds other tensors, cannot have the layers' rates, or updates in
+                the backward, where the step matters.
+        """
+        new = trainer.optimizer is None
+        optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+        if new and trainer.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
+            self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks
+        with self._layers.selection.masked(trainer.model):  # also before or after a training
+            optimizer = make()
+        try:
+            self._fit(optimizer, new=new)
+        except SelectionError:
+            if new:
+                trainer.optimizer = None  # or the next attempt would take it for a good one
+            raise
+        return optimizer
+
+    def _refuse_updates_in_backward(self, name: str) -> None:
+        layers = self._layers
+        refuse_updates_in_backward(name, layers.selection, master_weights=self._keeps_masters())
+
+    def _keeps_masters(self) -> bool:
+        half = any(p.dtype in HALF for p in self._layers.parameters.values())
+        return self._master_weights and half
+
+    def _fit(self, optimizer: Any, *, new: bool) -> None:
+        layers, self._fitted = self._layers, unwrap_optimizer(optimizer)
+        optimizer = self._fitted
+        if new and not layers.selection.full:
+            keep_only(optimizer, layers.parameters.values())
+        if updates_in_backward(optimizer):
+            self._refuse_updates_in_backward(type(optimizer).__name__)
+            return
+        own = self._is_own or new
+        if not own and set(layers.selection.learning_rate_scale) != {1.0}:
+            raise SelectionError(
+                f"{layers.selection}: the scales cannot be put into {type(optimizer).__name__}, "
+                "which was passed in ready-made. Let the trainer build an ordinary optimizer from "
+                "its args, or select without boost."
+            )
+        if new:
+            scale_learning_rates(optimizer, layers)
+        check_optimizer(optimizer, layers)
+        if self._keeps_masters():
+            step_in_float32(optimizer)
+        check_steps(optimizer, lambda: layers.parameters)
+        self._is_own = own
+
+    def fit_another(self, optimizer: Any) -> None:
+        """Fit an optimizer that was made in another way than through `create_optimizer`.
+
+        Args:
+            optimizer: The trainer's; one that was fitted before stays as it is.
+
+        Raises:
+            SelectionError: If it holds other tensors, or cannot have the layers' rates.
+        """
+        optimizer = unwrap_optimizer(optimizer)
+        if optimizer is not None and optimizer is not self._fitted:
+            self._fit(optimizer, new=False)

@@ -166,11 +166,7 @@ SEAMS: tuple[Seam, ...] = (
             "save_model(output_dir, _internal_call)": "write deltas and check what is frozen",
             "create_model_card(...)": "say how to load a delta",
             "_save_checkpoint(model, trial)": "write a checkpoint whole or not at all",
-            "_push_from_checkpoint(checkpoint_folder)": "push a delta where readers look for it",
-            "_save_optimizer_and_scheduler(output_dir)": "save the optimizer beside a delta",
             "_load_optimizer_and_scheduler(checkpoint)": "load the optimizer beside a delta",
-            "_init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, "
-            "resume_from_checkpoint, ...)": "check what is frozen before the model is sharded",
             "_load_from_checkpoint(resume_from_checkpoint, model)": "resume from a delta",
             "_load_best_model()": "load the best delta",
         },

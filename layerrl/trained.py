@@ -1,10 +1,11 @@
-"""The trained parameters of a model."""
+"""The tensors of a model that a selection trains."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerrl.blocks import find_blocks
+from layerrl.blocks import find_blocks, plain_name, unwrap
+from layerrl.shards import is_sharded, shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -12,13 +13,49 @@ if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
 
-def parameters_by_layer(
-    model: nn.Module, selection: LayerSelection
-) -> dict[int, list[nn.Parameter]]:
-    """The trained tensors of each selected layer, in the order of the layers."""
-    chosen = {id(parameter) for parameter in selection.parameters(model).values()}
-    blocks = find_blocks(model)
-    return {
-        layer: [p for _, p in blocks.named_parameters(layer) if id(p) in chosen]
-        for layer in selection.layers
-    }
+class TrainedLayers:
+    """The tensors of a model that train, found once: by name, and by layer.
+
+    Args:
+        model: The model, wrapped or not.
+        selection: What trains.
+
+    Raises:
+        SelectionError: If the selection does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, selection: LayerSelection) -> None:
+        self.model, self.selection = model, selection
+        self._find()
+
+    def _find(self) -> None:
+        self.parameters: dict[str, nn.Parameter] = self.selection.parameters(self.model)
+        """Plain name to tensor, of all that train inside layers and outside."""
+        chosen = {id(parameter) for parameter in self.parameters.values()}
+        blocks = find_blocks(self.model)
+        self.by_layer: dict[int, list[nn.Parameter]] = {
+            layer: [p for _, p in blocks.named_parameters(layer) if id(p) in chosen]
+            for layer in self.selection.layers
+        }
+        """Those of each selected layer, in the order of the layers."""
+        self.in_parts = any(map(is_sharded, self.parameters.values()))
+        """Whether this process holds a part of each."""
+
+    @property
+    def num_training(self) -> int:
+        """Elements that train now: those of layers whose turn it is not do not."""
+        return sum(shape(p).numel() for p in self.parameters.values() if p.requires_grad)
+
+    def follow(self) -> bool:
+        """Go on in parts: of other parameters under FSDP2, of the same ones under ZeRO-3.
+
+        Returns:
+            Whether a launcher has sharded the model since the last time.
+        """
+        if self.in_parts:
+            return False
+        now = {plain_name(name): p for name, p in unwrap(self.model).named_parameters()}
+        if not is_sharded(now[next(iter(self.parameters))]):
+            return False
+        self._find()
+        return True

@@ -340,7 +340,7 @@ def needs_no_second_model(runs: Runs) -> str:
 def replays(runs: Runs) -> str:
     if not runs.case.repeats:
         return NOTHING
-    replay = runs.masked._replay
+    replay = runs.masked.masked_run.replay
     return YES if replay.enabled and replay.num_replayed else NO
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from layerrl.blocks import plain_name, with_fused_siblings
 from layerrl.errors import LauncherError
-from layerrl.frozen import check_frozen, fingerprints, frozen_tensors
+from layerrl.frozen import FrozenRecord
 from layerrl.integrations import given, mask, read_selection, require
 from layerrl.optimizer import check_optimizer, scale_learning_rates
+from layerrl.trained import TrainedLayers
 
 TESTED = "0.9.1"
 require("verl", TESTED)
@@ -99,17 +100,18 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
     def _build_optimizer(self, module: nn.Module) -> Optimizer:
         selection = self._selection
         assert selection is not None  # an engine that only goes forward has no optimizer
-        trained = [*selection.parameters(module).values()]
-        optimizer = build_optimizer(trained, self.optimizer_config)
-        scale_learning_rates(optimizer, module, selection)
-        check_optimizer(optimizer, module, selection)
+        layers = TrainedLayers(module, selection)
+        optimizer = build_optimizer([*layers.parameters.values()], self.optimizer_config)
+        scale_learning_rates(optimizer, layers)
+        check_optimizer(optimizer, layers)
         return optimizer
 
     def initialize(self) -> None:
         """Build model, optimizer and schedule, and remember the frozen tensors."""
         super().initialize()
         if self._selection is not None:
-            self._recorded = fingerprints(frozen_tensors(self.module, self._selection))
+            device = next(self.module.parameters()).device
+            self._frozen = FrozenRecord(self.module, self._selection, device=device)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save verl's checkpoint, of the whole model.
@@ -140,7 +142,7 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
 
     def _check(self) -> None:
         if self._selection is not None:
-            check_frozen(self.module, self._selection, self._recorded)
+            self._frozen.check()
 
     def get_per_tensor_param(self, *args: Any, **kwargs: Any) -> tuple[Iterator[Any], Any]:
         """The tensors that the rollout is to be sent.

@@ -63,7 +63,7 @@ def gradient_probe(
         set_seed(seed)
         trainer = make_trainer(model=model, args=_of_one_pass(args, seed), selection=selection)
         trainer.remove_callback(PrinterCallback)
-        trainer._initial = {}  # what a training's changes are measured against
+        trainer.masked_run.initial = {}  # what a training's changes are measured against
         rollouts = Rollouts(trainer, num_prompts)
         return gradient_report(rollouts, selection, args, {**settings, "seed": seed}, started)
 

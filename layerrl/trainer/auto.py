@@ -9,8 +9,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError, SelectionError
 from layerrl.randomness import random_state, set_random_state
@@ -106,13 +104,13 @@ class AutoSelection:
     def choose(
         self,
         trainer: Any,
-        resume_from_checkpoint: str | bool | None,
+        folder: Path | None,
     ) -> tuple[LayerSelection, ContributionReport]:
         """Score the layers, or read in a checkpoint how they were scored.
 
         Args:
             trainer: The trainer, masked to all of its layers.
-            resume_from_checkpoint: As `train` takes it.
+            folder: The checkpoint that it resumes from; None: it begins.
 
         Returns:
             The best layers, and what they were chosen by.
@@ -122,12 +120,7 @@ class AutoSelection:
             SelectionError: If the checkpoint's run chose another number of layers.
         """
         self.check(trainer, trainer.selection.num_layers)
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(trainer.args.output_dir)
-            if folder is None:
-                raise ProbeError(f"there is no checkpoint in {trainer.args.output_dir} to resume")
-        report = self._read(Path(folder)) if folder else self._probed(trainer)
+        report = self._probed(trainer) if folder is None else self._read(folder)
         with warnings.catch_warnings(record=True) as unresolved:
             warnings.simplefilter("always")
             selection = report.top(self.num_chosen)

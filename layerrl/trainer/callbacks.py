@@ -58,22 +58,16 @@ class EpochOrder(TrainerCallback):
     """Goes on, after a resume, with that epoch's order of the data.
 
     TRL's sampler draws an order whenever an epoch begins, and would begin with the first one's.
-
-    Args:
-        epochs_trained: How many epochs are done when training begins.
     """
 
-    def __init__(self, epochs_trained: Callable[[], int]) -> None:
-        self._epochs_trained = epochs_trained
-
-    def on_train_begin(self, *args: object, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the orders of the epochs that are done."""
         sampler: Any = kwargs["train_dataloader"]
         while sampler is not None and not isinstance(sampler, RepeatSampler):
             inner = getattr(sampler, "batch_sampler", None)  # accelerate's shards lie around it
             sampler = getattr(sampler, "sampler", None) if inner is None else inner
         if sampler is not None:
-            for _ in range(self._epochs_trained()):
+            for _ in range(int(state.epoch or 0)):
                 next(iter(sampler), None)
 
 

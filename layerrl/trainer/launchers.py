@@ -261,3 +261,26 @@ def optimizer_in_one_piece(optimizer: Optimizer) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def as_in_one_process(trainer: Any) -> Iterator[None]:
+    """Inside, a masked trainer saves and loads FSDP2's optimizer as any other, beside a delta.
+
+    Such a checkpoint is for any number of processes. Whole models keep transformers' own format.
+
+    Args:
+        trainer: The masked trainer. Every process has to enter.
+
+    Yields:
+        Nothing.
+    """
+    if trainer.checkpoint_format == "full" or not uses_fsdp(trainer.accelerator):
+        yield
+        return
+    trainer.is_fsdp_enabled = False  # what decides in transformers between its formats
+    try:
+        with optimizer_in_one_piece(trainer.optimizer.optimizer):
+            yield
+    finally:
+        trainer.is_fsdp_enabled = True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerrl.errors import ProbeError
 from layerrl.proxies import held_out_gains
 from layerrl.report import ContributionReport, Cost, Score
-from layerrl.trained import parameters_by_layer
+from layerrl.trained import TrainedLayers
 
 if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
@@ -46,7 +46,7 @@ def gradient_report(
     trainer = rollouts.trainer
     check_trainer(trainer, "method='gradient'")
     gains_PL = held_out_gains(
-        parameters_by_layer(trainer.model, selection),
+        TrainedLayers(trainer.model, selection).by_layer,
         (
             [partial(trainer.compute_loss, trainer.model, part) for part in parts]
             for parts in rollouts

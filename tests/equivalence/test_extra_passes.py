@@ -167,8 +167,8 @@ def test_whatever_a_loss_asks_for(tmp_path, base):
     saved(tmp_path / "base", tiny("llama", 4, initializer_range=0.3))
     changes = {} if base is RestlessDPO else {"beta": 0.04, "num_iterations": 2}
     _, masked = runs_of(base, tmp_path, **changes)
-    assert masked._replay.enabled
-    assert masked._replay.num_replayed > 2
+    assert masked.masked_run.replay.enabled
+    assert masked.masked_run.replay.num_replayed > 2
 
 
 @pytest.mark.parametrize("base", [Invariant, Watched])
@@ -176,7 +176,7 @@ def test_other_positions_and_hidden_states(tmp_path, caplog, base):
     saved(tmp_path / "base", tiny("llama", 4, initializer_range=0.3))
     plain, masked = runs_of(base, tmp_path)
     assert min(plain.noted) > 1e-3
-    assert masked._replay.num_replayed
+    assert masked.masked_run.replay.num_replayed
     if base is Watched:
         assert any("output_hidden_states" in line for line in warnings(caplog))
 
@@ -190,7 +190,7 @@ def test_a_teacher_scored_by_the_trainer_vouches_for_nothing(tmp_path, caplog):
         torch.manual_seed(0)
         saved(tmp_path / "base", AutoModelForCausalLM.from_config(config))
     _, masked = runs_of(Taught, tmp_path, num_iterations=2, max_steps=4)
-    assert not masked._replay.num_replayed
+    assert not masked.masked_run.replay.num_replayed
     [warning] = warnings(caplog)
     assert "dropout is active in frozen layers" in warning
 

@@ -120,8 +120,8 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
-        assert bool(masked._replay.num_replayed) == (beta > 0 or num_iterations > 1)
-        assert masked._replay.enabled
+        assert bool(masked.masked_run.replay.num_replayed) == (beta > 0 or num_iterations > 1)
+        assert masked.masked_run.replay.enabled
         assert warnings(caplog) == []
 
     @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
-        assert masked._replay.num_replayed
-        assert masked._replay.enabled
+        assert masked.masked_run.replay.num_replayed
+        assert masked.masked_run.replay.enabled
         # Micro-batches without padding have no mask: rows scored beside padded ones run again.
         assert [w for w in warnings(caplog) if "masks" not in w] == []
 
@@ -208,7 +208,7 @@ class TestEqualsFreezingByHand:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert_trained(masked, before, layers)
-        assert bool(masked._replay.num_replayed) == (0 not in layers)
+        assert bool(masked.masked_run.replay.num_replayed) == (0 not in layers)
 
     def test_in_rloo(self, base, tmp_path):
         arguments = {
@@ -236,7 +236,7 @@ class TestEqualsFreezingByHand:
         plain, masked = trainers
         assert_same_run(masked, plain)
         assert isinstance(masked.ref_model, ReferenceModel)
-        assert masked._replay.num_replayed
+        assert masked.masked_run.replay.num_replayed
 
     @pytest.mark.parametrize("fails", ["reward", "backward"])
     def test_after_an_exception_in_the_middle_of_a_step(self, base, fails):
@@ -314,7 +314,7 @@ class TestOptimisationsOnAndOff:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not masked._replay.enabled
+        assert not masked.masked_run.replay.enabled
 
 
 class TestReplay:
@@ -346,7 +346,7 @@ class TestReplay:
 
         class Look(TrainerCallback):
             def on_step_begin(self, *_: Any, **__: Any) -> None:
-                held.append(False in trainer._replay._batches)
+                held.append(False in trainer.masked_run.replay._batches)
 
         how = evaluation(num_prompts=4, eval_on_start=True)
         how["arguments"]["callbacks"] = [Look()]
@@ -356,7 +356,7 @@ class TestReplay:
         train(trainer)
         assert held == [False] * 3
         trainer.evaluate()
-        assert trainer._replay.num_bytes == 0
+        assert trainer.masked_run.replay.num_bytes == 0
 
     def test_serves_the_evaluation_of_the_loss(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, beta=0.04, **evaluation(num_prompts=4))
@@ -383,8 +383,8 @@ class TestReplay:
     def test_forgets_the_recording_when_training_ends(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, **REUSED)
         train(trainer)
-        assert trainer._replay.num_replayed
-        assert not trainer._replay._batches
+        assert trainer.masked_run.replay.num_replayed
+        assert not trainer.masked_run.replay._batches
 
 
 class TestFamilies:
@@ -401,8 +401,8 @@ class TestFamilies:
         assert_same_run(masked, plain)
         assert_trained(masked, before, [2])
         assert warnings(caplog) == []
-        assert masked._replay.num_replayed
-        assert masked._replay.enabled
+        assert masked.masked_run.replay.num_replayed
+        assert masked.masked_run.replay.enabled
         # The second batch of completions and half of the third, four passes each.
         assert passes.ran[4:] == [True, False, False, False, True, False, False]
 
@@ -416,7 +416,7 @@ class TestFamilies:
         # The policy's passes return router logits; the reference's do not and are replayed.
         [warning] = warnings(caplog)
         assert "asks for more than its output (output_router_logits)" in warning
-        assert masked._replay.num_replayed
+        assert masked.masked_run.replay.num_replayed
 
     @pytest.mark.parametrize("num_iterations", [1, 2])
     @pytest.mark.parametrize("layer", [2, 3])
@@ -426,7 +426,7 @@ class TestFamilies:
         train(plain, masked)
         assert_same_run(masked, plain)
         assert all(norm > 0 for norm in metric(masked, "grad_norm"))
-        assert not masked._replay.num_replayed
+        assert not masked.masked_run.replay.num_replayed
         assert "layers are called with shared_kv_states, a " in warnings(caplog)[0]
 
     @pytest.mark.parametrize("num_iterations", [1, 2])
@@ -434,7 +434,7 @@ class TestFamilies:
         folder = saved(tmp_path / "base", tiny("gpt2", 4))
         plain, masked = trained_pair(folder, beta=0.04, num_iterations=num_iterations)
         assert_same_run(masked, plain)
-        assert not masked._replay.num_replayed
+        assert not masked.masked_run.replay.num_replayed
         [warning] = warnings(caplog)
         assert "2 layers" in warning
         assert "dropout is active" in warning

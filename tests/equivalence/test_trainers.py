@@ -170,7 +170,7 @@ class TestReference:
     def test_equals_a_second_model(self, referenced, changes):
         trainer = same(referenced[1], **changes)
         assert isinstance(trainer.ref_model, ReferenceModel)
-        assert trainer._replay.num_replayed
+        assert trainer.masked_run.replay.num_replayed
 
     @pytest.mark.parametrize(
         "changes",
@@ -234,7 +234,7 @@ class TestReference:
         runs = Runs(CASES["DPO"], tmp_path)
         tiny("gpt2", 4).save_pretrained(tmp_path / "base")
         trainer = same(runs, disable_dropout=False)
-        assert not trainer._replay.num_replayed
+        assert not trainer.masked_run.replay.num_replayed
         assert "dropout is active in frozen layers" in caplog.text
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, RLOOConfig
 
 from layerrl import ContributionReport, LayerMaskedMixin, contribution_probe, select_layers
-from layerrl.errors import ProbeError, SelectionError
+from layerrl.errors import DeltaError, ProbeError, SelectionError
 from layerrl.trainer import LayerMaskedRLOOTrainer, LayerSchedule
 from tests.devices import on_any_device
 from tests.engines import in_place_of_vllm
@@ -89,7 +89,7 @@ def test_batches_of_few_prompts_are_taken_until_there_are_enough(tmp_path):
     compute = run._compute_loss
 
     def watched(model: Any, inputs: Any) -> Any:
-        if run._auto.report is not None and "old_per_token_logps" in inputs:
+        if run.masked_run.auto.report is not None and "old_per_token_logps" in inputs:
             policy, *_ = run._get_per_token_logps_and_entropies(
                 model,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -107,7 +107,7 @@ def test_batches_of_few_prompts_are_taken_until_there_are_enough(tmp_path):
     assert [step for step, _ in seen] == [1, 2, 3]
     assert 0 < seen[0][1] < seen[2][1]
     assert len(run.selection.layers) == 2
-    assert run._auto.report.settings["budget"] == 64
+    assert run.masked_run.auto.report.settings["budget"] == 64
     assert len(reward.asked) == 6
 
 
@@ -131,7 +131,7 @@ def test_the_layers_are_those_of_the_probe(tmp_path):
         seeds=[42],
     )
     assert max(found.scores, key=found.scores.__getitem__) in run.selection.layers
-    assert run._auto.report.scores == pytest.approx(found.scores, rel=1e-4)
+    assert run.masked_run.auto.report.scores == pytest.approx(found.scores, rel=1e-4)
 
 
 def test_only_the_chosen_layers_train(tmp_path):
@@ -153,7 +153,7 @@ def test_resume_trains_the_same_layers_without_probing_again(tmp_path, checkpoin
     whole.train()
     kept = tmp_path / "whole" / "checkpoint-2"
     report = ContributionReport.from_json((kept / "contributions.json").read_text())
-    assert report == whole._auto.report
+    assert report == whole.masked_run.auto.report
     reward = Counting()
     options["arguments"] = {"checkpoint_format": checkpoint_format}
     resumed = trainer(tmp_path / "resumed", "auto", reward, **options)
@@ -261,7 +261,7 @@ class TestRefused:
 
     def test_resuming_where_there_is_nothing(self, tmp_path):
         reward = Counting()
-        with pytest.raises(ProbeError, match="there is no checkpoint in"):
+        with pytest.raises(DeltaError, match="there is no checkpoint in"):
             trainer(tmp_path, "auto", reward).train(resume_from_checkpoint=True)
         assert not reward.asked
 
@@ -341,7 +341,7 @@ class TestRefused:
 
     def test_a_loader_that_gives_other_prompts(self, tmp_path):
         run = trainer(tmp_path)
-        choose = run._auto.choose
+        choose = run.masked_run.auto.choose
 
         def other(*args: Any) -> Any:
             chosen = choose(*args)
@@ -350,6 +350,6 @@ class TestRefused:
             )
             return chosen
 
-        run._auto.choose = other
+        run.masked_run.auto.choose = other
         with pytest.raises(ProbeError, match="now it gives others"):
             run.train()

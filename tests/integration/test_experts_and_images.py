@@ -150,5 +150,5 @@ def test_text_layers_train_on_images_and_the_tower_stays(tmp_path, processor):
     assert all(norm > 0 for norm in metric(trainer, "grad_norm"))
     layer = f"{FAMILIES['gemma3'].path}.2."
     assert moved(trainer, before) == {name for name in before if name.startswith(layer)}
-    assert trainer._replay.enabled
+    assert trainer.masked_run.replay.enabled
     assert_merges(trainer, tmp_path, base)

@@ -146,7 +146,7 @@ def run(
         "local_bytes": local_bytes,
         "trained_bytes": trained_bytes,
         "made_in_parts": made_in_parts,
-        "replays": bool(trainer._replay.num_replayed),
+        "replays": bool(trainer.masked_run.replay.num_replayed),
         "wrapper": type(trainer.model_wrapped).__name__,
     }
 

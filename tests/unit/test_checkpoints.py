@@ -228,7 +228,7 @@ class TestResume:
         resumed = trainer_on(base, tmp_path / "again", **changes)
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
         assert_same_but_summary(resumed, straight)
-        assert resumed._replay.num_replayed
+        assert resumed.masked_run.replay.num_replayed
 
     @pytest.mark.parametrize("at", [8, 12])
     def test_in_a_later_epoch_goes_on_with_its_order_of_the_data(self, base, tmp_path, at):

@@ -13,10 +13,10 @@ from transformers import Adafactor
 
 from layerrl import frozen, select_layers
 from layerrl.errors import FrozenTensorError, SelectionError
-from layerrl.frozen import check_frozen, fingerprints, frozen_tensors
+from layerrl.frozen import FrozenRecord, fingerprints, frozen_tensors
 from layerrl.optimizer import check_optimizer, scale_learning_rates
 from layerrl.sweep.restoring import as_found
-from layerrl.trained import parameters_by_layer
+from layerrl.trained import TrainedLayers
 from layerrl.trainer.metrics import norm
 from tests.devices import DEVICE, on_any_device
 from tests.models import tiny
@@ -321,21 +321,19 @@ class TestCheckFrozen:
         return select_layers(model, 1)
 
     @pytest.fixture
-    def recorded(self, model, selection):
-        return fingerprints(frozen_tensors(model, selection))
+    def record(self, model, selection):
+        return FrozenRecord(model, selection)
 
-    def test_accepts_an_unchanged_model(self, model, selection, recorded):
-        check_frozen(model, selection, recorded)
+    def test_accepts_an_unchanged_model(self, model, selection, record):
+        record.check()
 
-    def test_accepts_changes_of_trained_tensors_and_unsaved_buffers(
-        self, model, selection, recorded
-    ):
+    def test_accepts_changes_of_trained_tensors_and_unsaved_buffers(self, model, selection, record):
         with torch.no_grad():
             for parameter in selection.parameters(model).values():
                 parameter.add_(1)
         model.model.cache.add_(1)
         model.model.layers[1].mlp.cache.add_(1)
-        check_frozen(model, selection, recorded)
+        record.check()
 
     @pytest.mark.parametrize(
         "name",
@@ -348,37 +346,37 @@ class TestCheckFrozen:
             "model.layers.1.mlp.counts",
         ],
     )
-    def test_names_the_tensor_that_changed(self, model, selection, recorded, name):
+    def test_names_the_tensor_that_changed(self, model, selection, record, name):
         frozen = frozen_tensors(model, selection)
         with torch.no_grad():
             frozen[name].view(-1)[-1] += 1
         message = rf"1 of {len(frozen)} frozen tensors .*: {name}\. Only layer 1 of 3 may change"
         with pytest.raises(FrozenTensorError, match=message):
-            check_frozen(model, selection, recorded)
+            record.check()
 
-    def test_sees_one_flipped_bit(self, model, selection, recorded):
+    def test_sees_one_flipped_bit(self, model, selection, record):
         model.model.norm.weight.data.view(torch.int32)[3] ^= 1
         with pytest.raises(FrozenTensorError, match=r"model\.norm\.weight"):
-            check_frozen(model, selection, recorded)
+            record.check()
 
-    def test_lists_five_names_when_more_changed(self, model, selection, recorded):
+    def test_lists_five_names_when_more_changed(self, model, selection, record):
         with torch.no_grad():
             for parameter in model.model.layers[0].parameters():
                 parameter.add_(1)
         with pytest.raises(FrozenTensorError, match=r"9 of 23 frozen") as error:
-            check_frozen(model, selection, recorded)
+            record.check()
         assert str(error.value).count("model.layers.0.") == 5
         assert ", ..." in str(error.value)
 
-    def test_names_a_buffer_that_is_new_or_gone(self, model, selection, recorded):
+    def test_names_a_buffer_that_is_new_or_gone(self, model, selection, record):
         model.model.layers[2].register_buffer("late", torch.zeros(1))
         with pytest.raises(FrozenTensorError, match=r"model\.layers\.2\.late"):
-            check_frozen(model, selection, recorded)
+            record.check()
         del model.model.layers[2].late
-        check_frozen(model, selection, recorded)
+        record.check()
         model.model.counts = None
         with pytest.raises(FrozenTensorError, match=r"1 of .*: model\.counts"):
-            check_frozen(model, selection, recorded)
+            record.check()
 
 
 class TestAsFound:
@@ -445,7 +443,7 @@ class TestAsFound:
 class TestParametersByLayer:
     def test_holds_the_trained_tensors_of_each_layer(self):
         model = tiny("llama", 4)
-        grouped = parameters_by_layer(model, select_layers(model, [3, 1], modules="mlp.*"))
+        grouped = TrainedLayers(model, select_layers(model, [3, 1], modules="mlp.*")).by_layer
         assert list(grouped) == [1, 3]
         for layer, parameters in grouped.items():
             mlp = model.model.layers[layer].mlp
@@ -468,7 +466,7 @@ class TestScaleLearningRates:
         selection = select_layers(model, "full", boost={1: 2.0, 2: 0.5, 3: 2.0})
         optimizer = torch.optim.AdamW(decay_groups(model, selection), lr=1e-3, betas=(0.8, 0.9))
         groups = optimizer.param_groups
-        scale_learning_rates(optimizer, model, selection)
+        scale_learning_rates(optimizer, TrainedLayers(model, selection))
         assert optimizer.param_groups is groups
         # A block has 7 matrices and 2 norms; outside are embedding, head and the final norm.
         found = [(g["weight_decay"], g["lr"], len(g["params"])) for g in groups]
@@ -490,7 +488,7 @@ class TestScaleLearningRates:
         model = tiny("llama", 3)
         selection = select_layers(model, [0, 2], boost={2: 3.0})
         optimizer = torch.optim.SGD(decay_groups(model, selection), lr=1e-3)
-        scale_learning_rates(optimizer, model, selection)
+        scale_learning_rates(optimizer, TrainedLayers(model, selection))
         counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
         assert set(counts) == {id(p) for p in selection.parameters(model).values()}
         assert set(counts.values()) == {1}
@@ -500,7 +498,7 @@ class TestScaleLearningRates:
         selection = select_layers(model, "all", boost={0: 1.0})
         optimizer = torch.optim.SGD(decay_groups(model, selection), lr=1e-3)
         before = list(optimizer.param_groups)
-        scale_learning_rates(optimizer, model, selection)
+        scale_learning_rates(optimizer, TrainedLayers(model, selection))
         assert all(a is b for a, b in zip(optimizer.param_groups, before, strict=True))
 
     def test_does_not_need_a_learning_rate_without_boost(self):
@@ -508,7 +506,7 @@ class TestScaleLearningRates:
         selection = select_layers(model, 1)
         optimizer = Adafactor(decay_groups(model, selection))
         assert optimizer.param_groups[0]["lr"] is None
-        scale_learning_rates(optimizer, model, selection)
+        scale_learning_rates(optimizer, TrainedLayers(model, selection))
         assert len(optimizer.param_groups) == 2
 
     def test_refuses_an_optimizer_without_learning_rate_and_leaves_it_alone(self):
@@ -516,14 +514,14 @@ class TestScaleLearningRates:
         selection = select_layers(model, 1, boost={1: 2.5})
         optimizer = Adafactor(decay_groups(model, selection))
         with pytest.raises(SelectionError, match=r"Adafactor .*lr=None.*\{2\.5\}"):
-            scale_learning_rates(optimizer, model, selection)
+            scale_learning_rates(optimizer, TrainedLayers(model, selection))
         assert [len(group["params"]) for group in optimizer.param_groups] == [7, 2]
 
     def test_schedulers_see_the_scaled_rates_as_their_base(self):
         model = tiny("llama", 3)
         selection = select_layers(model, [1, 2], boost={2: 4.0})
         optimizer = torch.optim.SGD(decay_groups(model, selection), lr=1e-3)
-        scale_learning_rates(optimizer, model, selection)
+        scale_learning_rates(optimizer, TrainedLayers(model, selection))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
         assert scheduler.base_lrs == [1e-3, 4e-3, 1e-3, 4e-3]
         optimizer.step()
@@ -538,31 +536,35 @@ class TestCheckOptimizer:
 
     def test_accepts_exactly_the_trained_tensors(self, model):
         selection = select_layers(model, 1)
-        check_optimizer(torch.optim.SGD(decay_groups(model, selection)), model, selection)
+        check_optimizer(
+            torch.optim.SGD(decay_groups(model, selection)), TrainedLayers(model, selection)
+        )
 
     def test_accepts_a_compiled_model(self, model):
         selection = select_layers(model, 1)
         optimizer = torch.optim.SGD(selection.parameters(model).values())
-        check_optimizer(optimizer, torch.compile(model), selection)
+        check_optimizer(optimizer, TrainedLayers(torch.compile(model), selection))
 
     def test_refuses_a_frozen_tensor(self, model):
         message = r"SGD holds frozen 'lm_head\.weight' \(0 missing, 21 too many; layer 1 of 3 "
         with pytest.raises(SelectionError, match=message):
-            check_optimizer(torch.optim.SGD(model.parameters()), model, select_layers(model, 1))
+            check_optimizer(
+                torch.optim.SGD(model.parameters()), TrainedLayers(model, select_layers(model, 1))
+            )
 
     def test_refuses_to_miss_a_trained_tensor(self, model):
         selection = select_layers(model, [1, 2])
         optimizer = torch.optim.SGD(model.model.layers[2].parameters())
         message = r"SGD misses trained 'model\.layers\.1\.self_attn\.q_proj\.weight' \(9 missing"
         with pytest.raises(SelectionError, match=message):
-            check_optimizer(optimizer, model, selection)
+            check_optimizer(optimizer, TrainedLayers(model, selection))
 
     def test_refuses_a_tensor_of_no_model(self, model):
         selection = select_layers(model, 1)
         stray = nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([*selection.parameters(model).values(), stray])
         with pytest.raises(SelectionError, match=r"'a tensor of no parameter' \(0 missing, 1 too"):
-            check_optimizer(optimizer, model, selection)
+            check_optimizer(optimizer, TrainedLayers(model, selection))
 
 
 class TestNorm:

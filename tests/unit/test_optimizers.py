@@ -510,7 +510,9 @@ class TestTrainer:
             if "projector" in state:
                 state["projector"] = state["projector"].ortho_matrix
         if optim.startswith("apollo") and "layerwise" not in optim:
-            trained = [*trainer._trained.values()]  # of frozen ones, plain TRL has seeds as state
+            trained = [
+                *trainer.masked_run.layers.parameters.values()
+            ]  # of frozen ones, plain TRL has seeds as state
             assert {*trainer.optimizer.state} <= {*trained}
             for parameter in plain.model.parameters():
                 if not parameter.requires_grad:
@@ -518,7 +520,7 @@ class TestTrainer:
         assert_same_run(trainer, plain)
         changed = {n for n, now in bits(trainer.model).items() if not torch.equal(now, before[n])}
         assert changed
-        assert changed <= {*trainer._trained}
+        assert changed <= {*trainer.masked_run.layers.parameters}
 
     @pytest.mark.parametrize(
         "optim", ["galore_adamw", "schedule_free_adamw", "schedule_free_radam"]
@@ -530,7 +532,7 @@ class TestTrainer:
         before = bits(trainer.model)
         trainer.train()
         state = trainer.optimizer.state
-        for name, parameter in trainer._trained.items():
+        for name, parameter in trainer.masked_run.layers.parameters.items():
             master = state[parameter]["master"]
             assert master.dtype == torch.float32
             assert (on_cpu(master) != before[name].float()).float().mean() > 0.3
@@ -544,13 +546,13 @@ class TestTrainer:
         trainer.train()
         after = bits(trainer.model)
         changed = {name for name, now in after.items() if not torch.equal(now, before[name])}
-        assert changed == {*trainer._trained}
+        assert changed == {*trainer.masked_run.layers.parameters}
         inner = [*nested(trainer.optimizer)]
         for one in inner:
             keys = [{*state} - {"master"} for state in one.state.values()]
-            assert len(keys) <= len(trainer._trained)
+            assert len(keys) <= len(trainer.masked_run.layers.parameters)
         moments = {id(p) for one in inner for p, s in one.state.items() if {*s} - {"master"}}
-        assert moments == {id(p) for p in trainer._trained.values()}
+        assert moments == {id(p) for p in trainer.masked_run.layers.parameters.values()}
 
     def test_a_composite_resumes_from_its_own_state_dict(self, tmp_path):
         saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -579,7 +581,7 @@ class TestTrainer:
         trainer.train()
         after = bits(trainer.model)
         changed = {name for name, now in after.items() if not torch.equal(now, before[name])}
-        assert changed == {*trainer._trained}
+        assert changed == {*trainer.masked_run.layers.parameters}
 
     @pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
     @pytest.mark.parametrize(
@@ -621,7 +623,7 @@ class TestTrainer:
         else:
             trainer.train()
             state = trainer.optimizer.state
-            assert all("master" in state[p] for p in trainer._trained.values())
+            assert all("master" in state[p] for p in trainer.masked_run.layers.parameters.values())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_layers_that_take_turns_start_anew_inside_of_a_composite(self, tmp_path, dtype):

@@ -239,7 +239,7 @@ class TestTrainer:
         trainer.train()
         assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
         state = trainer.optimizer.optimizer.state
-        assert set(state) == set(trainer._trained.values())
+        assert set(state) == set(trainer.masked_run.layers.parameters.values())
         assert all(held["master"].dtype == torch.float32 for held in state.values())
 
     def test_resume_is_exact(self, tmp_path):
@@ -271,8 +271,10 @@ class TestTrainer:
         trainer = self.run(tmp_path, torch.bfloat16)
         trainer.train()
         [*_, last] = metric(trainer, "layerrl/relative_update/layer_2")
-        state, start = trainer.optimizer.optimizer.state, trainer._initial
-        moved = [state[p]["master"] - start[n] for n, p in trainer._trained.items()]
+        state, start = trainer.optimizer.optimizer.state, trainer.masked_run.initial
+        moved = [
+            state[p]["master"] - start[n] for n, p in trainer.masked_run.layers.parameters.items()
+        ]
         size = torch.cat([t.float().flatten() for t in start.values()]).norm()
         expected = torch.cat([m.flatten() for m in moved]).norm() / size
         assert last == pytest.approx(expected.item(), rel=1e-3)
@@ -284,4 +286,4 @@ class TestTrainer:
         from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
         with pytest.raises(SelectionError, match="master_weights=False"):
-            trainer._fit_optimizer(LayerWiseDummyOptimizer({}), True)
+            trainer.masked_run.optimizer.fit_another(LayerWiseDummyOptimizer({}))

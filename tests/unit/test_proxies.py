@@ -9,7 +9,7 @@ from layerrl import select_layers
 from layerrl.blocks import find_blocks
 from layerrl.errors import ProbeError
 from layerrl.proxies import held_out_gains, position_scores
-from layerrl.trained import parameters_by_layer
+from layerrl.trained import TrainedLayers
 from tests.models import tiny
 from tests.operations import during
 
@@ -56,7 +56,7 @@ def plainly(model, tokens_PBT):
 def gains(model, prompts, layers="all"):
     selection = select_layers(model, layers)
     with selection.masked(model):
-        return held_out_gains(parameters_by_layer(model, selection), prompts)
+        return held_out_gains(TrainedLayers(model, selection).by_layer, prompts)
 
 
 def test_is_what_plain_autograd_gives(model, tokens_PBT):

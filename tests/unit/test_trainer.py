@@ -878,7 +878,7 @@ class TestFrozenCheck:
         monkeypatch.setattr(frozen, "_chunk_sums", look)
         trainer = make(model, tmp_path, selection=1)
         trainer.check_frozen()
-        num_tensors = len(names_of(model, 1)) + 2 * len(trainer._frozen)
+        num_tensors = len(names_of(model, 1)) + 2 * len(trainer.masked_run.frozen.fingerprints)
         assert devices == [trainer.accelerator.device] * num_tensors
 
 

@@ -1,0 +1,172 @@
+"""How a masked trainer is called: what the wrapped trainer is given, and what the mixin keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from layerrl.quantisation import quantised_base
+from layerrl.selection import LayerSelection, select_layers
+from layerrl.trainer import arguments
+from layerrl.trainer.announced import EarlyMask, announces
+from layerrl.trainer.auto import AutoSelection
+from layerrl.trainer.checkpoints import refuse_readers
+from layerrl.trainer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class TrainerCall:
+    """The arguments of one masked trainer: checked, before weights are loaded where possible.
+
+    Args:
+        wrapped: The trainer as its class behind the mixin sees it: `super()` of the mixin.
+        known: The wrapped trainer's arguments, by position.
+        args: What it was given by position.
+        kwargs: What it was given by name.
+        selection: The mixin's keyword, as it was given; the others alike.
+        prefix_cache_bytes: See `LayerMaskedMixin`.
+        master_weights: See `LayerMaskedMixin`.
+        checkpoint_format: See `LayerMaskedMixin`.
+
+    Raises:
+        LayerRLError: If something does not make sense, or does not fit the model.
+    """
+
+    def __init__(
+        self,
+        wrapped: Any,
+        known: list[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        selection: Any,
+        prefix_cache_bytes: int,
+        master_weights: bool,
+        checkpoint_format: str,
+    ) -> None:
+        given = {**dict(zip(known, args, strict=False)), **kwargs}
+        model, self._trainer_args = given.get("model"), given.get("args")
+        arguments.refuse_peft(selection, model, given.get("peft_config"))
+        arguments.check_keywords(
+            kwargs,
+            byte_counts={"prefix_cache_bytes": prefix_cache_bytes},
+            switches={"master_weights": master_weights},
+            checkpoint_format=checkpoint_format,
+        )
+        self.auto = AutoSelection.of(selection)
+        """The choice that is left to the trainer; None where it is given."""
+        chosen = selection if self.auto is None else "all"
+        self._choice = [*chosen] if isinstance(chosen, Iterator) else chosen
+        # A path's config will do, so that a typo is not found after minutes of loading weights.
+        is_model = isinstance(model, nn.Module)
+        described = model if is_model else arguments.config_at(model, self._trainer_args)
+        if described is not None:
+            chosen = arguments.chosen_early(described, self._choice)
+        full = chosen == "full" or (isinstance(chosen, LayerSelection) and chosen.full)
+        self._full = full
+        self.prefix_cache_bytes = prefix_cache_bytes
+        self.master_weights = master_weights and not full
+        self.checkpoint_format = "full" if full else checkpoint_format
+        refuse_readers(given.get("callbacks") or (), self.checkpoint_format)
+        self.early = None
+        """The mask under which an asynchronous trainer announces its weights."""
+        if not full and announces(type(wrapped.__self__)):
+            own_transfer = given.get("weight_transfer") is not None
+            self.early = EarlyMask(self._choice, own_transfer=own_transfer)
+            callbacks = [*(given.get("callbacks") or ()), self.early]
+            args, kwargs = arguments.with_argument(known, args, kwargs, "callbacks", callbacks)
+        self._vocabulary = Vocabulary(model, described, given.get("processing_class"))
+        generates = hasattr(wrapped, "_generate_and_score_completions")
+        self.reference: arguments.Reference = arguments.second_model(
+            given, known, generates=generates
+        )
+        """What the reference is asked by."""
+        if self.reference == "ref_model":
+            stand_in = arguments.StandIn()
+            args, kwargs = arguments.with_argument(known, args, kwargs, "ref_model", stand_in)
+        self.args, self.kwargs = args, kwargs
+        """What the wrapped trainer is given."""
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Inside, the wrapped trainer is made.
+
+        Yields:
+            Nothing.
+        """
+        with (
+            arguments.without_reference_model(self._trainer_args, self.reference),
+            nullcontext() if self._full else quantised_base(self._trainer_args),
+            self.early or nullcontext(),
+        ):
+            yield
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known what trains."""
+        return self.auto is None or self.auto.report is not None
+
+    def decide(self, trainer: Any, folder: Path | None) -> LayerSelection:
+        """Choose what trains, where that is left to the trainer.
+
+        Args:
+            trainer: The trainer, masked to all of its layers.
+            folder: The checkpoint that it resumes from.
+
+        Returns:
+            The selection, from now on that of other models, too.
+        """
+        assert self.auto is not None
+        self._choice, self.auto.report = self.auto.choose(trainer, folder)
+        return self._choice
+
+    def undecide(self, model: nn.Module) -> LayerSelection:
+        """Take back `decide`, whose selection the trainer could not go on with.
+
+        Args:
+            model: The trainer's.
+
+        Returns:
+            All layers, among which the next training chooses.
+        """
+        assert self.auto is not None
+        self._choice, self.auto.report = "all", None
+        return self.selection_for(model)
+
+    def forget_batches(self) -> None:
+        """Forget what was generated to choose by, and not asked for since."""
+        if self.auto is not None:
+            self.auto.clear()
+
+    def selection_for(self, model: nn.Module) -> LayerSelection:
+        """What trains of a model, all layers where that is still to be chosen.
+
+        Args:
+            model: The trainer's, or one that its `model_init` has made.
+
+        Returns:
+            The selection.
+
+        Raises:
+            SelectionError: If it does not fit.
+        """
+        return select_layers(model, self._choice)
+
+    def check_made(self, trainer: Any, selection: LayerSelection) -> None:
+        """What only the trainer that was made can tell.
+
+        Args:
+            trainer: The trainer.
+            selection: What trains of its model.
+
+        Raises:
+            LayerRLError: If its vocabulary has changed, or `"auto"` could not choose.
+        """
+        self._vocabulary.check(trainer.model, trainer.processing_class, selection)
+        if self.auto is not None:
+            self.auto.check(trainer, selection.num_layers)

@@ -1,0 +1,252 @@
+"""Everything that lives as long as one selection of a trainer."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from layerrl.activations import backward_from_first_trained
+from layerrl.blocks import unwrap
+from layerrl.delta import DeltaBase, save_delta
+from layerrl.errors import SelectionError
+from layerrl.frozen import FrozenRecord
+from layerrl.optimizer import MaskedOptimizer
+from layerrl.reference import ReferenceModel
+from layerrl.replay import PrefixReplay
+from layerrl.shards import parts, sharded_like
+from layerrl.trained import TrainedLayers
+from layerrl.trainer import arguments, launchers, metrics
+from layerrl.trainer.announced import AnnouncedSync
+from layerrl.trainer.callbacks import SyncReference
+from layerrl.trainer.sync import WeightSync
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from layerrl.selection import LayerSelection
+    from layerrl.trainer.call import TrainerCall
+
+
+class MaskedRun:
+    """What a masked trainer keeps of its model while one selection of it trains.
+
+    Another one takes its place when `"auto"` has chosen, or `model_init` has made a new model.
+
+    Args:
+        trainer: The trainer that was made.
+        call: How it was called.
+        selection: What trains.
+
+    Raises:
+        LayerRLError: If the selection cannot be trained as the trainer was made.
+    """
+
+    def __init__(self, trainer: Any, call: TrainerCall, selection: LayerSelection) -> None:
+        model, accelerator, full = trainer.model, trainer.accelerator, selection.full
+        arguments.refuse_peft(selection, model)
+        quantised = getattr(unwrap(model), "is_quantized", False)
+        launchers.refuse_launcher(selection, accelerator, quantised=quantised)
+        launchers.refuse_threads(trainer.args)
+        launchers.refuse_disagreement(selection, accelerator)
+        casts = launchers.casts_model(accelerator)
+        arguments.refuse_cast(trainer.args, None if full else model, casts)
+        arguments.warn_of_frozen_head(model, selection)
+        self._trainer, self._call = trainer, call
+        self.selection = selection
+        self.auto = call.auto
+        """The choice of `selection="auto"`, with its report once it is made; None otherwise."""
+        self.layers = TrainedLayers(model, selection)
+        # A model that will be sharded lies on the CPU until it is.
+        self.frozen = FrozenRecord(model, selection, device=accelerator.device)
+        self.base: DeltaBase | None = None
+        """What a delta is relative to; None before `"auto"` has chosen, as all below."""
+        if call.decided:
+            known = self.frozen.fingerprints
+            base = DeltaBase.of(model, selection, frozen=known, device=accelerator.device)
+            self.base = launchers.of_main_process(base, accelerator)
+        self.replay = PrefixReplay(
+            model,
+            selection,
+            call.prefix_cache_bytes,
+            agree=partial(launchers.agree, accelerator),
+        )
+        self.optimizer = MaskedOptimizer(self.layers, master_weights=call.master_weights)
+        self.sync: WeightSync | AnnouncedSync | None = None
+        """What sends vLLM the trained tensors."""
+        if hasattr(trainer, "vllm_generation") and not full and call.decided:
+            self.sync = WeightSync(trainer.vllm_generation, model, selection)
+        elif call.early is not None and call.decided:
+            self.sync = AnnouncedSync(trainer, selection, call.early)
+        self._clipped: metrics.Norms | None = None
+        self.initial: Mapping[str, Tensor] = {}
+        """The trained tensors' values at the start, the reference's own where it keeps them."""
+        if call.reference:
+            self._set_reference()
+        if not self.initial and not full and call.decided:
+            self.initial = {
+                name: parts(p).detach().clone() for name, p in self.layers.parameters.items()
+            }
+
+    def _set_reference(self) -> None:
+        """Before anything trains, the model is its own reference."""
+        trainer, decided = self._trainer, self._call.decided
+        reference = ReferenceModel(trainer.model, self.layers.parameters if decided else {})
+        trainer.ref_model = reference
+        if hasattr(trainer.callback_handler, "ref_model"):  # of TRL's DPO with BEMA
+            trainer.callback_handler.ref_model = reference
+        if not decided:
+            return
+        trainer.remove_callback(SyncReference)
+        if getattr(trainer.args, "sync_ref_model", False):
+            trainer.add_callback(SyncReference(reference, trainer.accelerator))
+        elif not self.selection.full:
+            self.initial = reference.tensors
+
+    @property
+    def reference(self) -> ReferenceModel | None:
+        """The trainer's reference, where it is kept as values; None where there is none."""
+        reference = getattr(self._trainer, "ref_model", None)
+        return reference if isinstance(reference, ReferenceModel) else None
+
+    # What is frozen
+
+    def follow_shards(self) -> None:
+        """Go on with a model that a launcher has sharded.
+
+        Not before `check_frozen` has been called on the whole one: its record is taken anew.
+        """
+        if not launchers.shards_model(self._trainer.accelerator) or not self.layers.follow():
+            return
+        self.frozen.take()
+        trained, reference = self.layers.parameters, self.reference
+        initial = {name: sharded_like(v, trained[name]) for name, v in self.initial.items()}
+        if reference is not None:
+            shared = any(value is reference.initial[0] for value in self.initial.values())
+            reference.follow(trained)
+            initial = reference.tensors if shared else initial
+        self.initial = initial
+
+    def check_frozen(self) -> None:
+        """Compare every frozen tensor and buffer with what it was when the trainer was made.
+
+        Raises:
+            FrozenTensorError: If one changed.
+        """
+        self.follow_shards()
+        self.frozen.check()
+
+    def save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
+        """Write a delta, after `check_frozen`.
+
+        Args:
+            path: Folder to make.
+            writes: Whether this process does; every one has to call this.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SelectionError: If `"auto"` has not chosen yet.
+        """
+        if self.base is None:
+            raise SelectionError(
+                'selection="auto" chooses its layers when training starts: nothing is trained yet '
+                "that a delta could hold"
+            )
+        return save_delta(
+            self._trainer.model,
+            path,
+            selection=self.selection,
+            base=self.base,
+            processing_class=self._trainer.processing_class,
+            is_main_process=writes,
+            check_frozen=self.selection.full,  # others were compared by whoever calls this
+        )
+
+    def sync_everything(self) -> None:
+        """Send vLLM all weights next time: a checkpoint is loaded, or a training has failed."""
+        if self.sync is not None:
+            self.sync.reset()
+
+    # Passes over a batch
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Inside, a batch is generated and scored.
+
+        Yields:
+            Nothing.
+        """
+        own_rollout = getattr(self._trainer, "rollout_func", None)  # may ask the engine itself
+        if own_rollout is not None and isinstance(self.sync, WeightSync):
+            self.sync.freshen()
+        with self.replay.batch(training=self._training):
+            yield
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Inside, completions are scored, before the loss or in it.
+
+        Yields:
+            Nothing.
+        """
+        self.follow_shards()
+        with self.replay.passes(training=self._training):
+            yield
+
+    @contextmanager
+    def loss(self) -> Iterator[None]:
+        """Inside, a loss is computed, whose backward will end at the first trained layer.
+
+        Yields:
+            Nothing.
+        """
+        self.follow_shards()  # an evaluation shards the model, too
+        training = self._training
+        # DPO and KTO score each batch in the loss, with the policy and the reference.
+        alone = self._call.reference == "ref_model"
+        try:
+            # Here and not once for the run: TRL enables checkpointing anew after a generation.
+            with (
+                backward_from_first_trained(self._trainer.model, self.selection),
+                self.replay.passes(training=training, alone=alone),
+            ):
+                yield
+        finally:
+            if not training:
+                self.replay.forget_evaluation()
+
+    @property
+    def _training(self) -> bool:
+        return self.layers.model.training
+
+    # What is logged
+
+    def note_gradients(self) -> None:
+        """Measure the gradients, which have just been clipped."""
+        if not launchers.uses_deepspeed(self._trainer.accelerator):  # it has none left by now
+            trained = self.layers.parameters.values()
+            self._clipped = metrics.clipped_norms(self.layers.by_layer, trained)
+
+    def metrics_of_step(self, grad_norm: float | None) -> dict[str, float]:
+        """The layers' metrics.
+
+        Args:
+            grad_norm: The norm of the whole gradient before it was clipped, where it is known.
+
+        Returns:
+            Name to value.
+        """
+        layers = self.layers
+        found = {"layerrl/trained_parameters": float(layers.num_training)}
+        if self._clipped is not None and grad_norm is not None:
+            norms = metrics.before_clipping(grad_norm, self._clipped)
+            found |= metrics.named("grad_norm", norms)
+        state = getattr(self._trainer.optimizer, "state", {})
+        moved = metrics.relative_updates(layers.by_layer, layers.parameters, self.initial, state)
+        return found | metrics.named("relative_update", moved)

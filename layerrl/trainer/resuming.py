@@ -1,0 +1,257 @@
+"""What a masked trainer takes back from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import get_last_checkpoint
+
+from layerrl.delta import put_tensors, tensors_of_run
+from layerrl.errors import DeltaError
+from layerrl.frozen import fingerprints
+from layerrl.shards import shape
+from layerrl.trainer import launchers
+from layerrl.trainer.arguments import with_argument
+from layerrl.trainer.checkpoints import FINGERPRINTS, REFERENCE, delta_in, is_complete
+from layerrl.trainer.whole_models import CheckpointError, trained_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from layerrl.reference import ReferenceModel
+
+
+class CheckpointReader:
+    """Loads a trainer's checkpoints, each whole or not at all.
+
+    Args:
+        trainer: The masked trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.folder: Path | None = None
+        """The checkpoint that a training resumes from; None: it begins."""
+
+    def resumed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of `train`, with the last whole checkpoint in place of `True`.
+
+        Args:
+            args: Those by position.
+            kwargs: Those by name.
+
+        Returns:
+            Both; `folder` is the checkpoint that they name.
+
+        Raises:
+            DeltaError: If there is none, or none was written to its end.
+        """
+        name = "resume_from_checkpoint"
+        given = args[0] if args else kwargs.get(name)
+        found = self._last_whole() if given is True else given
+        self.folder = Path(found) if found else None
+        if found is given:
+            return args, kwargs
+        return with_argument([name], args, kwargs, name, found)
+
+    def _last_whole(self) -> str:
+        """The last checkpoint that was written to its end."""
+        output_dir = Path(self._trainer.args.output_dir)
+        last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if last is None:
+            raise DeltaError(f"there is no checkpoint in {output_dir} to resume")
+        if is_complete(Path(last)):
+            return last
+        complete = [path for path in output_dir.glob("checkpoint-*") if is_complete(path)]
+        steps = {int(path.name.rpartition("-")[2]): path for path in complete if _numbered(path)}
+        if not steps:
+            raise DeltaError(
+                f"there is no whole checkpoint in {output_dir}: {last} was not written to its end"
+            )
+        warnings.warn(
+            f"{last} was not written to its end (it has no readable {TRAINER_STATE_NAME}): going "
+            f"on from {steps[max(steps)]}",
+            stacklevel=5,
+        )
+        return str(steps[max(steps)])
+
+    def load(self, checkpoint: Any, *, resumes: bool) -> bool:
+        """Load a checkpoint of this run, or nothing of it.
+
+        Args:
+            checkpoint: Its folder. Every process has to call this.
+            resumes: Whether its optimizer's and trainer's states will be loaded, too.
+
+        Returns:
+            Whether it is loaded; otherwise the wrapped trainer has to.
+
+        Raises:
+            CheckpointError: If it holds a whole model that is not of this run.
+            DeltaError: If it is damaged or incomplete, or its delta is not of this run.
+        """
+        trainer, run, folder = self._trainer, self._trainer.masked_run, Path(checkpoint)
+        run.sync_everything()
+        run.follow_shards()
+        delta = delta_in(folder)
+        launchers.refuse_checkpoint(folder, trainer.accelerator, has_delta=delta is not None)
+        in_parts = launchers.shards_model(trainer.accelerator)
+        quantised = getattr(trainer.model, "is_quantized", False)
+        if delta is None and (run.selection.full or in_parts or quantised):
+            return False
+        assert run.base is not None  # "auto" has chosen before anything is loaded
+        if delta is None:
+            tensors, reference = trained_tensors(trainer.model, folder, run.selection), {}
+        else:
+            tensors = tensors_of_run(delta, run.selection, run.base)
+            reference = _reference_in(folder, run.reference)
+        if resumes:
+            self._check_state(folder, of_delta=delta is not None)
+        put_tensors(trainer.model, run.layers.parameters, tensors)
+        if reference:
+            run.reference.load_tensors(reference)
+        return True
+
+    def load_reference(self) -> None:
+        """Load what DeepSpeed does not: of the checkpoint that it will load itself.
+
+        Raises:
+            DeltaError: If the launcher cannot load it, its delta is not of this run, or its
+                reference is missing or damaged.
+        """
+        if self.folder is None:
+            return
+        run, delta = self._trainer.masked_run, delta_in(self.folder)
+        run.sync_everything()
+        accelerator = self._trainer.accelerator
+        launchers.refuse_checkpoint(self.folder, accelerator, has_delta=delta is not None)
+        if delta is None:
+            return
+        tensors_of_run(delta, run.selection, run.base)
+        if reference := _reference_in(self.folder, run.reference):
+            run.reference.load_tensors(reference)
+
+    def _check_state(self, folder: Path, *, of_delta: bool) -> None:
+        """What transformers would only find out after it has loaded the weights."""
+        try:
+            state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+                raise ValueError(f"expected the trainer's state, got {state!r:.80}")
+        except (OSError, ValueError, RecursionError) as error:
+            raise DeltaError(
+                f"{folder} is no checkpoint to resume from: its {TRAINER_STATE_NAME} is missing or "
+                f"damaged ({error}). It was not written to its end, or is "
+                f"{'a delta alone: call load_delta' if of_delta else 'a model alone: pass it'}, "
+                "and start a new run."
+            ) from error
+        # Transformers loads the optimizer only if the scheduler is there as well.
+        files = [folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME]
+        optimizer = _state(files[0])
+        for file in (files[1], *folder.glob("rng_state*.pth")):
+            _state(file)
+        missing = [file.name for file in files if not file.exists()]
+        if missing and not launchers.shards_model(self._trainer.accelerator):
+            warnings.warn(
+                f"{folder} has no {' and no '.join(missing)} (as with save_only_model=True): the "
+                "optimizer and the learning rate schedule start anew from its weights. This is not "
+                "the run that would have gone on.",
+                stacklevel=4,
+            )
+        if not of_delta and optimizer is not None:
+            try:
+                self._check_optimizer(folder, optimizer)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise DeltaError(f"{files[0]} is damaged: {error!r:.200}") from error
+
+    def _check_optimizer(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Whether a whole model's checkpoint has the optimizer of what trains here."""
+        trainer, layers = self._trainer, self._trainer.masked_run.layers
+        held = sum(len(group["params"]) for group in state.get("param_groups", ()))
+        if not held or "layerwise" in str(trainer.args.optim):  # which has states of its own
+            return
+        moments = Counter(
+            tuple(values["exp_avg"].shape)
+            for values in state.get("state", {}).values()
+            if isinstance(values, dict) and isinstance(values.get("exp_avg"), Tensor)
+        )
+        others = moments - Counter(tuple(shape(p)) for p in layers.parameters.values())
+        if held != len(layers.parameters) or others:
+            raise CheckpointError(
+                f"{folder / OPTIMIZER_NAME} holds the state of {held} tensors"
+                + (f", one of them of shape {[*next(iter(others))]}" if others else "")
+                + f"; {trainer.selection} trains {len(layers.parameters)} others. It is of a run "
+                "that trained something else. Nothing was loaded. Resume it with the selection "
+                "that wrote it, or start a new run from its weights: pass the folder as the model."
+            )
+
+
+def _reference_in(folder: Path, reference: ReferenceModel | None) -> dict[str, Tensor]:
+    """The values of a reference in a checkpoint, checked; none where there is no reference."""
+    if reference is None:
+        return {}
+    file = folder / REFERENCE
+    try:
+        with safe_open(file, framework="pt") as stored:
+            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            known = json.loads((stored.metadata() or {}).get(FINGERPRINTS, "null"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DeltaError(
+            f"the checkpoint {folder} holds no readable reference, which a run with beta above 0 "
+            f"needs ({error}). Was it written with beta=0, a ref_model or precomputed "
+            "log-probabilities?"
+        ) from error
+    expected = {
+        name: (str(value.dtype), tuple(shape(reference.trained[name])))
+        for name, value in reference.tensors.items()
+    }
+    given = {name: (str(value.dtype), tuple(value.shape)) for name, value in found.items()}
+    if wrong := sorted(n for n in {*given, *expected} if given.get(n) != expected.get(n)):
+        raise DeltaError(
+            f"{file} is not this run's reference: {wrong[0]!r} is "
+            f"{given.get(wrong[0], 'missing')}, expected "
+            f"{expected.get(wrong[0], 'no such tensor')} ({len(wrong)} of {len(expected)} "
+            "differ)"
+        )
+    if known is None:
+        warnings.warn(
+            f"{file} was written without fingerprints: only the names, shapes and dtypes in it "
+            "could be checked",
+            stacklevel=4,
+        )
+    elif not isinstance(known, dict):
+        raise DeltaError(f"{file} is damaged: its fingerprints are {known!r:.80}")
+    elif wrong := sorted(n for n, value in fingerprints(found).items() if known.get(n) != value):
+        raise DeltaError(
+            f"{file} is damaged: the fingerprint of {wrong[0]!r} is another than was written "
+            f"({len(wrong)} of {len(found)} differ)"
+        )
+    return found
+
+
+def _state(file: Path) -> Any:
+    """What transformers will load from a file; None where there is none."""
+    if not file.exists():
+        return None
+    try:
+        with safe_globals():
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, LookupError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise DeltaError(f"{file} is damaged: {error!s:.200}") from error
+    if not isinstance(state, dict):
+        raise DeltaError(f"{file} is damaged: it holds {state!r:.80}")
+    return state
+
+
+def _numbered(folder: Path) -> bool:
+    return folder.name.removeprefix("checkpoint-").isdecimal()
