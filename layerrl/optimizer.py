@@ -314,6 +314,7 @@ class MaskedOptimizer:
                 the backward, where the step matters.
         """
         new = trainer.optimizer is None
+        self._layers.find()
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         if new and trainer.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
             self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks

@@ -190,6 +190,7 @@ SEAMS: tuple[Seam, ...] = (
         {
             "is_fsdp_enabled": "save the optimizer of FSDP2 as any other beside a delta",
             "place_model_on_device": "move the models that model_init makes",
+            "optimizer": "give the optimizer what trains, and nothing else",
             "optimizer_cls_and_kwargs": "refuse optimizers that update in the backward",
             "model_init": "mask the models that it makes",
             "processing_class": "check its tokens, and save it with a delta",

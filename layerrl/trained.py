@@ -26,9 +26,12 @@ class TrainedLayers:
 
     def __init__(self, model: nn.Module, selection: LayerSelection) -> None:
         self.model, self.selection = model, selection
-        self._find()
+        self.find()
+        self.in_parts = any(map(is_sharded, self.parameters.values()))
+        """Whether this process holds a part of each."""
 
-    def _find(self) -> None:
+    def find(self) -> None:
+        """Find them again, by name: loading with `assign=True` puts others in their places."""
         self.parameters: dict[str, nn.Parameter] = self.selection.parameters(self.model)
         """Plain name to tensor, of all that train inside layers and outside."""
         chosen = {id(parameter) for parameter in self.parameters.values()}
@@ -38,8 +41,6 @@ class TrainedLayers:
             for layer in self.selection.layers
         }
         """Those of each selected layer, in the order of the layers."""
-        self.in_parts = any(map(is_sharded, self.parameters.values()))
-        """Whether this process holds a part of each."""
 
     @property
     def num_training(self) -> int:
@@ -57,5 +58,6 @@ class TrainedLayers:
         now = {plain_name(name): p for name, p in unwrap(self.model).named_parameters()}
         if not is_sharded(now[next(iter(self.parameters))]):
             return False
-        self._find()
+        self.find()
+        self.in_parts = True
         return True

@@ -115,7 +115,7 @@ class CheckpointReader:
             tensors, reference = trained_tensors(trainer.model, folder, run.selection), {}
         else:
             tensors = tensors_of_run(delta, run.selection, run.base)
-            reference = _reference_in(folder, run.reference)
+            reference = _reference_in(folder, run.reference, getattr(trainer, "beta", 0.0))
         if resumes:
             self._check_state(folder, of_delta=delta is not None)
         put_tensors(trainer.model, run.layers.parameters, tensors)
@@ -134,12 +134,12 @@ class CheckpointReader:
             return
         run, delta = self._trainer.masked_run, delta_in(self.folder)
         run.sync_everything()
-        accelerator = self._trainer.accelerator
+        accelerator, beta = self._trainer.accelerator, getattr(self._trainer, "beta", 0.0)
         launchers.refuse_checkpoint(self.folder, accelerator, has_delta=delta is not None)
         if delta is None:
             return
         tensors_of_run(delta, run.selection, run.base)
-        if reference := _reference_in(self.folder, run.reference):
+        if reference := _reference_in(self.folder, run.reference, beta):
             run.reference.load_tensors(reference)
 
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
@@ -196,7 +196,9 @@ class CheckpointReader:
             )
 
 
-def _reference_in(folder: Path, reference: ReferenceModel | None) -> dict[str, Tensor]:
+def _reference_in(
+    folder: Path, reference: ReferenceModel | None, beta: object
+) -> dict[str, Tensor]:
     """The values of a reference in a checkpoint, checked; none where there is no reference."""
     if reference is None:
         return {}
@@ -207,8 +209,8 @@ def _reference_in(folder: Path, reference: ReferenceModel | None) -> dict[str, T
             known = json.loads((stored.metadata() or {}).get(FINGERPRINTS, "null"))
     except (OSError, SafetensorError, ValueError) as error:
         raise DeltaError(
-            f"the checkpoint {folder} holds no readable reference, which a run with beta above 0 "
-            f"needs ({error}). Was it written with beta=0, a ref_model or precomputed "
+            f"the checkpoint {folder} holds no readable reference, which beta={beta} needs "
+            f"({error}). Was it written with beta=0, a ref_model or precomputed "
             "log-probabilities?"
         ) from error
     expected = {

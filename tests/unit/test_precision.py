@@ -217,13 +217,17 @@ class TestTrainer:
             "masters": self.run(tmp_path, torch.bfloat16),
             "lossy": self.run(tmp_path, torch.bfloat16, arguments={"master_weights": False}),
         }
-        start = {n: p.detach().float().clone() for n, p in runs["masters"]._trained.items()}
+        start = {
+            n: p.detach().float().clone()
+            for n, p in runs["masters"].masked_run.layers.parameters.items()
+        }
         train(*runs.values())
         state = runs["masters"].optimizer.optimizer.state
         moved = {
             "float32": {n: p.data - start[n] for n, p in runs["float32"]._trained.items()},
             "masters": {
-                n: state[p]["master"] - start[n] for n, p in runs["masters"]._trained.items()
+                n: state[p]["master"] - start[n]
+                for n, p in runs["masters"].masked_run.layers.parameters.items()
             },
             "lossy": {n: p.float() - start[n] for n, p in runs["lossy"]._trained.items()},
         }
