@@ -433,7 +433,6 @@ MAY_BE_MISSING = {
     },
     "only PEFT's wrapper has it": {"peft_config", "get_base_model"},
     "Python's, or layerrl's own": {
-        "_choice",
         "_fields",
         "__dict__",
         "__func__",

@@ -224,12 +224,18 @@ class TestTrainer:
         train(*runs.values())
         state = runs["masters"].optimizer.optimizer.state
         moved = {
-            "float32": {n: p.data - start[n] for n, p in runs["float32"]._trained.items()},
+            "float32": {
+                n: p.data - start[n]
+                for n, p in runs["float32"].masked_run.layers.parameters.items()
+            },
             "masters": {
                 n: state[p]["master"] - start[n]
                 for n, p in runs["masters"].masked_run.layers.parameters.items()
             },
-            "lossy": {n: p.float() - start[n] for n, p in runs["lossy"]._trained.items()},
+            "lossy": {
+                n: p.float() - start[n]
+                for n, p in runs["lossy"].masked_run.layers.parameters.items()
+            },
         }
         flat = {run: torch.cat([d.flatten() for d in by.values()]) for run, by in moved.items()}
         assert (flat["lossy"] == 0).float().mean() > 0.9
