@@ -11,10 +11,10 @@ from torch import Tensor
 from layerrl import ContributionReport, LayerMaskedGRPOTrainer, select_layers
 from layerrl.blocks import find_blocks, replaced_forwards
 from layerrl.report import Cost, Score
+from layerrl.scores.gradient import run_units, units_of_a_pass
+from layerrl.scores.rollouts import Rollouts
+from layerrl.scores.runs import only_training
 from layerrl.trained import TrainedLayers
-from layerrl.trainer.arguments import only_training
-from layerrl.trainer.probing import run_units, units_of_a_pass
-from layerrl.trainer.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -50,7 +50,7 @@ def measure(kind: str, num_prompts: int) -> dict[str, float | str]:
     from suites import SUITES
     from train_step import peak_bytes
 
-    from layerrl.trainer.rollouts import Rollouts
+    from layerrl.scores.rollouts import Rollouts
 
     suite = SUITES["smollm2-chain_sum"]
     started, cost = time.perf_counter(), ""

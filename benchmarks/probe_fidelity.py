@@ -32,8 +32,8 @@ from suites import FOLDER, SUITES
 from torch import Tensor
 
 from layerrl import ContributionReport, contribution_probe
-from layerrl.proxies import position_scores
 from layerrl.report import Score
+from layerrl.scores.position import position_scores
 from layerrl.statistics import Interval, spearman
 from layerrl.sweep.harness import weights_digest
 

@@ -34,9 +34,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from layerrl.scores.evaluation import prompt_scores
 from layerrl.statistics import bootstrap, interval_of
 from layerrl.trainer import GiGPOConfig, LayerMaskedGiGPOTrainer, TextRollout
-from layerrl.trainer.evaluation import prompt_scores
 
 ACTIONS = "LDRU"  # as gymnasium numbers them
 MAX_TURNS = 10

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from layerrl.delta.merging import merge_delta
     from layerrl.errors import LayerRLError
     from layerrl.probe import contribution_probe
-    from layerrl.published import published_contributions
     from layerrl.report import ContributionReport
+    from layerrl.scores.published import published_contributions
     from layerrl.selection import LayerSelection, select_layers
     from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
 else:
@@ -42,7 +42,7 @@ else:
         "contribution_probe": "probe",
         "load_delta": "delta",
         "merge_delta": "delta.merging",
-        "published_contributions": "published",
+        "published_contributions": "scores.published",
         "save_delta": "delta",
         "select_layers": "selection",
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -20,18 +18,8 @@ from layerrl.sweep.harness import Run
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from datasets import Dataset
-
     from layerrl.sweep.harness import Harness
 
-# What says where and how loudly a run happens, not what it computes.
-_NOT_SETTINGS = (
-    *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "seed", "data_seed"),
-    *("logging_steps", "logging_strategy", "save_strategy", "save_steps", "save_total_limit"),
-    *("push_to_hub", "hub_model_id", "hub_token", "eval_strategy", "eval_steps"),
-    *("load_best_model_at_end", "save_only_model", "logging_first_step", "log_level"),
-    *("log_level_replica", "log_completions", "num_completions_to_print", "log_multimodal"),
-)
 _BAR = "{l_bar}{bar}| {n:.2f}/{total:.0f} runs, {elapsed} so far, {remaining} left{postfix}"
 
 
@@ -257,59 +245,6 @@ class _Records:
             "steps": sum(e["steps"] for e in entries),
             "curve": tuple(curve),
         }
-
-
-def settings_of(args: Any) -> dict[str, Any]:
-    """What a trainer's arguments say of the result of a run.
-
-    Args:
-        args: The arguments.
-
-    Returns:
-        JSON values.
-    """
-    shown = args.to_dict()
-    return {name: value for name, value in shown.items() if name not in _NOT_SETTINGS}
-
-
-def digest(*values: Any) -> str:
-    """What tells JSON values from others.
-
-    Args:
-        *values: They; what JSON does not know counts as its text.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    hashed = hashlib.sha256()
-    for value in values:
-        hashed.update(json.dumps(value, sort_keys=True, default=str).encode())
-    return hashed.hexdigest()[:16]
-
-
-def digest_of_rows(dataset: Dataset) -> str:
-    """What tells a data set from another: its number of rows and their digest.
-
-    Args:
-        dataset: The rows. Images and other files count as they are stored.
-
-    Returns:
-        Both, as text.
-    """
-    return f"{len(dataset)} rows {digest(*stored_rows(dataset))}"
-
-
-def stored_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows as they are stored: images and other files are not decoded.
-
-    Args:
-        dataset: The rows.
-
-    Yields:
-        One after the other, by column.
-    """
-    for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        yield from batch.to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _cycle(args: Any) -> int:

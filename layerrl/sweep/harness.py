@@ -21,15 +21,15 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
 from layerrl.frozen import fingerprints
-from layerrl.selection import select_layers
-from layerrl.sweep.restoring import as_found
-from layerrl.trainer.arguments import only_training
-from layerrl.trainer.evaluation import (
+from layerrl.scores.evaluation import (
     prompt_scores,
     rewarded_differently,
     watched_rewards,
 )
-from layerrl.trainer.rollouts import in_its_precision
+from layerrl.scores.restoring import as_found
+from layerrl.scores.rollouts import in_its_precision
+from layerrl.scores.runs import only_training
+from layerrl.selection import select_layers
 
 if TYPE_CHECKING:
     import os

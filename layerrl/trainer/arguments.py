@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from contextlib import contextmanager
@@ -251,14 +250,3 @@ def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
         'model) has to be trained first, with selection="full" or by the plain trainer.',
         stacklevel=3,
     )
-
-
-def only_training(args: Any) -> Any:
-    """A copy of a trainer's arguments that saves, evaluates, pushes and shows nothing by itself."""
-    args = copy.deepcopy(args)
-    args.save_strategy = args.eval_strategy = "no"
-    args.load_best_model_at_end = args.save_only_model = args.eval_on_start = False
-    args.push_to_hub = args.ignore_data_skip = False
-    args.save_total_limit = None
-    args.disable_tqdm = True
-    return args

@@ -13,9 +13,9 @@ from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError, SelectionError
 from layerrl.randomness import random_state, set_random_state
 from layerrl.report import ContributionReport
-from layerrl.trainer.evaluation import random_state_kept
-from layerrl.trainer.probing import check_trainer, gradient_report
-from layerrl.trainer.rollouts import Rollouts
+from layerrl.scores.evaluation import random_state_kept
+from layerrl.scores.gradient import check_trainer, gradient_report
+from layerrl.scores.rollouts import Rollouts
 from layerrl.trainer.schedule import LayerSchedule
 
 if TYPE_CHECKING:

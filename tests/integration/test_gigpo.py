@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer
 
 from layerrl.errors import EpisodeError
+from layerrl.scores.evaluation import prompt_scores
 from layerrl.trainer import GiGPOConfig, GiGPOTrainer, LayerMaskedGiGPOTrainer, Step, TextRollout
-from layerrl.trainer.evaluation import prompt_scores
 from tests.grpo import PROMPTS, make, tokenizer
 from tests.models import tiny, tiny_config
 from tests.runs import (

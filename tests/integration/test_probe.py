@@ -27,8 +27,8 @@ from layerrl import (
     select_layers,
 )
 from layerrl.errors import JournalError, ProbeError, ReportError, SelectionError
-from layerrl.probe.checks import check_held_out, identity_of
-from layerrl.sweep import digest_of_rows
+from layerrl.scores.checks import check_held_out
+from layerrl.scores.identity import digest_of_rows, identity_of
 from tests.grpo import PROMPTS, config, reward, tokenizer
 from tests.models import tiny, tiny_config
 from tests.runs import bits

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from layerrl import ContributionReport, contribution_probe, published_contributions
 from layerrl.errors import ProbeError, ReportError, SelectionError
-from layerrl.trainer.probing import check_trainer
+from layerrl.scores.gradient import check_trainer
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
 from tests.runs import bits

@@ -15,7 +15,7 @@ from layerrl import frozen, select_layers
 from layerrl.errors import FrozenTensorError, SelectionError
 from layerrl.frozen import FrozenRecord, fingerprints, frozen_tensors
 from layerrl.optimizer import check_optimizer, scale_learning_rates
-from layerrl.sweep.restoring import as_found
+from layerrl.scores.restoring import as_found
 from layerrl.trained import TrainedLayers
 from layerrl.trainer.metrics import norm
 from tests.devices import DEVICE, on_any_device

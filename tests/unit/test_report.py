@@ -11,8 +11,8 @@ import torch
 
 from layerrl import select_layers
 from layerrl.errors import ReportError
-from layerrl.published import published_contributions
 from layerrl.report import ContributionReport, Score
+from layerrl.scores.published import published_contributions
 from tests.models import tiny_config
 
 mpl.use("Agg")

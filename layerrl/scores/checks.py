@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-from functools import partial, wraps
+from functools import wraps
 from inspect import iscoroutinefunction
-from types import CodeType
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 from torch import nn
 
 from layerrl.errors import ProbeError
-from layerrl.sweep import digest, stored_rows
+from layerrl.scores.identity import name_of, stored_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,49 +56,6 @@ def checked(function: Any) -> Any:
 
     call_and_check.__name__ = name
     return call_and_check
-
-
-def name_of(function: Any) -> str:
-    """What a function, a class, or the id of a reward model is called."""
-    while isinstance(function, partial):
-        function = function.func
-    if isinstance(function, str):
-        return function
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def identity_of(function: Any) -> str:
-    """A name that changes with what a function does, as far as its own text says so."""
-    if isinstance(function, partial):
-        given = digest(function.args, function.keywords)
-        return f"{identity_of(function.func)} with {given}"
-    if isinstance(function, nn.Module):
-        return f"{name_of(function)} {getattr(function, 'name_or_path', '')}".strip()
-    if isinstance(function, type):
-        return name_of(function)
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        return name_of(function)
-    code = getattr(function, "__code__", None)
-    # Several lambdas on one line have one source.
-    own = _instructions(code) if code is not None and code.co_name == "<lambda>" else None
-    return f"{name_of(function)} {digest(text, own)}"
-
-
-def _instructions(code: CodeType) -> list[Any]:
-    constants = [_instructions(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), code.co_names, constants]
-
-
-def identity_of_tokens(processing_class: Any) -> str:
-    """A name that changes with how texts become tokens."""
-    if processing_class is None:
-        return "the model's own"
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
-    template = getattr(processing_class, "chat_template", None)
-    return f"{type(processing_class).__name__} of {tokens} tokens {digest(template)}"
 
 
 def check_prompts(name: str, dataset: Any) -> Dataset:

@@ -1,14 +1,22 @@
-"""The paper's numbers."""
+"""`method="published"`: the paper's numbers, and layers scored by them."""
 
 from __future__ import annotations
 
 import json
 from difflib import get_close_matches
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerrl.errors import ReportError
-from layerrl.report import ContributionReport, Score
+from layerrl.report import ContributionReport, Cost, Score
+from layerrl.scores.method import Method, without_interval
+
+if TYPE_CHECKING:
+    from layerrl.scores.method import Request
+    from layerrl.selection import LayerSelection
+
+_COMPLETE = "Qwen3-1.7B-Base"
+"""The only model of which the paper gives every layer."""
 
 _CITATION = (
     'Zhang et al., "Is One Layer Enough? Training A Single Transformer Layer Can Match '
@@ -65,3 +73,20 @@ def published_contributions(name: str) -> ContributionReport:
         settings={key: table[key] for key in ("name", "algorithm", "data", "metric")},
         source=_CITATION,
     )
+
+
+def _score(selection: LayerSelection, request: Request) -> ContributionReport:
+    """Layers scored by the contribution that the paper found at their relative depth."""
+    table = published_contributions(request.variant or _COMPLETE)
+    deepest = max(selection.num_layers - 1, 1)
+    values = [table.at_depth(layer / deepest) for layer in range(selection.num_layers)]
+    return ContributionReport(
+        method="published",
+        layers=without_interval(selection, values),
+        settings=table.settings,
+        source=f"C of {table.settings['name']} at the same relative depth. {table.source}",
+        cost=Cost(),
+    )
+
+
+METHOD = Method(score=_score, has_variants=True)

@@ -1,4 +1,4 @@
-"""Scores that come without training: where a layer lies, and what its gradient promises.
+"""What a step in each layer alone would gain, from gradients: the arithmetic.
 
 Legend: P prompts, L layers.
 """
@@ -15,19 +15,6 @@ from layerrl.errors import ProbeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-
-def position_scores(num_layers: int, centre: float) -> list[float]:
-    """Minus the distance of each layer from a relative depth.
-
-    Args:
-        num_layers: Decoder layers of the model.
-        centre: Relative depth of the best layer: 0 is the first, 1 the last.
-
-    Returns:
-        One number per layer, 0 at most.
-    """
-    return [0.0 - abs(layer / max(num_layers - 1, 1) - centre) for layer in range(num_layers)]
 
 
 def held_out_gains(

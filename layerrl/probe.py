@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from layerrl.errors import ProbeError
-from layerrl.probe.checks import (
-    check_arguments,
-    check_held_out,
-    check_prompts,
-    checked,
-    identity_of,
-    identity_of_tokens,
-    name_of,
-)
-from layerrl.probe.gradient import gradient_probe
-from layerrl.probe.priors import position_report, published_report
+from layerrl.scores.method import Method, Request
 from layerrl.selection import select_layers
-from layerrl.sweep import Sweep, digest, digest_of_rows, settings_of
-from layerrl.sweep.executors import EXECUTORS
-from layerrl.sweep.harness import Harness
 from layerrl.trainer import LayerMaskedGRPOTrainer
 from layerrl.trainer.arguments import refuse_removed
-from layerrl.trainer.evaluation import random_state_kept
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping, Sequence
 
     from datasets import Dataset
+    from torch import nn
 
     from layerrl.report import ContributionReport
 
-_PRIORS = {"position": position_report, "published": published_report}
-_ROLLOUTS = ("reward_funcs", "train_dataset", "args")
-_NEEDS = {
-    "train": (*_ROLLOUTS, "eval_dataset", "output_dir"),
-    "gradient": _ROLLOUTS,
-    **dict.fromkeys(_PRIORS, ()),
+METHODS = {
+    "train": "layerrl.sweep.exact",
+    "gradient": "layerrl.scores.gradient",
+    "position": "layerrl.scores.position",
+    "published": "layerrl.scores.published",
 }
-"""Methods, and the arguments that each cannot do without."""
+"""Methods, and the module whose `METHOD` each is. A new one is a file and a line here."""
 
 
 def contribution_probe(
@@ -134,90 +117,43 @@ def contribution_probe(
         ReportError: If the paper has no such model.
         SelectionError: If the layers do not fit the model.
     """
-    kind, _, of = method.partition(":") if isinstance(method, str) else ("", "", "")
-    refuse_removed([f"method={method!r}"], ProbeError)
-    if kind not in _NEEDS or (of and kind not in ("position", "published")):
-        raise ProbeError(
-            f"method is {method!r}, expected one of {', '.join(map(repr, _NEEDS))}, "
-            '"position:DEPTH" or "published:MODEL"'
-        )
-    given = locals()
-    missing = [name for name in _NEEDS[kind] if given[name] is None]
+    entry, variant = _method(method)
+    request = Request(
+        model=model,
+        method=method,
+        variant=variant,
+        reward_funcs=reward_funcs,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
+        args=args,
+        full_args=full_args,
+        budget=budget,
+        seeds=seeds,
+        greedy=greedy,
+        halving=halving,
+        output_dir=output_dir,
+        trainer_class=trainer_class,
+        executor=executor,
+        resources=resources,
+    )
+    missing = [name for name in entry.needs if getattr(request, name) is None]
     if missing:
         raise ProbeError(f"method={method!r} needs {', '.join(missing)}, which was not given")
-    chosen = select_layers(model, layers, modules=modules)
-    if set(chosen.learning_rate_scale) != {1.0}:
-        raise ProbeError(f"{chosen}: layers are scored alike. Select them without boost.")
-    if kind in _PRIORS:
-        return _PRIORS[kind](chosen, of)
-    train_dataset = check_prompts("train_dataset", train_dataset)
-    if isinstance(seeds, int) or len({*seeds}) != len(seeds) or not seeds or not _ints(seeds):
-        raise ProbeError(f"seeds is {seeds!r}, expected different ints, at least one")
-    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    settings = {
-        "args": settings_of(args),
-        "modules": None if chosen.modules is None else list(chosen.modules),
-        "train_dataset": digest_of_rows(train_dataset),
-        "rewards": [identity_of(function) for function in functions],
-        "processing_class": identity_of_tokens(processing_class),
-        "trainer": name_of(trainer_class),
-    }
-    make_trainer = partial(
-        trainer_class,
-        reward_funcs=[checked(function) for function in functions],
-        train_dataset=train_dataset,
-        processing_class=processing_class,
-    )
-    # A trainer also puts hooks and casts on reward models.
-    models = [model, *(found for found in functions if isinstance(found, nn.Module))]
-    with random_state_kept():
-        if kind == "gradient":
-            return gradient_probe(
-                models,
-                make_trainer,
-                chosen,
-                args=args,
-                num_prompts=budget,
-                seed=seeds[0],
-                settings=settings,
-            )
-        assert output_dir is not None  # or it would be missing
-        eval_dataset = check_held_out(eval_dataset, train_dataset)
-        if executor not in EXECUTORS:
-            raise ProbeError(f"executor is {executor!r}, expected one of {', '.join(EXECUTORS)}")
-        full_args = args if full_args is None else full_args
-        check_arguments(args, full_args, greedy=greedy, halving=halving)
-        settings |= {
-            "full_args": settings_of(full_args),
-            "greedy": greedy,
-            "eval_dataset": digest_of_rows(eval_dataset),
-        }
-        folder = Path(output_dir)
-        harness = Harness(
-            models,
-            make_trainer,
-            args=args,
-            full_args=full_args,
-            eval_dataset=eval_dataset,
-            greedy=greedy,
-            modules=chosen.modules,
-            # Checkpoints of other settings may lie where a journal cannot see them: on other
-            # machines.
-            folder=folder / "runs" / digest(settings),
-        )
-        sweep = Sweep(
-            harness,
-            num_layers=chosen.num_layers,
-            layers=chosen.layers,
-            seeds=seeds,
-            args=args,
-            settings={"base": harness.base, **settings},
-            halving=halving,
-            folder=folder,
-        )
-        one = {"num_gpus": 1} if args.device.type == "cuda" else {"num_cpus": 1}
-        return sweep.run(executor, one if resources is None else resources)
+    selection = select_layers(model, layers, modules=modules)
+    if set(selection.learning_rate_scale) != {1.0}:
+        raise ProbeError(f"{selection}: layers are scored alike. Select them without boost.")
+    return entry.score(selection, request)
 
 
-def _ints(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+def _method(method: object) -> tuple[Method, str]:
+    """The method of a name, and its variant: what follows the colon."""
+    name, _, variant = method.partition(":") if isinstance(method, str) else ("", "", "")
+    refuse_removed([f"method={method!r}"], ProbeError)
+    entry: Method | None = import_module(METHODS[name]).METHOD if name in METHODS else None
+    if entry is None or (variant and not entry.has_variants):
+        raise ProbeError(
+            f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}, "
+            '"position:DEPTH" or "published:MODEL"'
+        )
+    return entry, variant

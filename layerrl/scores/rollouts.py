@@ -19,7 +19,7 @@ from trl.trainer.utils import (
 from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.compatibility import windows_of_tokens
 from layerrl.errors import ProbeError
-from layerrl.trainer.evaluation import replaced_rewards, rewarded_differently, watched_rewards
+from layerrl.scores.evaluation import replaced_rewards, rewarded_differently, watched_rewards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from layerrl import select_layers
 from layerrl.blocks import find_blocks
 from layerrl.errors import ProbeError
-from layerrl.proxies import held_out_gains, position_scores
+from layerrl.scores.gains import held_out_gains
+from layerrl.scores.position import position_scores
 from layerrl.trained import TrainedLayers
 from tests.models import tiny
 from tests.operations import during

@@ -1,4 +1,4 @@
-"""What each layer promises, from a trainer's own first batches."""
+"""`method="gradient"`: what a step in each layer alone would gain on other prompts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from transformers import PrinterCallback, set_seed
+
 from layerrl.errors import ProbeError
-from layerrl.proxies import held_out_gains
 from layerrl.report import ContributionReport, Cost, Score
+from layerrl.scores.evaluation import random_state_kept
+from layerrl.scores.gains import held_out_gains
+from layerrl.scores.method import ROLLOUTS, Method
+from layerrl.scores.restoring import as_found
+from layerrl.scores.rollouts import Rollouts
+from layerrl.scores.runs import Runs, only_training
 from layerrl.trained import TrainedLayers
 
 if TYPE_CHECKING:
+    from layerrl.scores.method import Request
     from layerrl.selection import LayerSelection
-    from layerrl.trainer.rollouts import Rollouts
 
 FEWEST_PROMPTS = 8
 _UNSCORED = 1 / 4
@@ -175,3 +182,38 @@ def check_signal(rollouts: Rollouts) -> None:
             "model sometimes gets right, a higher temperature, more num_generations or a larger "
             "budget."
         )
+
+
+def _score(selection: LayerSelection, request: Request) -> ContributionReport:
+    runs, num_prompts, seed = Runs.of(selection, request), request.budget, request.seeds[0]
+    few = isinstance(num_prompts, bool) or not isinstance(num_prompts, int)
+    if few or num_prompts < FEWEST_PROMPTS:
+        raise ProbeError(
+            f"budget is {num_prompts!r} prompts; method='gradient' needs at least "
+            f"{FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 64 or more "
+            "to tell layers apart"
+        )
+    started, model = time.perf_counter(), request.model
+    with random_state_kept(), as_found(*runs.models):
+        for parameter in model.parameters():
+            parameter.grad = None
+        set_seed(seed)
+        args = _of_one_pass(request.args, seed)
+        trainer = runs.make_trainer(model=model, args=args, selection=selection)
+        trainer.remove_callback(PrinterCallback)
+        trainer.masked_run.initial = {}  # what a training's changes are measured against
+        rollouts = Rollouts(trainer, num_prompts)
+        settings = {**runs.settings, "seed": seed}
+        return gradient_report(rollouts, selection, request.args, settings, started)
+
+
+def _of_one_pass(args: Any, seed: int) -> Any:
+    """Arguments under which a batch is passed over once: a gradient at the base needs no more."""
+    args = only_training(args)
+    args.beta, args.num_iterations = 0.0, 1  # the base is the reference and the old policy
+    args.gradient_accumulation_steps = args.steps_per_generation
+    args.seed = seed
+    return args
+
+
+METHOD = Method(score=_score, needs=ROLLOUTS)

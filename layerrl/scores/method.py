@@ -1,0 +1,77 @@
+"""What a way to score layers is, and what it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from layerrl.report import Score
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import nn
+
+    from layerrl.report import ContributionReport
+    from layerrl.selection import LayerSelection
+
+ROLLOUTS = ("reward_funcs", "train_dataset", "args")
+"""What every method needs that generates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The arguments of `contribution_probe`, as it documents them; a method reads what it needs."""
+
+    model: nn.Module
+    method: str
+    """As it was given, to name it in errors."""
+    variant: str
+    """What follows the colon of `method`; empty: none."""
+    reward_funcs: Any
+    train_dataset: Any
+    eval_dataset: Any
+    processing_class: Any
+    args: Any
+    full_args: Any
+    budget: int
+    seeds: Sequence[int]
+    greedy: bool
+    halving: bool
+    output_dir: str | os.PathLike[str] | None
+    trainer_class: type
+    executor: str
+    resources: Mapping[str, float] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A way to score layers: the `METHOD` of its module."""
+
+    score: Callable[[LayerSelection, Request], ContributionReport]
+    """Scores the layers of a selection. Layers outside it are `"missing"` in the report."""
+    needs: tuple[str, ...] = ()
+    """Arguments of `contribution_probe` that must be given; checked before `score` is called."""
+    has_variants: bool = False
+    """Whether it can be asked for as `"NAME:VARIANT"`."""
+
+
+def without_interval(
+    selection: LayerSelection, values: Sequence[float | None]
+) -> tuple[Score, ...]:
+    """The layers of a report, from one number each.
+
+    Args:
+        selection: Layers that were to be scored.
+        values: A number for each layer of the model; None where it is not known.
+
+    Returns:
+        A score for each layer of the model, `"missing"` outside the selection.
+    """
+    return tuple(
+        Score(score=value)
+        if value is not None and layer in selection.layers
+        else Score(status="missing")
+        for layer, value in enumerate(values)
+    )

@@ -1,0 +1,90 @@
+"""What the methods have in common that make trainers: checked data, rewards, a factory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from layerrl.errors import ProbeError
+from layerrl.scores.checks import check_prompts, checked
+from layerrl.scores.identity import (
+    digest_of_rows,
+    identity_of,
+    identity_of_tokens,
+    name_of,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from layerrl.scores.method import Request
+    from layerrl.selection import LayerSelection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """Models, and trainers of them that differ in arguments and selection only."""
+
+    models: list[nn.Module]
+    """The base, and models that reward: a trainer puts hooks and casts on these, too."""
+    make_trainer: Callable[..., Any]
+    """Makes a masked trainer from `model`, `args` and `selection`."""
+    settings: dict[str, Any]
+    """What tells these runs from others. JSON values, for reports and journals."""
+
+    @classmethod
+    def of(cls, selection: LayerSelection, request: Request) -> Runs:
+        """Check what every run needs.
+
+        Args:
+            selection: Layers to score.
+            request: The arguments.
+
+        Returns:
+            What the runs have in common.
+
+        Raises:
+            ProbeError: If the prompts or the seeds are not such.
+        """
+        train_dataset, seeds = check_prompts("train_dataset", request.train_dataset), request.seeds
+        if isinstance(seeds, int) or len({*seeds}) != len(seeds) or not seeds or not _ints(seeds):
+            raise ProbeError(f"seeds is {seeds!r}, expected different ints, at least one")
+        rewards = request.reward_funcs
+        functions = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+        return cls(
+            models=[request.model, *(f for f in functions if isinstance(f, nn.Module))],
+            make_trainer=partial(
+                request.trainer_class,
+                reward_funcs=[checked(function) for function in functions],
+                train_dataset=train_dataset,
+                processing_class=request.processing_class,
+            ),
+            settings={
+                "args": settings_of(request.args),
+                "modules": None if selection.modules is None else list(selection.modules),
+                "train_dataset": digest_of_rows(train_dataset),
+                "rewards": [identity_of(function) for function in functions],
+                "processing_class": identity_of_tokens(request.processing_class),
+                "trainer": name_of(request.trainer_class),
+            },
+        )
+
+
+def _ints(values: Any) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
+def only_training(args: Any) -> Any:
+    """A copy of a trainer's arguments that saves, evaluates, pushes and shows nothing by itself."""
+    args = copy.deepcopy(args)
+    args.save_strategy = args.eval_strategy = "no"
+    args.load_best_model_at_end = args.save_only_model = args.eval_on_start = False
+    args.push_to_hub = args.ignore_data_skip = False
+    args.save_total_limit = None
+    args.disable_tqdm = True
+    return args

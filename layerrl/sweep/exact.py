@@ -1,0 +1,71 @@
+"""`method="train"`: each layer's contribution, measured by training it alone.
+
+Not in `scores/`, which stands below the sweep: the sweep's runs generate and evaluate with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerrl.errors import ProbeError
+from layerrl.scores.checks import check_arguments, check_held_out
+from layerrl.scores.evaluation import random_state_kept
+from layerrl.scores.identity import digest, digest_of_rows, settings_of
+from layerrl.scores.method import ROLLOUTS, Method
+from layerrl.scores.runs import Runs
+from layerrl.sweep import Sweep
+from layerrl.sweep.executors import EXECUTORS
+from layerrl.sweep.harness import Harness
+
+if TYPE_CHECKING:
+    from layerrl.report import ContributionReport
+    from layerrl.scores.method import Request
+    from layerrl.selection import LayerSelection
+
+
+def _score(selection: LayerSelection, request: Request) -> ContributionReport:
+    runs, args = Runs.of(selection, request), request.args
+    with random_state_kept():
+        eval_dataset = check_held_out(request.eval_dataset, request.train_dataset)
+        if request.executor not in EXECUTORS:
+            raise ProbeError(
+                f"executor is {request.executor!r}, expected one of {', '.join(EXECUTORS)}"
+            )
+        full_args = args if request.full_args is None else request.full_args
+        check_arguments(args, full_args, greedy=request.greedy, halving=request.halving)
+        settings = {
+            **runs.settings,
+            "full_args": settings_of(full_args),
+            "greedy": request.greedy,
+            "eval_dataset": digest_of_rows(eval_dataset),
+        }
+        assert request.output_dir is not None  # it is one of `needs`
+        folder = Path(request.output_dir)
+        harness = Harness(
+            runs.models,
+            runs.make_trainer,
+            args=args,
+            full_args=full_args,
+            eval_dataset=eval_dataset,
+            greedy=request.greedy,
+            modules=selection.modules,
+            # Checkpoints of other settings may lie where a journal cannot see them: on other
+            # machines.
+            folder=folder / "runs" / digest(settings),
+        )
+        sweep = Sweep(
+            harness,
+            num_layers=selection.num_layers,
+            layers=selection.layers,
+            seeds=request.seeds,
+            args=args,
+            settings={"base": harness.base, **settings},
+            halving=request.halving,
+            folder=folder,
+        )
+        one = {"num_gpus": 1} if args.device.type == "cuda" else {"num_cpus": 1}
+        return sweep.run(request.executor, one if request.resources is None else request.resources)
+
+
+METHOD = Method(score=_score, needs=(*ROLLOUTS, "eval_dataset", "output_dir"))
