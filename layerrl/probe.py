@@ -35,18 +35,19 @@ def contribution_probe(
     method: str = "gradient",
     reward_funcs: Any = None,  # what the trainer takes
     train_dataset: Dataset | None = None,
-    eval_dataset: Dataset | None = None,
     processing_class: Any = None,
     args: Any = None,
-    full_args: Any = None,
     layers: int | Iterable[int] | slice | str = "all",
     modules: Sequence[str] | None = None,
     budget: int = 64,
     seeds: Sequence[int] = (0,),
+    trainer_class: type = LayerMaskedGRPOTrainer,
+    # Of method="train" alone:
+    eval_dataset: Dataset | None = None,
+    full_args: Any = None,
     greedy: bool = True,
     halving: bool = False,
     output_dir: str | os.PathLike[str] | None = None,
-    trainer_class: type = LayerMaskedGRPOTrainer,
     executor: str = "serial",
     resources: Mapping[str, float] | None = None,
 ) -> ContributionReport:
@@ -82,18 +83,20 @@ def contribution_probe(
         method: How to score, see above.
         reward_funcs: As the trainer takes them; the evaluation uses them too.
         train_dataset: Prompts to train on.
-        eval_dataset: Other prompts, each once, to score every run on. For `"train"`.
         processing_class: As the trainer takes it.
         args: The trainer's arguments for every run. With `eval_strategy="steps"`, scores along the
             way are kept every `eval_steps`. `seed` and folders are set for each run.
-        full_args: Other arguments for the full-parameter run of `"train"`, whose best learning rate
-            is smaller than a single layer's. What they say of generation and rewards must be the
-            same. None: `args`.
         layers: Layers to score, as `select_layers` takes them.
         modules: Globs inside the block: score only this part of each layer.
         budget: Prompts that `"gradient"` generates for, `num_generations` completions each.
         seeds: Seeds of the runs. Methods without runs take the first: to see how far a probe
             depends on its seed, probe again with another one.
+        trainer_class: A masked trainer class, or a factory with its arguments.
+        eval_dataset: Other prompts, each once, to score every run on. This and what follows is for
+            `"train"` alone.
+        full_args: Other arguments for the full-parameter run of `"train"`, whose best learning rate
+            is smaller than a single layer's. What they say of generation and rewards must be the
+            same. None: `args`.
         greedy: Evaluate greedily, one completion a prompt, instead of sampling as in training.
         halving: After an eighth, a quarter and a half of `args.max_steps`, drop the layers that are
             worse than the last one of the better half, where the 95 % interval of the difference
@@ -102,7 +105,6 @@ def contribution_probe(
             early is no proof of being behind at the end.
         output_dir: Folder of the journal, the report and the checkpoints of unfinished runs of
             `"train"`. With Ray on several machines, one that they share.
-        trainer_class: A masked trainer class, or a factory with its arguments.
         executor: `"serial"`, or `"ray"` for a Ray cluster: the one that `ray.init` connected to,
             or else this machine. The results are the same.
         resources: What one run takes of a Ray cluster, as `num_cpus`, `num_gpus` and `memory`.
@@ -120,20 +122,19 @@ def contribution_probe(
     entry, variant = _method(method)
     request = Request(
         model=model,
-        method=method,
         variant=variant,
         reward_funcs=reward_funcs,
         train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
         processing_class=processing_class,
         args=args,
-        full_args=full_args,
         budget=budget,
         seeds=seeds,
+        trainer_class=trainer_class,
+        eval_dataset=eval_dataset,
+        full_args=full_args,
         greedy=greedy,
         halving=halving,
         output_dir=output_dir,
-        trainer_class=trainer_class,
         executor=executor,
         resources=resources,
     )

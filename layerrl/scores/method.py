@@ -25,22 +25,21 @@ class Request:
     """The arguments of `contribution_probe`, as it documents them; a method reads what it needs."""
 
     model: nn.Module
-    method: str
-    """As it was given, to name it in errors."""
     variant: str
     """What follows the colon of `method`; empty: none."""
     reward_funcs: Any
     train_dataset: Any
-    eval_dataset: Any
     processing_class: Any
     args: Any
-    full_args: Any
     budget: int
     seeds: Sequence[int]
+    trainer_class: type
+    # Of method="train" alone:
+    eval_dataset: Any
+    full_args: Any
     greedy: bool
     halving: bool
     output_dir: str | os.PathLike[str] | None
-    trainer_class: type
     executor: str
     resources: Mapping[str, float] | None
 

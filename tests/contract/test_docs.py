@@ -1,15 +1,19 @@
 """The documentation names what the code has: keywords, messages, modules."""
 
 import ast
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layerrl import LayerMaskedMixin, contribution_probe, errors, select_layers
+from layerrl.probe import METHODS
+from layerrl.scores.method import Method, Request
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -54,6 +58,15 @@ def test_tables_of_keywords_are_those_of_the_code(
         else:
             expected = shown.get(default, repr(default).replace("'", '"'))
             assert table[name] == expected, name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_needs_known_arguments_and_is_in_the_tables(name: str) -> None:
+    method = import_module(METHODS[name]).METHOD
+    assert isinstance(method, Method)
+    assert {*method.needs} <= {field.name for field in dataclasses.fields(Request)}
+    for text in (section("choosing.md", "Probe"), contribution_probe.__doc__ or ""):
+        assert f'| `"{name}"' in text
 
 
 def texts() -> Iterator[str]:
