@@ -572,7 +572,7 @@ class TestEpisodes:
         assert not torch.equal(of_rows, other), EPISODES
         trainer.current_gradient_accumulation_steps = 2
         half = trainer.compute_loss(model, batch)
-        assert torch.equal(half, of_rows / 2), "trainer.rollouts adds up losses of parts"
+        assert torch.equal(half, of_rows / 2), "scores.rollouts adds up losses of parts"
 
 
 def test_metric_names_are_public(tmp_path):
