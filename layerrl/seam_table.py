@@ -1,0 +1,350 @@
+"""What layerrl needs of torch, transformers, accelerate and TRL beside their documented interfaces."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+
+class Seam(NamedTuple):
+    """A name of another package that layerrl overrides, calls, reads or sets."""
+
+    of: str
+    """Where it lives: a class or a module; `torch.nn.Module()` for an instance's attribute."""
+    name: str
+    """The name; of a trainer's attribute, the path to it."""
+    takes: tuple[str, ...] | None
+    """The parameters that it is called with, or overridden with, in their order; `...` for any, as
+    the last for any more, as the first for any before. None: it is no function."""
+    use: str
+    """What it is needed to do."""
+    by: str | None
+    """The class that needs it, and all that are derived from it; None: whoever imports it."""
+    when: Callable[[Any], bool] | None = None
+    """Of an attribute: whether this trainer has it; None: every one."""
+    attribute: bool = False
+    """Whether it is there when the trainer has been made, and not before."""
+
+    def __str__(self) -> str:
+        """As in the table."""
+        takes = "" if self.takes is None else f"({', '.join(self.takes)})"
+        return f"{self.of}.{self.name}{takes}"
+
+
+def _seams(of: str, uses: Mapping[str, str], by: str | None = "", **more: Any) -> Iterator[Seam]:
+    """Rows of the table; by default, it is the trainers of that class that need them."""
+    for text, use in uses.items():
+        name, bracket, takes = text.rstrip(")").partition("(")
+        parameters = tuple(filter(None, takes.split(", "))) if bracket else None
+        yield Seam(of, name, parameters, use, of if by == "" else by, **more)
+
+
+_EVERY = "transformers.Trainer"
+_VLLM = "trl.generation.vllm_generation.VLLMGeneration"
+_GENERATING = {
+    "_generate_and_score_completions(inputs)": "tell the passes over a batch from other calls",
+}
+_REWARDING = {
+    **_GENERATING,
+    "_get_per_token_logps_and_entropies(model, ...)": "replay the prefix where completions are "
+    "scored",
+    "_calculate_rewards(inputs, ...)": "choose layers by what is rewarded",
+}
+_REWARDING_ATTRIBUTES = {
+    "beta": "put the reference back that the trainer is made without",
+    "_metrics": "keep the probe's metrics apart from the training's",
+    "num_generations": "tell a prompt's completions from another's",
+    "num_generations_eval": "evaluate each prompt once where it is decoded greedily",
+    "num_iterations": "have log-probabilities kept with a batch",
+    "reward_weights": "weigh rewards as the trainer does",
+    "reward_func_names": "name rewards",
+    "max_completion_length": "say which completions were cut off",
+}
+_REFERENCE = {"__init__(..., ref_model)": "take the model that was passed for the reference"}
+_REFERENCE_ARGS = {
+    "sync_ref_model": "let the reference follow the policy",
+    "precompute_ref_log_probs": "leave a reference alone that is computed once",
+}
+
+
+def _of_generating_trainers() -> Iterator[Seam]:
+    for name in ("GRPO", "RLOO", "Distillation"):
+        trainer = f"trl.{name}Trainer"
+        yield from _seams(trainer, _GENERATING if name == "Distillation" else _REWARDING)
+        settings = {"use_vllm": "find out whether vLLM has to be sent anything"}
+        yield from _seams(f"trl.{name}Config", settings, by=trainer)
+        yield from _seams(
+            trainer,
+            {"vllm_generation": "send vLLM what was trained, and no more"},
+            attribute=True,
+            when=lambda trainer: trainer.args.use_vllm,
+        )
+    for name in ("GRPO", "RLOO"):
+        trainer = f"trl.{name}Trainer"
+        yield from _seams(trainer, _REWARDING_ATTRIBUTES, attribute=True)
+        yield from _seams(
+            trainer,
+            {"generation_config": "evaluate greedily"},
+            attribute=True,
+            when=lambda trainer: not trainer.args.use_vllm,
+        )
+        settings = {
+            "beta": "make the trainer without a second model for its reference",
+            "sync_ref_model": "let the reference follow the policy",
+            "use_transformers_continuous_batching": "refuse to have the model cast",
+        }
+        yield from _seams(f"trl.{name}Config", settings, by=trainer)
+    yield from _seams(
+        "trl.GRPOTrainer",
+        {"use_adaptive_entropy": "hold the entropy's coefficient while layers are chosen"},
+        attribute=True,
+    )
+    yield from _seams(
+        "trl.GRPOTrainer",
+        {
+            "__init__(..., rollout_func)": "play episodes",
+            "_log_metric(name, value)": "log what happened in episodes",
+            "_tokenize_prompts(prompts)": "start episodes",
+            "_generate_single_turn(prompt_ids, images, multimodal_fields, ...)": "play turns",
+        },
+        by="layerrl.agents.gigpo.GiGPOTrainer",
+    )
+    yield from _seams(
+        "trl.GRPOTrainer",
+        {
+            "_tokenizer": "read actions and write observations",
+            "chat_template": "write observations",
+            "chat_template_kwargs": "write observations",
+            "scale_rewards": "scale the steps' advantages",
+        },
+        by="layerrl.agents.gigpo.GiGPOTrainer",
+        attribute=True,
+    )
+
+
+SEAMS: tuple[Seam, ...] = (
+    # Overridden in every trainer.
+    *_seams(
+        _EVERY,
+        {
+            "train(resume_from_checkpoint, ...)": "mask the model while it trains",
+            "call_model_init(trial)": "mask the models that model_init makes",
+            "create_optimizer(...)": "give the optimizer what trains, and nothing else",
+            "create_scheduler(...)": "follow the tensors when the model has been sharded",
+            "compute_loss(model, inputs, ...)": "end the backward at the first trained layer",
+            "log(logs, ...)": "log the layers' metrics",
+            "add_callback(callback)": "refuse callbacks that take a delta for a model",
+            "save_model(output_dir, _internal_call)": "write deltas and check what is frozen",
+            "create_model_card(...)": "say how to load a delta",
+            "_save_checkpoint(model, trial)": "write a checkpoint whole or not at all",
+            "_load_optimizer_and_scheduler(checkpoint)": "load the optimizer beside a delta",
+            "_load_from_checkpoint(resume_from_checkpoint, model)": "resume from a delta",
+            "_load_best_model()": "load the best delta",
+        },
+    ),
+    # Called in every trainer.
+    *_seams(
+        _EVERY,
+        {
+            "_save(output_dir, state_dict, ...)": "write what goes with a model beside a delta",
+            "_get_output_dir(trial)": "know a checkpoint's folder before it is written",
+            "_move_model_to_device(model, device)": "move the models that model_init makes",
+            "_prepare_inputs(...)": "evaluate prompts",
+            "get_train_dataloader()": "choose layers on the first batches",
+            "get_eval_dataloader(eval_dataset, ...)": "evaluate prompts",
+            "is_world_process_zero()": "write once where several processes train",
+            "remove_callback(callback)": "replace the callback that lets the reference follow",
+        },
+    ),
+    *_seams(
+        _EVERY,
+        {
+            "is_fsdp_enabled": "save the optimizer of FSDP2 as any other beside a delta",
+            "place_model_on_device": "move the models that model_init makes",
+            "optimizer": "give the optimizer what trains, and nothing else",
+            "optimizer_cls_and_kwargs": "refuse optimizers that update in the backward",
+            "model_init": "mask the models that it makes",
+            "processing_class": "check its tokens, and save it with a delta",
+            "callback_handler.callbacks": "refuse callbacks that frozen tensors would break",
+            "accelerator.state": "know the launcher",
+        },
+        attribute=True,
+    ),
+    *_seams(
+        _EVERY,
+        {"model.is_quantized": "know a quantised base"},
+        attribute=True,
+        when=lambda trainer: getattr(trainer.model, "hf_quantizer", None) is not None,
+    ),
+    *_seams(
+        _EVERY,
+        {"model.hf_quantizer": "know by what a base is quantised"},
+        attribute=True,
+        when=lambda trainer: getattr(trainer.model, "is_quantized", False),
+    ),
+    *_seams(
+        "transformers.TrainerCallback",
+        {
+            "on_init_end(args, state, control, ...)": "mask a model before it is announced",
+            "on_train_begin(args, state, control, ...)": "check what is frozen when it was loaded",
+            "on_train_end(args, state, control, ...)": "check what is frozen at the end",
+            "on_step_begin(args, state, control, ...)": "let layers take turns",
+            "on_pre_optimizer_step(args, state, control, ...)": "measure the layers' gradients",
+            "on_push_begin(args, state, control, ...)": "push a delta where readers look for it",
+        },
+        by=_EVERY,
+    ),
+    *_seams(
+        "transformers.trainer",
+        {
+            "validate_quantization_for_training(model)": "train on a quantised base",
+        },
+        by=_EVERY,
+    ),
+    *_seams(
+        "transformers.PreTrainedModel",
+        {
+            "enable_input_require_grads()": "end the backward at the first trained layer",
+            "_hf_peft_config_loaded": "refuse adapters beside a selection",
+        },
+        by=_EVERY,
+    ),
+    *_seams(
+        "transformers.modeling_layers.GradientCheckpointingLayer",
+        {"gradient_checkpointing": "recompute only layers that the backward visits"},
+        by=_EVERY,
+    ),
+    *_seams(
+        "accelerate.state.AcceleratorState",
+        {
+            "__init__(..., fsdp_plugin)": "know FSDP2, and refuse FSDP1",
+            "deepspeed_plugin": "know DeepSpeed",
+        },
+        by=_EVERY,
+    ),
+    *_of_generating_trainers(),
+    *_seams("trl.DPOTrainer", _REFERENCE),
+    *_seams("trl.KTOTrainer", _REFERENCE),
+    *_seams("trl.DPOConfig", _REFERENCE_ARGS, by="trl.DPOTrainer"),
+    *_seams("trl.KTOConfig", _REFERENCE_ARGS, by="trl.KTOTrainer"),
+    *_seams(
+        "trl.trainer.callbacks.SyncRefModelCallback",
+        {
+            "sync_target_model(model, target_model, alpha)": "let the reference follow the policy",
+        },
+        by=_EVERY,
+    ),
+    # Of what TRL sends weights with.
+    *_seams(
+        _VLLM,
+        {
+            "sync_weights()": "send vLLM what was trained, and no more",
+            "generate(...)": "send vLLM everything after a checkpoint was loaded",
+        },
+    ),
+    *_seams(
+        _VLLM,
+        {
+            "model": "send vLLM what was trained, and no more",
+            "mode": "know whether the engine sleeps",
+            "enable_sleep_mode": "send vLLM everything after it slept",
+            "_dist.fsdp_version": "send vLLM everything under FSDP1",
+        },
+        attribute=True,
+    ),
+    *_seams(
+        _VLLM,
+        {"_weight_metadata": "announce to vLLM what is sent, and no more"},
+        attribute=True,
+        # An older TRL (1.9) pushes tensor by tensor, and announces nothing.
+        when=lambda vllm: not hasattr(vllm, "_push_param_to_vllm"),
+    ),
+    # Of torch.
+    *_seams(
+        "torch.nn.Module()",
+        {
+            "_forward_hooks": "take the hook off that lengthens the backward",
+            "_non_persistent_buffers_set": "compare the buffers that are saved",
+            "_parameters": "compare what is frozen",
+            "_buffers": "compare what is frozen",
+            "_modules": "find the model in a launcher's wrapper",
+        },
+        by=_EVERY,
+    ),
+    *_seams("torch.Tensor", {"_version": "notice when a frozen tensor is written to"}, by=_EVERY),
+    *_seams(
+        "torch._C",
+        {
+            "_swap_tensor_impl(...)": "update half-precision weights in float32",
+            "_are_functorch_transforms_active(...)": "replay nothing where tensors have no values",
+            "_autograd._top_saved_tensors_default_hooks(...)": "checkpoint layers reentrantly",
+        },
+        by=_EVERY,
+    ),
+    *_seams(
+        "torch.distributed.tensor.DTensor",
+        {
+            "_local_tensor": "update sharded half-precision weights in float32",
+            "_spec": "update sharded half-precision weights in float32",
+        },
+        by=_EVERY,
+    ),
+    # Imported.
+    *_seams("torch.nn.modules.module", {"_IncompatibleKeys": "load the reference's values"}, None),
+    *_seams(
+        "torch.nn.modules.module",
+        {
+            f"_global_{kind}_hooks": "replay nothing that a hook has to see"
+            for kind in ("forward", "forward_pre", "backward", "backward_pre")
+        },
+        None,
+    ),
+    *_seams("torch.nn.modules.dropout", {"_DropoutNd": "replay nothing random"}, None),
+    *_seams("torch.nn.modules.batchnorm", {"_BatchNorm": "replay nothing that is counted"}, None),
+    *_seams(
+        "transformers.core_model_loading",
+        {
+            "revert_weight_conversion(model, state_dict)": "name a delta's tensors as on disk",
+            "WeightConverter": "find a delta's tensors in a base",
+            "WeightRenaming": "find a delta's tensors in a base",
+            "dot_natural_key(...)": "find a delta's tensors in a base",
+            "rename_source_key(...)": "find a delta's tensors in a base",
+        },
+        None,
+    ),
+    *_seams(
+        "transformers.conversion_mapping",
+        {"get_model_conversion_mapping(model, ...)": "find a delta's tensors in a base"},
+        None,
+    ),
+    *_seams(
+        "accelerate.optimizer", {"AcceleratedOptimizer": "find the optimizer in its wrapper"}, None
+    ),
+    *_seams("transformers.pytorch_utils", {"Conv1D": "know GPT-2's linear layers"}, None),
+    *_seams(
+        "transformers.PreTrainedModel",
+        {"_from_config(config, ...)": "make a model of names and shapes without weights"},
+        None,
+    ),
+    *_seams(
+        "transformers.quantizers.base",
+        {
+            "HfQuantizer": "know what stays in full precision",
+            "get_keys_to_not_convert(model)": "know what stays in full precision",
+        },
+        None,
+    ),
+    *_seams(
+        "transformers.quantizers.base.HfQuantizer",
+        {"get_modules_to_not_convert(...)": "know what stays in full precision"},
+        None,
+    ),
+    *_seams(
+        "transformers.quantizers.quantizers_utils",
+        {"should_convert_module(...)": "know what is quantised"},
+        None,
+    ),
+)
+"""The table. What is imported at the top of `layerrl.trainer` and is public there is not in it."""
