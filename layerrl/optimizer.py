@@ -13,7 +13,6 @@ from layerrl.precision import (
     HALF,
     MASTER,
     nested,
-    step_in_float32,
     stepped_value,
     unwrap_optimizer,
 )
@@ -284,90 +283,3 @@ def check_optimizer(optimizer: Optimizer, layers: TrainedLayers) -> None:
             "give it selection.parameters(model).values(); what the args name (optim) gets just "
             "these."
         )
-
-
-class MaskedOptimizer:
-    """The optimizer of a masked trainer: made over the trained tensors alone, and seen to be.
-
-    Args:
-        layers: What trains.
-        master_weights: Whether trained tensors in half precision are updated in float32.
-    """
-
-    def __init__(self, layers: TrainedLayers, *, master_weights: bool) -> None:
-        self._layers, self._master_weights = layers, master_weights
-        self._is_own = False
-        self._fitted: Any = None
-
-    def made(self, trainer: Any, make: Callable[[], Optimizer]) -> Optimizer:
-        """Let a trainer make its optimizer, and fit it.
-
-        Args:
-            trainer: The masked trainer, which may have been given an optimizer.
-            make: Its own `create_optimizer`.
-
-        Returns:
-            The trainer's optimizer.
-
-        Raises:
-            SelectionError: If it holds other tensors, cannot have the layers' rates, or updates in
-                the backward, where the step matters.
-        """
-        new = trainer.optimizer is None
-        self._layers.find()
-        optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-        if new and trainer.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
-            self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks
-        with self._layers.selection.masked(trainer.model):  # also before or after a training
-            optimizer = make()
-        try:
-            self._fit(optimizer, new=new)
-        except SelectionError:
-            if new:
-                trainer.optimizer = None  # or the next attempt would take it for a good one
-            raise
-        return optimizer
-
-    def _refuse_updates_in_backward(self, name: str) -> None:
-        layers = self._layers
-        refuse_updates_in_backward(name, layers.selection, master_weights=self._keeps_masters())
-
-    def _keeps_masters(self) -> bool:
-        half = any(p.dtype in HALF for p in self._layers.parameters.values())
-        return self._master_weights and half
-
-    def _fit(self, optimizer: Any, *, new: bool) -> None:
-        layers, self._fitted = self._layers, unwrap_optimizer(optimizer)
-        optimizer = self._fitted
-        if new and not layers.selection.full:
-            keep_only(optimizer, layers.parameters.values())
-        if updates_in_backward(optimizer):
-            self._refuse_updates_in_backward(type(optimizer).__name__)
-            return
-        own = self._is_own or new
-        if not own and set(layers.selection.learning_rate_scale) != {1.0}:
-            raise SelectionError(
-                f"{layers.selection}: the scales cannot be put into {type(optimizer).__name__}, "
-                "which was passed in ready-made. Let the trainer build an ordinary optimizer from "
-                "its args, or select without boost."
-            )
-        if new:
-            scale_learning_rates(optimizer, layers)
-        check_optimizer(optimizer, layers)
-        if self._keeps_masters():
-            step_in_float32(optimizer)
-        check_steps(optimizer, lambda: layers.parameters)
-        self._is_own = own
-
-    def fit_another(self, optimizer: Any) -> None:
-        """Fit an optimizer that was made in another way than through `create_optimizer`.
-
-        Args:
-            optimizer: The trainer's; one that was fitted before stays as it is.
-
-        Raises:
-            SelectionError: If it holds other tensors, or cannot have the layers' rates.
-        """
-        optimizer = unwrap_optimizer(optimizer)
-        if optimizer is not None and optimizer is not self._fitted:
-            self._fit(optimizer, new=False)

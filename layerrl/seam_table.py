@@ -1,4 +1,4 @@
-"""What layerrl needs of torch, transformers, accelerate and TRL beside their documented interfaces."""
+"""What layerrl needs of torch, transformers and TRL beside their documented interfaces."""
 
 from __future__ import annotations
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,9 +35,11 @@ from layerrl.delta.folder import (
     digest,
     new_folder,
 )
+from layerrl.delta.placing import put_tensors
 from layerrl.delta.processing import save_processing, sums_of
 from layerrl.delta.record import (
     DeltaBase,
+    checkpoint_form,
     checkpoint_groups,
     checkpoint_names,
     digest_of,
@@ -59,11 +59,16 @@ __all__ = [
     "FORMAT_VERSION",
     "DeltaBase",
     "checkpoint_form",
+    "checkpoint_groups",
+    "imported",
     "load_delta",
     "put_tensors",
     "restore_delta",
     "save_delta",
+    "shape",
+    "sharded_like",
     "tensors_of_run",
+    "write",
 ]
 
 
@@ -275,27 +280,6 @@ def tensors_of_run(
     return tensors
 
 
-def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names, and in the shapes, that `model.save_pretrained` would give them.
-
-    Args:
-        model: The model they belong to.
-        tensors: Name in the model to tensor.
-
-    Returns:
-        Name in a checkpoint to tensor. The same tensors for most models; mixtures of experts are
-        split into one tensor per expert.
-    """
-    base = unwrap(model)
-    if not hasattr(base, "save_pretrained"):
-        return dict(tensors)
-    with imported():
-        from transformers.core_model_loading import revert_weight_conversion
-
-    with torch.no_grad():
-        return dict(revert_weight_conversion(base, dict(tensors)))  # pyright: ignore[reportArgumentType]
-
-
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor).detach() for name, tensor in tensors.items()}
 
@@ -317,61 +301,3 @@ def _compared(
             if not recorded & {*base.fingerprints}:
                 found.extra.append(name)
     return found
-
-
-def put_tensors(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Overwrite parameters with tensors that have the names and shapes of `checkpoint_form`.
-
-    Args:
-        model: Theirs.
-        trained: Name in the model to parameter.
-        tensors: What `checkpoint_form` would make of them, with other values.
-
-    Raises:
-        DeltaError: If the model drops or repeats elements when it is saved. It is then as it was.
-    """
-    form = checkpoint_form(model, stand_ins(trained))
-    num_elements = sum(shape(parameter).numel() for parameter in trained.values())
-    if sum(tensor.numel() for tensor in form.values()) != num_elements:
-        raise DeltaError(
-            f"{type(unwrap(model)).__name__} drops or repeats elements of its layers when it is "
-            "saved: a delta cannot be loaded into it. Use merge_delta and load the merged model."
-        )
-    write(
-        model,
-        (
-            (trained[name], sharded_like(value, trained[name]))
-            for names, renamed in checkpoint_groups(model, trained)
-            for name, value in (
-                _in_memory(model, {name: trained[name] for name in names}, tensors).items()
-                if renamed is None
-                else [(names[0], tensors[renamed])]
-            )
-        ),
-    )
-
-
-def _in_memory(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The values that parameters have in a checkpoint, by their names and shapes in the model."""
-    # `checkpoint_form` only moves elements: follow each one's position through it.
-    sizes = [shape(parameter).numel() for parameter in trained.values()]
-    positions = torch.arange(sum(sizes), device="cpu").split(sizes)
-    form = checkpoint_form(
-        model,
-        {
-            name: position.view(shape(parameter))
-            for (name, parameter), position in zip(trained.items(), positions, strict=True)
-        },
-    )
-    widest = reduce(torch.promote_types, (tensors[name].dtype for name in form))
-    flat = torch.empty(sum(sizes), dtype=widest, device="cpu")
-    for name, position in form.items():
-        flat[position.reshape(-1)] = tensors[name].reshape(-1).to(flat.dtype)
-    return {
-        name: values.view(shape(parameter))
-        for (name, parameter), values in zip(trained.items(), flat.split(sizes), strict=True)
-    }

@@ -15,6 +15,7 @@ from layerrl.delta.fitting import is_packed
 from layerrl.delta.origin import commit_of
 from layerrl.delta.settings import computing_settings
 from layerrl.frozen import fingerprints, saved_tensors
+from layerrl.seams import imported
 from layerrl.shards import is_sharded, shape, whole
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class DeltaBase:
         Returns:
             The record that `save_delta` takes as `base`.
         """
-        trained = _checkpoint_form(model, stand_ins(selection.parameters(model)))
+        trained = checkpoint_form(model, stand_ins(selection.parameters(model)))
         tensors, tied = saved_tensors(model)
         dtypes, shapes, marks, packed = {}, {}, {}, []
         for source, form in in_checkpoint_form(model, tensors):
@@ -176,7 +177,7 @@ def in_checkpoint_form(
     for names, renamed in checkpoint_groups(model, tensors):
         if renamed is None:
             full = {name: whole(tensors[name]).detach() for name in names}
-            yield names, _checkpoint_form(model, full)
+            yield names, checkpoint_form(model, full)
         else:
             tensor = tensors[names[0]]
             yield names, {renamed: whole(tensor).detach() if is_sharded(tensor) else tensor}
@@ -195,7 +196,7 @@ def checkpoint_groups(
         Plain names; and for a tensor that is only renamed, its name in a checkpoint.
     """
     empty = stand_ins(tensors)
-    form = _checkpoint_form(model, empty)
+    form = checkpoint_form(model, empty)
     same = {id(tensor): name for name, tensor in empty.items()}
     renamed = {same[id(tensor)]: name for name, tensor in form.items() if id(tensor) in same}
     groups: dict[str, list[str]] = {}
@@ -205,7 +206,7 @@ def checkpoint_groups(
     made = {name for name in form if name not in set(renamed.values())}
     parts = [[empty[name] for name in group] for group in groups.values()]
     alone = [
-        set(_checkpoint_form(model, dict(zip(group, part, strict=True))))
+        set(checkpoint_form(model, dict(zip(group, part, strict=True))))
         for group, part in zip(groups.values(), parts, strict=True)
     ]
     if alone and (set().union(*alone) != made or sum(map(len, alone)) != len(made)):
@@ -225,7 +226,7 @@ def checkpoint_names(
     pairs: dict[str, str] = {}
     for alias, first in tied.items():
         for name in (alias, first):
-            form = list(_checkpoint_form(model, stand_ins({name: tensors[first]})))
+            form = list(checkpoint_form(model, stand_ins({name: tensors[first]})))
             pairs[name] = form[0] if len(form) == 1 else name
     return {pairs[alias]: pairs[first] for alias, first in tied.items()}
 
@@ -238,7 +239,22 @@ def stand_ins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from layerrl import delta  # which imports this module
+def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names, and in the shapes, that `model.save_pretrained` would give them.
 
-    return delta.checkpoint_form(model, tensors)
+    Args:
+        model: The model they belong to.
+        tensors: Name in the model to tensor.
+
+    Returns:
+        Name in a checkpoint to tensor. The same tensors for most models; mixtures of experts are
+        split into one tensor per expert.
+    """
+    base = unwrap(model)
+    if not hasattr(base, "save_pretrained"):
+        return dict(tensors)
+    with imported():
+        from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.no_grad():
+        return dict(revert_weight_conversion(base, dict(tensors)))  # pyright: ignore[reportArgumentType]

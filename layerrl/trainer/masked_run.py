@@ -11,7 +11,6 @@ from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.errors import SelectionError
 from layerrl.frozen import FrozenRecord
-from layerrl.optimizer import MaskedOptimizer
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.shards import parts, sharded_like
@@ -19,6 +18,7 @@ from layerrl.trained import TrainedLayers
 from layerrl.trainer import arguments, launchers, metrics
 from layerrl.trainer.announced import AnnouncedSync
 from layerrl.trainer.callbacks import SyncReference
+from layerrl.trainer.masked_optimizer import MaskedOptimizer
 from layerrl.trainer.sync import WeightSync
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ OPTIMIZER = "LayerMaskedMixin.create_optimizer masks by requires_grad and regrou
 FROZEN = "_FrozenCheck compares the frozen tensors at train start and train end"
 SAVING = "LayerMaskedMixin.save_model refuses before anything of a checkpoint is written"
 LOGGING = "LayerMaskedMixin.log adds the layers' metrics to those of a training step"
-NAMES = "delta.checkpoint_form gives tensors the names that save_pretrained would"
+NAMES = "delta.record.checkpoint_form gives tensors the names that save_pretrained would"
 BLOCKS = "blocks.find_blocks asks a vision-language model for its text stack"
 CONSTRUCTOR = (
     "LayerMaskedMixin.__init__ reads `model` and `peft_config` from the trainer's arguments"

@@ -1,0 +1,321 @@
+"""Which layers train, and how fast: a small frozen value that everything else derives from."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from layerrl.blocks import (
+    find_blocks,
+    meta_model,
+    plain_name,
+    unwrap,
+)
+from layerrl.errors import SelectionError
+from layerrl.plan import Plan, make_plan
+from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
+from layerrl.selection.exports import config_for
+from layerrl.selection.masked import Masked
+from layerrl.selection.parsing import (
+    are_globs,
+    integer,
+    is_scale,
+    ranges,
+)
+from layerrl.selection.tensors import check_not_shared, described, names_in_layers
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSelection:
+    """Which decoder layers of a model train, and how fast. Made by `select_layers`.
+
+    Equal selections are equal values: frozen, hashable, and the same after a JSON round trip.
+    """
+
+    num_layers: int
+    """Decoder layers of the model it was made for."""
+    layers: tuple[int, ...]
+    """Layers that train, ascending, 0 nearest the embedding."""
+    learning_rate_scale: tuple[float, ...] = ()
+    """Factor on the learning rate, one per entry of `layers`. Left out: 1.0 for each."""
+    modules: tuple[str, ...] | None = None
+    """Globs inside the block; only tensors that match one train. None: the whole block."""
+    full: bool = False
+    """Every parameter trains, embeddings, final norm and head included."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, tuple):
+            raise SelectionError(f"layers of a selection is a tuple, got {self.layers!r}")
+        if self.modules is not None and not are_globs(self.modules):
+            raise SelectionError(f"modules is None or a tuple of globs, got {self.modules!r}")
+        if not isinstance(self.full, bool):
+            raise SelectionError(f"full is True or False, got {self.full!r}")
+        last = integer(self.num_layers) - 1
+        given = [integer(layer) for layer in self.layers]
+        if not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
+            raise SelectionError(
+                f"layers={self.layers!r}: expected at least one, ascending, without duplicates, "
+                f"from 0 to {last}"
+            )
+        factors = self.learning_rate_scale or (1.0,) * len(given)
+        fits = isinstance(factors, tuple) and len(factors) == len(given)
+        if not fits or not all(map(is_scale, factors)):
+            raise SelectionError(
+                f"learning_rate_scale needs one positive finite factor for each of {len(given)} "
+                f"layers, got {factors!r}"
+            )
+        object.__setattr__(self, "learning_rate_scale", factors)
+        if self.full and (len(given) != self.num_layers or self.modules is not None):
+            raise SelectionError('"full" trains every parameter: it takes no layers or modules')
+
+    def __str__(self) -> str:
+        which = f"layers {ranges(self.layers)}" if len(self.layers) > 1 else f"layer {self.first}"
+        text = (
+            f"every parameter ({self.num_layers} layers)"
+            if self.full
+            else (f"{which} of {self.num_layers}")
+        )
+        if self.modules is not None:
+            text += f", modules {', '.join(self.modules)}"
+        boosted = {
+            k: s for k, s in zip(self.layers, self.learning_rate_scale, strict=True) if s != 1
+        }
+        return text + (f", learning rate scaled by {boosted}" if boosted else "")
+
+    @property
+    def first(self) -> int:
+        """Lowest layer that trains."""
+        return self.layers[0]
+
+    @property
+    def frozen_prefix(self) -> range:
+        """Layers below the first that trains: what they compute never changes. Empty for "full"."""
+        return range(0 if self.full else self.first)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The tensors that train, by name, in the model's own order.
+
+        Args:
+            model: A model with `num_layers` decoder layers, wrapped or not, on any device.
+
+        Returns:
+            Name in the unwrapped model to parameter; a tensor shared by two modules appears once.
+
+        Raises:
+            SelectionError: If the model has another number of layers, a glob matches nothing in
+                them, a tensor cannot take gradients, or one also belongs to something frozen.
+            ModelError: If the model's layers cannot be found.
+        """
+        base = unwrap(model)
+        blocks = find_blocks(base)
+        self.check_num_layers(len(blocks.modules), described(base, blocks))
+        trained = {plain_name(name): parameter for name, parameter in base.named_parameters()}
+        if not self.full:
+            names = names_in_layers(self, base, blocks)
+            chosen = {
+                id(parameter)
+                for name, parameter in base.named_parameters(remove_duplicate=False)
+                if plain_name(name) in names
+            }
+            check_not_shared(self, base, names, chosen)
+            trained = {name: p for name, p in trained.items() if id(p) in chosen}
+        unfit = [
+            f"{name} ({parameter.dtype})"
+            for name, parameter in trained.items()
+            if is_quantised(parameter)
+        ]
+        if unfit:
+            raise SelectionError(
+                f"{len(unfit)} selected tensors are quantised and cannot be trained, the first is "
+                f"{unfit[0]}. Leave the selected layers out of the quantisation: "
+                "quantization_skip_modules of a selection names them."
+            )
+        return trained
+
+    def masked(self, model: nn.Module) -> AbstractContextManager[dict[str, nn.Parameter]]:
+        """Let only the selected tensors train; afterwards every flag is as it was found.
+
+        Args:
+            model: As for `parameters`. Its `requires_grad` flags are set on entry and restored on
+                exit, also after an exception.
+
+        Returns:
+            A context manager that gives the tensors that train, by name. Entering it raises what
+            `parameters` raises, before anything is changed.
+        """
+        return Masked(self, model)
+
+    def plan(
+        self,
+        model: Any,  # a model or a config
+        *,
+        dtype: torch.dtype | None = None,
+        beta: float = 0.0,
+        num_iterations: int = 1,
+        quantization_config: Any = None,  # transformers is not imported for a type
+    ) -> Plan:
+        """What training this selection takes, before anything is loaded.
+
+        Args:
+            model: A model, or a config: its names and shapes then come from a model on `meta`.
+            dtype: The weights' dtype; None: each tensor's own (of a config, what it names).
+            beta: As in the trainer's args. Above 0, there is a reference policy.
+            num_iterations: As in the trainer's args: policy passes over a batch.
+            quantization_config: The `BitsAndBytesConfig` that the base will be loaded with; None:
+                the model's own, if it is one; other methods' bytes are not known, and such a model
+                is planned as if it were not quantised. Full training stays unquantised.
+
+        Returns:
+            Bytes of weights, gradients, optimizer, reference, checkpoint and weight sync, and the
+            cost of a step relative to full training; the same for LoRA on these layers and for full
+            training. Activations are left out: they depend on the batch. The optimizer is AdamW,
+            with two moments in the dtype that is stepped on. A selection in 16 bits is stepped on
+            in float32, by master copies of 4 more bytes; full training as TRL does it is stepped on
+            in the weights' dtype, LoRA's adapters in float32.
+
+        Raises:
+            SelectionError: If the selection does not fit the model, `dtype` is no floating-point
+                dtype, `beta` is negative, or `num_iterations` not positive; if a selected tensor
+                would be quantised, or not by bitsandbytes.
+            ModelError: If the model's layers cannot be found.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(num_hidden_layers=32)
+            >>> plan = select_layers(config, 16).plan(config, beta=0.04)
+            >>> plan.reference * 33 < plan.full.reference
+            True
+        """
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        config = getattr(base, "config", None)
+        if quantization_config is None:
+            own = getattr(config, "quantization_config", None)
+            quantization_config = own if is_bitsandbytes(own) else None
+        if getattr(base, "is_quantized", False):
+            base = meta_model(config)  # as it was: names and shapes
+        return make_plan(
+            base,
+            self.parameters(base),
+            self.layers,
+            dtype=dtype,
+            beta=beta,
+            num_iterations=num_iterations,
+            quantization_config=quantization_config,
+        )
+
+    def quantization_skip_modules(self, model: Any) -> list[str]:
+        """What to leave out of a quantisation so that this selection can be trained.
+
+        Args:
+            model: A model, or a config: its names then come from a model on `meta`.
+
+        Returns:
+            Names for `llm_int8_skip_modules` of transformers' `BitsAndBytesConfig`: the modules
+            that hold a selected tensor, one by one, since transformers before 5.23 takes
+            `layers.1` for the beginning of `layers.10`; and the head with what is tied to it,
+            which transformers leaves out only where it is given no names.
+
+        Raises:
+            SelectionError: If the selection does not fit the model, or is `"full"`.
+            ModelError: If the model's layers cannot be found.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(num_hidden_layers=32)
+            >>> select_layers(config, 16, modules="*.q_proj").quantization_skip_modules(config)
+            ['lm_head', 'model.layers.16.self_attn.q_proj']
+        """
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        trained = self.parameters(base)
+        if self.full:
+            raise SelectionError(
+                '"full" trains every parameter, which leaves nothing to quantise. Select layers.'
+            )
+        layers = {f"{find_blocks(base).path}.{layer}" for layer in self.layers}
+        holders = dict.fromkeys(name.rpartition(".")[0] for name in trained)
+        # What a layer holds itself is no module's, and is not quantised.
+        return [*skipped_by_default(base), *(name for name in holders if name not in layers)]
+
+    def to_config(self, tool: str, model: Any) -> dict[str, Any]:
+        """The same choice in the settings of another tool, which trains without layerrl.
+
+        Args:
+            tool: `"peft"`: arguments of a `LoraConfig`, which adapts the linear modules of these
+                layers instead of training them; `"slime"`: command-line options, for pipelines of
+                one stage, since Megatron numbers the layers of each stage from 0; `"ms-swift"`:
+                command-line options; `"axolotl"`: entries of its YAML.
+            model: A model, or a config: its names then come from a model on `meta`.
+
+        Returns:
+            Name of a setting to its value. Parts of layers (`modules`) are named one by one.
+
+        Raises:
+            SelectionError: If the selection does not fit the model, or the tool cannot express it:
+                no tool takes boosts or `"full"`, slime no parts of layers and no vision-language
+                model, and PEFT nothing without a linear module, nor the shared experts and dense
+                MLPs of models whose experts it adapts by the same names.
+            ModelError: If the model's layers cannot be found.
+
+        Example:
+            >>> from transformers import LlamaConfig
+            >>> config = LlamaConfig(num_hidden_layers=32)
+            >>> select_layers(config, 16).to_config("axolotl", config)
+            {'unfrozen_parameters': ['^model.layers.16.']}
+        """
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        return config_for(tool, self, base)
+
+    def to_json(self) -> str:
+        """One line of JSON that `from_json` turns back into an equal selection."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerSelection:
+        """The selection that `to_json` wrote.
+
+        Args:
+            text: What `to_json` returned.
+
+        Returns:
+            A selection equal to the one that was written.
+
+        Raises:
+            SelectionError: If the text is not JSON, has other fields, or says something impossible.
+        """
+        names = {field.name for field in fields(cls)}
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise SelectionError(f"not the JSON of a LayerSelection: {error}") from error
+        if not isinstance(data, dict) or set(data) != names:
+            raise SelectionError(
+                f"not the JSON of a LayerSelection: expected the fields {sorted(names)}, got "
+                f"{sorted(data) if isinstance(data, dict) else data!r}"
+            )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return cls(**values)
+
+    def check_num_layers(self, num_layers: int, of: str) -> None:
+        """Refuse a model with another number of layers.
+
+        Args:
+            num_layers: Its decoder layers.
+            of: What it is, in a clause.
+
+        Raises:
+            SelectionError: If the selection was made for another number.
+        """
+        if num_layers != self.num_layers:
+            raise SelectionError(
+                f"the selection was made for {self.num_layers} decoder layers, but {of}. "
+                "Make a new one with select_layers(model, ...)."
+            )

@@ -1,0 +1,107 @@
+"""The tensors of a model that a selection means, and what can be wrong with them."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from layerrl.blocks import Blocks, plain_name
+from layerrl.errors import SelectionError
+from layerrl.selection.parsing import counted, ranges
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from layerrl.selection import LayerSelection
+
+
+def names_in_layers(selection: LayerSelection, base: nn.Module, blocks: Blocks) -> set[str]:
+    """Names of the tensors that a selection trains inside the layers.
+
+    Args:
+        selection: Layers, and globs of their modules.
+        base: The model, unwrapped.
+        blocks: Its layers.
+
+    Returns:
+        Names in the model.
+
+    Raises:
+        SelectionError: If a glob matches nothing, or nothing of some layer.
+    """
+    chosen: set[str] = set()
+    matched: set[str] = set()
+    without: list[int] = []
+    for layer in selection.layers:
+        before = len(chosen)
+        for name, _ in blocks.named_parameters(layer):
+            hits = {glob for glob in selection.modules or ("*",) if _matches(name, glob)}
+            matched |= hits
+            if hits:
+                chosen.add(f"{blocks.path}.{layer}.{name}")
+        if len(chosen) == before:
+            without.append(layer)
+    for glob in selection.modules or ():
+        if glob not in matched:
+            raise SelectionError(_explain_unmatched(selection, glob, base, blocks))
+    if without:
+        raise SelectionError(
+            f"layers {without} hold no tensor that modules={list(selection.modules or ())} match: "
+            f"they would not train. Layer {without[0]} holds {_inner_names(blocks, without[0])}"
+        )
+    return chosen
+
+
+def _explain_unmatched(
+    selection: LayerSelection, glob: str, base: nn.Module, blocks: Blocks
+) -> str:
+    names = [plain_name(name) for name, _ in base.named_parameters()]
+    inside = blocks.path + "."
+    outside = [n for n in names if not n.startswith(inside) and _matches(n, glob)]
+    text = f"modules glob {glob!r} matches no tensor inside layers {ranges(selection.layers)}"
+    if outside:
+        text += f'; outside the blocks it matches {outside[0]!r}, which only "full" trains'
+    elif glob.startswith(inside) or any(_matches(n, glob) for n in names):
+        text += "; globs are relative to the block, leave out the path to it"
+    elif "expert" in glob:
+        has = "experts" in _inner_names(blocks, selection.first)
+        text += (
+            "; all experts of a layer are in one tensor" if has else "; its layers have no experts"
+        )
+    return f"{text}. Layer {selection.first} holds {_inner_names(blocks, selection.first)}"
+
+
+def check_not_shared(
+    selection: LayerSelection, base: nn.Module, names: set[str], chosen: set[int]
+) -> None:
+    """Refuse to train a tensor that is also something frozen.
+
+    Args:
+        selection: What trains.
+        base: The model, unwrapped.
+        names: Names of what trains.
+        chosen: Identities of what trains.
+
+    Raises:
+        SelectionError: If one is.
+    """
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if id(parameter) in chosen and plain_name(name) not in names:
+            raise SelectionError(
+                f"a tensor of {selection} is shared with {plain_name(name)!r}, which is frozen: "
+                'training one trains the other. Select both, or "full".'
+            )
+
+
+def _matches(name: str, glob: str) -> bool:
+    """A glob names a tensor, or a module and so everything in it."""
+    return fnmatchcase(name, glob) or fnmatchcase(name, glob + ".*")
+
+
+def _inner_names(blocks: Blocks, layer: int) -> str:
+    return ", ".join(name for name, _ in blocks.named_parameters(layer))
+
+
+def described(base: nn.Module, blocks: Blocks) -> str:
+    """How many layers a model has, and where."""
+    return f"{type(base).__name__} has {counted(len(blocks.modules))} under {blocks.path!r}"
