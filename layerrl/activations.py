@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import find_blocks, replaced_forwards, unwrap
+from layerrl.randomness import random_state, set_random_state
 from layerrl.seams import INPUT_GRAD_HOOKS
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ def _watched(
             nonlocal watching
             if not torch.is_grad_enabled() or base in _checkpointed_around:
                 return forward(*args, **kwargs)
-            cpu = torch.get_rng_state()
-            devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+            devices = {torch.device("cpu"), *(p.device for p in base.parameters() if not p.is_meta)}
+            drawn = {device: random_state(device) for device in devices}
             watching = True
             try:
                 return forward(*args, **kwargs)
@@ -129,9 +130,8 @@ def _watched(
                 type(base).__name__,
             )
             put_back()
-            torch.set_rng_state(cpu)
-            if devices:
-                torch.cuda.set_rng_state_all(devices)
+            for device, state in drawn.items():
+                set_random_state(state, device)
             # Of images and text, the embedding was looked up before.
             if isinstance(embedded := kwargs.get("inputs_embeds"), Tensor):
                 kwargs["inputs_embeds"] = _with_gradient(embedded)

@@ -331,6 +331,17 @@ class TestFlagsAreRestored:
         with pytest.raises(FrozenTensorError, match="frozen tensors"):
             trainer.train()
 
+    def test_after_trained_tensors_were_replaced_by_others(self, model, flags, tmp_path):
+        trainer = make(model, tmp_path, selection=1)
+        mine = {name: value.clone() for name, value in model.state_dict().items()}
+        mine = {name: value for name, value in mine.items() if name in names_of(model, 1)}
+        model.load_state_dict(mine, strict=False, assign=True)
+        before = bits(model)
+        trainer.train()
+        assert changed(model, before) == names_of(model, 1)
+        expected = relative_update(model, before, 1)
+        assert_close(steps(trainer)[-1][UPDATE.format(1)], expected, rtol=1e-5, atol=0)
+
     def test_and_training_again_masks_again(self, model, flags, tmp_path):
         before = bits(model)
         failing = failing_reward(Interruption(), calls=2)
