@@ -66,7 +66,7 @@ def main() -> None:
                 "record": seconds(
                     lambda: DeltaBase.of(model, selection, frozen=record.fingerprints)
                 ),
-                "check": seconds(lambda: record.check()),
+                "check": seconds(lambda: record.check(model)),
                 "save": seconds(save),
             }
             for _ in range(options.rounds)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import device, nn
 
+from layerrl.checks import whole_number
 from layerrl.errors import ModelError
 from layerrl.seams import imported
 
@@ -236,10 +237,11 @@ def count_layers(config: Any) -> int:  # transformers is not imported for a type
             f"{name} describes an encoder-decoder: layer numbers could mean either stack. "
             "layerrl selects layers of decoder-only models."
         )
-    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if not isinstance(num_layers, int) or num_layers < 1:
+    given = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    num_layers = whole_number(given, least=1)
+    if num_layers is None:
         raise ModelError(
-            f"{name} has no decoder layers: its num_hidden_layers is {num_layers!r}, expected "
+            f"{name} has no decoder layers: its num_hidden_layers is {given!r}, expected "
             "a positive integer."
         )
     return num_layers

@@ -156,28 +156,32 @@ class FrozenRecord:
     def __init__(
         self, model: nn.Module, selection: LayerSelection, *, device: torch.device | None = None
     ) -> None:
-        self._model, self._selection, self._device = model, selection, device
-        self.take()
+        self._selection, self._device = selection, device
+        self.take(model)
 
-    def _now(self) -> dict[str, str]:
-        return fingerprints(frozen_tensors(self._model, self._selection), device=self._device)
+    def _now(self, model: nn.Module) -> dict[str, str]:
+        return fingerprints(frozen_tensors(model, self._selection), device=self._device)
 
-    def take(self) -> None:
+    def take(self, model: nn.Module) -> None:
         """Record the frozen tensors as they are now: check them first, or a change is lost.
 
-        Of a model that has been sharded, fingerprints are of this process's parts.
+        Args:
+            model: The model. Once it is sharded, fingerprints are of this process's parts.
         """
-        self.fingerprints = self._now()
+        self.fingerprints = self._now(model)
         """Name of a frozen tensor to its fingerprint."""
 
-    def check(self) -> None:
+    def check(self, model: nn.Module) -> None:
         """Compare the frozen tensors with the record.
+
+        Args:
+            model: The model as it is now.
 
         Raises:
             FrozenTensorError: If a frozen parameter or buffer has other bits, or is new, or is
                 gone.
         """
-        now, then = self._now(), self.fingerprints
+        now, then = self._now(model), self.fingerprints
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
         if changed:
             shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
+from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
 from layerrl.seams import imported
@@ -208,8 +209,8 @@ def make_plan(
     _check("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None")
     is_real = isinstance(beta, Real) and not isinstance(beta, bool)
     _check("beta", beta, is_real and 0 <= beta < math.inf, "a finite number from 0 up")
-    is_int = isinstance(num_iterations, Integral) and not isinstance(num_iterations, bool)
-    _check("num_iterations", num_iterations, is_int and num_iterations >= 1, "an int from 1 up")
+    is_int = whole_number(num_iterations, least=1) is not None
+    _check("num_iterations", num_iterations, is_int, "an int from 1 up")
     base, blocks = unwrap(model), find_blocks(model)
     parameters = {plain_name(name): p for name, p in base.named_parameters()}
     quantised = {} if quantization_config is None else quantised_bytes(base, quantization_config)

@@ -28,7 +28,6 @@ class Seam(NamedTuple):
     """Whether it is there when the trainer has been made, and not before."""
 
     def __str__(self) -> str:
-        """As in the table."""
         takes = "" if self.takes is None else f"({', '.join(self.takes)})"
         return f"{self.of}.{self.name}{takes}"
 
@@ -139,6 +138,7 @@ SEAMS: tuple[Seam, ...] = (
             "save_model(output_dir, _internal_call)": "write deltas and check what is frozen",
             "create_model_card(...)": "say how to load a delta",
             "_save_checkpoint(model, trial)": "write a checkpoint whole or not at all",
+            "_save_optimizer_and_scheduler(output_dir)": "save the optimizer beside a delta",
             "_load_optimizer_and_scheduler(checkpoint)": "load the optimizer beside a delta",
             "_load_from_checkpoint(resume_from_checkpoint, model)": "resume from a delta",
             "_load_best_model()": "load the best delta",

@@ -25,13 +25,18 @@ class TrainedLayers:
     """
 
     def __init__(self, model: nn.Module, selection: LayerSelection) -> None:
-        self.model, self.selection = model, selection
-        self.find()
+        self.selection = selection
+        self.find(model)
         self.in_parts = any(map(is_sharded, self.parameters.values()))
         """Whether this process holds a part of each."""
 
-    def find(self) -> None:
-        """Find them again, by name: loading with `assign=True` puts others in their places."""
+    def find(self, model: nn.Module) -> None:
+        """Find them again: loading with `assign=True`, for one, puts others in their places.
+
+        Args:
+            model: The model as it is now.
+        """
+        self.model = model
         self.parameters: dict[str, nn.Parameter] = self.selection.parameters(self.model)
         """Plain name to tensor, of all that train inside layers and outside."""
         chosen = {id(parameter) for parameter in self.parameters.values()}
@@ -47,17 +52,20 @@ class TrainedLayers:
         """Elements that train now: those of layers whose turn it is not do not."""
         return sum(shape(p).numel() for p in self.parameters.values() if p.requires_grad)
 
-    def follow(self) -> bool:
+    def follow(self, model: nn.Module) -> bool:
         """Go on in parts: of other parameters under FSDP2, of the same ones under ZeRO-3.
+
+        Args:
+            model: The model as it is now.
 
         Returns:
             Whether a launcher has sharded the model since the last time.
         """
         if self.in_parts:
             return False
-        now = {plain_name(name): p for name, p in unwrap(self.model).named_parameters()}
+        now = {plain_name(name): p for name, p in unwrap(model).named_parameters()}
         if not is_sharded(now[next(iter(self.parameters))]):
             return False
-        self.find()
+        self.find(model)
         self.in_parts = True
         return True

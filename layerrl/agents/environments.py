@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from layerrl.agents.episodes import Step, is_finite
+from layerrl.checks import whole_number
 from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.errors import EpisodeError
 
@@ -80,7 +81,7 @@ class TextRollout:
         if self.max_turn_tokens is None:
             del limits["max_turn_tokens"]
         for name, value in limits.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if whole_number(value, least=1) is None:
                 raise EpisodeError(f"{name} is {value!r}, expected an int from 1 up")
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:

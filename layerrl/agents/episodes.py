@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerrl.checks import whole_number
 from layerrl.errors import EpisodeError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _check(row: int, steps: Sequence[Step], num_ids: int, mask: Sequence[int]) -
 def _check_step(step: Step, where: str) -> None:
     if not is_finite(step.reward):
         raise EpisodeError(f"the reward of {where} is {step.reward!r}, expected a finite number")
-    if not isinstance(step.num_tokens, int) or step.num_tokens < 0:
+    if whole_number(step.num_tokens, least=0) is None:
         raise EpisodeError(
             f"num_tokens of {where} is {step.num_tokens!r}, expected an int from 0 up"
         )

@@ -142,7 +142,7 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
 
     def _check(self) -> None:
         if self._selection is not None:
-            self._frozen.check()
+            self._frozen.check(self.module)
 
     def get_per_tensor_param(self, *args: Any, **kwargs: Any) -> tuple[Iterator[Any], Any]:
         """The tensors that the rollout is to be sent.

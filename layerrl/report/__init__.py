@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import operator
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerrl.checks import whole_number
 from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
@@ -190,18 +190,18 @@ class ContributionReport:
             ReportError: If fewer layers have a score.
         """
         values = self._values()
-        number = k if hasattr(k, "__index__") and not isinstance(k, bool) else 0
-        if not 1 <= operator.index(number) <= len(values):
+        number = whole_number(k, least=1)
+        if number is None or number > len(values):
             raise ReportError(
                 f"top({k!r}): expected a number from 1 to {len(values)}, the layers with a score"
             )
         ordered = sorted(values, key=lambda layer: (-values[layer], layer))
-        if k < len(ordered):
-            self._warn_unless_resolved(ordered[k - 1], ordered[k])
+        if number < len(ordered):
+            self._warn_unless_resolved(ordered[number - 1], ordered[number])
         modules = self.settings.get("modules")
         return LayerSelection(
             num_layers=self.num_layers,
-            layers=tuple(sorted(ordered[:k])),
+            layers=tuple(sorted(ordered[:number])),
             modules=None if modules is None else tuple(modules),
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, set_seed
 
+from layerrl.checks import whole_number
 from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport, Cost, Score
 from layerrl.scores.evaluation import random_state_kept
@@ -185,11 +186,11 @@ def check_signal(rollouts: Rollouts) -> None:
 
 
 def _score(selection: LayerSelection, request: Request) -> ContributionReport:
-    runs, num_prompts, seed = Runs.of(selection, request), request.budget, request.seeds[0]
-    few = isinstance(num_prompts, bool) or not isinstance(num_prompts, int)
-    if few or num_prompts < FEWEST_PROMPTS:
+    runs = Runs.of(selection, request)
+    seed, num_prompts = runs.seeds[0], whole_number(request.budget, least=FEWEST_PROMPTS)
+    if num_prompts is None:
         raise ProbeError(
-            f"budget is {num_prompts!r} prompts; method='gradient' needs at least "
+            f"budget is {request.budget!r} prompts; method='gradient' needs at least "
             f"{FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 64 or more "
             "to tell layers apart"
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
+from layerrl.checks import whole_number
 from layerrl.errors import ProbeError
 from layerrl.scores.checks import check_prompts, checked
 from layerrl.scores.identity import (
@@ -34,6 +37,8 @@ class Runs:
     """The base, and models that reward: a trainer puts hooks and casts on these, too."""
     make_trainer: Callable[..., Any]
     """Makes a masked trainer from `model`, `args` and `selection`."""
+    seeds: list[int]
+    """Of the runs; a method without runs takes the first."""
     settings: dict[str, Any]
     """What tells these runs from others. JSON values, for reports and journals."""
 
@@ -51,12 +56,16 @@ class Runs:
         Raises:
             ProbeError: If the prompts or the seeds are not such.
         """
-        train_dataset, seeds = check_prompts("train_dataset", request.train_dataset), request.seeds
-        if isinstance(seeds, int) or len({*seeds}) != len(seeds) or not seeds or not _ints(seeds):
-            raise ProbeError(f"seeds is {seeds!r}, expected different ints, at least one")
+        train_dataset, given = check_prompts("train_dataset", request.train_dataset), request.seeds
+        several = isinstance(given, Iterable) and np.ndim(given) > 0
+        numbers = [whole_number(seed) for seed in given] if several else []
+        seeds = [number for number in numbers if number is not None]
+        if not seeds or len({*seeds}) < len(numbers):
+            raise ProbeError(f"seeds is {given!r}, expected different ints, at least one")
         rewards = request.reward_funcs
         functions = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
         return cls(
+            seeds=seeds,
             models=[request.model, *(f for f in functions if isinstance(f, nn.Module))],
             make_trainer=partial(
                 request.trainer_class,
@@ -73,10 +82,6 @@ class Runs:
                 "trainer": name_of(request.trainer_class),
             },
         )
-
-
-def _ints(values: Any) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def only_training(args: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from numbers import Real
 from typing import Any
 
+from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
 
 _WORDS = (
@@ -94,12 +94,10 @@ def _plain(value: Any) -> Any:
 
 def integer(layer: object) -> int:
     """A layer's number as Python's own."""
+    number = whole_number(layer)
+    if number is not None:
+        return number
     plain = _plain(layer)
-    if not isinstance(plain, bool):
-        try:
-            return operator.index(plain)
-        except TypeError:
-            pass
     raise SelectionError(
         f"{plain!r} is no layer: expected an integer, got {type(plain).__name__}. "
         f"Otherwise use a range or slice, or one of {_WORDS}."

@@ -58,7 +58,7 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
             harness,
             num_layers=selection.num_layers,
             layers=selection.layers,
-            seeds=request.seeds,
+            seeds=runs.seeds,
             args=args,
             settings={"base": harness.base, **settings},
             halving=request.halving,

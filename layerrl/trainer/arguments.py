@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, Trainer
 
 from layerrl.blocks import adapters, count_layers, meta_model, unwrap
+from layerrl.checks import whole_number
 from layerrl.errors import LayerRLError, ModelError, SelectionError, TrainerError
 from layerrl.selection import select_layers
 
@@ -82,7 +83,7 @@ def check_keywords(
     """Refuse keywords that the mixin no longer has, and those of the wrong kind."""
     refuse_removed(given, SelectionError)
     for name, value in byte_counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if whole_number(value, least=0) is None:
             raise SelectionError(
                 f"{name} is {value!r}, expected a number of bytes, an int from 0 up"
             )

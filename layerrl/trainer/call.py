@@ -105,6 +105,7 @@ class TrainerCall:
             self.early or nullcontext(),
         ):
             yield
+        self.args, self.kwargs = (), {}  # or data and optimizers would live as long as the trainer
 
     @property
     def decided(self) -> bool:

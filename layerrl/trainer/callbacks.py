@@ -67,7 +67,8 @@ class EpochOrder(TrainerCallback):
             inner = getattr(sampler, "batch_sampler", None)  # accelerate's shards lie around it
             sampler = getattr(sampler, "sampler", None) if inner is None else inner
         if sampler is not None:
-            for _ in range(int(state.epoch or 0)):
+            per_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
+            for _ in range(state.global_step // max(1, per_epoch)):  # as transformers counts them
                 next(iter(sampler), None)
 
 

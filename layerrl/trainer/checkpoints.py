@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +95,8 @@ class Checkpoints:
                 folder.rename(replaced)
         trainer.accelerator.wait_for_everyone()  # before another process writes into it
         self._written = folder
-        alone = nullcontext if trainer.args.save_only_model else launchers.as_in_one_process
         try:
-            with alone(trainer):
-                yield
+            yield
         except BaseException:
             if trainer.args.should_save and not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -51,7 +51,7 @@ class MaskedOptimizer:
                 the backward, where the step matters.
         """
         new = trainer.optimizer is None
-        self._layers.find()
+        self._layers.find(trainer.model)
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         if new and trainer.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
             self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks
@@ -96,15 +96,16 @@ class MaskedOptimizer:
         check_steps(optimizer, lambda: layers.parameters)
         self._is_own = own
 
-    def fit_another(self, optimizer: Any) -> None:
+    def fit_another(self, trainer: Any) -> None:
         """Fit an optimizer that was made in another way than through `create_optimizer`.
 
         Args:
-            optimizer: The trainer's; one that was fitted before stays as it is.
+            trainer: The masked trainer; an optimizer that was fitted before stays as it is.
 
         Raises:
             SelectionError: If it holds other tensors, or cannot have the layers' rates.
         """
-        optimizer = unwrap_optimizer(optimizer)
+        optimizer = unwrap_optimizer(trainer.optimizer)
         if optimizer is not None and optimizer is not self._fitted:
+            self._layers.find(trainer.model)
             self._fit(optimizer, new=False)

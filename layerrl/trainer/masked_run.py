@@ -76,12 +76,6 @@ class MaskedRun:
             agree=partial(launchers.agree, accelerator),
         )
         self.optimizer = MaskedOptimizer(self.layers, master_weights=call.master_weights)
-        self.sync: WeightSync | AnnouncedSync | None = None
-        """What sends vLLM the trained tensors."""
-        if hasattr(trainer, "vllm_generation") and not full and call.decided:
-            self.sync = WeightSync(trainer.vllm_generation, model, selection)
-        elif call.early is not None and call.decided:
-            self.sync = AnnouncedSync(trainer, selection, call.early)
         self._clipped: metrics.Norms | None = None
         self.initial: Mapping[str, Tensor] = {}
         """The trained tensors' values at the start, the reference's own where it keeps them."""
@@ -91,6 +85,12 @@ class MaskedRun:
             self.initial = {
                 name: parts(p).detach().clone() for name, p in self.layers.parameters.items()
             }
+        self.sync: WeightSync | AnnouncedSync | None = None
+        """What sends vLLM the trained tensors. Last, for it takes over the trainer's own."""
+        if hasattr(trainer, "vllm_generation") and not full and call.decided:
+            self.sync = WeightSync(trainer.vllm_generation, model, selection)
+        elif call.early is not None and call.decided:
+            self.sync = AnnouncedSync(trainer, selection, call.early)
 
     def _set_reference(self) -> None:
         """Before anything trains, the model is its own reference."""
@@ -120,9 +120,10 @@ class MaskedRun:
 
         Not before `check_frozen` has been called on the whole one: its record is taken anew.
         """
-        if not launchers.shards_model(self._trainer.accelerator) or not self.layers.follow():
+        model, shards = self._trainer.model, launchers.shards_model(self._trainer.accelerator)
+        if not shards or not self.layers.follow(model):
             return
-        self.frozen.take()
+        self.frozen.take(model)
         trained, reference = self.layers.parameters, self.reference
         initial = {name: sharded_like(v, trained[name]) for name, v in self.initial.items()}
         if reference is not None:
@@ -138,7 +139,7 @@ class MaskedRun:
             FrozenTensorError: If one changed.
         """
         self.follow_shards()
-        self.frozen.check()
+        self.frozen.check(self._trainer.model)
 
     def save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
         """Write a delta, after `check_frozen`.
@@ -223,7 +224,7 @@ class MaskedRun:
 
     @property
     def _training(self) -> bool:
-        return self.layers.model.training
+        return self._trainer.model.training
 
     # What is logged
 

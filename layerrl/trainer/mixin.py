@@ -213,6 +213,7 @@ class LayerMaskedMixin(_Wrapped):
             self.masked_run.sync_everything()  # what failed may have been a sync
             raise
         finally:
+            self._reader.folder = None
             self.masked_run.replay.clear()
             self._call.forget_batches()
 
@@ -253,7 +254,7 @@ class LayerMaskedMixin(_Wrapped):
         """The scheduler: asked for when the model is sharded, and no checkpoint loaded yet."""
         self.masked_run.follow_shards()
         if not launchers.uses_deepspeed(self.accelerator):  # which wraps it in one of its own
-            self.masked_run.optimizer.fit_another(self.optimizer)
+            self.masked_run.optimizer.fit_another(self)
         return super().create_scheduler(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -312,6 +313,10 @@ class LayerMaskedMixin(_Wrapped):
     def _load_best_model(self) -> None:
         if not self._reader.load(self.state.best_model_checkpoint, resumes=False):
             super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with launchers.as_in_one_process(self):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with launchers.as_in_one_process(self):

@@ -116,6 +116,7 @@ class CheckpointReader:
         else:
             tensors = tensors_of_run(delta, run.selection, run.base)
             reference = _reference_in(folder, run.reference, getattr(trainer, "beta", 0.0))
+        run.layers.find(trainer.model)  # what trains may have been replaced since
         if resumes:
             self._check_state(folder, of_delta=delta is not None)
         put_tensors(trainer.model, run.layers.parameters, tensors)

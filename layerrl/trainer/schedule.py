@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from layerrl.blocks import find_blocks
+from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
 from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
@@ -68,19 +69,26 @@ class LayerSchedule(TrainerCallback, ExportableState):
             listed = [[*k] if isinstance(k, Iterable) else [k] for k in layers]
         except TypeError:
             listed = []
-        found = [layer for chosen in listed for layer in chosen]
-        if not found or not all(listed) or not all(type(layer) is int for layer in found):
+        numbers = [[whole_number(layer) for layer in chosen] for chosen in listed]
+        found = [layer for chosen in numbers for layer in chosen if layer is not None]
+        if not found or not all(listed) or len(found) < sum(map(len, listed)):
             raise SelectionError(
                 f"layers is {layers!r}, expected layers or lists of layers, at least one"
             )
-        self._sets = [tuple(sorted({*chosen})) for chosen in listed]
+        self._sets = [
+            tuple(sorted({layer for layer in chosen if layer is not None})) for chosen in numbers
+        ]
         self._layers = {*found}
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        turn = whole_number(every, least=1)
+        if turn is None:
             raise SelectionError(f"every is {every!r}, expected a number of steps, an int above 0")
+        number = whole_number(seed)
+        if number is None:
+            raise SelectionError(f"seed is {seed!r}, expected an int")
         if order not in ("rotate", "random"):
             raise SelectionError(f'order is {order!r}, expected "rotate" or "random"')
         self._weights = None if weights is None else self._of_sets(weights, order)
-        self._every, self._order, self._seed = every, order, seed
+        self._every, self._order, self._seed = turn, order, number
         self._active: tuple[int, ...] | None = None
 
     def _of_sets(self, weights: Any, order: str) -> list[float]:

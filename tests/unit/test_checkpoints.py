@@ -1,8 +1,10 @@
 """Checkpoints hold what trains and how; resuming from one goes on as if nothing had happened."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +13,14 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import RepeatSampler
 
 from layerrl import load_delta, select_layers
 from layerrl.delta import DeltaBase, restore_delta, save_delta
 from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
+from layerrl.trainer.callbacks import EpochOrder
 from tests.devices import on_any_device, on_cpu
 from tests.grpo import PROMPTS, config, make, reward
 from tests.models import tiny
@@ -240,6 +245,20 @@ class TestResume:
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{at}"))
         assert resumed.state.epoch > 1
         assert_same_but_summary(resumed, straight)
+
+    @pytest.mark.parametrize("accumulate", [1, 2, 3])
+    def test_draws_as_many_orders_as_transformers_counts_epochs(self, accumulate):
+        """From the steps, as it does: accumulation may be another than when it was saved."""
+        rows = [None] * 6
+        sampler = RepeatSampler(rows, 1, shuffle=True, seed=0)
+        loader = DataLoader(rows, batch_size=1, sampler=sampler, collate_fn=list)
+        other = RepeatSampler(rows, 1, shuffle=True, seed=0)
+        for _ in range(12 // math.ceil(6 / accumulate)):
+            next(iter(other))
+        args = SimpleNamespace(gradient_accumulation_steps=accumulate)
+        state = SimpleNamespace(global_step=12, epoch=7.5)
+        EpochOrder().on_train_begin(args, state, None, train_dataloader=loader)
+        assert list(sampler) == list(other)
 
     def test_with_true_finds_the_last_checkpoint(self, base, tmp_path):
         straight = trainer_on(base, tmp_path / "straight", max_steps=6, save_steps=3)

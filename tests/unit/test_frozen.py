@@ -325,7 +325,7 @@ class TestCheckFrozen:
         return FrozenRecord(model, selection)
 
     def test_accepts_an_unchanged_model(self, model, selection, record):
-        record.check()
+        record.check(model)
 
     def test_accepts_changes_of_trained_tensors_and_unsaved_buffers(self, model, selection, record):
         with torch.no_grad():
@@ -333,7 +333,7 @@ class TestCheckFrozen:
                 parameter.add_(1)
         model.model.cache.add_(1)
         model.model.layers[1].mlp.cache.add_(1)
-        record.check()
+        record.check(model)
 
     @pytest.mark.parametrize(
         "name",
@@ -352,31 +352,31 @@ class TestCheckFrozen:
             frozen[name].view(-1)[-1] += 1
         message = rf"1 of {len(frozen)} frozen tensors .*: {name}\. Only layer 1 of 3 may change"
         with pytest.raises(FrozenTensorError, match=message):
-            record.check()
+            record.check(model)
 
     def test_sees_one_flipped_bit(self, model, selection, record):
         model.model.norm.weight.data.view(torch.int32)[3] ^= 1
         with pytest.raises(FrozenTensorError, match=r"model\.norm\.weight"):
-            record.check()
+            record.check(model)
 
     def test_lists_five_names_when_more_changed(self, model, selection, record):
         with torch.no_grad():
             for parameter in model.model.layers[0].parameters():
                 parameter.add_(1)
         with pytest.raises(FrozenTensorError, match=r"9 of 23 frozen") as error:
-            record.check()
+            record.check(model)
         assert str(error.value).count("model.layers.0.") == 5
         assert ", ..." in str(error.value)
 
     def test_names_a_buffer_that_is_new_or_gone(self, model, selection, record):
         model.model.layers[2].register_buffer("late", torch.zeros(1))
         with pytest.raises(FrozenTensorError, match=r"model\.layers\.2\.late"):
-            record.check()
+            record.check(model)
         del model.model.layers[2].late
-        record.check()
+        record.check(model)
         model.model.counts = None
         with pytest.raises(FrozenTensorError, match=r"1 of .*: model\.counts"):
-            record.check()
+            record.check(model)
 
 
 class TestAsFound:

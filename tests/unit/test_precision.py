@@ -295,5 +295,6 @@ class TestTrainer:
         trainer.args.optim = "galore_adamw_layerwise"
         from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
+        trainer.optimizer = LayerWiseDummyOptimizer({})
         with pytest.raises(SelectionError, match="master_weights=False"):
-            trainer.masked_run.optimizer.fit_another(LayerWiseDummyOptimizer({}))
+            trainer.masked_run.optimizer.fit_another(trainer)

@@ -1,5 +1,6 @@
 """The masked trainer trains the selection, says so, and lets nothing else move."""
 
+import copy
 import inspect
 import json
 import math
@@ -330,6 +331,35 @@ class TestFlagsAreRestored:
         model.load_state_dict(tiny("llama", seed=1).state_dict(), assign=True)
         with pytest.raises(FrozenTensorError, match="frozen tensors"):
             trainer.train()
+
+    @pytest.mark.parametrize("own", [False, True], ids=["the args' optimizer", "its own"])
+    def test_and_a_checkpoint_is_loaded_into_tensors_that_were_replaced(self, tmp_path, own):
+        class Own(LayerMaskedGRPOTrainer):
+            def create_optimizer(self, *args, **kwargs):
+                if self.optimizer is None and own:
+                    trained = self.selection.parameters(self.model).values()
+                    self.optimizer = torch.optim.SGD(trained, lr=1e-2)
+                return self.optimizer if own else super().create_optimizer(*args, **kwargs)
+
+        saves = {"selection": 1, "save_strategy": "steps", "save_steps": 1, "trainer": Own}
+        first = make(tiny("llama", 3), tmp_path, max_steps=1, **saves)
+        first.train()
+        again = make(tiny("llama", 3), tmp_path, max_steps=1, **saves)
+        clones = {name: value.clone() for name, value in again.model.state_dict().items()}
+        again.model.load_state_dict(clones, assign=True)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert_close(bits(again.model), bits(first.model), rtol=0, atol=0)
+
+    def test_of_another_model_that_took_the_place_of_the_first(self, model, flags, tmp_path):
+        trainer = make(model, tmp_path, selection=1)
+        trainer.model = trainer.model_wrapped = other = copy.deepcopy(model)
+        before = bits(other)
+        trainer.train()
+        assert changed(other, before) == names_of(other, 1)
+        with torch.no_grad():
+            other.lm_head.weight.add_(1)
+        with pytest.raises(FrozenTensorError, match=r"lm_head\.weight"):
+            trainer.check_frozen()
 
     def test_after_trained_tensors_were_replaced_by_others(self, model, flags, tmp_path):
         trainer = make(model, tmp_path, selection=1)

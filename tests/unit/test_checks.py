@@ -1,0 +1,29 @@
+"""Numbers that callers give, of whichever library."""
+
+import numpy as np
+import pytest
+import torch
+
+from layerrl.checks import whole_number
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)])
+def test_a_number_of_any_library_is_pythons_own(value):
+    assert whole_number(value, least=3) == 3
+    assert type(whole_number(value)) is int
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(True, np.bool_(True), torch.tensor(True), 3.0, np.float64(2), "4", None, [3]),
+        *(torch.ones(2, dtype=torch.int64), torch.ones((), dtype=torch.int64, device="meta")),
+    ],
+)
+def test_anything_else_is_none(value):
+    assert whole_number(value) is None
+
+
+def test_nor_is_one_that_is_too_small():
+    assert whole_number(2, least=3) is None
+    assert whole_number(-5) == -5
