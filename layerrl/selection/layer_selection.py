@@ -187,6 +187,7 @@ class LayerSelection:
             ModelError: If the model's layers cannot be found.
 
         Example:
+            >>> from layerrl import select_layers
             >>> from transformers import LlamaConfig
             >>> config = LlamaConfig(num_hidden_layers=32)
             >>> plan = select_layers(config, 16).plan(config, beta=0.04)
@@ -227,6 +228,7 @@ class LayerSelection:
             ModelError: If the model's layers cannot be found.
 
         Example:
+            >>> from layerrl import select_layers
             >>> from transformers import LlamaConfig
             >>> config = LlamaConfig(num_hidden_layers=32)
             >>> select_layers(config, 16, modules="*.q_proj").quantization_skip_modules(config)
@@ -264,6 +266,7 @@ class LayerSelection:
             ModelError: If the model's layers cannot be found.
 
         Example:
+            >>> from layerrl import select_layers
             >>> from transformers import LlamaConfig
             >>> config = LlamaConfig(num_hidden_layers=32)
             >>> select_layers(config, 16).to_config("axolotl", config)

@@ -114,7 +114,7 @@ def test_the_docs_say_what_was_measured(seeds: Any) -> None:
     [medians] = (line for line in text.splitlines() if line.startswith("| median |"))
     *by_seed, fitted, sweep = map(float, medians.strip("| ").split(" | ")[1:])
     low, high = f"{min(by_seed):.2f}", f"{max(by_seed):.2f}"
-    docstring = ROOT / "layerrl" / "probe" / "__init__.py"
+    docstring = ROOT / "layerrl" / "probe.py"
     for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "guide.md", docstring):
         said = " ".join(path.read_text().split())
         for number in (f"{low} to {high}", f"{sweep:.2f}"):

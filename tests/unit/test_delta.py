@@ -22,7 +22,7 @@ import layerrl
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
 from layerrl import delta as delta_module
 from layerrl.blocks import find_blocks
-from layerrl.delta import DeltaBase, checkpoint_form, put_tensors
+from layerrl.delta import DeltaBase, checkpoint_form, placing, put_tensors, record
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from tests.devices import on_any_device, on_cpu
@@ -209,6 +209,12 @@ ROUND_TRIPS = [
 ]
 
 
+def writes_as(monkeypatch, form):
+    """Let models be saved in another form."""
+    for module in (delta_module, placing, record):
+        monkeypatch.setattr(module, "checkpoint_form", form)
+
+
 class TestRoundTrip:
     """The live model, the base with the delta loaded, and the merged folder: bit for bit one."""
 
@@ -261,7 +267,7 @@ class TestRoundTrip:
         def transposed(model, tensors):
             return {name: t.t() if t.ndim == 2 else t.flip(0) for name, t in tensors.items()}
 
-        monkeypatch.setattr(delta_module, "checkpoint_form", transposed)
+        writes_as(monkeypatch, transposed)
         live, fresh = tiny("llama"), tiny("llama")
         make_delta(live, 1, tmp_path / "delta")
         assert load_file(tmp_path / "delta" / "delta.safetensors")[WEIGHT].shape == (32, 16)
@@ -273,7 +279,7 @@ class TestRoundTrip:
         def other(model, tensors):
             return {name: t[rows] if t.shape[0] == 16 else t for name, t in tensors.items()}
 
-        monkeypatch.setattr(delta_module, "checkpoint_form", other)
+        writes_as(monkeypatch, other)
         make_delta(tiny("llama"), 1, tmp_path / "delta")
         model = tiny("llama")
         with refused("LlamaForCausalLM drops or repeats elements", under=tmp_path, model=model):
