@@ -1,4 +1,4 @@
-"""What a caller gave, by kind."""
+"""Checks of arguments that many functions take."""
 
 from __future__ import annotations
 

@@ -229,15 +229,15 @@ class ReferenceModel(nn.Module):
         return dict(zip(self._trained, self.initial, strict=True))
 
     def follow(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Go on with a policy that has been sharded: its parameters are others, and so is this.
+        """Go on with a policy whose parameters are others now, as after it has been sharded.
 
         Args:
             trained: The tensors that train, by the names they had.
         """
-        for index, parameter in enumerate(trained.values()):
+        self._trained = {name: trained[name] for name in self._trained}
+        for index, parameter in enumerate(self._trained.values()):
             value = sharded_like(self.initial[index], parameter)
             self.initial[index] = nn.Parameter(value, requires_grad=False)
-        self._trained = dict(trained)
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What a step in each layer alone would gain, from gradients: the arithmetic.
+"""First-order gains of a step in each layer alone, computed from gradients.
 
 Legend: P prompts, L layers.
 """

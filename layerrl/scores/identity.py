@@ -1,4 +1,4 @@
-"""What tells runs from others: digests and names of their arguments, data and rewards."""
+"""Digests and names of a run's arguments, data and rewards: the same for equal runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOT_SETTINGS = (
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """What a trainer's arguments say of the result of a run.
+    """The arguments of a trainer that change the result of a run.
 
     Args:
         args: The arguments.
@@ -40,10 +40,10 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def digest(*values: Any) -> str:
-    """What tells JSON values from others.
+    """A digest of JSON values.
 
     Args:
-        *values: They; what JSON does not know counts as its text.
+        *values: The values; what JSON does not know counts as its text.
 
     Returns:
         16 hexadecimal digits.
@@ -55,7 +55,7 @@ def digest(*values: Any) -> str:
 
 
 def digest_of_rows(dataset: Dataset) -> str:
-    """What tells a data set from another: its number of rows and their digest.
+    """The number of rows of a data set, and their digest.
 
     Args:
         dataset: The rows. Images and other files count as they are stored.
@@ -80,7 +80,7 @@ def stored_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def name_of(function: Any) -> str:
-    """What a function, a class, or the id of a reward model is called."""
+    """The name of a reward: a function's or a class's, or the id of a reward model."""
     while isinstance(function, partial):
         function = function.func
     if isinstance(function, str):

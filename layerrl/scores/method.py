@@ -1,4 +1,4 @@
-"""What a way to score layers is, and what it is given."""
+"""The interface of a scoring method: `Method`, and the `Request` that it answers."""
 
 from __future__ import annotations
 

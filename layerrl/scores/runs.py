@@ -1,14 +1,12 @@
-"""What the methods have in common that make trainers: checked data, rewards, a factory."""
+"""Data, rewards and a factory of trainers, checked: for the methods that make trainers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 
 from layerrl.checks import whole_number
@@ -57,8 +55,10 @@ class Runs:
             ProbeError: If the prompts or the seeds are not such.
         """
         train_dataset, given = check_prompts("train_dataset", request.train_dataset), request.seeds
-        several = isinstance(given, Iterable) and np.ndim(given) > 0
-        numbers = [whole_number(seed) for seed in given] if several else []
+        try:
+            numbers = [whole_number(seed) for seed in given]
+        except TypeError:  # one number, or none
+            numbers = []
         seeds = [number for number in numbers if number is not None]
         if not seeds or len({*seeds}) < len(numbers):
             raise ProbeError(f"seeds is {given!r}, expected different ints, at least one")

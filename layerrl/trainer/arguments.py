@@ -249,5 +249,5 @@ def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
         f"{', '.join(head)} of {type(base).__name__} stays as it is: {selection} trains nothing "
         "outside the layers. A head that is still random (of a reward model made from a language "
         'model) has to be trained first, with selection="full" or by the plain trainer.',
-        stacklevel=3,
+        stacklevel=5,
     )

@@ -69,7 +69,7 @@ class TrainerCall:
             chosen = arguments.chosen_early(described, self._choice)
         full = chosen == "full" or (isinstance(chosen, LayerSelection) and chosen.full)
         self._full = full
-        self.prefix_cache_bytes = prefix_cache_bytes
+        self.prefix_cache_bytes = int(prefix_cache_bytes)
         self.master_weights = master_weights and not full
         self.checkpoint_format = "full" if full else checkpoint_format
         refuse_readers(given.get("callbacks") or (), self.checkpoint_format)

@@ -51,7 +51,6 @@ class MaskedOptimizer:
                 the backward, where the step matters.
         """
         new = trainer.optimizer is None
-        self._layers.find(trainer.model)
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         if new and trainer.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
             self._refuse_updates_in_backward(f'optim="{optim}"')  # before it hangs up its hooks
@@ -107,5 +106,4 @@ class MaskedOptimizer:
         """
         optimizer = unwrap_optimizer(trainer.optimizer)
         if optimizer is not None and optimizer is not self._fitted:
-            self._layers.find(trainer.model)
             self._fit(optimizer, new=False)

@@ -124,6 +124,20 @@ class MaskedRun:
         if not shards or not self.layers.follow(model):
             return
         self.frozen.take(model)
+        self._follow_tensors()
+
+    def find_trained(self) -> None:
+        """Find the trained tensors again: a caller may have put others in their places.
+
+        `load_state_dict(assign=True)` does, and another model in `trainer.model`.
+        """
+        before = self.layers.parameters
+        self.layers.find(self._trainer.model)
+        if any(self.layers.parameters[name] is not p for name, p in before.items()):
+            self._follow_tensors()
+
+    def _follow_tensors(self) -> None:
+        """Let what was kept of the trained tensors belong to those that train now."""
         trained, reference = self.layers.parameters, self.reference
         initial = {name: sharded_like(v, trained[name]) for name, v in self.initial.items()}
         if reference is not None:

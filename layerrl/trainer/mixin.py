@@ -247,12 +247,14 @@ class LayerMaskedMixin(_Wrapped):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The optimizer that the args name, over the trained tensors, each at its layer's rate."""
+        self.masked_run.find_trained()
         make = partial(super().create_optimizer, *args, **kwargs)
         return self.masked_run.optimizer.made(self, make)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The scheduler: asked for when the model is sharded, and no checkpoint loaded yet."""
         self.masked_run.follow_shards()
+        self.masked_run.find_trained()
         if not launchers.uses_deepspeed(self.accelerator):  # which wraps it in one of its own
             self.masked_run.optimizer.fit_another(self)
         return super().create_scheduler(*args, **kwargs)

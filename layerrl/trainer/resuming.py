@@ -83,7 +83,7 @@ class CheckpointReader:
         warnings.warn(
             f"{last} was not written to its end (it has no readable {TRAINER_STATE_NAME}): going "
             f"on from {steps[max(steps)]}",
-            stacklevel=5,
+            stacklevel=4,
         )
         return str(steps[max(steps)])
 
@@ -116,7 +116,7 @@ class CheckpointReader:
         else:
             tensors = tensors_of_run(delta, run.selection, run.base)
             reference = _reference_in(folder, run.reference, getattr(trainer, "beta", 0.0))
-        run.layers.find(trainer.model)  # what trains may have been replaced since
+        run.find_trained()
         if resumes:
             self._check_state(folder, of_delta=delta is not None)
         put_tensors(trainer.model, run.layers.parameters, tensors)

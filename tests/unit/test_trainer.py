@@ -350,6 +350,18 @@ class TestFlagsAreRestored:
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert_close(bits(again.model), bits(first.model), rtol=0, atol=0)
 
+    def test_and_the_reference_has_the_values_of_tensors_that_were_replaced(self, tmp_path):
+        runs = []
+        for replaced in (False, True):
+            trainer = make(tiny("llama", 3), tmp_path / str(replaced), selection=1, beta=0.5)
+            if replaced:
+                clones = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+                trainer.model.load_state_dict(clones, assign=True)
+            trainer.train()
+            runs.append(bits(trainer.model))
+            assert steps(trainer)[-1]["kl"] > 0
+        assert_close(runs[1], runs[0], rtol=0, atol=0)
+
     def test_of_another_model_that_took_the_place_of_the_first(self, model, flags, tmp_path):
         trainer = make(model, tmp_path, selection=1)
         trainer.model = trainer.model_wrapped = other = copy.deepcopy(model)
