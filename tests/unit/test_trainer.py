@@ -1141,8 +1141,12 @@ class TestScoreHead:
         )
 
     def test_that_stays_as_it_is_is_warned_of(self, tmp_path):
-        with pytest.warns(UserWarning, match=r"^score\.weight of LlamaForSequenceClass.* layer 1 "):
+        message = r"^score\.weight of LlamaForSequenceClass.* layer 1 "
+        with pytest.warns(UserWarning, match=message) as warned:
             trainer = self.make(tmp_path, 1)
+        assert __file__ in [
+            warning.filename for warning in warned if "score" in str(warning.message)
+        ]
         assert not trainer.model.score.weight.requires_grad
 
     def test_trains_under_full(self, tmp_path, recwarn):

@@ -173,8 +173,10 @@ class TestKilled:
         train(straight)
         (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").unlink()
         resumed = on(base, tmp_path / "out", max_steps=3)
-        with pytest.warns(UserWarning, match=r"checkpoint-3 was not written to its end.*point-2"):
+        message = r"checkpoint-3 was not written to its end.*point-2"
+        with pytest.warns(UserWarning, match=message) as warned:
             resumed.train(resume_from_checkpoint=True)
+        assert __file__ in [warning.filename for warning in warned if "end" in str(warning.message)]
         assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
 
     def test_before_the_first_save_was_done_is_said(self, base, tmp_path):
