@@ -41,14 +41,14 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
 
     Args:
         model: The model, after checkpointing has been enabled.
-        selection: What trains; `"full"` changes nothing.
+        selection: What trains; with something below the layers, nothing changes.
     """
     base = unwrap(model)
-    if selection.full or base in _checkpointed_around:
+    if selection.trains_below or base in _checkpointed_around:
         yield
         return
-    blocks = find_blocks(model)
-    first = blocks.modules[selection.first]
+    layers = find_blocks(model).modules
+    below, first = layers[: selection.first], layers[selection.first : selection.first + 1]
     # Not base.disable_input_require_grads(): each time checkpointing is enabled anew, as TRL does
     # after every generation, transformers adds a hook and forgets the one before.
     hooked = [
@@ -56,7 +56,10 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
         for module in base.modules()
         if any(map(_requires_input_grad, module._forward_hooks.values()))
     ]
-    own_code = bool(hooked) and not _is_of_transformers(first)
+    own_code = bool(hooked) and not _is_of_transformers(layers[0])
+    if own_code and not first:  # it may checkpoint around the head, too
+        yield
+        return
 
     def put_back() -> None:
         for module, hooks in hooked:
@@ -69,11 +72,9 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
                 if _requires_input_grad(function):
                     del module._forward_hooks[key]
         with (
-            _not_checkpointed(blocks.modules[: selection.first]),
-            _input_grad_at_checkpoint(first),
-            _watched(base, blocks.modules[: selection.first + 1], put_back)
-            if own_code
-            else nullcontext(),
+            _not_checkpointed(below),
+            _input_grad_at_checkpoint(*first) if first else nullcontext(),
+            _watched(base, (*below, *first), put_back) if own_code else nullcontext(),
         ):
             yield
     finally:

@@ -165,7 +165,8 @@ def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[st
 def _parent(name: str) -> str:
     """What holds a parameter's module; for anything of an expert, the experts of its layer."""
     parts = name.split(".")
-    end = parts.index("experts") + 1 if "experts" in parts else len(parts) - 2
+    outside = not any(part.isdigit() for part in parts)  # where nothing is fused but a module
+    end = parts.index("experts") + 1 if "experts" in parts else len(parts) - (1 if outside else 2)
     return ".".join(parts[:end])
 
 

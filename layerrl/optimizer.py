@@ -61,7 +61,7 @@ def refuse_updates_in_backward(
     Raises:
         SelectionError: If the selection scales learning rates, or there are master weights.
     """
-    if set(selection.learning_rate_scale) != {1.0}:
+    if selection.is_boosted:
         raise SelectionError(
             f"{selection}: the scales cannot be put into {name}, which updates layer by layer. "
             "Choose another optimizer in the args, or select without boost."
@@ -231,9 +231,9 @@ def scale_learning_rates(optimizer: Optimizer, layers: TrainedLayers) -> None:
     Raises:
         SelectionError: If the optimizer sets its own learning rate, so that none can be scaled.
     """
-    scales = layers.selection.learning_rate_scale
-    if set(scales) == {1.0}:
+    if not layers.selection.is_boosted:
         return
+    scales = layers.selection.learning_rate_scale
     scale_of = {
         id(parameter): scale
         for parameters, scale in zip(layers.by_layer.values(), scales, strict=True)

@@ -182,6 +182,7 @@ def make_plan(
     trained: Mapping[str, Tensor],
     layers: Collection[int],
     *,
+    num_below: int,
     dtype: torch.dtype | None,
     beta: float,
     num_iterations: int,
@@ -193,6 +194,7 @@ def make_plan(
         model: The model, `meta` or real.
         trained: Name to tensor of what trains.
         layers: The selected layers.
+        num_below: Layers below all that trains.
         dtype: The weights' dtype; None: each tensor's own.
         beta: KL coefficient; above 0 there is a reference.
         num_iterations: Policy passes over a batch.
@@ -242,7 +244,8 @@ def make_plan(
     if len(trained) == len(parameters):
         return replace(full, **beside)
     weights, state = kept.weights(trained), kept.optimizer(trained, masters=True)
-    step = costs.selected(min(layers), sum(met.get(name, 0) for name in trained)) / costs.full()
+    multiplied = sum(met.get(name, 0) for name in trained)
+    step = costs.selected(num_below, multiplied) / costs.full()
     return Plan(
         name="selection",
         weights=kept.base(),
@@ -298,10 +301,13 @@ def _met_by_a_token(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[s
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     share = getattr(text, "num_experts_per_tok", 0) / experts if experts else 1.0
+    looked_up = _weight_of(base, "get_input_embeddings")  # no product, unless it is the head
+    if looked_up is _weight_of(base, "get_output_embeddings"):
+        looked_up = None
     return {
         name: p.numel() * (share if ".experts." in name else 1.0)
         for name, p in parameters.items()
-        if p.dim() > 1
+        if p.dim() > 1 and p is not looked_up
     }
 
 
@@ -319,6 +325,12 @@ def _adapter_elements(blocks: Blocks, layers: Collection[int]) -> int:
 
 
 def _head(base: nn.Module) -> int:
-    getter = getattr(base, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
-    return head.weight.numel() if head is not None else 0
+    head = _weight_of(base, "get_output_embeddings")
+    return 0 if head is None else head.numel()
+
+
+def _weight_of(base: nn.Module, getter: str) -> Tensor | None:
+    try:
+        return getattr(getattr(base, getter)(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None

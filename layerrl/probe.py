@@ -142,7 +142,7 @@ def contribution_probe(
     if missing:
         raise ProbeError(f"method={method!r} needs {', '.join(missing)}, which was not given")
     selection = select_layers(model, layers, modules=modules)
-    if set(selection.learning_rate_scale) != {1.0}:
+    if selection.is_boosted:
         raise ProbeError(f"{selection}: layers are scored alike. Select them without boost.")
     return entry.score(selection, request)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerrl.blocks import find_blocks, plain_name, unwrap
+from layerrl.selection.parts import names_in_parts
 from layerrl.shards import is_sharded, shape
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ class TrainedLayers:
             for layer in self.selection.layers
         }
         """Those of each selected layer, in the order of the layers."""
+        outside = names_in_parts(self.selection, unwrap(self.model), blocks)
+        named = dict(unwrap(self.model).named_parameters(remove_duplicate=False))
+        named = {plain_name(name): parameter for name, parameter in named.items()}
+        self.by_part: dict[str, list[nn.Parameter]] = {
+            **{f"layer_{layer}": tensors for layer, tensors in self.by_layer.items()},
+            **{part: [named[n] for n in named if n in names] for part, names in outside.items()},
+        }
+        """The same, and those of each part outside the layers, by the names they are logged by."""
 
     @property
     def num_training(self) -> int:

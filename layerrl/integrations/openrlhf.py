@@ -89,7 +89,7 @@ class LayerMaskedStrategy(upstream.DeepspeedStrategy):
 
     def _mask(self, model: Any) -> None:  # a transformers model
         selection = read_selection(model, self._given)
-        if {*selection.learning_rate_scale} != {1.0}:
+        if selection.is_boosted:
             raise SelectionError(
                 f"OpenRLHF cannot be told to train {selection}: DeepSpeed gives all groups one "
                 "learning rate. Select without boost."

@@ -48,7 +48,7 @@ class PrefixReplay:
 
     Args:
         model: The model whose prefix is replayed.
-        selection: What trains; nothing is recorded when no whole layer lies below.
+        selection: What trains; nothing is recorded when no whole layer lies below all of it.
         max_bytes: Memory that recordings may take at a time. A batch is not recorded that would
             take more than what is left of it, as an evaluation's beside one to train on.
         agree: Whether something is so in all processes that train together. A pass that one of them

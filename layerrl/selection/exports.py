@@ -41,14 +41,16 @@ def config_for(tool: object, selection: LayerSelection, base: nn.Module) -> dict
         names = [rf"^decoder\.layers\.{layer}\." for layer in selection.layers]
         return {"only_train_params_name_list": names}
     whole = selection.modules is None
-    names = [f"{path}.{layer}." for layer in selection.layers] if whole else [*trained]
+    layers = [f"{path}.{layer}." for layer in selection.layers] if whole else []
+    alone = [name for name in trained if not name.startswith(tuple(layers))]
     if tool == "axolotl":
         # It takes every dot for a literal one, and puts the backslash there itself.
-        return {"unfrozen_parameters": [f"^{name}" if whole else f"^{name}$" for name in names]}
+        names = [*(f"^{layer}" for layer in layers), *(f"^{name}$" for name in alone)]
+        return {"unfrozen_parameters": names}
     return {
         "tuner_type": "full",
         "freeze_parameters_ratio": 1.0,
-        "trainable_parameters": names,
+        "trainable_parameters": [*layers, *alone],
     }
 
 
@@ -56,8 +58,10 @@ def _refuse(tool: object, selection: LayerSelection, *, multimodal: bool) -> Non
     problem = None
     if selection.full:
         problem = '"full" is full training, which needs no list of layers'
-    elif set(selection.learning_rate_scale) != {1.0}:
+    elif selection.is_boosted:
         problem = "it has one learning rate for all layers. Select without boost"
+    elif tool in ("peft", "slime") and selection.also:
+        problem = f"it takes layers alone. Leave out also={list(selection.also)}"
     elif tool == "slime" and selection.modules is not None:
         problem = "Megatron fuses and renames what is inside a layer. Select whole layers"
     elif tool == "slime" and multimodal:

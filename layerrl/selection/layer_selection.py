@@ -15,6 +15,7 @@ from layerrl.blocks import (
     plain_name,
     unwrap,
 )
+from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
@@ -26,10 +27,15 @@ from layerrl.selection.parsing import (
     is_scale,
     ranges,
 )
+from layerrl.selection.parts import ABOVE, names_in_parts
 from layerrl.selection.tensors import check_not_shared, described, names_in_layers
 
 if TYPE_CHECKING:
     import torch
+
+
+_VERSION = 2
+_OF_VERSION_1 = ("num_layers", "layers", "learning_rate_scale", "modules", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,9 @@ class LayerSelection:
     """Globs inside the block; only tensors that match one train. None: the whole block."""
     full: bool = False
     """Every parameter trains, embeddings, final norm and head included."""
+    also: tuple[str, ...] = ()
+    """Parts outside the layers that train, too: `"head"`, `"final_norm"`, `"embeddings"`, or globs
+    of full names. With some, `layers` may be empty."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, tuple):
@@ -57,9 +66,14 @@ class LayerSelection:
             raise SelectionError(f"modules is None or a tuple of globs, got {self.modules!r}")
         if not isinstance(self.full, bool):
             raise SelectionError(f"full is True or False, got {self.full!r}")
+        if not isinstance(self.also, tuple) or (self.also and not are_globs(self.also)):
+            raise SelectionError(f"also is a tuple of parts and globs, got {self.also!r}")
         last = integer(self.num_layers) - 1
         given = [integer(layer) for layer in self.layers]
-        if not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
+        if not given and self.also:
+            if self.modules is not None:
+                raise SelectionError(f"modules={self.modules!r} are parts of layers: none is given")
+        elif not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
             raise SelectionError(
                 f"layers={self.layers!r}: expected at least one, ascending, without duplicates, "
                 f"from 0 to {last}"
@@ -72,18 +86,22 @@ class LayerSelection:
                 f"layers, got {factors!r}"
             )
         object.__setattr__(self, "learning_rate_scale", factors)
-        if self.full and (len(given) != self.num_layers or self.modules is not None):
-            raise SelectionError('"full" trains every parameter: it takes no layers or modules')
+        beside = self.modules is not None or self.also
+        if self.full and (len(given) != self.num_layers or beside):
+            raise SelectionError('"full" trains every parameter: it takes no layers, modules, also')
 
     def __str__(self) -> str:
-        which = f"layers {ranges(self.layers)}" if len(self.layers) > 1 else f"layer {self.first}"
-        text = (
-            f"every parameter ({self.num_layers} layers)"
-            if self.full
-            else (f"{which} of {self.num_layers}")
-        )
+        if self.full:
+            text = f"every parameter ({self.num_layers} layers)"
+        elif not self.layers:
+            text = f"no layer of {self.num_layers}"
+        else:
+            word = "layers" if len(self.layers) > 1 else "layer"
+            text = f"{word} {ranges(self.layers)} of {self.num_layers}"
         if self.modules is not None:
             text += f", modules {', '.join(self.modules)}"
+        if self.also:
+            text += f", also {', '.join(self.also)}"
         boosted = {
             k: s for k, s in zip(self.layers, self.learning_rate_scale, strict=True) if s != 1
         }
@@ -91,13 +109,23 @@ class LayerSelection:
 
     @property
     def first(self) -> int:
-        """Lowest layer that trains."""
-        return self.layers[0]
+        """Lowest layer that trains; the number of layers where none does."""
+        return self.layers[0] if self.layers else self.num_layers
+
+    @property
+    def is_boosted(self) -> bool:
+        """Whether something trains at another rate than the optimizer's."""
+        return any(scale != 1 for scale in self.learning_rate_scale)
+
+    @property
+    def trains_below(self) -> bool:
+        """Whether something below the layers trains, or may: a glob of `also` can name it."""
+        return self.full or bool({*self.also} - ABOVE)
 
     @property
     def frozen_prefix(self) -> range:
-        """Layers below the first that trains: what they compute never changes. Empty for "full"."""
-        return range(0 if self.full else self.first)
+        """Layers below all that trains: what they compute never changes."""
+        return range(0 if self.trains_below else self.first)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The tensors that train, by name, in the model's own order.
@@ -118,7 +146,8 @@ class LayerSelection:
         self.check_num_layers(len(blocks.modules), described(base, blocks))
         trained = {plain_name(name): parameter for name, parameter in base.named_parameters()}
         if not self.full:
-            names = names_in_layers(self, base, blocks)
+            outside = names_in_parts(self, base, blocks).values()
+            names = names_in_layers(self, base, blocks).union(*outside)
             chosen = {
                 id(parameter)
                 for name, parameter in base.named_parameters(remove_duplicate=False)
@@ -205,6 +234,7 @@ class LayerSelection:
             base,
             self.parameters(base),
             self.layers,
+            num_below=len(self.frozen_prefix),
             dtype=dtype,
             beta=beta,
             num_iterations=num_iterations,
@@ -277,7 +307,11 @@ class LayerSelection:
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` turns back into an equal selection."""
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        # Whatever format version 1 can say is said in it, for earlier versions of layerrl to read.
+        used = {name: value for name, value in values.items() if name in _OF_VERSION_1 or value}
+        version = {} if {*used} == {*_OF_VERSION_1} else {"format_version": _VERSION}
+        return json.dumps(used | version)
 
     @classmethod
     def from_json(cls, text: str) -> LayerSelection:
@@ -295,11 +329,18 @@ class LayerSelection:
         names = {field.name for field in fields(cls)}
         try:
             data = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise SelectionError(f"not the JSON of a LayerSelection: {error}") from error
-        if not isinstance(data, dict) or set(data) != names:
+        version = data.pop("format_version", 1) if isinstance(data, dict) else 1
+        if whole_number(version) is None or not 1 <= version <= _VERSION:
             raise SelectionError(
-                f"not the JSON of a LayerSelection: expected the fields {sorted(names)}, got "
+                f"the JSON of a LayerSelection has format version {version!r}; this layerrl reads "
+                f"1 to {_VERSION}. A newer one may have written it."
+            )
+        if not isinstance(data, dict) or not {*_OF_VERSION_1} <= {*data} <= names:
+            raise SelectionError(
+                f"not the JSON of a LayerSelection: expected the fields {sorted(_OF_VERSION_1)}, "
+                f"perhaps {sorted(names - {*_OF_VERSION_1})}, got "
                 f"{sorted(data) if isinstance(data, dict) else data!r}"
             )
         values: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from numbers import Real
 from typing import Any
@@ -18,8 +19,12 @@ _WORDS = (
 )
 
 
-def resolve(layers: Any, num_layers: int, described: str) -> tuple[int, ...]:
+def resolve(
+    layers: Any, num_layers: int, described: str, *, or_none: bool = False
+) -> tuple[int, ...]:
     """Layers given in any form, as ascending numbers; `described` says what the model has."""
+    if layers is None:
+        layers = ()
     if isinstance(layers, str):
         return tuple(_resolve_word(layers, num_layers, described))
     if isinstance(layers, slice):
@@ -27,8 +32,12 @@ def resolve(layers: Any, num_layers: int, described: str) -> tuple[int, ...]:
     layers = _plain(layers)
     several = isinstance(layers, Iterable) and not isinstance(layers, Mapping | bytes)
     given = [integer(layer) for layer in (layers if several else [layers])]
+    if not given and or_none:
+        return ()
     if not given:
-        raise SelectionError(f"no layers given: expected at least one; {described}")
+        raise SelectionError(
+            f"no layers given: expected at least one, or also= without layers; {described}"
+        )
     missing = [layer for layer in given if not -num_layers <= layer < num_layers]
     if missing:
         which, do = ("layers", "do") if len(missing) > 1 else ("layer", "does")
@@ -162,6 +171,27 @@ def globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]
             f"modules are globs inside the block, such as 'self_attn.*'; got {modules!r}"
         )
     return given
+
+
+def parts(also: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]:
+    """Parts outside the layers, one or several, as a tuple without repetitions."""
+    if also is None or also == ():
+        return ()
+    if full:
+        raise SelectionError('"full" trains every parameter, also those outside the layers')
+    given = (also,) if isinstance(also, str) else also
+    given = tuple(dict.fromkeys(given)) if isinstance(given, Iterable) else ("",)
+    if given and not are_globs(given):
+        raise SelectionError(
+            f'also names parts outside the layers: "head", "final_norm", "embeddings" or globs of '
+            f"full names, such as 'model.norm.*'; got {also!r}"
+        )
+    return given
+
+
+def matches(name: str, glob: str) -> bool:
+    """A glob names a tensor, or a module and so everything in it."""
+    return fnmatchcase(name, glob) or fnmatchcase(name, glob + ".*")
 
 
 def are_globs(globs: object) -> bool:

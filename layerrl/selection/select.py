@@ -17,6 +17,7 @@ from layerrl.selection.layer_selection import LayerSelection
 from layerrl.selection.parsing import (
     counted,
     globs,
+    parts,
     resolve,
     scales,
 )
@@ -25,34 +26,42 @@ from layerrl.selection.tensors import described
 
 def select_layers(
     model: Any,  # a model or a config
-    layers: int | Iterable[int] | slice | str | LayerSelection,
+    layers: int | Iterable[int] | slice | str | LayerSelection | None = None,
     *,
     modules: str | Iterable[str] | None = None,
+    also: str | Iterable[str] | None = None,
     boost: Mapping[int, float] | None = None,
 ) -> LayerSelection:
-    """Choose which decoder layers train, and how fast.
+    """Choose which decoder layers train, what else, and how fast.
 
     Mid-K of arXiv:2607.01232 is `"middle:K"`: of L layers, ⌊L/2 - K/2⌋ to ⌊L/2 + K/2⌋ - 1.
     Its Boost is `"full"` with `boost=`.
 
     Args:
         model: A transformers model (any device, `meta` included) or config. Not changed; no weight
-            is read. With `modules` and a config, its names come from a model on `meta`.
+            is read. With `modules` or `also` and a config, its names come from a model on `meta`.
         layers: A layer or several, negative ones counted from the end; a `range` or `slice`;
             `"all"` (every block), `"full"` (every parameter: embeddings, final norm and head too),
             `"middle"`, `"middle:K"`, `"first:K"`, `"last:K"`; `"LO%:HI%"`, the layers k with
             LO <= 100 k / L < HI, so that neighbouring ranges never share a layer; or a selection.
+            None: no layer, only what `also` names.
         modules: Globs of tensors or modules inside the block: `"self_attn.*"`,
             `"mlp.down_proj.weight"`. Everything else in the block stays frozen.
+        also: Parts outside the layers that train, too: `"head"` (a classifier's is one), the
+            `"final_norm"`, the token `"embeddings"`, or globs of full names (`"model.norm.*"`).
+            With the head alone all layers are frozen; above trained embeddings, or a glob, nothing
+            is taken for frozen, and the backward runs through every layer.
         boost: Learning-rate factor of some of the chosen layers, `{10: 2.0}`.
 
     Returns:
-        The selection. Except for `"full"`, nothing outside the blocks is in it.
+        The selection. Nothing outside the layers is in it, but for `also` and `"full"`.
 
     Raises:
         SelectionError: If a layer does not exist, is given twice or is no integer; if nothing is
-            selected; if a glob matches nothing; if a boost is not a positive finite number or
-            belongs to a layer that does not train. Nothing is clipped or skipped.
+            selected; if a glob matches nothing, or the model lacks a part; if what trains is shared
+            with something frozen, as a tied head is with the embeddings; if a boost is not a
+            positive finite number or belongs to a layer that does not train. Nothing is clipped or
+            skipped.
         ModelError: If the model's layers cannot be found.
 
     Example:
@@ -74,11 +83,12 @@ def select_layers(
         layers.check_num_layers(num_layers, text)
         chosen, full = layers.layers, layers.full
         modules = layers.modules if modules is None else modules
+        also = layers.also if also is None else also
         boost = (
             dict(zip(chosen, layers.learning_rate_scale, strict=True)) if boost is None else boost
         )
     else:
-        chosen = resolve(layers, num_layers, text)
+        chosen = resolve(layers, num_layers, text, or_none=bool(also))
         full = isinstance(layers, str) and layers == "full"
     selection = LayerSelection(
         num_layers=num_layers,
@@ -86,9 +96,10 @@ def select_layers(
         learning_rate_scale=scales(boost, chosen, num_layers, text),
         modules=globs(modules, full=full),
         full=full,
+        also=parts(also, full=full),
     )
     if isinstance(model, nn.Module):
         selection.parameters(model)
-    elif modules is not None:
+    elif modules is not None or also is not None:
         selection.parameters(meta_model(model))
     return selection

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from layerrl.blocks import Blocks, plain_name
 from layerrl.errors import SelectionError
-from layerrl.selection.parsing import counted, ranges
+from layerrl.selection.parsing import counted, matches, ranges
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +34,7 @@ def names_in_layers(selection: LayerSelection, base: nn.Module, blocks: Blocks) 
     for layer in selection.layers:
         before = len(chosen)
         for name, _ in blocks.named_parameters(layer):
-            hits = {glob for glob in selection.modules or ("*",) if _matches(name, glob)}
+            hits = {glob for glob in selection.modules or ("*",) if matches(name, glob)}
             matched |= hits
             if hits:
                 chosen.add(f"{blocks.path}.{layer}.{name}")
@@ -57,11 +56,11 @@ def _explain_unmatched(
 ) -> str:
     names = [plain_name(name) for name, _ in base.named_parameters()]
     inside = blocks.path + "."
-    outside = [n for n in names if not n.startswith(inside) and _matches(n, glob)]
+    outside = [n for n in names if not n.startswith(inside) and matches(n, glob)]
     text = f"modules glob {glob!r} matches no tensor inside layers {ranges(selection.layers)}"
     if outside:
-        text += f'; outside the blocks it matches {outside[0]!r}, which only "full" trains'
-    elif glob.startswith(inside) or any(_matches(n, glob) for n in names):
+        text += f"; outside the blocks it matches {outside[0]!r}, which also={outside[0]!r} trains"
+    elif glob.startswith(inside) or any(matches(n, glob) for n in names):
         text += "; globs are relative to the block, leave out the path to it"
     elif "expert" in glob:
         has = "experts" in _inner_names(blocks, selection.first)
@@ -89,13 +88,9 @@ def check_not_shared(
         if id(parameter) in chosen and plain_name(name) not in names:
             raise SelectionError(
                 f"a tensor of {selection} is shared with {plain_name(name)!r}, which is frozen: "
-                'training one trains the other. Select both, or "full".'
+                "training one trains the other. Select both"
+                + (' (also=("embeddings", "head")).' if selection.also else ', or "full".')
             )
-
-
-def _matches(name: str, glob: str) -> bool:
-    """A glob names a tensor, or a module and so everything in it."""
-    return fnmatchcase(name, glob) or fnmatchcase(name, glob + ".*")
 
 
 def _inner_names(blocks: Blocks, layer: int) -> str:

@@ -241,13 +241,17 @@ def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:
 def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
     """A classifier's head lies outside the layers, and is random where the base had none."""
     base = unwrap(model)
-    if selection.full or not type(base).__name__.endswith("ForSequenceClassification"):
+    if (
+        selection.full
+        or "head" in selection.also
+        or not type(base).__name__.endswith("ForSequenceClassification")
+    ):
         return
     prefix = f"{getattr(base, 'base_model_prefix', '')}."
     head = [name for name, _ in base.named_parameters() if not name.startswith(prefix)]
     warnings.warn(
-        f"{', '.join(head)} of {type(base).__name__} stays as it is: {selection} trains nothing "
-        "outside the layers. A head that is still random (of a reward model made from a language "
-        'model) has to be trained first, with selection="full" or by the plain trainer.',
+        f"{', '.join(head)} of {type(base).__name__} stays as it is: {selection} does not train "
+        "it. A head that is still random (of a reward model made from a language model) has to be "
+        'trained: select_layers(model, ..., also="head").',
         stacklevel=5,
     )

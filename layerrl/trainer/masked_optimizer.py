@@ -81,7 +81,7 @@ class MaskedOptimizer:
             self._refuse_updates_in_backward(type(optimizer).__name__)
             return
         own = self._is_own or new
-        if not own and set(layers.selection.learning_rate_scale) != {1.0}:
+        if not own and layers.selection.is_boosted:
             raise SelectionError(
                 f"{layers.selection}: the scales cannot be put into {type(optimizer).__name__}, "
                 "which was passed in ready-made. Let the trainer build an ordinary optimizer from "

@@ -246,7 +246,7 @@ class MaskedRun:
         """Measure the gradients, which have just been clipped."""
         if not launchers.uses_deepspeed(self._trainer.accelerator):  # it has none left by now
             trained = self.layers.parameters.values()
-            self._clipped = metrics.clipped_norms(self.layers.by_layer, trained)
+            self._clipped = metrics.clipped_norms(self.layers.by_part, trained)
 
     def metrics_of_step(self, grad_norm: float | None) -> dict[str, float]:
         """The layers' metrics.
@@ -263,5 +263,5 @@ class MaskedRun:
             norms = metrics.before_clipping(grad_norm, self._clipped)
             found |= metrics.named("grad_norm", norms)
         state = getattr(self._trainer.optimizer, "state", {})
-        moved = metrics.relative_updates(layers.by_layer, layers.parameters, self.initial, state)
+        moved = metrics.relative_updates(layers.by_part, layers.parameters, self.initial, state)
         return found | metrics.named("relative_update", moved)

@@ -1,4 +1,4 @@
-"""What is logged of each layer."""
+"""What is logged of each layer, and of each part outside the layers that trains."""
 
 from __future__ import annotations
 
@@ -15,77 +15,77 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    ByLayer = Mapping[int, Sequence[nn.Parameter]]
+    ByPart = Mapping[str, Sequence[nn.Parameter]]
 
 
 class Norms(NamedTuple):
     """Norms of gradients that have been clipped."""
 
     total: Tensor
-    by_layer: dict[int, Tensor]
+    by_part: dict[str, Tensor]
 
 
-def clipped_norms(by_layer: ByLayer, trained: Iterable[nn.Parameter]) -> Norms:
+def clipped_norms(by_part: ByPart, trained: Iterable[nn.Parameter]) -> Norms:
     """The norms of the gradients as they are now.
 
     Args:
-        by_layer: The trained tensors of each layer.
+        by_part: The trained tensors of each layer and part.
         trained: All that train, inside layers and outside.
 
     Returns:
-        The norm of all, and of each layer. Every process has to ask where they are sharded.
+        The norm of all, and of each part. Every process has to ask where they are sharded.
     """
 
     def now(parameters: Iterable[nn.Parameter]) -> Tensor:
         return norm(p.grad for p in parameters if p.grad is not None)
 
-    return Norms(now(trained), {layer: now(parameters) for layer, parameters in by_layer.items()})
+    return Norms(now(trained), {part: now(parameters) for part, parameters in by_part.items()})
 
 
-def before_clipping(total: float, clipped: Norms) -> dict[int, Tensor]:
-    """Each layer's share of the gradient's norm, before clipping.
+def before_clipping(total: float, clipped: Norms) -> dict[str, Tensor]:
+    """Each part's share of the gradient's norm, before clipping.
 
     Args:
         total: The norm of the whole gradient before it was clipped.
         clipped: What it was clipped to.
 
     Returns:
-        A norm for each layer.
+        A norm for each part.
     """
     factor = torch.where(clipped.total > 0, clipped.total.new_tensor(total) / clipped.total, 0.0)
-    return {layer: factor * value for layer, value in clipped.by_layer.items()}
+    return {part: factor * value for part, value in clipped.by_part.items()}
 
 
 def relative_updates(
-    by_layer: ByLayer,
+    by_part: ByPart,
     trained: Mapping[str, nn.Parameter],
     initial: Mapping[str, Tensor],
     state: Mapping[nn.Parameter, Mapping[str, Any]],
-) -> dict[int, Tensor]:
-    """How far each layer has moved, relative to its size.
+) -> dict[str, Tensor]:
+    """How far each part has moved, relative to its size.
 
     Args:
-        by_layer: The trained tensors of each layer.
+        by_part: The trained tensors of each layer and part.
         trained: The same by name.
         initial: Their values at the start, by name; empty where nobody kept them.
         state: The optimizer's, with master values where it has them.
 
     Returns:
-        The norm of the change over the norm at the start, for each layer; none without `initial`.
+        The norm of the change over the norm at the start, for each part; none without `initial`.
     """
     if not initial:
         return {}
     start = {id(p): with_parameter(initial[name], p) for name, p in trained.items()}
     return {
-        layer: norm(parts(state.get(p, {}).get(MASTER, p)) - start[id(p)] for p in parameters)
+        part: norm(parts(state.get(p, {}).get(MASTER, p)) - start[id(p)] for p in parameters)
         / norm(start[id(p)] for p in parameters)
-        for layer, parameters in by_layer.items()
+        for part, parameters in by_part.items()
     }
 
 
-def named(metric: str, values: Mapping[int, Tensor]) -> dict[str, float]:
+def named(metric: str, values: Mapping[str, Tensor]) -> dict[str, float]:
     """Values by the name that they are logged under."""
-    return {f"layerrl/{metric}/layer_{layer}": value.item() for layer, value in values.items()}
+    return {f"layerrl/{metric}/{part}": value.item() for part, value in values.items()}
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from layerrl import select_layers
+from layerrl.errors import SelectionError
 from tests.devices import on_any_device, on_cpu
 from tests.grpo import make
 from tests.models import FAMILIES, tiny
@@ -33,13 +34,31 @@ def attention_of_layers(*layers: int) -> Callable[[str, str], bool]:
     )
 
 
-# What is selected, the modules inside the block, and by hand: does the tensor of this name train?
+def outside(*parts: str) -> Callable[[str, str], bool]:
+    """Parts by the ends of their names in the families of these tests."""
+    return lambda name, path: not name.startswith(path) and name.endswith(parts)
+
+
+HEAD, NORM = ("lm_head.weight",), ("norm.weight", "ln_f.weight", "ln_f.bias")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+
+# What is selected, and by hand: does the tensor of this name train?
 CASES = {
-    "full": ("full", None, lambda name, path: True),
-    "all": ("all", None, in_layers(0, 1, 2)),
-    "one layer": (1, None, in_layers(1)),
-    "two layers": ([1, 2], None, in_layers(1, 2)),
-    "modules": ([0, -1], "*attn.*", attention_of_layers(0, 2)),
+    "full": ({"layers": "full"}, lambda name, path: True),
+    "all": ({"layers": "all"}, in_layers(0, 1, 2)),
+    "one layer": ({"layers": 1}, in_layers(1)),
+    "two layers": ({"layers": [1, 2]}, in_layers(1, 2)),
+    "modules": ({"layers": [0, -1], "modules": "*attn.*"}, attention_of_layers(0, 2)),
+    "head alone": ({"also": "head"}, outside(*HEAD)),
+    "layer and above": (
+        {"layers": 1, "also": ["head", "final_norm"]},
+        lambda name, path: in_layers(1)(name, path) or outside(*HEAD, *NORM)(name, path),
+    ),
+    "embeddings": (
+        {"layers": 1, "also": ["embeddings", "head"]},
+        lambda name, path: in_layers(1)(name, path) or outside(*HEAD, *EMBEDDINGS)(name, path),
+    ),
+    "glob": ({"also": "*[mf].weight"}, outside("norm.weight", "ln_f.weight")),
 }
 
 
@@ -59,14 +78,14 @@ def assert_equivalent(
     load: Callable[[], PreTrainedModel], case: str, family: str, folder: Path, **changes: Any
 ) -> None:
     """Train a model both ways and compare everything that came out."""
-    layers, modules, trains = CASES[case]
+    chosen, trains = CASES[case]
     ours, plain = load(), load()
     before = bits(ours)
     assert_close(bits(plain), before, rtol=0, atol=0)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(trains(name, FAMILIES[family].path))
 
-    selection = select_layers(ours, layers, modules=modules)
+    selection = select_layers(ours, **chosen)
     masked = train(ours, folder / "ours", selection=selection, **changes)
     by_hand = train(plain, folder / "plain", **changes)
 
@@ -96,12 +115,16 @@ def test_training_equals_plain_trl(tmp_path, family, tied, case):
     model = tiny(family, tie_word_embeddings=tied)
     shared = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert shared == tied
+    if tied and case in ("head alone", "layer and above"):
+        with pytest.raises(SelectionError, match=r'is shared with .*embeddings", "head"'):
+            select_layers(model, **CASES[case][0])
+        return
     assert_equivalent(
         lambda: tiny(family, tie_word_embeddings=tied), case, family, tmp_path, weight_decay=0.1
     )
 
 
-@pytest.mark.parametrize("case", ["full", "one layer"])
+@pytest.mark.parametrize("case", ["full", "one layer", "head alone", "embeddings"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -118,11 +141,11 @@ def test_training_equals_plain_trl_in_other_settings(tmp_path, changes, case):
     assert_equivalent(lambda: tiny("llama"), case, "llama", tmp_path, **changes)
 
 
-@pytest.mark.parametrize("case", ["full", "one layer", "modules"])
+@pytest.mark.parametrize("case", ["full", "one layer", "modules", "head alone", "embeddings"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_training_equals_plain_trl_with_a_reference_model(tmp_path, family, case):
     # TRL loads the reference from where the model came from, so it must come from somewhere.
-    like = tiny(family)
+    like = tiny(family, tie_word_embeddings=False)
     like.save_pretrained(tmp_path / "model")
     assert_equivalent(
         lambda: type(like).from_pretrained(tmp_path / "model"), case, family, tmp_path, beta=0.04

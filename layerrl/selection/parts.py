@@ -1,0 +1,107 @@
+"""Parts of a model outside its decoder layers, as `also=` names them: the head, the final norm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from layerrl.blocks import Blocks, plain_name
+from layerrl.errors import SelectionError
+from layerrl.selection.parsing import matches
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from layerrl.selection import LayerSelection
+
+ABOVE = frozenset({"head", "final_norm"})
+"""Parts that come after the last layer: the layers below the first that trains stay a prefix."""
+
+
+def names_in_parts(
+    selection: LayerSelection, base: nn.Module, blocks: Blocks
+) -> dict[str, set[str]]:
+    """Names of the tensors that a selection trains outside the layers.
+
+    Args:
+        selection: Parts, by name or by glob.
+        base: The model, unwrapped.
+        blocks: Its layers.
+
+    Returns:
+        Part to the plain names of its tensors, those of shared ones too.
+
+    Raises:
+        SelectionError: If the model does not have a part, or a glob matches nothing outside the
+            layers.
+    """
+    outside = [
+        name for name, _ in _named_parameters(base) if not name.startswith(f"{blocks.path}.")
+    ]
+    found: dict[str, set[str]] = {}
+    for part in selection.also:
+        if part == "head":
+            names = _head(base, outside)
+        elif part == "final_norm":
+            names = _final_norm(base, blocks)
+        elif part == "embeddings":
+            names = _inside(base, [_getter(base, "get_input_embeddings")])
+        else:
+            names = {name for name in outside if matches(name, part)}
+        if not names:
+            raise SelectionError(_explain_missing(part, base, blocks, outside))
+        found[part] = names
+    return found
+
+
+def _head(base: nn.Module, outside: list[str]) -> set[str]:
+    """What makes tokens of hidden states, or a classifier's scores: all outside the base model."""
+    names = _inside(base, [_getter(base, "get_output_embeddings")])
+    prefix = getattr(base, "base_model_prefix", "")
+    if names or not prefix or getattr(base, prefix, base) is base:
+        return names
+    return {name for name in outside if not name.startswith(f"{prefix}.")}
+
+
+def _final_norm(base: nn.Module, blocks: Blocks) -> set[str]:
+    """The norm beside the layers: of several, the first that is registered after them."""
+    holder = base.get_submodule(blocks.path.rpartition(".")[0])
+    children = list(holder.children())
+    place = next(i for i, child in enumerate(children) if blocks.modules[0] in {*child.children()})
+    norms = [i for i, child in enumerate(children) if "norm" in type(child).__name__.lower()]
+    after = [i for i in norms if i > place] or (norms if len(norms) == 1 else [])
+    return _inside(base, [children[i] for i in after[:1]])
+
+
+def _inside(base: nn.Module, modules: Sequence[nn.Module | None]) -> set[str]:
+    """Plain names of the tensors in some modules of a model: not where else shared ones are."""
+    paths = [
+        plain_name(f"{path}.")
+        for path, module in base.named_modules(remove_duplicate=False)
+        if any(module is each for each in modules)
+    ]
+    return {name for name, _ in _named_parameters(base) if name.startswith(tuple(paths))}
+
+
+def _named_parameters(base: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    found = base.named_parameters(remove_duplicate=False)
+    return [(plain_name(name), parameter) for name, parameter in found]
+
+
+def _getter(base: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return getattr(base, name)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _explain_missing(part: str, base: nn.Module, blocks: Blocks, outside: list[str]) -> str:
+    text = f"{type(base).__name__} has nothing that also={part!r} names"
+    if part not in (*ABOVE, "embeddings"):
+        text = f"also={part!r} matches no tensor outside the layers"
+        inside = [n for n, _ in _named_parameters(base) if n.startswith(f"{blocks.path}.")]
+        if any(matches(name, part) for name in inside):
+            text += ", only in them: choose those with layers and modules"
+        text += ' (expected "head", "final_norm", "embeddings", or a glob of full names)'
+    return f"{text}. Outside its layers it has {', '.join(outside) or 'no tensor'}"
