@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -66,31 +65,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_peft(model: nn.Module) -> bool:
     """Whether the model is wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def adapters(model: nn.Module) -> str:
-    """Describe the PEFT adapters in a model, with or without PEFT's wrapper.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        A description; empty where there is nothing.
-    """
-    if is_peft(model):
-        return "a PEFT model"
-    names = [name for name, module in unwrap(model).named_modules() if _is_adapted(module)]
-    if names:
-        return f"a model with adapters, in {names[0]!r} and {len(names) - 1} other modules"
-    if getattr(unwrap(model), "_hf_peft_config_loaded", False):  # set by model.add_adapter
-        return "a model to which transformers has added adapters"
-    return ""
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    # Nothing can be one before PEFT is imported, which is not done for this.
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    return peft is not None and isinstance(module, peft.BaseTunerLayer)
 
 
 def plain_name(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from layerrl.adapters import adapter_tensors
 from layerrl.blocks import find_blocks, plain_name, unwrap
 from layerrl.selection.parts import names_in_parts
 from layerrl.shards import is_sharded, shape
@@ -47,7 +48,9 @@ class TrainedLayers:
             for layer in self.selection.layers
         }
         """Those of each selected layer, in the order of the layers."""
-        outside = names_in_parts(self.selection, unwrap(self.model), blocks)
+        outside = names_in_parts(
+            self.selection, unwrap(self.model), blocks, adapter_tensors(self.model)
+        )
         named = dict(unwrap(self.model).named_parameters(remove_duplicate=False))
         named = {plain_name(name): parameter for name, parameter in named.items()}
         self.by_part: dict[str, list[nn.Parameter]] = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from layerrl.adapters import adapter_tensors
 from layerrl.blocks import (
     find_blocks,
     meta_model,
@@ -131,7 +132,8 @@ class LayerSelection:
         """The tensors that train, by name, in the model's own order.
 
         Args:
-            model: A model with `num_layers` decoder layers, wrapped or not, on any device.
+            model: A model with `num_layers` decoder layers, wrapped or not, on any device. If it
+                has active PEFT adapters, what trains is those of the selected layers and parts.
 
         Returns:
             Name in the unwrapped model to parameter; a tensor shared by two modules appears once.
@@ -146,8 +148,9 @@ class LayerSelection:
         self.check_num_layers(len(blocks.modules), described(base, blocks))
         trained = {plain_name(name): parameter for name, parameter in base.named_parameters()}
         if not self.full:
-            outside = names_in_parts(self, base, blocks).values()
-            names = names_in_layers(self, base, blocks).union(*outside)
+            adapted = adapter_tensors(base)
+            outside = names_in_parts(self, base, blocks, adapted).values()
+            names = names_in_layers(self, base, blocks, adapted).union(*outside)
             chosen = {
                 id(parameter)
                 for name, parameter in base.named_parameters(remove_duplicate=False)

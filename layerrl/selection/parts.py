@@ -9,7 +9,7 @@ from layerrl.errors import SelectionError
 from layerrl.selection.parsing import matches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -20,7 +20,7 @@ ABOVE = frozenset({"head", "final_norm"})
 
 
 def names_in_parts(
-    selection: LayerSelection, base: nn.Module, blocks: Blocks
+    selection: LayerSelection, base: nn.Module, blocks: Blocks, adapted: Mapping[str, str]
 ) -> dict[str, set[str]]:
     """Names of the tensors that a selection trains outside the layers.
 
@@ -28,6 +28,7 @@ def names_in_parts(
         selection: Parts, by name or by glob.
         base: The model, unwrapped.
         blocks: Its layers.
+        adapted: Its adapters' tensors, as for `names_in_layers`.
 
     Returns:
         Part to the plain names of its tensors, those of shared ones too.
@@ -48,10 +49,16 @@ def names_in_parts(
         elif part == "embeddings":
             names = _inside(base, [_getter(base, "get_input_embeddings")])
         else:
-            names = {name for name in outside if matches(name, part)}
+            known_as = {name: {name, adapted.get(name, name)} for name in outside}
+            names = {n for n in outside if any(matches(name, part) for name in known_as[n])}
         if not names:
             raise SelectionError(_explain_missing(part, base, blocks, outside))
-        found[part] = names
+        found[part] = names & {*adapted} if adapted else names
+        if not found[part]:
+            raise SelectionError(
+                f"also={part!r} names what has no adapter that trains, and the model has adapters "
+                "elsewhere: name it in target_modules or modules_to_save of the peft_config"
+            )
     return found
 
 

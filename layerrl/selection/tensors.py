@@ -9,18 +9,24 @@ from layerrl.errors import SelectionError
 from layerrl.selection.parsing import counted, matches, ranges
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from layerrl.selection import LayerSelection
 
 
-def names_in_layers(selection: LayerSelection, base: nn.Module, blocks: Blocks) -> set[str]:
+def names_in_layers(
+    selection: LayerSelection, base: nn.Module, blocks: Blocks, adapted: Mapping[str, str]
+) -> set[str]:
     """Names of the tensors that a selection trains inside the layers.
 
     Args:
         selection: Layers, and globs of their modules.
         base: The model, unwrapped.
         blocks: Its layers.
+        adapted: Its adapters' tensors, as `adapter_tensors` gives them. Where there are some, they
+            train, and globs mean what they adapt.
 
     Returns:
         Names in the model.
@@ -32,20 +38,32 @@ def names_in_layers(selection: LayerSelection, base: nn.Module, blocks: Blocks) 
     matched: set[str] = set()
     without: list[int] = []
     for layer in selection.layers:
-        before = len(chosen)
+        before, path = len(chosen), f"{blocks.path}.{layer}."
         for name, _ in blocks.named_parameters(layer):
-            hits = {glob for glob in selection.modules or ("*",) if matches(name, glob)}
+            if adapted and path + name not in adapted:
+                continue
+            known_as = {name, adapted.get(path + name, name).removeprefix(path)}
+            globs = selection.modules or ("*",)
+            hits = {glob for glob in globs if any(matches(n, glob) for n in known_as)}
             matched |= hits
             if hits:
-                chosen.add(f"{blocks.path}.{layer}.{name}")
+                chosen.add(path + name)
         if len(chosen) == before:
             without.append(layer)
+    if adapted and len(without) == len(selection.layers):
+        raise SelectionError(
+            f"the model has adapters, which train in place of its own tensors, and none that is "
+            f"active in layers {without}: {len(adapted)} tensors elsewhere, such as "
+            f"{next(iter(adapted))!r}. Select layers that have some, or take them out first "
+            "(merge_and_unload of a PEFT model)."
+        )
     for glob in selection.modules or ():
         if glob not in matched:
             raise SelectionError(_explain_unmatched(selection, glob, base, blocks))
     if without:
+        modules = list(selection.modules or "*")
         raise SelectionError(
-            f"layers {without} hold no tensor that modules={list(selection.modules or ())} match: "
+            f"layers {without} hold no {'adapter' if adapted else 'tensor'} that {modules=} match: "
             f"they would not train. Layer {without[0]} holds {_inner_names(blocks, without[0])}"
         )
     return chosen

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from layerrl.blocks import plain_name, unwrap, with_fused_siblings
 from layerrl.errors import TrainerError
 from layerrl.selection import select_layers
-from layerrl.trainer import arguments, launchers
+from layerrl.trainer import launchers
 from layerrl.trainer.sync import Part, PartialSync
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ class EarlyMask(TrainerCallback, AbstractContextManager[None]):
         Raises:
             SelectionError: If the selection does not fit the model.
         """
-        arguments.refuse_peft(self._choice, model)
         parameters = {plain_name(name): p for name, p in unwrap(model).named_parameters()}
         trained = select_layers(model, self._choice).parameters(model)
         sent = frozenset(with_fused_siblings(parameters, trained))

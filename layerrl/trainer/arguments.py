@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, Trainer
 
-from layerrl.blocks import adapters, count_layers, meta_model, unwrap
+from layerrl.blocks import count_layers, meta_model, unwrap
 from layerrl.checks import whole_number
 from layerrl.errors import LayerRLError, ModelError, SelectionError, TrainerError
 from layerrl.selection import select_layers
@@ -93,30 +93,6 @@ def check_keywords(
     if checkpoint_format not in ("delta", "full"):
         raise SelectionError(
             f'checkpoint_format is {checkpoint_format!r}, expected "delta" or "full"'
-        )
-
-
-def refuse_peft(selection: object, model: object, peft_config: object = None) -> None:
-    """Refuse PEFT beside a selection: both choose what trains.
-
-    Args:
-        selection: What trains, as it was given.
-        model: The model, or what stands for it until it is loaded.
-        peft_config: The trainer's argument of that name.
-
-    Raises:
-        SelectionError: If there is a `peft_config`, or the model has adapters, wrapped by PEFT or
-            put into it by transformers (`model.add_adapter`) or `inject_adapter_in_model`.
-    """
-    given = "peft_config" if peft_config is not None else ""
-    if isinstance(model, nn.Module):
-        given = adapters(model) or given
-    if given:
-        raise SelectionError(
-            f"selection={selection!r} was given together with {given}: two ways of choosing what "
-            "trains. Leave out one of them (PEFT's own layers_to_transform restricts an adapter to "
-            "layers), or merge the adapters into the model first (merge_and_unload of a PEFT "
-            "model)."
         )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from layerrl.quantisation import quantised_base
 from layerrl.selection import LayerSelection, select_layers
-from layerrl.trainer import arguments
+from layerrl.trainer import adapters, arguments
 from layerrl.trainer.announced import EarlyMask, announces
 from layerrl.trainer.auto import AutoSelection
 from layerrl.trainer.checkpoints import refuse_readers
@@ -51,7 +51,8 @@ class TrainerCall:
     ) -> None:
         given = {**dict(zip(known, args, strict=False)), **kwargs}
         model, self._trainer_args = given.get("model"), given.get("args")
-        arguments.refuse_peft(selection, model, given.get("peft_config"))
+        self.adapts = adapters.has_adapters(model, given.get("peft_config"))
+        """Whether PEFT's adapters train, and not the model's own tensors."""
         arguments.check_keywords(
             kwargs,
             byte_counts={"prefix_cache_bytes": prefix_cache_bytes},
@@ -69,12 +70,21 @@ class TrainerCall:
             chosen = arguments.chosen_early(described, self._choice)
         full = chosen == "full" or (isinstance(chosen, LayerSelection) and chosen.full)
         self._full = full
+        if full and self.adapts:
+            adapters.refuse_full(selection)
+        if self.adapts:
+            config = adapters.config_for(given.get("peft_config"), described, chosen)
+            if config is not None:
+                args, kwargs = arguments.with_argument(known, args, kwargs, "peft_config", config)
         self.prefix_cache_bytes = int(prefix_cache_bytes)
         self.master_weights = master_weights and not full
-        self.checkpoint_format = "full" if full else checkpoint_format
+        # Of a PEFT model, a trainer's own checkpoints hold the adapters.
+        self.checkpoint_format = "full" if full or self.adapts else checkpoint_format
         refuse_readers(given.get("callbacks") or (), self.checkpoint_format)
         self.early = None
         """The mask under which an asynchronous trainer announces its weights."""
+        if self.adapts and announces(type(wrapped.__self__)):
+            adapters.refuse_announcing(type(wrapped.__self__).__name__)
         if not full and announces(type(wrapped.__self__)):
             own_transfer = given.get("weight_transfer") is not None
             self.early = EarlyMask(self._choice, own_transfer=own_transfer)
@@ -86,6 +96,8 @@ class TrainerCall:
             given, known, generates=generates
         )
         """What the reference is asked by."""
+        if self.adapts:
+            self.reference = None  # TRL's own: the adapters are switched off for it
         if self.reference == "ref_model":
             stand_in = arguments.StandIn()
             args, kwargs = arguments.with_argument(known, args, kwargs, "ref_model", stand_in)
@@ -101,7 +113,7 @@ class TrainerCall:
         """
         with (
             arguments.without_reference_model(self._trainer_args, self.reference),
-            nullcontext() if self._full else quantised_base(self._trainer_args),
+            nullcontext() if self._full or self.adapts else quantised_base(self._trainer_args),
             self.early or nullcontext(),
         ):
             yield

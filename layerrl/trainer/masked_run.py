@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layerrl.activations import backward_from_first_trained
+from layerrl.adapters import adapter_tensors
 from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.errors import SelectionError
@@ -15,7 +16,7 @@ from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.shards import parts, sharded_like
 from layerrl.trained import TrainedLayers
-from layerrl.trainer import arguments, launchers, metrics
+from layerrl.trainer import adapters, arguments, launchers, metrics
 from layerrl.trainer.announced import AnnouncedSync
 from layerrl.trainer.callbacks import SyncReference
 from layerrl.trainer.masked_optimizer import MaskedOptimizer
@@ -48,7 +49,8 @@ class MaskedRun:
 
     def __init__(self, trainer: Any, call: TrainerCall, selection: LayerSelection) -> None:
         model, accelerator, full = trainer.model, trainer.accelerator, selection.full
-        arguments.refuse_peft(selection, model)
+        self._trainer, self._call, self.selection = trainer, call, selection
+        self.check_adapters()
         quantised = getattr(unwrap(model), "is_quantized", False)
         launchers.refuse_launcher(selection, accelerator, quantised=quantised)
         launchers.refuse_threads(trainer.args)
@@ -56,16 +58,14 @@ class MaskedRun:
         casts = launchers.casts_model(accelerator)
         arguments.refuse_cast(trainer.args, None if full else model, casts)
         arguments.warn_of_frozen_head(model, selection)
-        self._trainer, self._call = trainer, call
-        self.selection = selection
         self.auto = call.auto
         """The choice of `selection="auto"`, with its report once it is made; None otherwise."""
         self.layers = TrainedLayers(model, selection)
         # A model that will be sharded lies on the CPU until it is.
         self.frozen = FrozenRecord(model, selection, device=accelerator.device)
         self.base: DeltaBase | None = None
-        """What a delta is relative to; None before `"auto"` has chosen, as all below."""
-        if call.decided:
+        """What a delta is relative to; None before `"auto"` has chosen, and of adapters."""
+        if call.decided and not call.adapts:
             known = self.frozen.fingerprints
             base = DeltaBase.of(model, selection, frozen=known, device=accelerator.device)
             self.base = launchers.of_main_process(base, accelerator)
@@ -155,6 +155,23 @@ class MaskedRun:
         self.follow_shards()
         self.frozen.check(self._trainer.model)
 
+    def check_adapters(self) -> None:
+        """Compare the model's adapters with what the trainer was made for.
+
+        Raises:
+            SelectionError: If it has some without PEFT's wrapper or outside of layers, or if some
+                came, or are gone, since the trainer was made.
+        """
+        model = self._trainer.model
+        has_some = adapters.has_adapters(model)
+        adapters.check_prompt_learning(model)
+        if has_some != self._call.adapts:
+            since = "has been given PEFT adapters" if has_some else "has lost its PEFT adapters"
+            raise SelectionError(
+                f"the model {since} since the trainer was made for {self.selection}, whose "
+                "optimizer holds other tensors: make another trainer, with this model."
+            )
+
     def save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
         """Write a delta, after `check_frozen`.
 
@@ -166,8 +183,14 @@ class MaskedRun:
             The folder.
 
         Raises:
-            SelectionError: If `"auto"` has not chosen yet.
+            SelectionError: If `"auto"` has not chosen yet, or adapters were trained.
         """
+        if self._call.adapts:
+            raise SelectionError(
+                f"adapters were trained on {self.selection}, and a delta holds a model's own "
+                "tensors: save_model(folder) writes them as PEFT reads them. For a delta, train "
+                "without peft_config."
+            )
         if self.base is None:
             raise SelectionError(
                 'selection="auto" chooses its layers when training starts: nothing is trained yet '
@@ -200,7 +223,7 @@ class MaskedRun:
         own_rollout = getattr(self._trainer, "rollout_func", None)  # may ask the engine itself
         if own_rollout is not None and isinstance(self.sync, WeightSync):
             self.sync.freshen()
-        with self.replay.batch(training=self._training):
+        with self._flags_kept(), self.replay.batch(training=self._training):
             yield
 
     @contextmanager
@@ -228,6 +251,7 @@ class MaskedRun:
         try:
             # Here and not once for the run: TRL enables checkpointing anew after a generation.
             with (
+                self._flags_kept(),
                 backward_from_first_trained(self._trainer.model, self.selection),
                 self.replay.passes(training=training, alone=alone),
             ):
@@ -235,6 +259,23 @@ class MaskedRun:
         finally:
             if not training:
                 self.replay.forget_evaluation()
+
+    @contextmanager
+    def _flags_kept(self) -> Iterator[None]:
+        """Inside, adapters may be switched off and on, after which PEFT lets all of them train."""
+        if not self._call.adapts:
+            yield
+            return
+        base, trained = unwrap(self._trainer.model), self.layers.parameters
+        for name in adapter_tensors(base):  # those of other layers, if switched before
+            if name not in trained:
+                base.get_parameter(name).requires_grad_(False)
+        flags = [(p, p.requires_grad) for p in base.parameters()]
+        try:
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
     @property
     def _training(self) -> bool:

@@ -80,8 +80,8 @@ class LayerMaskedMixin(_Wrapped):
         **kwargs: The trainer's own arguments.
 
     Raises:
-        SelectionError: If the selection does not fit the model, or comes with a `peft_config` or a
-            PEFT model, which also choose what trains; if tokens were added whose embedding rows it
+        SelectionError: If the selection does not fit the model, or with a
+            `peft_config` that trains something else; if tokens were added whose embedding rows it
             does not train; if a callback takes checkpoints for models that hold a delta.
         TrainerError: If the class behind the mixin is no trainer, or is one that cannot be masked.
         ModelError: If the model's decoder layers cannot be found.
@@ -202,7 +202,7 @@ class LayerMaskedMixin(_Wrapped):
             refuse_callbacks(self.callback_handler.callbacks, self.selection)
             with self._mask.during_training():
                 if self.model_init is None:
-                    arguments.refuse_peft(self.selection, self.model)
+                    self.masked_run.check_adapters()
                     self._mask.put_on(self.selection, self.model)
                 if not self._call.decided:
                     self._choose()

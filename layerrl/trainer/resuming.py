@@ -108,9 +108,13 @@ class CheckpointReader:
         launchers.refuse_checkpoint(folder, trainer.accelerator, has_delta=delta is not None)
         in_parts = launchers.shards_model(trainer.accelerator)
         quantised = getattr(trainer.model, "is_quantized", False)
-        if delta is None and (run.selection.full or in_parts or quantised):
+        if delta is None and (run.base is None or run.selection.full or in_parts or quantised):
             return False
-        assert run.base is not None  # "auto" has chosen before anything is loaded
+        if run.base is None:  # "auto" has chosen before anything is loaded
+            raise CheckpointError(
+                f"{folder} holds the delta of layers that trained themselves, and here adapters "
+                "train: resume without peft_config, or load the delta into the base with load_delta"
+            )
         if delta is None:
             tensors, reference = trained_tensors(trainer.model, folder, run.selection), {}
         else:
