@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from layerrl.blocks import is_peft, plain_name, unwrap
+from layerrl.quantisation import is_quantised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,3 +101,65 @@ def _adapted(base: nn.Module) -> Iterator[tuple[str, Any]]:
         return
     kinds = (tuners.BaseTunerLayer, others.ModulesToSaveWrapper)
     yield from ((name, m) for name, m in base.named_modules() if isinstance(m, kinds))
+
+
+def served_names(model: nn.Module) -> dict[str, str]:
+    """What an inference engine knows of a model whose adapters are merged into its weights.
+
+    Args:
+        model: Any model, wrapped or not.
+
+    Returns:
+        Plain name of a parameter that is no adapter's, to its name in a model without adapters; of
+        a module to save, of the copy that trains.
+    """
+    base = unwrap(model)
+    added: list[str] = []
+    copies: dict[str, str] = {}
+    for path, module in _adapted(base):
+        if hasattr(module, "modules_to_save"):
+            added += [f"{path}.original_module.", f"{path}.modules_to_save."]
+            active = [f"{path}.modules_to_save.{name}." for name in module.active_adapters]
+            copies |= dict.fromkeys(active, f"{path}.")
+        else:
+            added += [f"{path}.{kind}." for kind in module.adapter_layer_names]
+    served: dict[str, str] = {}
+    for full, _ in base.named_parameters():
+        name = plain_name(full)
+        copy = next((prefix for prefix in copies if name.startswith(prefix)), None)
+        if copy is not None:
+            served[name] = _without_wrappers(copies[copy] + name.removeprefix(copy))
+        elif not name.startswith(tuple(added)):
+            served[name] = _without_wrappers(name)
+    return served
+
+
+@contextmanager
+def weights_as_they_were(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters may be merged into weights; afterwards these have the bits of before.
+
+    PEFT adds the adapters and subtracts them again, which rounds.
+
+    Args:
+        model: A model, wrapped or not. One without adapters is left alone.
+
+    Yields:
+        Nothing. What is merged is unmerged also after an exception.
+    """
+    modules = [m for _, m in _adapted(unwrap(model)) if not hasattr(m, "modules_to_save")]
+    before = [
+        (layer, name, p, p.data if is_quantised(p) else p.detach().clone())
+        for layer in {id(m.get_base_layer()): m.get_base_layer() for m in modules}.values()
+        for name, p in layer.named_parameters(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module in modules:
+            if module.merged:
+                module.unmerge()
+        for layer, name, parameter, value in before:
+            if layer._parameters[name] is not parameter:  # packed anew
+                setattr(layer, name, parameter)
+            elif value is not parameter.data:
+                parameter.data.copy_(value)

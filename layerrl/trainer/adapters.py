@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layerrl.adapters import adapted_modules, adapter_tensors, described_adapters
-from layerrl.blocks import is_peft, meta_model, plain_name, unwrap
+from layerrl.blocks import is_peft, meta_model
 from layerrl.errors import SelectionError, TrainerError
 from layerrl.selection import LayerSelection
 
@@ -77,7 +77,7 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
 
     Args:
         config: As the trainer was given it. Not changed.
-        described: The model, or its config.
+        described: The model's config.
         selection: What trains.
 
     Returns:
@@ -97,7 +97,7 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
             "to the selection: pass the loaded model"
         )
     _refuse(config, selection)
-    skeleton = _skeleton(described)
+    skeleton = meta_model(described)
     asked: Any = copy.deepcopy(config)
     if hasattr(asked, "init_lora_weights"):
         asked.init_lora_weights = True  # others look at weights, and here are none
@@ -129,20 +129,6 @@ def _refuse(config: Any, selection: LayerSelection) -> None:
         )
     if problem:
         raise SelectionError(f"{selection} was given together with a peft_config: {problem}.")
-
-
-def _skeleton(described: Any) -> nn.Module:
-    """The model on `meta`, without adapters."""
-    skeleton = meta_model(described.config if isinstance(described, nn.Module) else described)
-    if isinstance(described, nn.Module):
-        names = {plain_name(name) for name, _ in unwrap(described).named_modules()}
-        if names != {name for name, _ in skeleton.named_modules()}:
-            raise SelectionError(
-                f"{type(described).__name__} has other modules than its config says: PEFT cannot "
-                "be asked what it would adapt. Wrap the model first, with get_peft_model, and pass "
-                "that without peft_config."
-            )
-    return skeleton
 
 
 def _narrowed(config: Any, adapted: nn.Module, selection: LayerSelection, weights: set[str]) -> Any:

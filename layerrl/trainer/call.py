@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from layerrl.blocks import is_peft
 from layerrl.quantisation import quantised_base
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.trainer import adapters, arguments
@@ -66,6 +67,8 @@ class TrainerCall:
         # A path's config will do, so that a typo is not found after minutes of loading weights.
         is_model = isinstance(model, nn.Module)
         described = model if is_model else arguments.config_at(model, self._trainer_args)
+        if self.adapts and is_model and not is_peft(model):
+            described = getattr(model, "config", None)  # its own tensors may be packed: they stay
         if described is not None:
             chosen = arguments.chosen_early(described, self._choice)
         full = chosen == "full" or (isinstance(chosen, LayerSelection) and chosen.full)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from layerrl.blocks import plain_name, with_fused_siblings
+from layerrl.adapters import adapter_tensors, served_names, weights_as_they_were
+from layerrl.blocks import plain_name, unwrap, with_fused_siblings
 from layerrl.errors import FrameworkError
 from layerrl.seams import check_class, check_made, installed_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from layerrl.selection import LayerSelection
 
@@ -35,10 +36,12 @@ class PartialSync:
     """
 
     def __init__(self, model: nn.Module, selection: LayerSelection) -> None:
-        parameters = {plain_name(name): p for name, p in model.named_parameters()}
-        trained = selection.parameters(model)
-        self._names = frozenset(with_fused_siblings(parameters, trained))
-        self._trained = frozenset(trained)
+        trained, adapted = selection.parameters(model), adapter_tensors(model)
+        names = served_names(model)
+        sent = {*with_fused_siblings(names.values(), [adapted.get(n, n) for n in trained])}
+        self._served = {name: served for name, served in names.items() if served in sent}
+        self._names = frozenset(self._served)
+        self._trained, self._adapts = frozenset(trained), bool(adapted)
         self._sent: list[Any] | None = None
         self._said: set[str] = set()
 
@@ -50,7 +53,7 @@ class PartialSync:
         """What tells whether the frozen tensors are those of another time."""
         return [
             (id(p), p._version, p.dtype)  # torch counts in-place writes
-            for name, p in model.named_parameters()
+            for name, p in (unwrap(model) if self._adapts else model).named_parameters()
             if plain_name(name) not in self._trained
         ]
 
@@ -105,13 +108,15 @@ class WeightSync(PartialSync):
         self._sent = None
         # TRL tells the server names and shapes before the first tensor, and keeps that list.
         generation._weight_metadata = self._metadata.get(narrow)
-        part = Part(model, self._names)
-        if narrow:
-            generation.model = part
-        try:
-            self._call("sync_weights")
-        finally:
-            generation.model = model
+        part = MergedPart(model, self._served) if self._adapts else Part(model, self._names)
+        with weights_as_they_were(model):
+            if narrow and self._adapts:
+                model.merge_adapter()  # as TRL does when it is given the whole model
+            try:
+                generation.model = part if narrow else model
+                self._call("sync_weights")
+            finally:
+                generation.model = model
         if narrow and not part.walked:
             raise FrameworkError(
                 f"trl {installed_version('trl')} did not ask the model for its parameters to send "
@@ -180,3 +185,21 @@ class Part(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The same: what TRL walked under FSDP2 once."""
         return dict(self.named_parameters())
+
+
+class MergedPart(Part):
+    """The same of a PEFT model, with the names of a model whose adapters are merged.
+
+    Args:
+        model: The whole model, wrapped by PEFT.
+        served: Plain name of what is seen, to its name in the engine.
+    """
+
+    def __init__(self, model: nn.Module, served: Mapping[str, str]) -> None:
+        super().__init__(unwrap(model), frozenset(served))
+        self._served = served
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those parameters, under the names that the engine has for them."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield self._served[plain_name(name)], parameter

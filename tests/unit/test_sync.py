@@ -18,7 +18,7 @@ from tests.grpo import make
 from tests.runs import assert_same_run, bits, evaluation, load, moved, pair, saved, train
 
 MODES = ["colocate", "server"]
-EXPERTS = ["b.experts.0.w2.weight", "b.experts.1.w2.weight", "b.experts.down_proj"]
+EXPERTS = ["0.b.experts.0.w2.weight", "0.b.experts.1.w2.weight", "0.b.experts.down_proj"]
 
 
 @pytest.fixture(autouse=True)
@@ -170,18 +170,20 @@ class TestSiblings:
     @pytest.mark.parametrize(
         ("trained", "sent"),
         [
-            (["a.q_proj.bias"], ["a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight"]),
-            (["b.up_proj.weight"], ["b.gate_proj.weight", "b.up_proj.weight"]),
-            (["b.experts.0.w2.weight"], EXPERTS),
-            (["b.experts.down_proj"], EXPERTS),
+            (["0.a.q_proj.bias"], ["0.a.q_proj.weight", "0.a.q_proj.bias", "0.a.k_proj.weight"]),
+            (["0.b.up_proj.weight"], ["0.b.gate_proj.weight", "0.b.up_proj.weight"]),
+            (["0.b.experts.0.w2.weight"], EXPERTS),
+            (["0.b.experts.down_proj"], EXPERTS),
             (["norm.weight"], ["norm.weight"]),
+            (["embed.weight"], ["embed.weight"]),
             ([], []),
         ],
     )
     def test_are_all_under_one_parent(self, trained, sent):
         all_names = [
-            *("a.q_proj.weight", "a.q_proj.bias", "a.k_proj.weight", "norm.weight"),
-            *("b.gate_proj.weight", "b.up_proj.weight", *EXPERTS, "other.q_proj.weight"),
+            *("0.a.q_proj.weight", "0.a.q_proj.bias", "0.a.k_proj.weight", "norm.weight"),
+            "embed.weight",
+            *("0.b.gate_proj.weight", "0.b.up_proj.weight", *EXPERTS, "other.q_proj.weight"),
         ]
         assert with_fused_siblings(all_names, trained) == sent
 

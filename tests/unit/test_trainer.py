@@ -197,25 +197,14 @@ class TestSelection:
         make(model, tmp_path, selection=1, **(changes | {"bf16": False}))
         make(model.to(torch.bfloat16), tmp_path, selection=1, **changes)
 
-    @pytest.mark.parametrize("by_path", [False, True], ids=["instance", "path"])
-    def test_together_with_peft_config_is_refused(self, model, tmp_path, by_path):
-        model.save_pretrained(tmp_path / "model")
-        given = str(tmp_path / "model") if by_path else model
-        message = r"selection=\[1, 2\] was given together with peft_config"
-        with pytest.raises(SelectionError, match=message):
-            make(given, tmp_path, selection=[1, 2], arguments={"peft_config": LoraConfig()})
-
-    def test_together_with_a_peft_model_is_refused(self, model, tmp_path):
-        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-        with pytest.raises(SelectionError, match="given together with a PEFT model"):
-            make(adapted, tmp_path, selection=1)
-
     @pytest.mark.parametrize("put", ["transformers", "peft", "ia3"])
     @pytest.mark.parametrize("selection", [1, "full"])
     def test_together_with_adapters_in_the_model_is_refused(self, model, tmp_path, put, selection):
         put_adapter(model, put)
         before = flags_of(model)
-        with pytest.raises(SelectionError, match="given together with a model with adapters, in"):
+        with pytest.raises(
+            SelectionError, match=r"given together with a model with adapters, in .*not wrapped"
+        ):
             make(model, tmp_path, selection=selection)
         assert flags_of(model) == before
 
@@ -223,7 +212,9 @@ class TestSelection:
     def test_adapters_put_into_the_model_later_are_refused(self, model, flags, tmp_path, put):
         trainer = make(model, tmp_path, selection=1)
         put_adapter(model, put)
-        with pytest.raises(SelectionError, match="given together with a model with adapters, in"):
+        with pytest.raises(
+            SelectionError, match=r"given together with a model with adapters, in .*not wrapped"
+        ):
             trainer.train()
 
     def test_adapters_that_were_taken_out_again_are_no_problem(self, model, tmp_path):
@@ -231,20 +222,6 @@ class TestSelection:
         model.delete_adapter("default")
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
         make(adapted.merge_and_unload(), tmp_path, selection=1).train()
-
-    def test_together_with_a_peft_model_is_refused_behind_a_subclass_that_passes_arguments_on(
-        self, model, tmp_path
-    ):
-        class Passing(GRPOTrainer):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-
-        class Masked(LayerMaskedMixin, Passing):
-            pass
-
-        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-        with pytest.raises(SelectionError, match="given together with a PEFT model"):
-            make(adapted, tmp_path, selection=1, trainer=Masked)
 
 
 def put_adapter(model: nn.Module, how: str) -> None:
@@ -285,14 +262,14 @@ class TestFlagsAreRestored:
 
     def test_after_peft_config(self, model, flags, tmp_path):
         with pytest.raises(SelectionError):
-            make(model, tmp_path, selection=1, arguments={"peft_config": LoraConfig()})
+            make(model, tmp_path, selection=1, arguments={"peft_config": LoraConfig(bias="all")})
         assert flags_of(model) == flags
 
     def test_after_a_peft_model(self, model, tmp_path):
         adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
         before = flags_of(adapted)
         with pytest.raises(SelectionError):
-            make(adapted, tmp_path, selection=1)
+            make(adapted, tmp_path, selection="full")
         assert flags_of(adapted) == before
         assert any(before.values())
 

@@ -1,0 +1,320 @@
+"""`selection=` beside `peft_config=`: PEFT's adapters in chosen layers, with the same savings."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+
+from layerrl import select_layers
+from layerrl.errors import LayerRLError, SelectionError
+from tests import trainers
+from tests.engines import Engine, in_place_of_vllm
+from tests.grpo import make
+from tests.models import tiny
+from tests.runs import bits, load, saved, train
+
+LAYERS = [1, 2]
+KINDS = {
+    "LoRA": {},
+    "dropout, rsLoRA": {"lora_dropout": 0.1, "use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "several modules": {"target_modules": ["q_proj", "gate_proj", "down_proj"]},
+    "a module to save": {"modules_to_save": ["input_layernorm"]},
+}
+SETTINGS = {
+    "beta=0": {},
+    "a reference, two iterations": {"beta": 0.04, "num_iterations": 2},
+    "without checkpointing": {"gradient_checkpointing": False},
+    "reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return saved(tmp_path / "base")
+
+
+def trainer_of(folder, name: str, selection: Any, config: Any, **changes: Any) -> Any:
+    """A trainer on the model in the folder, whose adapters begin with the same random numbers."""
+    set_seed(3)
+    arguments = {"peft_config": config} if config is not None else {}
+    arguments |= changes.pop("arguments", {})
+    model = changes.pop("model", None) or load(folder)
+    changes = {"max_steps": 5, **changes}
+    output_dir = folder.parent / name
+    return make(model, output_dir, selection=selection, arguments=arguments, **changes)
+
+
+def assert_same_training(ours: Any, plain: Any) -> None:
+    assert_close(bits(ours.model), bits(plain.model), rtol=0, atol=0)
+    found, expected = ours.optimizer.state_dict(), plain.optimizer.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["state"].keys() == expected["state"].keys() != set()
+    for key, state in expected["state"].items():
+        assert_close(found["state"][key], state, rtol=0, atol=0)
+
+
+class TestEquivalence:
+    @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_training_is_that_of_trl_with_layers_to_transform(self, folder, kind, settings):
+        options = {"r": 4, **KINDS[kind]}
+        ours = trainer_of(folder, "ours", LAYERS, LoraConfig(**options), **settings)
+        before = bits(ours.model)
+        if "modules_to_save" in options:  # which PEFT does not restrict to layers
+            options["modules_to_save"] = [f"layers.{k}.input_layernorm" for k in LAYERS]
+        by_hand = LoraConfig(layers_to_transform=LAYERS, **options)
+        plain = trainer_of(folder, "plain", None, by_hand, **settings)
+        train(ours, plain)
+        assert_same_training(ours, plain)
+        after = bits(ours.model)
+        moved = {name for name in after if not torch.equal(after[name], before[name])}
+        assert moved
+        assert all("lora_" in name or "modules_to_save" in name for name in moved)
+        assert {name.split(".layers.")[1][0] for name in moved} == {"1", "2"}
+        if "num_iterations" in settings:
+            assert ours.masked_run.replay.num_replayed > 0
+
+    @pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral"])
+    def test_of_other_families(self, tmp_path, family):
+        folder = saved(tmp_path / "base", tiny(family, 4))
+        targets = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
+        config = LoraConfig(r=2, target_modules=targets)
+        ours = trainer_of(folder, "ours", 2, config)
+        by_hand = LoraConfig(r=2, target_modules=targets, layers_to_transform=[2])
+        plain = trainer_of(folder, "plain", None, by_hand)
+        train(ours, plain)
+        assert_same_training(ours, plain)
+
+    @pytest.mark.parametrize("name", ["DPO", "SFT", "KTO", "RLOO"])
+    def test_of_other_trainers(self, folder, name):
+        case = next(c for key, c in trainers.CASES.items() if key.split()[0] == name)
+        found = []
+        for where, selection, layers in [("ours", 2, None), ("plain", None, [2])]:
+            set_seed(3)
+            config = LoraConfig(r=2, layers_to_transform=layers)
+            arguments = {"peft_config": config}
+            trainer = case.make(folder, folder.parent / where, selection, arguments=arguments)
+            train(trainer)
+            found.append(trainer)
+        assert_same_training(*found)
+
+    def test_adapters_that_were_there_before_train_in_the_selected_layers(self, folder):
+        settings = {"beta": 0.04, "num_iterations": 2}
+
+        def adapted():
+            set_seed(1)
+            return get_peft_model(load(folder), LoraConfig(r=2, init_lora_weights=False))
+
+        ours = trainer_of(folder, "ours", 2, None, model=adapted(), **settings)
+        before = bits(ours.model)
+        train(ours)
+        after = bits(ours.model)
+        moved = {name for name in after if not torch.equal(after[name], before[name])}
+        assert moved
+        assert all(".layers.2." in name and ".default." in name for name in moved)
+        trains = {n for n, p in ours.model.named_parameters() if id(p) in {
+            id(p) for g in ours.optimizer.param_groups for p in g["params"]
+        }}  # fmt: skip
+        assert trains == moved
+        assert all(p.grad is None for n, p in ours.model.named_parameters() if n not in moved)
+
+    def test_modules_restrict_it_further(self, folder):
+        selection = select_layers(load(folder), 1, modules="*.v_proj")
+        ours = trainer_of(folder, "ours", selection, LoraConfig(r=2))
+        assert {name for name, p in ours.model.named_parameters() if p.requires_grad} == {
+            f"base_model.model.model.layers.1.self_attn.v_proj.lora_{x}.default.weight"
+            for x in "AB"
+        }
+
+    def test_a_boost_scales_the_adapters_rates(self, folder):
+        selection = select_layers(load(folder), LAYERS, boost={2: 3.0})
+        ours = trainer_of(folder, "ours", selection, LoraConfig(r=2), learning_rate=1e-2)
+        ours.create_optimizer()
+        rates = {
+            name: group["lr"]
+            for group in ours.optimizer.param_groups
+            for name, p in ours.model.named_parameters()
+            if any(p is each for each in group["params"])
+        }
+        assert {(name.split(".layers.")[1][0], rate) for name, rate in rates.items()} == {
+            ("1", 1e-2),
+            ("2", 3e-2),
+        }
+
+    def test_experts_that_are_one_tensor(self, tmp_path):
+        folder = saved(tmp_path / "base", tiny("mixtral", 4))
+        options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+        options["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        ours = trainer_of(folder, "ours", 2, LoraConfig(**options))
+        places = {n.split("lora_")[0] for n, p in ours.model.named_parameters() if p.requires_grad}
+        assert all(".layers.2." in place for place in places)
+        assert len(places) == 3
+        train(ours)
+
+    def test_a_quantised_base(self, tmp_path):
+        size = {"hidden_size": 128, "intermediate_size": 256}
+        folder = saved(tmp_path / "base", tiny("llama", 4, **size))
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+        def quantised():
+            return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+        options = {"r": 2, "target_modules": "all-linear"}
+        ours = trainer_of(folder, "ours", 2, LoraConfig(**options), model=quantised())
+        by_hand = {"r": 2, "target_modules": r"model\.layers\.2\..*_proj"}
+        plain = trainer_of(folder, "plain", None, LoraConfig(**by_hand), model=quantised())
+        before = bits(ours.model)
+        train(ours, plain)
+        moved = {n for n, t in bits(ours.model).items() if not torch.equal(t, before[n])}
+        assert moved
+        assert all(".layers.2." in name and "lora_" in name for name in moved)
+        trained = [p for n, p in plain.model.named_parameters() if p.requires_grad]
+        # TRL casts these adapters to bfloat16, and layerrl steps on them in float32.
+        for p, q in zip(ours.masked_run.layers.parameters.values(), trained, strict=True):
+            assert_close(p.float(), q.float(), rtol=0.05, atol=5e-3)
+
+
+class TestSavings:
+    def test_backward_ends_at_the_first_adapter(self, folder):
+        ours = trainer_of(folder, "ours", 2, LoraConfig(r=2), max_steps=1)
+        visited = []
+        layers = ours.model.get_base_model().model.layers
+        for index, layer in enumerate(layers):
+            layer.register_full_backward_hook(lambda *_, k=index: visited.append(k))
+        train(ours)
+        assert set(visited) == {2, 3}
+
+    def test_the_users_config_is_not_changed(self, folder):
+        config = LoraConfig(r=2, target_modules=["q_proj"])
+        before = config.to_dict()
+        trainer_of(folder, "ours", 2, config)
+        assert config.to_dict() == before
+
+
+class TestCheckpoints:
+    def test_hold_adapters_alone_which_plain_peft_loads(self, folder):
+        ours = trainer_of(folder, "ours", 2, LoraConfig(r=2), save_strategy="steps", save_steps=3)
+        train(ours)
+        ids = torch.arange(4, 24).reshape(2, 10)
+        checkpoint = folder.parent / "ours" / "checkpoint-5"
+        assert (checkpoint / "adapter_model.safetensors").stat().st_size < 20_000
+        assert not (checkpoint / "model.safetensors").exists()
+        assert not (checkpoint / "delta.safetensors").exists()
+        config = json.loads((checkpoint / "adapter_config.json").read_text())
+        assert all(".layers.2." in f".{name}" for name in config["target_modules"])
+        loaded = PeftModel.from_pretrained(load(folder), checkpoint)
+        with torch.no_grad():
+            expected = ours.model.eval()(ids).logits
+            assert_close(loaded.eval()(ids).logits, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("settings", [{}, {"beta": 0.04, "num_iterations": 2}])
+    def test_resumed_training_is_uninterrupted_training(self, folder, settings):
+        whole = trainer_of(
+            folder, "whole", 2, LoraConfig(r=2), save_strategy="steps", save_steps=2, **settings
+        )
+        train(whole)
+        rest = trainer_of(folder, "rest", 2, LoraConfig(r=2), **settings)
+        train(rest, resume_from_checkpoint=str(folder.parent / "whole" / "checkpoint-2"))
+        assert_close(bits(rest.model), bits(whole.model), rtol=0, atol=0)
+
+    def test_a_delta_is_refused(self, folder):
+        ours = trainer_of(folder, "ours", 2, LoraConfig(r=2), max_steps=1)
+        with pytest.raises(SelectionError, match=r"adapters were trained on layer 2 of 4.*save_mo"):
+            ours.save_delta(folder.parent / "delta")
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_vllm_is_sent_the_merged_layers_alone(folder, monkeypatch, mode):
+    with in_place_of_vllm(monkeypatch):
+        ours = trainer_of(folder, "ours", 2, LoraConfig(r=2), use_vllm=True, vllm_mode=mode)
+        before = bits(ours.model)
+        train(ours)
+        everything, *later = Engine.latest.syncs
+        names = {name for name, _ in load(folder).named_parameters()}
+        assert {*everything} == names
+        assert later
+        for sent in later:
+            assert {*sent} == {n for n in names if ".layers.2.self_attn." in n}
+        # PEFT's own way of taking adapters off again would have rounded them.
+        after = bits(ours.model)
+        assert all(torch.equal(after[n], before[n]) for n in after if "lora_" not in n)
+        ours.vllm_generation.sync_weights()
+        ids = torch.arange(4, 24).reshape(2, 10)
+        with torch.no_grad():
+            expected = ours.model.eval()(ids).logits
+            assert_close(Engine.latest.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+BAD = {
+    "layers outside": (
+        {"peft_config": LoraConfig(r=2, layers_to_transform=[0, 2])},
+        r"layers_to_transform=\[0, 2\] names layers \[0\] outside the selection",
+    ),
+    "prompt tuning": (
+        {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
+        "PromptTuningConfig adapts no modules of layers",
+    ),
+    "biases": ({"peft_config": LoraConfig(r=2, bias="all")}, "bias='all' also trains biases"),
+    "a head outside": (
+        {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "lm_head"])},
+        "target_modules has 'lm_head', which lies outside",
+    ),
+    "a saved head outside": (
+        {"peft_config": LoraConfig(r=2, modules_to_save=["lm_head"])},
+        "modules_to_save has 'lm_head', which lies outside",
+    ),
+    "no such module": (
+        {"peft_config": LoraConfig(r=2, target_modules=["wqkv"])},
+        "PEFT refuses the peft_config for this model: .*wqkv",
+    ),
+    "full": ({"peft_config": LoraConfig(r=2), "selection": "full"}, '"all" for adapters in every'),
+    "no such layer": ({"peft_config": LoraConfig(r=2), "selection": 9}, "layer 9 does not exist"),
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("case", BAD)
+    def test_is_one_sentence_and_changes_nothing(self, folder, case):
+        given, message = BAD[case]
+        selection = given.get("selection", 2)
+        arguments = {"peft_config": given["peft_config"]}
+        model = load(folder)
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        with pytest.raises(LayerRLError, match=message):
+            make(model, folder.parent / "run", selection=selection, arguments=arguments)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+    def test_a_peft_model_without_adapters_in_the_layers(self, folder):
+        model = get_peft_model(load(folder), LoraConfig(r=2, layers_to_transform=[0]))
+        with pytest.raises(SelectionError, match=r"none that is active in layers \[2\]"):
+            make(model, folder.parent / "run", selection=2)
+
+    def test_a_peft_model_of_prompts(self, folder):
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        with pytest.raises(SelectionError, match="a PEFT model of PromptTuningConfig"):
+            make(get_peft_model(load(folder), config), folder.parent / "run", selection=2)
+
+    def test_adapters_that_peft_has_not_wrapped(self, folder):
+        model = load(folder)
+        config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+        inject_adapter_in_model(config, model)
+        with pytest.raises(SelectionError, match="that PEFT has not wrapped"):
+            make(model, folder.parent / "run", selection=2)
+
+    def test_adapters_that_come_later(self, folder):
+        ours = make(load(folder), folder.parent / "run", selection=2, max_steps=1)
+        ours.model = get_peft_model(ours.model, LoraConfig(r=2))
+        with pytest.raises(SelectionError, match="has been given PEFT adapters since"):
+            ours.train()
