@@ -103,7 +103,9 @@ def main() -> None:
         layer = select_layers(described, "middle").first
         ours = plan(described, layer)
         print(row(f"{name}, {in_units(ours.weights)}", f"layer {layer}", ours))
+        print(row("", f"LoRA r16 on layer {layer}, by layerrl", ours.lora_masked))
         print(row("", f"LoRA r16 on layer {layer}", ours.lora))
+        print(row("", "LoRA r16 on all layers", ours.lora_all))
         print(row("", "full", ours.full))
     print()
     print(*HEADING, sep="\n")

@@ -16,6 +16,7 @@ METHODS = {
     "lora-all": "PEFT LoRA r16 on all layers",
     "modules-to-save": "PEFT modules_to_save",
     "masked": "layerrl",
+    "masked-lora": "layerrl, LoRA r16 on the layer",
     "masked-4bit": "layerrl, frozen layers in 4 bits",
 }
 BENCH = [method for method in METHODS if method != "masked-4bit"]  # slow on a CPU
@@ -75,6 +76,7 @@ def summarize(method: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": spread(entry["seconds"] for entry in own),
         "seconds_to_layerrl": ratio("seconds", "masked"),
         "seconds_to_full": ratio("seconds", "full"),
+        "seconds_to_lora": ratio("seconds", "lora"),
         "seconds_to_lora_all": ratio("seconds", "lora-all"),
         "model_step": last["model_step"],
         "seconds_to_model": ratio("seconds", "full", "model_step"),
@@ -126,6 +128,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "seconds": "training pass, s",
         "seconds_to_layerrl": "to layerrl",
         "seconds_to_full": "to full",
+        "seconds_to_lora": "to LoRA",
         "seconds_to_lora_all": "to LoRA on all",
         "seconds_to_model": "to the cost model",
         "step_seconds": "with generation, s",

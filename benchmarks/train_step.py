@@ -35,7 +35,7 @@ from typing import Any
 
 from step_report import BENCH, GAP, MODEL, describe, fill, tables, tabulate, write
 
-MASKED = ("masked", "masked-4bit")
+MASKED = ("masked", "masked-lora", "masked-4bit")
 WHOLE_MODEL = ("full", "masked-full")
 ANY_DEPTH = (*WHOLE_MODEL, "lora-all")  # the same at every depth, so measured once a round
 SCORED = "_generate_and_score_completions"
@@ -220,6 +220,8 @@ def plan_of(case: dict[str, Any], model: Any, selection: Any, **options: Any) ->
         selection = select_layers(model, "all")
     options |= {"beta": case["beta"], "num_iterations": case["num_iterations"]}
     plan = selection.plan(model, **options)
+    if case["method"] == "masked-lora":
+        return plan.lora_masked
     return plan.lora if case["method"].startswith("lora") else plan
 
 
@@ -259,14 +261,14 @@ def make_trainer(
         "rollout_func": rollouts,
         "callbacks": callbacks,
     }
+    if method in ("lora", "lora-all", "masked-lora", "modules-to-save"):
+        arguments["peft_config"] = adapter(method, selection.first)
     if method in ("masked-full", *MASKED):
         return LayerMaskedGRPOTrainer(model, reward, selection=selection, **arguments)
     if method == "by-hand":
         trained = {id(p) for p in selection.parameters(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-    if method in ("lora", "lora-all", "modules-to-save"):
-        arguments["peft_config"] = adapter(method, selection.first)
     return GRPOTrainer(model, reward, **arguments)
 
 
@@ -305,7 +307,7 @@ def adapter(method: str, layer: int) -> Any:
     if method == "modules-to-save":
         return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[f"layers.{layer}"])
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    if method == "lora-all":
+    if method in ("lora-all", "masked-lora"):  # which the selection restricts
         return LoraConfig(r=16, target_modules=names)
     return LoraConfig(
         r=16, target_modules=names, layers_to_transform=[layer], layers_pattern="layers"

@@ -52,12 +52,13 @@ _ROWS = {
 class Plan:
     """Bytes and relative cost of a run. Printed as a table, beside LoRA and full training.
 
-    LoRA is PEFT's: rank 16 on every linear module of the same layers, adapters in float32. Experts
+    LoRA is PEFT's: rank 16 on every linear module of the layers, adapters in float32. Experts
     in 3-D tensors are no linear modules: adapters that PEFT can give them are not counted.
     """
 
     name: str
-    """What trains, the heading of its column: `"selection"`, `"LoRA r16"` or `"full"`."""
+    """What trains, the heading of its column: `"selection"`, `"LoRA+layerrl"`, `"LoRA r16"`,
+    `"LoRA all"` or `"full"`."""
     weights: int
     """Bytes of the model's weights; LoRA's adapters included."""
     gradients: int
@@ -73,8 +74,8 @@ class Plan:
     """Bytes of a checkpoint: trained weights, the reference's values, optimizer state."""
     sync: int
     """Bytes sent to the inference engine after a step, but for the first time: the trained tensors
-    and those the engine fuses them with. For LoRA, which is merged first, and full training: all
-    weights."""
+    and those the engine fuses them with; of adapters, which are merged first, what they adapt. For
+    LoRA without layerrl and full training: all weights."""
     step: float
     """Cost of scoring and training on one batch of completions, full training = 1."""
     step_by_layer: tuple[float, ...] = ()
@@ -83,8 +84,12 @@ class Plan:
     stepping: int = 0
     """Bytes that are held only while the optimizer steps, when activations are gone: float32
     gradients of trained tensors in 16 bits, all at once."""
+    lora_masked: Plan | None = None
+    """The same for LoRA on the selected layers, by `peft_config` beside the selection."""
     lora: Plan | None = None
-    """The same for LoRA on the selected layers."""
+    """The same for LoRA on the selected layers, by TRL and PEFT alone."""
+    lora_all: Plan | None = None
+    """The same for LoRA on every layer, by TRL and PEFT."""
     full: Plan | None = None
     """The same for `"full"` as TRL does it; None if this is it, and in `lora`."""
 
@@ -94,12 +99,13 @@ class Plan:
         return self.weights + self.gradients + self.optimizer + self.reference
 
     def __str__(self) -> str:
-        columns = [plan for plan in (self, self.lora, self.full) if plan is not None]
-        lines = [" " * 12 + "".join(f"{plan.name:>13}" for plan in columns)]
+        others = (self.lora_masked, self.lora, self.lora_all, self.full)
+        columns = [plan for plan in (self, *others) if plan is not None]
+        lines = [" " * 12 + "".join(f"{plan.name:>14}" for plan in columns)]
         for field, label in _ROWS.items():
             values = [getattr(plan, field) for plan in columns]
             shown = [f"{v:.2f}" if field == "step" else in_units(v) for v in values]
-            lines.append(f"{label:12}" + "".join(f"{text:>13}" for text in shown))
+            lines.append(f"{label:12}" + "".join(f"{text:>14}" for text in shown))
         also = f" and the {in_units(self.stepping)} that only a step takes" * (self.stepping > 0)
         lines.append(f"Without activations{also}.")
         if self.step_by_layer:
@@ -138,7 +144,7 @@ class _Costs:
         entered = above if scored else self.forward
         return sum(scored) + self.num_iterations * (entered + 2 * above - self.head + trained)
 
-    def lora(self, adapters: int) -> float:
+    def lora(self, adapters: float) -> float:
         policy = 3 * self.forward - self.head + 4 * adapters
         return self.num_scored * self.forward + self.num_iterations * policy
 
@@ -238,7 +244,7 @@ def make_plan(
             costs.selected(layer, weights) / costs.full()
             for layer, weights in enumerate(costs.layers)
         ),
-        "lora": _lora(kept, costs, _adapter_elements(blocks, layers)),
+        **_loras(kept, costs, base, layers, num_below=num_below),
     }
     full = _full(kept, second_model=beta > 0)
     if len(trained) == len(parameters):
@@ -280,19 +286,56 @@ def _full(kept: _Bytes, *, second_model: bool) -> Plan:
     )
 
 
-def _lora(kept: _Bytes, costs: _Costs, adapters: int) -> Plan:
+def _loras(
+    kept: _Bytes, costs: _Costs, base: nn.Module, layers: Collection[int], *, num_below: int
+) -> dict[str, Plan]:
+    """LoRA in the selected layers, with and without layerrl, and in every layer."""
+    blocks = find_blocks(base)
+    here = [f"{blocks.path}.{layer}.{name}" for layer in layers for name in _linear(blocks, layer)]
+    few = _RANK * sum(sum(kept.tensors[name].shape) for name in here)
+    many = _RANK * sum(
+        sum(kept.tensors[f"{blocks.path}.{layer}.{name}"].shape)
+        for layer in range(len(blocks.modules))
+        for name in _linear(blocks, layer)
+    )
+    all_weights, full = kept.weights(kept.tensors), costs.full()
+    everywhere = _lora("LoRA all", kept, many, sync=all_weights, step=costs.lora(many) / full)
+    if not layers:
+        return {"lora_all": everywhere}
+    sent = kept.weights(with_fused_siblings(kept.tensors, here))
+    masked = costs.selected(num_below, 4 * few) / full
+    return {
+        "lora_masked": _lora("LoRA+layerrl", kept, few, sync=sent, step=masked),
+        "lora": _lora(f"LoRA r{_RANK}", kept, few, sync=all_weights, step=costs.lora(few) / full),
+        "lora_all": everywhere,
+    }
+
+
+def _lora(name: str, kept: _Bytes, adapters: int, *, sync: int, step: float) -> Plan:
     of_adapters = adapters * _FLOAT32
     moments = 2 * of_adapters
     return Plan(
-        name=f"LoRA r{_RANK}",
+        name=name,
         weights=kept.base() + of_adapters,
         gradients=of_adapters,
         optimizer=moments,
         reference=0,
         checkpoint=of_adapters + moments,
-        sync=kept.weights(kept.tensors),
-        step=costs.lora(adapters) / costs.full(),
+        sync=sync,
+        step=step,
     )
+
+
+def _linear(blocks: Blocks, layer: int) -> list[str]:
+    """The weights in a layer that PEFT's `"all-linear"` adapts."""
+    with imported():
+        from transformers.pytorch_utils import Conv1D
+
+    return [
+        plain_name(f"{name}.weight")
+        for name, module in blocks.modules[layer].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
 
 
 def _met_by_a_token(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, float]:
@@ -309,19 +352,6 @@ def _met_by_a_token(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[s
         for name, p in parameters.items()
         if p.dim() > 1 and p is not looked_up
     }
-
-
-def _adapter_elements(blocks: Blocks, layers: Collection[int]) -> int:
-    """Elements of a LoRA's two matrices, over PEFT's `"all-linear"` modules of the layers."""
-    with imported():
-        from transformers.pytorch_utils import Conv1D
-
-    return _RANK * sum(
-        sum(module.weight.shape)
-        for layer in layers
-        for module in blocks.modules[layer].modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    )
 
 
 def _head(base: nn.Module) -> int:

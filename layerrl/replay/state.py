@@ -103,8 +103,14 @@ def _settings(owner: object) -> Iterator[tuple[str, Any]]:
         elif issubclass(kind, Tensor):
             yield name, _value(value)
         # Others with an underscore, such as how to checkpoint, are set anew without a change.
-        elif name[0] != "_" and name != "config" and not name.startswith(_COUNTERS):
+        elif _is_setting(name):
             yield name, _comparable(value)
+
+
+def _is_setting(name: str) -> bool:
+    if name == "_active_adapter":  # of PEFT: which one runs
+        return True
+    return name[0] != "_" and name != "config" and not name.startswith(_COUNTERS)
 
 
 def _comparable(value: object) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import runpy
+from copy import deepcopy
 from pathlib import Path
 
 import numpy
@@ -64,6 +65,9 @@ def test_bytes_by_hand():
     assert lora.reference == 0
     assert lora.checkpoint == (4 + 8) * ADAPTERS
     assert lora.sync == 4 * EVERYTHING
+    assert plan.lora_masked.sync < plan.sync < lora.sync
+    assert plan.lora_masked.total == lora.total
+    assert plan.lora_all.gradients == 4 * 2 * ADAPTERS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -147,6 +151,19 @@ def test_lora_runs_through_every_layer_whichever_it_adapts(num_iterations):
     lora = scored * (stack + HEAD) + num_iterations * policy
     full = scored * (stack + HEAD) + num_iterations * (4 * stack + 3 * HEAD)
     assert [plan.lora.step for plan in plans] == [pytest.approx(lora / full)] * 2
+    above = (plans[1].step * full - plans[1].lora_masked.step * full) / num_iterations
+    assert above == pytest.approx(LAYER - 4 * ADAPTERS)  # gradients of weights and of adapters
+
+
+def test_the_head_alone_costs_no_layer_of_the_backward():
+    config = deepcopy(CONFIG)
+    config.tie_word_embeddings = False
+    plan = select_layers(config, also="head").plan(config)
+    full = 4 * 2 * LAYER + 3 * HEAD
+    assert plan.step == pytest.approx((2 * LAYER + 3 * HEAD) / full)
+    assert plan.gradients == plan.sync == 4 * HEAD
+    assert plan.lora is None
+    assert plan.lora_masked is None
 
 
 def test_early_layers_cost_more_than_late_ones():
@@ -161,7 +178,7 @@ def test_early_layers_cost_more_than_late_ones():
 def test_the_table_says_what_early_and_late_layers_cost():
     plan = select_layers(CONFIG, 1).plan(CONFIG, beta=0.1)
     heading, *rows, note = str(plan).splitlines()
-    assert heading.split() == ["selection", "LoRA", "r16", "full"]
+    assert heading.split() == ["selection", "LoRA+layerrl", "LoRA", "r16", "LoRA", "all", "full"]
     assert [row[:11].strip() for row in rows] == [
         "weights", "gradients", "optimizer", "reference", "held in all", "checkpoint",
         "weight sync", "step",
@@ -179,7 +196,14 @@ def test_full_is_its_own_measure():
     assert plan.step == 1.0
     assert plan.full is None
     assert plan.lora.gradients == 4 * 2 * ADAPTERS
-    assert str(plan).splitlines()[0].split() == ["full", "LoRA", "r16"]
+    assert str(plan).splitlines()[0].split() == [
+        "full",
+        "LoRA+layerrl",
+        "LoRA",
+        "r16",
+        "LoRA",
+        "all",
+    ]
     assert str(plan.lora).splitlines()[0].split() == ["LoRA", "r16"]
 
 
