@@ -35,6 +35,11 @@ def is_bitsandbytes(config: Any) -> bool:
     return getattr(method, "value", method) == "bitsandbytes"
 
 
+def unpacked(method: object) -> str:
+    """How transformers loads a model without the quantisation that it was published with."""
+    return " (quantization_config=Mxfp4Config(dequantize=True))" if method == "mxfp4" else ""
+
+
 def skipped_by_default(model: nn.Module) -> list[str]:
     """What transformers leaves out only if it is told nothing: the head and what is tied to it."""
     with imported():
@@ -134,7 +139,7 @@ def _refuse_others(model: Any, *, vllm: bool) -> None:
         raise SelectionError(
             f"{type(model).__name__} is quantised by {method}: frozen layers may be "
             "quantised by bitsandbytes only. Load the model with quantization_config="
-            "BitsAndBytesConfig(...), or without quantisation."
+            f"BitsAndBytesConfig(...), or without quantisation{unpacked(method)}."
         )
     head = model.get_output_embeddings()
     if head is not None and is_quantised(head.weight):

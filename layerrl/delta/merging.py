@@ -28,6 +28,7 @@ from layerrl.delta.folder import Delta, new_folder, refuse_existing
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
 from layerrl.errors import DeltaError, SelectionError
+from layerrl.quantisation import unpacked
 from layerrl.selection import LayerSelection
 
 
@@ -186,9 +187,13 @@ def _hint(deltas: list[Delta], index: int, *, union: bool) -> str:
 def _refuse_quantised(base: object, config: Mapping[str, Any]) -> None:
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        load = unpacked(method)
+        how = (
+            f" One published so only is loaded in full precision{load}, and saved." if load else ""
+        )
         raise DeltaError(
             f"the base {base} is quantised ({method}), expected the full-precision model that it "
-            "was made from: merge into that one, and quantise the result if you need to."
+            f"was made from: merge into that one, and quantise the result if you need to.{how}"
         )
 
 
