@@ -7,15 +7,15 @@ glob or a part of `also`, those before a layer. Factors are never multiplied wit
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from layerrl.blocks import Blocks, find_blocks, plain_name, unwrap
+from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
-from layerrl.selection.parsing import are_globs, integer, matches, ranges
+from layerrl.selection.parsing import are_globs, matches, ranges
 from layerrl.selection.parts import ABOVE, names_in_parts
 
 if TYPE_CHECKING:
@@ -82,14 +82,17 @@ def read_boost(
 
 def _decay(word: str, layers: tuple[int, ...], parts: tuple[str, ...]) -> dict[Any, float]:
     """Layer-wise decay: D to the power of the distance, in layers, from the highest selected."""
-    match = re.fullmatch(r"decay:(\d+(?:\.\d+)?)", word)
-    if not match:
+    kind, _, text = word.partition(":")
+    if kind != "decay":
         raise SelectionError(f"{_EXPECTED}; got {word!r}")
-    factor = float(match[1])
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
     if not 0 < factor <= 1:
         raise SelectionError(
-            f"boost={word!r}: expected 0 < D <= 1, so that lower layers learn more slowly. Rates "
-            "that grow downwards are given layer by layer, as {10: 2.0}."
+            f"boost={word!r}: expected a number above 0, at most 1, so that lower layers learn "
+            "more slowly. Rates that grow downwards are given layer by layer, as {10: 2.0}."
         )
     if not layers:
         raise SelectionError(f"boost={word!r} is by layer, and no layer is selected")
@@ -104,20 +107,15 @@ def _decay(word: str, layers: tuple[int, ...], parts: tuple[str, ...]) -> dict[A
 
 
 def _plain_key(
-    key: object, layers: tuple[int, ...], num_layers: int, described: str
+    key: Any, layers: tuple[int, ...], num_layers: int, described: str
 ) -> tuple[int | None, str | None]:
-    glob: Any = None
-    if isinstance(key, tuple):
-        if len(key) != 2 or not are_globs(key[1:]):
-            raise SelectionError(
-                f"boost of {key!r}, which is no pair of layer and glob. {_EXPECTED}"
-            )
-        key, glob = key
-    elif isinstance(key, str):
-        if not key:
-            raise SelectionError(f"boost of '', which is no glob. {_EXPECTED}")
+    if isinstance(key, str) and key:
         return None, key
-    layer = integer(key)
+    is_pair = isinstance(key, tuple) and len(key) == 2
+    number, glob = key if is_pair else (key, None)
+    layer = whole_number(number)
+    if layer is None or (is_pair and not are_globs((glob,))):
+        raise SelectionError(f"boost of {key!r}, which is no layer, glob or pair. {_EXPECTED}")
     if not -num_layers <= layer < num_layers:
         raise SelectionError(f"boost of layer {layer}, which does not exist: {described}")
     layer %= num_layers
@@ -138,7 +136,7 @@ def is_scale(scale: object) -> bool:
         return False
 
 
-def check_boosts(boosts: object, layers: tuple[int, ...]) -> None:
+def check_boosts(boosts: Any, layers: tuple[int, ...]) -> None:
     """Refuse what is no selection's boosts.
 
     Args:
@@ -221,18 +219,18 @@ def learning_rate_factors(
             raise SelectionError(_explain_unmatched(selection, layer, glob, inside))
         (globs if layer is None else pairs).append((_key(layer, glob), factor, tensors))
     factors: dict[int, float] = {}
-    for level in (layers, globs, pairs):
-        factors |= _agreed(level, name_of)
+    for level in (pairs, globs, layers):
+        factors |= _agreed(level, {i: name for i, name in name_of.items() if i not in factors})
     return factors
 
 
 def _agreed(
     level: Iterable[tuple[Any, float, list[int]]], name_of: Mapping[int, str]
 ) -> dict[int, float]:
-    """Factors by keys of which none is more specific than another."""
+    """Factors of these tensors by keys of which none is more specific than another."""
     first: dict[int, tuple[Any, float]] = {}
     for key, factor, tensors in level:
-        for i in tensors:
+        for i in filter(name_of.__contains__, tensors):
             other, given = first.setdefault(i, (key, factor))
             if given != factor:
                 raise SelectionError(
@@ -260,11 +258,14 @@ def _explain_unmatched(
 ) -> str:
     if layer is None and glob in nameable_parts((), full=True):
         return f"boost of {glob!r}, which does not train: also={glob!r} would train it"
-    where = f"layers {ranges(selection.layers)}" if layer is None else f"layer {layer}"
+    where = f"layer {layer}"
+    if layer is None:
+        where = (
+            f"layers {ranges(selection.layers)}" if selection.layers else "layers: none is selected"
+        )
     text = f"boost of {_key(layer, glob)!r} matches nothing that trains in {where}"
+    if selection.also and layer is None:
+        text += f", and is none of also={list(selection.also)}"
     example = selection.first if layer is None else layer
-    if not selection.layers:
-        text = f"boost of {glob!r} matches nothing that trains: no layer is selected"
-    else:
-        text += f". In layer {example} {', '.join(name for name, _ in inside[example])} train"
-    return text + (f"; parts that train are also={list(selection.also)}" if selection.also else "")
+    names = ", ".join(name for name, _ in inside.get(example, ()))
+    return text + (f". What trains in layer {example} is {names}" if names else "")
