@@ -12,6 +12,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from layerrl.adapters import adapter_tensors
 from layerrl.blocks import Blocks, find_blocks, plain_name, unwrap
 from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
@@ -203,10 +204,14 @@ def learning_rate_factors(
     """
     base, blocks = unwrap(model), find_blocks(model)
     name_of = {id(parameter): name for name, parameter in trained.items()}
-    inside = {
-        layer: [(n, id(p)) for n, p in blocks.named_parameters(layer) if id(p) in name_of]
-        for layer in selection.layers
-    }
+    adapted = adapter_tensors(base)
+    inside: dict[int, list[tuple[str, int]]] = {}
+    for layer in selection.layers:
+        path = f"{blocks.path}.{layer}."
+        tensors = [(n, id(p)) for n, p in blocks.named_parameters(layer) if id(p) in name_of]
+        # An adapter's tensor is also known by what it adapts.
+        weights = [(adapted.get(path + n, n).removeprefix(path), i) for n, i in tensors]
+        inside[layer] = [*dict.fromkeys(weights + tensors)]
     scales = zip(selection.layers, selection.learning_rate_scale, strict=True)
     layers = [(layer, scale, [i for _, i in inside[layer]]) for layer, scale in scales]
     globs, pairs = [], []
@@ -214,7 +219,7 @@ def learning_rate_factors(
         within = selection.layers if layer is None else (layer,)
         tensors = [i for k in within for name, i in inside[k] if matches(name, glob)]
         if layer is None:
-            tensors += _in_part(selection, glob, base, blocks)
+            tensors += _in_part(selection, glob, base, blocks, adapted)
         if not tensors:
             raise SelectionError(_explain_unmatched(selection, layer, glob, inside))
         (globs if layer is None else pairs).append((_key(layer, glob), factor, tensors))
@@ -241,11 +246,17 @@ def _agreed(
     return {i: factor for i, (_, factor) in first.items()}
 
 
-def _in_part(selection: LayerSelection, part: str, base: nn.Module, blocks: Blocks) -> list[int]:
+def _in_part(
+    selection: LayerSelection,
+    part: str,
+    base: nn.Module,
+    blocks: Blocks,
+    adapted: Mapping[str, str],
+) -> list[int]:
     if part not in nameable_parts(selection.also, full=selection.full):
         return []
     alone = replace(selection, full=False, boosts=(), also=(part,))
-    names = names_in_parts(alone, base, blocks)[part]
+    names = names_in_parts(alone, base, blocks, adapted)[part]
     named = base.named_parameters(remove_duplicate=False)
     return [id(parameter) for name, parameter in named if plain_name(name) in names]
 
@@ -267,5 +278,5 @@ def _explain_unmatched(
     if selection.also and layer is None:
         text += f", and is none of also={list(selection.also)}"
     example = selection.first if layer is None else layer
-    names = ", ".join(name for name, _ in inside.get(example, ()))
+    names = ", ".join(dict.fromkeys(name for name, _ in inside.get(example, ())))
     return text + (f". What trains in layer {example} is {names}" if names else "")

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from layerrl import select_layers
+from layerrl.errors import SelectionError
 from tests.devices import on_any_device, on_cpu
 from tests.grpo import make
 from tests.models import tiny
@@ -154,3 +156,61 @@ def test_boosts_equal_groups_made_by_hand(tmp_path, family, case):
 )
 def test_boosts_equal_groups_made_by_hand_in_other_settings(tmp_path, changes):
     assert_equivalent("keys", "llama", tmp_path, **{"optim": "adamw_torch", **changes})
+
+
+def lora_by_keys(name: str) -> float | None:
+    """Of an adapter's tensor in PEFT's model."""
+    if ".lora_" not in name:
+        return None
+    if ".layers.2." in name and "q_proj" in name:
+        return 0.1
+    return 0.5 if "mlp" in name else 2.0 if ".layers.2." in name else 1.0
+
+
+def test_boosts_scale_adapters_as_groups_made_by_hand_do(tmp_path):
+    targets = ["q_proj", "v_proj", "up_proj"]
+    ours, plain = tiny("llama"), tiny("llama")
+    changes = {
+        "learning_rate": RATE,
+        "weight_decay": DECAY,
+        "optim": "adamw_torch",
+        "max_steps": STEPS,
+    }
+    boost = {2: 2.0, "mlp.*": 0.5, (2, "self_attn.q_proj.weight"): 0.1}
+    masked = make(
+        ours,
+        tmp_path / "ours",
+        selection=select_layers(ours, [1, 2], boost=boost),
+        arguments={"peft_config": LoraConfig(r=2, target_modules=targets)},
+        **changes,
+    )
+    config = LoraConfig(r=2, target_modules=targets, layers_to_transform=[1, 2])
+    by_hand = make(plain, tmp_path / "plain", arguments={"peft_config": config}, **changes)
+    values = {n.replace(".default", ""): p for n, p in masked.model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in by_hand.model.named_parameters():
+            parameter.copy_(values[name.replace(".default", "")])
+    groups = groups_by_hand(by_hand.model, lora_by_keys)
+    by_hand.optimizer = OPTIMIZERS["adamw_torch"](groups)
+    for trainer in (masked, by_hand):
+        set_seed(0)
+        trainer.train()
+
+    found, expected = stepped(masked), stepped(by_hand)
+    assert_close(found, expected, rtol=0, atol=0)
+    assert {values[1] / RATE for values in found.values()} == {0.1, 0.5, 1.0, 2.0}
+    assert_close(
+        {name: on_cpu(tensor) for name, tensor in masked.model.state_dict().items()},
+        {name: on_cpu(tensor) for name, tensor in by_hand.model.state_dict().items()},
+        rtol=0,
+        atol=0,
+    )
+    assert all(state["step"] == STEPS for *_, state in found.values())
+
+
+def test_boost_of_what_has_no_adapter_is_refused(tmp_path):
+    model = tiny("llama")
+    selection = select_layers(model, 1, boost={"mlp": 2.0})
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(SelectionError, match=r"'mlp' .*layer 1 is self_attn\.q_proj\.weight, self"):
+        make(model, tmp_path, selection=selection, arguments={"peft_config": config})
