@@ -6,6 +6,8 @@ from collections import defaultdict
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerrl.blocks import plain_name, unwrap
 from layerrl.errors import SelectionError
 from layerrl.frozen import fingerprints
@@ -16,6 +18,7 @@ from layerrl.precision import (
     stepped_value,
     unwrap_optimizer,
 )
+from layerrl.selection.rates import learning_rate_factors
 from layerrl.shards import local
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 _CHECK = "layerrl_step_check"
 _LOMO = ("Lomo", "AdaLomo")
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def updates_in_backward(optimizer: Any) -> bool:
@@ -219,42 +223,47 @@ class _StepCheck:
 
 
 def scale_learning_rates(optimizer: Optimizer, layers: TrainedLayers) -> None:
-    """Split an optimizer's parameter groups by the layers' learning-rate scales.
+    """Split an optimizer's parameter groups by the selection's learning-rate factors.
 
     Every group keeps its own options (weight decay above all); schedulers made afterwards see the
-    scaled rates as their base rates. Groups stay as they are where every scale is 1.
+    scaled rates as their base rates. Groups stay as they are where every factor is 1.
 
     Args:
         optimizer: A new optimizer without state. Its groups are replaced.
-        layers: What it holds; parameters outside the layers have scale 1.
+        layers: What it holds; a parameter that no boost names has factor 1.
 
     Raises:
-        SelectionError: If the optimizer sets its own learning rate, so that none can be scaled.
+        SelectionError: If the optimizer sets its own learning rate, so that none can be scaled; if
+            a scaled rate is none in float32. The groups are as they were then.
     """
     if not layers.selection.is_boosted:
         return
-    scales = layers.selection.learning_rate_scale
-    scale_of = {
-        id(parameter): scale
-        for parameters, scale in zip(layers.by_layer.values(), scales, strict=True)
-        for parameter in parameters
-    }
+    scale_of = learning_rate_factors(layers.selection, layers.model, layers.parameters)
     groups = list(optimizer.param_groups)
     if any(group.get("lr") is None for group in groups):
         raise SelectionError(
             f"{type(optimizer).__name__} sets its own learning rate (lr=None): the selection's "
-            f"scales {set(scales)} cannot apply. Use an optimizer with a "
+            f"scales {set(scale_of.values())} cannot apply. Use an optimizer with a "
             "learning rate, or a selection without boost."
         )
-    optimizer.param_groups.clear()
+    scaled = []
     for group in groups:
         by_scale: dict[float, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
             by_scale[scale_of.get(id(parameter), 1.0)].append(parameter)
         for scale in sorted(by_scale, key=lambda scale: (scale != 1.0, scale)):
-            optimizer.add_param_group(
-                {**group, "params": by_scale[scale], "lr": group["lr"] * scale}
-            )
+            rate = group["lr"] * scale
+            if scale != 1 and group["lr"] and not _FLOAT32.tiny <= rate <= _FLOAT32.max:
+                raise SelectionError(
+                    f"boost {scale:g} times the learning rate {float(group['lr']):g} is "
+                    f"{float(rate):g}, and optimizers step in float32, which holds "
+                    f"{_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g}: the tensor would be lost, or not "
+                    "move. Choose a boost nearer 1."
+                )
+            scaled.append({**group, "params": by_scale[scale], "lr": rate})
+    optimizer.param_groups.clear()
+    for group in scaled:
+        optimizer.add_param_group(group)
 
 
 def check_optimizer(optimizer: Optimizer, layers: TrainedLayers) -> None:

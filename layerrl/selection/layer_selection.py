@@ -25,10 +25,10 @@ from layerrl.selection.masked import Masked
 from layerrl.selection.parsing import (
     are_globs,
     integer,
-    is_scale,
     ranges,
 )
 from layerrl.selection.parts import ABOVE, names_in_parts
+from layerrl.selection.rates import Boost, check_boosts, is_scale, learning_rate_factors, shown
 from layerrl.selection.tensors import check_not_shared, described, names_in_layers
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ class LayerSelection:
     also: tuple[str, ...] = ()
     """Parts outside the layers that train, too: `"head"`, `"final_norm"`, `"embeddings"`, or globs
     of full names. With some, `layers` may be empty."""
+    boosts: tuple[Boost, ...] = ()
+    """Factors that take the place of the layer's: `(layer or None, glob or part of also, factor)`,
+    ascending, with None for every layer."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, tuple):
@@ -87,6 +90,7 @@ class LayerSelection:
                 f"layers, got {factors!r}"
             )
         object.__setattr__(self, "learning_rate_scale", factors)
+        check_boosts(self.boosts, self.layers)
         beside = self.modules is not None or self.also
         if self.full and (len(given) != self.num_layers or beside):
             raise SelectionError('"full" trains every parameter: it takes no layers, modules, also')
@@ -103,9 +107,7 @@ class LayerSelection:
             text += f", modules {', '.join(self.modules)}"
         if self.also:
             text += f", also {', '.join(self.also)}"
-        boosted = {
-            k: s for k, s in zip(self.layers, self.learning_rate_scale, strict=True) if s != 1
-        }
+        boosted = shown(self)
         return text + (f", learning rate scaled by {boosted}" if boosted else "")
 
     @property
@@ -116,7 +118,8 @@ class LayerSelection:
     @property
     def is_boosted(self) -> bool:
         """Whether something trains at another rate than the optimizer's."""
-        return any(scale != 1 for scale in self.learning_rate_scale)
+        factors = [*self.learning_rate_scale, *(factor for _, _, factor in self.boosts)]
+        return any(factor != 1 for factor in factors)
 
     @property
     def trains_below(self) -> bool:
@@ -140,7 +143,8 @@ class LayerSelection:
 
         Raises:
             SelectionError: If the model has another number of layers, a glob matches nothing in
-                them, a tensor cannot take gradients, or one also belongs to something frozen.
+                them, a tensor cannot take gradients, or one also belongs to something frozen; if a
+                boost matches nothing that trains, or two disagree on a tensor.
             ModelError: If the model's layers cannot be found.
         """
         base = unwrap(model)
@@ -169,6 +173,8 @@ class LayerSelection:
                 f"{unfit[0]}. Leave the selected layers out of the quantisation: "
                 "quantization_skip_modules of a selection names them."
             )
+        if self.boosts or self.is_boosted:
+            learning_rate_factors(self, base, trained)
         return trained
 
     def masked(self, model: nn.Module) -> AbstractContextManager[dict[str, nn.Parameter]]:
@@ -347,7 +353,10 @@ class LayerSelection:
                 f"{sorted(data) if isinstance(data, dict) else data!r}"
             )
         values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+            name: tuple(tuple(v) if isinstance(v, list) else v for v in value)
+            if isinstance(value, list)
+            else value
+            for name, value in data.items()
         }
         return cls(**values)
 

@@ -1,4 +1,4 @@
-"""What a user may write for layers, modules and boost, made plain or refused with a sentence."""
+"""What a user may write for layers, modules and also, made plain or refused with a sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from numbers import Real
 from typing import Any
 
 from layerrl.checks import whole_number
@@ -111,49 +110,6 @@ def integer(layer: object) -> int:
         f"{plain!r} is no layer: expected an integer, got {type(plain).__name__}. "
         f"Otherwise use a range or slice, or one of {_WORDS}."
     )
-
-
-def scales(
-    boost: Mapping[int, float] | None, layers: tuple[int, ...], num_layers: int, described: str
-) -> tuple[float, ...]:
-    """A boost as one learning-rate factor per layer; empty where nothing is boosted."""
-    if boost is None:
-        return ()
-    if not isinstance(boost, Mapping):
-        raise SelectionError(
-            f"boost maps layers to learning-rate factors, as {{10: 2.0}}; got {boost!r}"
-        )
-    factors = dict.fromkeys(layers, 1.0)
-    boosted: set[int] = set()
-    for key, scale in boost.items():
-        layer = integer(key)
-        if not -num_layers <= layer < num_layers:
-            raise SelectionError(f"boost of layer {layer}, which does not exist: {described}")
-        layer %= num_layers
-        if layer in boosted:
-            raise SelectionError(f"boost of layer {layer} is given twice in {dict(boost)}")
-        boosted.add(layer)
-        if layer not in factors:
-            raise SelectionError(
-                f"boost of layer {layer}, which does not train. Selected: {ranges(layers)}."
-            )
-        if not is_scale(scale):
-            raise SelectionError(
-                f"boost of layer {layer} is {scale!r}, expected a positive finite factor on the "
-                "learning rate. To keep a layer from training, leave it out of the selection."
-            )
-        factors[layer] = float(scale)
-    return tuple(factors.values())
-
-
-def is_scale(scale: object) -> bool:
-    """Whether something can multiply a learning rate."""
-    if not isinstance(scale, Real) or isinstance(scale, bool):
-        return False
-    try:
-        return 0 < float(scale) < math.inf
-    except OverflowError:
-        return False
 
 
 def globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...] | None:

@@ -19,8 +19,8 @@ from layerrl.selection.parsing import (
     globs,
     parts,
     resolve,
-    scales,
 )
+from layerrl.selection.rates import nameable_parts, read_boost
 from layerrl.selection.tensors import described
 
 
@@ -30,7 +30,7 @@ def select_layers(
     *,
     modules: str | Iterable[str] | None = None,
     also: str | Iterable[str] | None = None,
-    boost: Mapping[int, float] | None = None,
+    boost: Mapping[Any, float] | str | None = None,
 ) -> LayerSelection:
     """Choose which decoder layers train, what else, and how fast.
 
@@ -39,7 +39,7 @@ def select_layers(
 
     Args:
         model: A transformers model (any device, `meta` included) or config. Not changed; no weight
-            is read. With `modules` or `also` and a config, its names come from a model on `meta`.
+            is read. With globs or `also` and a config, its names come from a model on `meta`.
         layers: A layer or several, negative ones counted from the end; a `range` or `slice`;
             `"all"` (every block), `"full"` (every parameter: embeddings, final norm and head too),
             `"middle"`, `"middle:K"`, `"first:K"`, `"last:K"`; `"LO%:HI%"`, the layers k with
@@ -51,7 +51,12 @@ def select_layers(
             `"final_norm"`, the token `"embeddings"`, or globs of full names (`"model.norm.*"`).
             With the head alone all layers are frozen; above trained embeddings, or a glob, nothing
             is taken for frozen, and the backward runs through every layer.
-        boost: Learning-rate factor of some of the chosen layers, `{10: 2.0}`.
+        boost: Learning-rate factors of chosen layers (`10`), of globs inside all of them
+            (`"mlp.*"`), of pairs of both (`(10, "self_attn.*")`) and of parts of `also` (`"head"`;
+            of `"full"`: `"head"`, `"final_norm"`, `"embeddings"`). Of the keys that name a tensor
+            the most specific counts, alone: a pair before a glob or part, those before a layer.
+            `"decay:D"` is layer-wise decay: D to the power of the distance in layers from the
+            highest chosen one, embeddings that train lying one below layer 0; other parts have 1.
 
     Returns:
         The selection. Nothing outside the layers is in it, but for `also` and `"full"`.
@@ -60,8 +65,8 @@ def select_layers(
         SelectionError: If a layer does not exist, is given twice or is no integer; if nothing is
             selected; if a glob matches nothing, or the model lacks a part; if what trains is shared
             with something frozen, as a tied head is with the embeddings; if a boost is not a
-            positive finite number or belongs to a layer that does not train. Nothing is clipped or
-            skipped.
+            positive finite number, names nothing that trains, or disagrees with another on a
+            tensor, none of the two being more specific. Nothing is clipped or skipped.
         ModelError: If the model's layers cannot be found.
 
     Example:
@@ -71,6 +76,8 @@ def select_layers(
         (11, 12, 13, 14, 15)
         >>> print(select_layers(config, [-1, 10], boost={10: 2.0}))
         layers 10, 27 of 28, learning rate scaled by {10: 2.0}
+        >>> print(select_layers(config, "last:3", boost="decay:0.9"))
+        layers 25-27 of 28, learning rate scaled by {25: 0.81, 26: 0.9}
     """
     if isinstance(model, nn.Module):
         base = unwrap(model)
@@ -84,22 +91,26 @@ def select_layers(
         chosen, full = layers.layers, layers.full
         modules = layers.modules if modules is None else modules
         also = layers.also if also is None else also
-        boost = (
-            dict(zip(chosen, layers.learning_rate_scale, strict=True)) if boost is None else boost
-        )
+        scale, boosts = layers.learning_rate_scale, layers.boosts
     else:
         chosen = resolve(layers, num_layers, text, or_none=bool(also))
         full = isinstance(layers, str) and layers == "full"
+        scale, boosts = (), ()
+    also = parts(also, full=full)
+    if boost is not None:
+        names = nameable_parts(also, full=full)
+        scale, boosts = read_boost(boost, chosen, names, num_layers, text)
     selection = LayerSelection(
         num_layers=num_layers,
         layers=chosen,
-        learning_rate_scale=scales(boost, chosen, num_layers, text),
+        learning_rate_scale=scale,
         modules=globs(modules, full=full),
         full=full,
-        also=parts(also, full=full),
+        also=also,
+        boosts=boosts,
     )
     if isinstance(model, nn.Module):
         selection.parameters(model)
-    elif modules is not None or also is not None:
+    elif modules is not None or also or boosts:
         selection.parameters(meta_model(model))
     return selection

@@ -25,13 +25,19 @@ from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
 from tests.grpo import config, make
 from tests.launchers.launch import launch
-from tests.models import tiny
+from tests.models import tiny, tiny_config
 from tests.runs import in_layers, saved
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
 LAYER = 2
+BOOSTED = {
+    "selection": select_layers(
+        tiny_config("llama", 4), [1, 2], boost={2: 2.0, "mlp": 0.5, (1, "self_attn"): 4.0}
+    ),
+    "max_steps": 2,
+}
 
 
 def environment(name: str) -> dict[str, str]:
@@ -61,7 +67,7 @@ class Runs:
     def one(self) -> dict[str, list[Any]]:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
-            schedule={"selection": [1, 2], "arguments": schedule()},
+            schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED,
         )  # fmt: skip
 
     @cached_property
@@ -69,7 +75,7 @@ class Runs:
         assert self.one
         return self._launch(
             "ddp", 2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED, uneven=UNEVEN,
-            resumed={"resume": self.checkpoint("one")},
+            resumed={"resume": self.checkpoint("one")}, boosted=BOOSTED,
             schedule={
                 "selection": [1, 2], "arguments": schedule(), "ddp_find_unused_parameters": True,
             },
@@ -83,7 +89,7 @@ class Runs:
         assert self.ddp
         return self._launch(
             "fsdp2", 2, FSDP2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
-            uneven=UNEVEN, resumed={"resume": self.checkpoint("ddp")},
+            uneven=UNEVEN, resumed={"resume": self.checkpoint("ddp")}, boosted=BOOSTED,
             generated={"arguments": {"rollout_func": None}, "max_steps": 2},
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
@@ -174,6 +180,11 @@ def test_two_processes_end_where_one_does(runs, launched, job, tolerance):
     assert_same(found, runs.one[job], tolerance)
     assert [process["wrapper"] for process in found] == [WRAPPERS[launched]] * 2
     assert [process["replays"] for process in found] == [job == "layer"] * 2
+
+
+@LAUNCHED
+def test_boosts_scale_the_same_rates_as_in_one_process(runs, launched):
+    assert_same(getattr(runs, launched)["boosted"], runs.one["boosted"], 1e-12)
 
 
 @LAUNCHED

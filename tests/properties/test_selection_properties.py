@@ -53,6 +53,8 @@ def selections(draw):
     full = draw(st.booleans())
     layers = range(num_layers) if full else sorted(layers)
     scales = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
+    keys = st.tuples(st.none() | st.sampled_from(layers), st.text('mlp.*[é]"\\\n ', min_size=1))
+    boosts = draw(st.dictionaries(keys, scales))
     globs = st.lists(st.text('mlp.*[é]"\\\n ', min_size=1), min_size=1, unique=True).map(tuple)
     return LayerSelection(
         num_layers=num_layers,
@@ -62,6 +64,10 @@ def selections(draw):
         ),
         modules=None if full else draw(st.none() | globs),
         full=full,
+        boosts=tuple(
+            (layer, glob, boosts[layer, glob])
+            for layer, glob in sorted(boosts, key=lambda k: (-1 if k[0] is None else k[0], k[1]))
+        ),
     )
 
 

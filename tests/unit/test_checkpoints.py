@@ -23,7 +23,7 @@ from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
 from layerrl.trainer.callbacks import EpochOrder
 from tests.devices import on_any_device, on_cpu
 from tests.grpo import PROMPTS, config, make, reward
-from tests.models import tiny
+from tests.models import tiny, tiny_config
 from tests.runs import (
     assert_same_run,
     assert_trained,
@@ -41,6 +41,9 @@ pytestmark = on_any_device
 
 WEIGHT = "model.layers.2.mlp.up_proj.weight"
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+BOOSTED = select_layers(
+    tiny_config("llama", 4), [1, 3], boost={3: 2.0, "mlp.*": 0.5, (1, "self_attn"): 0.1}
+)
 
 
 @pytest.fixture
@@ -212,6 +215,7 @@ class TestResume:
                 {"arguments": {"checkpoint_format": "full"}, "beta": 0.04}, id="full-reference"
             ),
             pytest.param({"selection": "full"}, id="full-selection"),
+            pytest.param({"selection": BOOSTED}, id="boosts"),
         ],
     )
     def test_goes_on_bit_for_bit(self, base, tmp_path, changes):
@@ -530,9 +534,10 @@ class TestRestoreDelta:
 
     def test_refuses_another_selection_by_value(self, run):
         model, _, base, path = run
-        other = select_layers(model, [1, 3], boost={3: 2.0})
+        other = select_layers(model, [1, 3], boost={3: 2.0, "mlp": 0.5})
         before = bits(model)
-        with pytest.raises(DeltaError, match=r"this run trains layers 1, 3 of 4, .*\{3: 2\.0\}"):
+        match = r"this run trains layers 1, 3 of 4, .*\{3: 2\.0, 'mlp': 0\.5\}"
+        with pytest.raises(DeltaError, match=match):
             restore_delta(model, path, selection=other, base=base)
         assert_close(bits(model), before, rtol=0, atol=0)
 

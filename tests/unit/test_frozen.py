@@ -1,5 +1,6 @@
 """Fingerprints see every bit; frozen tensors, learning rates and optimizers are told apart."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -527,6 +528,56 @@ class TestScaleLearningRates:
         optimizer.step()
         scheduler.step()
         assert scheduler.get_last_lr() == [0.5e-3, 2e-3, 0.5e-3, 2e-3]
+
+    def test_splits_groups_by_glob_and_part_and_keeps_each_one_s_weight_decay(self):
+        model = tiny("llama", 3, tie_word_embeddings=False)
+        boost = {1: 4.0, "mlp.*": 0.5, "*norm*": 2.0, "head": 0.5}
+        selection = select_layers(model, [1, 2], also=["head", "final_norm"], boost=boost)
+        optimizer = torch.optim.SGD(decay_groups(model, selection), lr=1e-3)
+        scale_learning_rates(optimizer, TrainedLayers(model, selection))
+        names = {id(p): name for name, p in model.named_parameters()}
+        found = {
+            (group["weight_decay"], group["lr"]): {names[id(p)] for p in group["params"]}
+            for group in optimizer.param_groups
+        }
+        attention = [{n for n in names.values() if f"{k}.self_attn" in n} for k in (1, 2)]
+        mlp = {n for n in names.values() if re.search(r"[12]\.mlp", n)}
+        assert found == {
+            (0.1, 1e-3): attention[1],
+            (0.1, 0.5e-3): {*mlp, "lm_head.weight"},
+            (0.1, 4e-3): attention[0],
+            (0.0, 1e-3): {"model.norm.weight"},
+            (0.0, 2e-3): {n for n in names.values() if re.search(r"[12]\..*layernorm", n)},
+        }
+
+    @pytest.mark.parametrize(
+        ("boost", "rate", "message"),
+        [
+            ({"mlp": 1e308}, 1e-6, r"boost 1e\+308 times the learning rate 1e-06 is 1e\+302"),
+            ({1: 1e308}, 1e5, r"boost 1e\+308 times the learning rate 100000 is inf"),
+            ({(1, "mlp"): 1e-40}, 1e-6, r"boost 1e-40 times .* 1e-06 is 1e-46, .*or not move"),
+            ("decay:1e-300", 1e-6, "boost 1e-300 times"),
+        ],
+        ids=str,
+    )
+    def test_refuses_a_rate_that_float32_does_not_hold_and_leaves_the_groups_alone(
+        self, boost, rate, message
+    ):
+        model = tiny("llama", 3)
+        selection = select_layers(model, [1, 2], boost=boost)
+        optimizer = torch.optim.AdamW(decay_groups(model, selection), lr=rate)
+        with pytest.raises(SelectionError, match=message):
+            scale_learning_rates(optimizer, TrainedLayers(model, selection))
+        assert [len(group["params"]) for group in optimizer.param_groups] == [14, 4]
+
+    def test_takes_a_learning_rate_of_zero_and_one_in_a_tensor(self):
+        model = tiny("llama", 2)
+        selection = select_layers(model, 1, boost={"mlp": 2.0})
+        for rate in (0.0, torch.tensor(1e-3, dtype=torch.float64)):
+            optimizer = torch.optim.AdamW(decay_groups(model, selection), lr=rate, foreach=False)
+            scale_learning_rates(optimizer, TrainedLayers(model, selection))
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
+            assert rates == [float(rate), 2 * float(rate), float(rate)]
 
 
 class TestCheckOptimizer:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from layerrl import LayerSelection, select_layers
 from layerrl.errors import ModelError, SelectionError
+from layerrl.selection.rates import learning_rate_factors
 from tests.models import FAMILIES, TEXT_FAMILIES, Plain, linears, tiny, tiny_config
 
 L28 = "LlamaConfig has 28 decoder layers (0 to 27)"
@@ -258,20 +259,187 @@ def test_boost_scales_the_learning_rate_of_its_layers_only(layers, boost, expect
         ({12: True}, "boost of layer 12 is True"),
         ({12: "2"}, "boost of layer 12 is '2'"),
         ({12: None}, "boost of layer 12 is None"),
-        ({"12": 2.0}, "'12' is no layer"),
-        ({True: 2.0}, "True is no layer"),
+        ({"12": 2.0}, "boost of '12' matches nothing that trains in layers 10, 12-13"),
+        ({True: 2.0}, "boost of True, which is no layer, glob or pair"),
+        ({1.5: 2.0}, "boost of 1.5, which is no layer, glob or pair"),
+        ({"": 2.0}, "boost of '', which is no layer, glob or pair"),
+        ({(10,): 2.0}, "boost of (10,), which is no layer, glob or pair"),
+        ({(10, None): 2.0}, "boost of (10, None), which is no layer, glob or pair"),
+        ({("mlp", 10): 2.0}, "boost of ('mlp', 10), which is no layer, glob or pair"),
         ({13: 2.0, -15: 3.0}, "13"),
-        (
-            [2.0, 1.0, 1.0],
-            "boost maps layers to learning-rate factors, as {10: 2.0}; got [2.0, 1.0",
-        ),
-        (2.0, "as {10: 2.0}; got 2.0"),
+        ({(9, "mlp"): 2.0}, "boost of layer 9, which does not train"),
+        ({(28, "mlp"): 2.0}, "boost of layer 28, which does not exist"),
+        ({"mlp": 0}, "boost of 'mlp' is 0, expected a positive finite factor"),
+        ({(10, "mlp"): math.nan}, "boost of (10, 'mlp') is nan"),
+        ({"mlp": math.inf}, "boost of 'mlp' is inf"),
+        ({(12, "mlp"): 1.0, (-16, "mlp"): 2.0}, "boost of (12, 'mlp') is given twice"),
+        ([2.0, 1.0, 1.0], 'or is "decay:D" with 0 < D <= 1; got [2.0, 1.0'),
+        (2.0, "with 0 < D <= 1; got 2.0"),
+        ("mlp.*", "with 0 < D <= 1; got 'mlp.*'"),
+        ("decay", "boost='decay': expected a number above 0, at most 1"),
+        ("decay:abc", "boost='decay:abc': expected a number above 0, at most 1"),
+        ("decay:0", "boost='decay:0': expected a number above 0, at most 1"),
+        ("decay:-0.5", "boost='decay:-0.5': expected a number above 0, at most 1"),
+        ("decay:1.5", "at most 1, so that lower layers learn more slowly"),
+        ("decay:nan", "boost='decay:nan': expected a number above 0, at most 1"),
+        ("decay:inf", "boost='decay:inf': expected a number above 0, at most 1"),
+        ("decay:1e-200", "boost='decay:1e-200' over 3 layers is 0 in floating point"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_boost_that_makes_no_sense_is_refused_by_value(boost, message):
     with pytest.raises(SelectionError, match=re.escape(message)):
         select_layers(config(28), [10, 12, 13], boost=boost)
+
+
+def rates(model, *args, **kwargs):
+    """Factor of each trained tensor that has another than 1, by name."""
+    selection = select_layers(model, *args, **kwargs)
+    trained = selection.parameters(model)
+    factors = learning_rate_factors(selection, model, trained)
+    found = {name: factors.get(id(p), 1.0) for name, p in trained.items()}
+    return {name: factor for name, factor in found.items() if factor != 1}
+
+
+BLOCK = [name for name, _ in tiny("llama").model.layers[0].named_parameters()]
+
+
+def of(layer, part=""):
+    return [f"model.layers.{layer}.{name}" for name in BLOCK if name.startswith(part)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"boost": {"mlp.*": 0.5}}, [(0.5, of(1, "mlp")), (0.5, of(3, "mlp"))]),
+        ({"boost": {"mlp": 0.5, 3: 1.0}}, [(0.5, of(1, "mlp")), (0.5, of(3, "mlp"))]),
+        ({"boost": {(-1, "*.q_proj"): 3}}, [(3.0, of(3, "self_attn.q_proj"))]),
+        # A glob before a layer, a pair before both; nothing is multiplied.
+        (
+            {"boost": {(3, "mlp.up_proj"): 1.0, "mlp.*": 0.5, 3: 2.0}},
+            [(2.0, of(3)), (0.5, of(3, "mlp")), (0.5, of(1, "mlp")), (1.0, of(3, "mlp.up_proj"))],
+        ),
+        ({"boost": {"mlp": 0.5, "mlp.up_*": 0.5, 1: 1}, "modules": "mlp.up_proj"},
+         [(0.5, of(1, "mlp.up_proj")), (0.5, of(3, "mlp.up_proj"))]),
+        # Where two globs disagree a pair decides, and only there would they be an error.
+        (
+            {"boost": {"mlp": 0.5, "*.up_proj": 2.0, (1, "mlp.up_*"): 3.0, (3, "mlp.up_*"): 4.0}},
+            [
+                (0.5, of(1, "mlp")), (0.5, of(3, "mlp")),
+                (3.0, of(1, "mlp.up_proj")), (4.0, of(3, "mlp.up_proj")),
+            ],
+        ),
+        ({"also": "head", "boost": {"head": 0.1}}, [(0.1, ["lm_head.weight"])]),
+        (
+            {"also": ["*norm*", "head"], "boost": {"*norm*": 0.1}},
+            [
+                (0.1, ["model.norm.weight"]), (0.1, of(1, "input_l")), (0.1, of(3, "input_l")),
+                (0.1, of(1, "post_a")), (0.1, of(3, "post_a")),
+            ],
+        ),
+        # By distance in layers: layer 2 between them does not train, and counts.
+        ({"boost": "decay:0.5"}, [(0.25, of(1))]),
+        ({"boost": "decay:1"}, []),
+        (
+            {"also": ["embeddings", "head", "final_norm"], "boost": "decay:0.5"},
+            [(0.25, of(1)), (0.0625, ["model.embed_tokens.weight"])],
+        ),
+        (
+            {"layers": "full", "boost": "decay:0.5"},
+            [
+                (0.5, of(2)), (0.25, of(1)), (0.125, of(0)),
+                (0.0625, ["model.embed_tokens.weight"]),
+            ],
+        ),
+        (
+            {"layers": "full", "boost": {"head": 0.1, "final_norm": 0.2}},
+            [(0.1, ["lm_head.weight"]), (0.2, ["model.norm.weight"])],
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_boost_gives_each_tensor_the_factor_of_the_most_specific_key(options, expected):
+    options = {"layers": [1, 3], **options}
+    factors = {name: factor for factor, names in expected for name in names}
+    factors = {name: factor for name, factor in factors.items() if factor != 1}
+    model = tiny("llama", 4)
+    assert rates(model, **options) == factors
+    selection = select_layers(model.config, **options)
+    assert selection == select_layers(model, **options) == select_layers(model, selection)
+    assert selection.is_boosted == bool(factors)
+
+
+def test_boost_of_a_tied_head_is_that_of_the_embeddings():
+    model = tiny("llama", tie_word_embeddings=True)
+    embeddings = {"model.embed_tokens.weight": 0.1}
+    also = ["embeddings", "head"]
+    assert rates(model, 1, also=also, boost={"head": 0.1}) == embeddings
+    assert rates(model, "full", boost={"embeddings": 0.1, "head": 0.1}) == embeddings
+    assert rates(model, 2, also=also, boost="decay:0.5") == {"model.embed_tokens.weight": 0.125}
+    for layers, parts in [(1, also), ("full", None)]:
+        with pytest.raises(SelectionError, match=r"'embeddings' \(0.2\) and 'head' \(0.1\) disag"):
+            select_layers(model, layers, also=parts, boost={"embeddings": 0.2, "head": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"boost": {"mpl.*": 2.0}}, r"of 'mpl\.\*' matches nothing that trains in layers 1, 3"),
+        ({"boost": {"mpl": 2.0}}, r"What trains in layer 1 is self_attn\.q_proj\.weight, "),
+        ({"boost": {(3, "mpl"): 2.0}}, r"\(3, 'mpl'\) matches .* in layer 3\. What .* layer 3 is"),
+        ({"boost": {"model.layers.1.mlp": 2.0}}, "matches nothing that trains in layers 1, 3"),
+        ({"boost": {"mlp": 1.0, "mpl": 1.0}}, "boost of 'mpl' matches nothing"),
+        (
+            {"boost": {"mlp": 2.0}, "modules": "self_attn.q_proj"},
+            r"'mlp' .*What trains in layer 1 is self_attn\.q_proj\.weight$",
+        ),
+        ({"boost": {"head": 2.0}}, "'head', which does not train: also='head' would train it"),
+        ({"boost": {"embeddings": 2.0}, "also": "head"}, "'embeddings', which does not train"),
+        (
+            {"boost": {"model.norm.weight": 2.0}, "also": "model.norm*"},
+            r"trains in layers 1, 3, and is none of also=\['model\.norm\*'\]",
+        ),
+        ({"layers": None, "also": "head", "boost": {"mlp": 2.0}}, "layers: none is selected"),
+        ({"layers": None, "also": "head", "boost": {1: 2.0}}, "does not train. Selected: none"),
+        ({"layers": None, "also": "head", "boost": "decay:0.9"}, "no layer is selected"),
+        (
+            {"boost": {"mlp.*": 0.5, "*.up_proj.*": 2.0}},
+            r"'\*\.up_proj\.\*' \(2\.0\) and 'mlp\.\*' \(0\.5\) disagree: both name "
+            r"'model\.layers\.1\.mlp\.up_proj\.weight'",
+        ),
+        ({"boost": {(3, "mlp"): 0.5, (3, "*.up_proj"): 1.0}}, "both name 'model.layers.3"),
+        (
+            {"boost": {"mlp": 0.5, "*.up_proj": 2.0, (1, "mlp"): 1.0}},
+            r"disagree: both name 'model\.layers\.3\.mlp\.up_proj",
+        ),
+        ({"also": ["head", "lm_*"], "boost": {"head": 1.0, "lm_*": 2.0}}, "name 'lm_head.weight'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_boost_that_does_not_fit_the_model_is_refused(options, message):
+    model = tiny("llama", 4)
+    for source in (model, model.config):
+        with pytest.raises(SelectionError, match=message):
+            select_layers(source, **{"layers": [1, 3], **options})
+
+
+def test_boosts_of_two_layers_that_share_a_tensor_are_refused():
+    layers = linears(3)
+    layers[2].weight = layers[0].weight
+    model = Plain(layers=layers)
+    assert rates(model, [0, 2], boost={0: 2.0, 2: 2.0}) == {"layers.0.weight": 2.0}
+    with pytest.raises(SelectionError, match=r"boosts of 0 \(2.0\) and 2 \(1.0\) disagree"):
+        select_layers(model, [0, 2], boost={0: 2.0})
+
+
+def test_boosts_in_another_order_are_the_same_selection():
+    boost = {"mlp": 0.5, (1, "mlp"): 2.0, 3: 4.0, (3, "self_attn"): 2.0, "self_attn": 1}
+    turned = dict(reversed(boost.items()))
+    model = config(4)
+    one, other = (select_layers(model, [1, 3], boost=given) for given in (boost, turned))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert str(one) == str(other)
 
 
 # Modules
@@ -394,6 +562,8 @@ def test_selection_is_taken_as_it_is():
     for selection in [
         select_layers(model, [1, 3], modules="mlp.*", boost={3: 2.0}),
         select_layers(model, "full", boost={0: 2.0}),
+        select_layers(model, [1, 3], also="head", boost={"mlp.*": 2.0, "head": 0.5}),
+        select_layers(model, "full", boost="decay:0.9"),
     ]:
         assert select_layers(model, selection) == selection
         assert select_layers(model.config, selection) == selection
@@ -405,6 +575,9 @@ def test_selection_with_other_modules_or_boost_keeps_the_rest():
     other = select_layers(model, selection, modules="self_attn")
     assert other == select_layers(model, [1, 3], modules="self_attn", boost={3: 2.0})
     other = select_layers(model, selection, boost={1: 3.0})
+    selection = select_layers(model, [1, 3], modules="mlp.*", boost={"mlp.up_proj": 2.0})
+    with pytest.raises(SelectionError, match=r"boost of 'mlp\.up_proj' matches nothing"):
+        select_layers(model, selection, modules="self_attn")
     assert other == select_layers(model, [1, 3], modules="mlp.*", boost={1: 3.0})
 
 
@@ -443,6 +616,10 @@ def some_selections():
         "modules": LayerSelection(num_layers=28, layers=(3,), modules=("mlp.*", "self_attn")),
         "all": LayerSelection(num_layers=3, layers=(0, 1, 2)),
         "full": LayerSelection(num_layers=3, layers=(0, 1, 2), full=True),
+        "also": LayerSelection(num_layers=3, layers=(), also=("head",)),
+        "boosts": LayerSelection(
+            num_layers=28, layers=(3, 10), boosts=((None, "mlp.*", 0.5), (10, "self_attn", 2.0))
+        ),
     }
 
 
@@ -485,6 +662,17 @@ def test_selections_that_differ_are_different_keys():
             [1, 2],
             {"modules": "mlp", "boost": {2: 0.5, 1: 1.0}},
             "layers 1-2 of 6, modules mlp, learning rate scaled by {2: 0.5}",
+        ),
+        (
+            [1, 2],
+            {"boost": {(2, "mlp"): 1, "mlp.*": 0.5, 1: 2, "*norm*": 0.25}},
+            "layers 1-2 of 6, learning rate scaled by "
+            "{1: 2.0, '*norm*': 0.25, 'mlp.*': 0.5, (2, 'mlp'): 1.0}",
+        ),
+        (
+            "last:4",
+            {"boost": "decay:0.9", "also": "head"},
+            "layers 2-5 of 6, also head, learning rate scaled by {2: 0.729, 3: 0.81, 4: 0.9}",
         ),
     ],
     ids=str,
@@ -538,6 +726,25 @@ def test_full_model_of_any_depth_has_no_frozen_prefix():
         ({"learning_rate_scale": (0.0,)}, "got (0.0,)"),
         ({"learning_rate_scale": (math.nan,)}, "got (nan,)"),
         ({"learning_rate_scale": (True,)}, "got (True,)"),
+        *(
+            ({"boosts": boosts}, f"without duplicates; got {boosts!r}")
+            for boosts in [
+                None,
+                [(1, "mlp", 2.0)],
+                ([1, "mlp", 2.0],),
+                ((1, "mlp"),),
+                ((0, "mlp", 2.0),),
+                ((True, "mlp", 2.0),),
+                ((1.0, "mlp", 2.0),),
+                ((1, "", 2.0),),
+                ((1, None, 2.0),),
+                ((1, "mlp", 0.0),),
+                ((1, "mlp", math.inf),),
+                ((1, "mlp", "2"),),
+                ((1, "mlp", 2.0), (1, "mlp", 2.0)),
+                ((1, "mlp", 2.0), (None, "mlp", 2.0)),
+            ]
+        ),
         ({"full": True}, '"full" trains every parameter'),
         (
             {"full": True, "layers": (0, 1, 2, 3), "modules": ("mlp",)},
@@ -608,6 +815,34 @@ def test_json_of_an_impossible_selection_is_refused_by_value(changes, message):
     LayerSelection.from_json(json.dumps(VALID))
     with pytest.raises(SelectionError, match=re.escape(message)):
         LayerSelection.from_json(json.dumps(VALID | changes))
+
+
+@pytest.mark.parametrize(
+    "boosts",
+    [2.0, "mlp", None, {"mlp": 2.0}, [1], [[]], [[3, "mlp", 2.0]], [[1, "mlp", [2.0]]],
+     [[[1], "mlp", 2.0]], [[1, "mlp", math.nan]], [["1", "mlp", 2.0]],
+     [[2, "a", 2.0], [1, "a", 2.0]]],
+    ids=str,
+)  # fmt: skip
+def test_json_of_impossible_boosts_is_refused_by_value(boosts):
+    possible = VALID | {"format_version": 2, "boosts": [[None, "mlp", 2.0], [1, "mlp", 3]]}
+    assert LayerSelection.from_json(json.dumps(possible)).boosts == (
+        (None, "mlp", 2.0),
+        (1, "mlp", 3),
+    )
+    with pytest.raises(SelectionError, match=r"boosts of a selection are tuples .* got "):
+        LayerSelection.from_json(json.dumps(possible | {"boosts": boosts}))
+
+
+def test_json_is_of_the_first_version_where_that_can_say_it():
+    first = json.dumps(VALID)
+    assert LayerSelection.from_json(first).to_json() == first
+    boosted = select_layers(config(4), [1, 2], boost={2: 2.0, "mlp": 0.5})
+    assert json.loads(boosted.to_json()) == {
+        **VALID,
+        "boosts": [[None, "mlp", 0.5]],
+        "format_version": 2,
+    }
 
 
 @pytest.mark.parametrize("field", VALID)
