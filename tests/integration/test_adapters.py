@@ -21,6 +21,7 @@ from layerrl.errors import LayerRLError, SelectionError
 from tests import trainers
 from tests.engines import Engine, in_place_of_vllm
 from tests.grpo import make
+from tests.integration.test_auto import trainer
 from tests.models import tiny
 from tests.runs import bits, load, saved, train
 
@@ -184,6 +185,30 @@ class TestEquivalence:
         # TRL casts these adapters to bfloat16, and layerrl steps on them in float32.
         for p, q in zip(ours.masked_run.layers.parameters.values(), trained, strict=True):
             assert_close(p.float(), q.float(), rtol=0.05, atol=5e-3)
+
+
+def test_auto_chooses_among_the_layers_adapters(tmp_path):
+    set_seed(3)
+    ours = trainer(tmp_path, arguments={"peft_config": LoraConfig(r=2)}, beta=0.1)
+    before = bits(ours.model)
+    ours.train()
+    after = bits(ours.model)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    [chosen] = ours.selection.layers
+    assert moved
+    assert all(f".layers.{chosen}." in name and "lora_" in name for name in moved)
+
+
+def test_the_gradient_probe_ranks_layers_by_their_adapters(tmp_path):
+    found = []
+    for layers in (None, [0, 1, 3]):
+        set_seed(3)
+        config = LoraConfig(r=2, layers_to_transform=layers)
+        model = get_peft_model(tiny("llama", 4), config)
+        selection = [0, 1, 2, 3] if layers is None else layers
+        found.append(probe(model, selection, tmp_path))
+    assert [*found[0].scores] == [0, 1, 2, 3]
+    assert [*found[1].scores] == [0, 1, 3]
 
 
 class TestSavings:

@@ -251,12 +251,6 @@ class TestBadInput:
         with pytest.raises(ProbeError, match="all 8 completions were cut off at max_completion_l"):
             gradient(model, tmp_path, arguments=arguments)
 
-    def test_a_peft_model(self, model, tmp_path):
-        from peft import LoraConfig, get_peft_model
-
-        with pytest.raises(SelectionError, match="PEFT"):
-            gradient(get_peft_model(model, LoraConfig()), tmp_path)
-
     def test_a_quantised_layer(self, model, tmp_path):
         linear = model.model.layers[1].mlp.up_proj
         linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
