@@ -140,19 +140,23 @@ def _watched(
 
         return run
 
-    holder = next(
-        module
-        for module in base.modules()
-        if any(isinstance(c, nn.ModuleList) and layers[0] in {*c} for c in module.children())
-    )
     hooks = [layer.register_forward_pre_hook(look, prepend=True) for layer in layers]
     hooks.append(layers[-1].register_forward_pre_hook(_require_input_grad, with_kwargs=True))
     try:
-        with replaced_forwards([holder], watch):
+        with replaced_forwards([_caller_of(layers[0], base)], watch):
             yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _caller_of(layer: nn.Module, base: nn.Module) -> nn.Module:
+    """The module that holds the list of layers, whose forward calls them."""
+    return next(
+        module
+        for module in base.modules()
+        if any(isinstance(c, nn.ModuleList) and layer in {*c} for c in module.children())
+    )
 
 
 @contextmanager

@@ -13,16 +13,14 @@ a gradient. Its adapters' $a$ weights come on top, $4a$ in a policy pass.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
-from layerrl.checks import whole_number
+from layerrl.checks import finite_number, whole_number
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
 from layerrl.seams import imported
@@ -207,21 +205,11 @@ def make_plan(
         SelectionError: If `dtype`, `beta` or `num_iterations` is impossible, or what trains is
             quantised.
     """
-    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    _check("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None")
-    is_real = isinstance(beta, Real) and not isinstance(beta, bool)
-    _check("beta", beta, is_real and 0 <= beta < math.inf, "a finite number from 0 up")
-    is_int = whole_number(num_iterations, least=1) is not None
-    _check("num_iterations", num_iterations, is_int, "an int from 1 up")
+    _check_settings(dtype, beta, num_iterations)
     base, blocks = unwrap(model), find_blocks(model)
     parameters = {plain_name(name): p for name, p in base.named_parameters()}
     quantised = {} if quantization_config is None else quantised_bytes(base, quantization_config)
-    if packed := [name for name in trained if name in quantised]:
-        raise SelectionError(
-            f"quantization_config quantises {len(packed)} selected tensors, the first is "
-            f"{packed[0]}: they could not be trained. Give it llm_int8_skip_modules="
-            "selection.quantization_skip_modules(model)."
-        )
+    _refuse_packed([name for name in trained if name in quantised])
     kept = _Bytes(tensors=parameters, quantised=quantised, dtype=dtype)
     met = _met_by_a_token(base, parameters)
     costs = _Costs(
@@ -243,27 +231,52 @@ def make_plan(
     full = _full(kept, second_model=beta > 0)
     if len(trained) == len(parameters):
         return replace(full, **beside)
-    weights, state = kept.weights(trained), kept.optimizer(trained, masters=True)
     multiplied = sum(met.get(name, 0) for name in trained)
     step = costs.selected(num_below, multiplied) / costs.full()
+    selected = _selected(kept, trained, step=step, stores_reference=beta > 0)
+    return replace(selected, full=full, **beside)
+
+
+def _check_settings(dtype: object, beta: object, num_iterations: object) -> None:
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    for name, value, fits, expected in (
+        ("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None"),
+        ("beta", beta, finite_number(beta, least=0) is not None, "a finite number from 0 up"),
+        (
+            "num_iterations",
+            num_iterations,
+            whole_number(num_iterations, least=1) is not None,
+            "an int from 1 up",
+        ),
+    ):
+        if not fits:
+            raise SelectionError(f"{name}={value!r}: expected {expected}")
+
+
+def _refuse_packed(names: list[str]) -> None:
+    if names:
+        raise SelectionError(
+            f"quantization_config quantises {len(names)} selected tensors, the first is "
+            f"{names[0]}: they could not be trained. Give it llm_int8_skip_modules="
+            "selection.quantization_skip_modules(model)."
+        )
+
+
+def _selected(
+    kept: _Bytes, trained: Collection[str], *, step: float, stores_reference: bool
+) -> Plan:
+    weights, state = kept.weights(trained), kept.optimizer(trained, masters=True)
     return Plan(
         name="selection",
         weights=kept.base(),
         gradients=weights,
         optimizer=state,
         reference=weights,
-        checkpoint=weights + (weights if beta else 0) + state,
-        sync=kept.weights(with_fused_siblings(parameters, trained)),
+        checkpoint=weights + (weights if stores_reference else 0) + state,
+        sync=kept.weights(with_fused_siblings(kept.tensors, trained)),
         step=step,
         stepping=kept.stepping(trained),
-        full=full,
-        **beside,
     )
-
-
-def _check(name: str, value: object, fits: bool, expected: str) -> None:
-    if not fits:
-        raise SelectionError(f"{name}={value!r}: expected {expected}")
 
 
 def _full(kept: _Bytes, *, second_model: bool) -> Plan:

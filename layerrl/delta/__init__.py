@@ -106,14 +106,7 @@ def save_delta(
             tensor or the config changed since, or the tokenizer has ids beyond the vocabulary.
         SelectionError: If the selection does not fit the model.
     """
-    if not isinstance(selection, LayerSelection):
-        raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
-    if base is model or not isinstance(base, DeltaBase | nn.Module):
-        given = "the trained model itself" if base is model else repr(base)
-        raise DeltaError(
-            f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
-            "taken then, or another instance that was not trained"
-        )
+    _check_arguments(model, selection, base)
     tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
@@ -128,9 +121,36 @@ def save_delta(
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
-    now = fingerprints(tensors)  # before the copy, so on their own device
+    meta = _description(selection, tensors, base)  # before the copy, so on the tensors' device
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    meta = {
+    with new_folder(path) as folder:
+        if processing_class is not None:
+            save_processing(processing_class, model, folder)
+        meta["files"] = sums_of(folder)
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        text = json.dumps({**meta, "sha256": digest(meta)}, indent=1)
+        (folder / META).write_text(text + "\n", encoding="utf-8")
+        write_card(folder, meta)
+    return Path(path)
+
+
+def _check_arguments(model: object, selection: object, base: object) -> None:
+    if not isinstance(selection, LayerSelection):
+        raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
+    if base is model or not isinstance(base, DeltaBase | nn.Module):
+        given = "the trained model itself" if base is model else repr(base)
+        raise DeltaError(
+            f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
+            "taken then, or another instance that was not trained"
+        )
+
+
+def _description(
+    selection: LayerSelection, tensors: Mapping[str, Tensor], base: DeltaBase
+) -> dict[str, Any]:
+    """What `delta.json` says, but for the files beside the tensors and its own checksum."""
+    now = fingerprints(tensors)
+    return {
         "format_version": FORMAT_VERSION,
         "base_model": base.name,
         "base_revision": base.revision,
@@ -149,15 +169,6 @@ def save_delta(
         "base": base.as_json(),
         "result": digest_of(base.fingerprints | now),
     }
-    with new_folder(path) as folder:
-        if processing_class is not None:
-            save_processing(processing_class, model, folder)
-        meta["files"] = sums_of(folder)
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        text = json.dumps({**meta, "sha256": digest(meta)}, indent=1)
-        (folder / META).write_text(text + "\n", encoding="utf-8")
-        write_card(folder, meta)
-    return Path(path)
 
 
 def _check_trained(model: nn.Module, tensors: Mapping[str, Tensor], base: DeltaBase) -> None:

@@ -922,6 +922,13 @@ class TestCrafted:
                 merge_delta(made / "base", delta, tmp_path / "out")
                 shutil.rmtree(tmp_path / "out")
 
+    @pytest.mark.parametrize("wrong", [True, -1, 8.0, "8"])
+    def test_what_is_no_size_is_refused_as_one(self, delta, wrong):
+        rewrite(delta, lambda meta: meta["base"]["frozen"][HEAD].update(shape=[64, wrong]))
+        model = tiny("llama")
+        with refused("shape of", HEAD, repr(wrong), model=model):
+            load_delta(model, delta)
+
 
 class TestCommit:
     """Where a model from the hub came from, without a network."""
