@@ -29,7 +29,7 @@ def test_nor_is_one_that_is_too_small():
     assert whole_number(-5) == -5
 
 
-@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5)])
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5)], ids=repr)
 def test_a_quantity_is_pythons_own_float(value):
     assert finite_number(value, least=0.5) == 0.5
     assert type(finite_number(value)) is float
@@ -37,7 +37,9 @@ def test_a_quantity_is_pythons_own_float(value):
 
 
 @pytest.mark.parametrize(
-    "value", [True, np.bool_(True), "0.5", None, float("nan"), float("-inf"), 10**400, 1j, [0.5]]
+    "value",
+    [True, np.bool_(True), "0.5", None, float("nan"), float("-inf"), 10**400, 1j, [0.5]],
+    ids=lambda value: repr(value)[:9],
 )
 def test_any_other_quantity_is_none(value):
     assert finite_number(value) is None
