@@ -32,7 +32,6 @@ from layerrl.delta.folder import (
     TENSORS,
     Delta,
     difference,
-    digest,
     new_folder,
 )
 from layerrl.delta.placing import put_tensors
@@ -42,13 +41,13 @@ from layerrl.delta.record import (
     checkpoint_form,
     checkpoint_groups,
     checkpoint_names,
-    digest_of,
     dtype_name,
     in_checkpoint_form,
     model_type,
     stand_ins,
 )
 from layerrl.delta.settings import computing_settings
+from layerrl.digests import json_digest
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints, saved_tensors
 from layerrl.seams import imported
@@ -128,7 +127,7 @@ def save_delta(
             save_processing(processing_class, model, folder)
         meta["files"] = sums_of(folder)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        text = json.dumps({**meta, "sha256": digest(meta)}, indent=1)
+        text = json.dumps({**meta, "sha256": json_digest(meta)}, indent=1)
         (folder / META).write_text(text + "\n", encoding="utf-8")
         write_card(folder, meta)
     return Path(path)
@@ -167,7 +166,7 @@ def _description(
             for name, tensor in tensors.items()
         },
         "base": base.as_json(),
-        "result": digest_of(base.fingerprints | now),
+        "result": json_digest(base.fingerprints | now),
     }
 
 

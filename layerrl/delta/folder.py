@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from layerrl.checks import whole_number
 from layerrl.delta.processing import refuse_file_name
 from layerrl.delta.record import DeltaBase, dtype_name
+from layerrl.digests import json_digest
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from layerrl.selection import LayerSelection
@@ -114,7 +114,7 @@ class Delta:
                     f"the delta at {path} has format version {version}; this layerrl reads up to "
                     f"{FORMAT_VERSION}. Upgrade layerrl."
                 )
-            if meta.pop("sha256") != digest(meta):
+            if meta.pop("sha256") != json_digest(meta):
                 raise DeltaError(
                     f"{path / META} was changed after it was written: checksum differs"
                 )
@@ -224,11 +224,6 @@ def _tensor(name: str, dtype: object, shape: object, mark: object) -> None:
     if any(whole_number(size, least=0) is None for size in sizes):
         raise ValueError(f"shape of {name!r} is {shape!r:.80}")
     _match(_FINGERPRINT, mark, f"fingerprint of {name!r}")
-
-
-def digest(meta: Mapping[str, Any]) -> str:
-    """SHA-256 of a description."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def difference(given: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

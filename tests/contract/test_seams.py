@@ -500,6 +500,13 @@ class TestTable:
             for _, node in self.nodes(ast.Attribute)
             if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "trainer"
         }
+        found |= {
+            keyword.arg
+            for _, node in self.nodes(ast.Call)
+            if ast.unparse(node.func) == "replaced" and ast.unparse(node.args[0]) == "trainer"
+            for keyword in node.keywords
+        }
+        assert {"_calculate_rewards", "num_generations_eval"} <= found
         # Its own; and what is there while a training runs, see test_upstream.
         known = {"current_gradient_accumulation_steps"} | ANNOUNCED
         assert found - known <= self.names

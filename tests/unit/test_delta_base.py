@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
 from layerrl.delta import DeltaBase, restore_delta
 from layerrl.delta import record as record_module
+from layerrl.digests import json_digest
 from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints, frozen_tensors
 from tests.grpo import make, tokenizer
@@ -865,7 +866,7 @@ class TestCrafted:
             del meta["base"]["frozen"][HEAD]
             marks = {n: v["fingerprint"] for n, v in meta["base"]["frozen"].items()}
             marks |= {n: v["base_fingerprint"] for n, v in meta["tensors"].items()}
-            meta["base"]["digest"] = record_module.digest_of(marks)
+            meta["base"]["digest"] = json_digest(marks)
 
         rewrite(delta, edit)
         model = tiny("llama")
