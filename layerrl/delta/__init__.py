@@ -39,7 +39,6 @@ from layerrl.delta.processing import save_processing, sums_of
 from layerrl.delta.record import (
     DeltaBase,
     checkpoint_form,
-    checkpoint_groups,
     checkpoint_names,
     dtype_name,
     in_checkpoint_form,
@@ -50,24 +49,16 @@ from layerrl.delta.settings import computing_settings
 from layerrl.digests import json_digest
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints, saved_tensors
-from layerrl.seams import imported
 from layerrl.selection import LayerSelection
-from layerrl.shards import shape, sharded_like, whole, write
+from layerrl.shards import whole
 
 __all__ = [
-    "FORMAT_VERSION",
     "DeltaBase",
     "checkpoint_form",
-    "checkpoint_groups",
-    "imported",
     "load_delta",
     "put_tensors",
-    "restore_delta",
     "save_delta",
-    "shape",
-    "sharded_like",
     "tensors_of_run",
-    "write",
 ]
 
 
@@ -247,23 +238,6 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
     check_base(delta, found, config=None if config is None else computing_settings(config))
     put_tensors(model, trained, tensors)
     return delta.selection
-
-
-def restore_delta(
-    model: nn.Module, path: str | os.PathLike[str], *, selection: LayerSelection, base: DeltaBase
-) -> None:
-    """Put a delta back into the run it came from, whatever its trained tensors hold now.
-
-    Args:
-        model: A model that was `base` and trained `selection` since. Overwritten after the checks.
-        path: A delta's folder.
-        selection: What the run trains; the delta must have trained the same.
-        base: The model before training.
-
-    Raises:
-        DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
-    """
-    put_tensors(model, selection.parameters(model), tensors_of_run(path, selection, base))
 
 
 def tensors_of_run(

@@ -20,14 +20,14 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
-from layerrl.delta import DeltaBase, restore_delta
+from layerrl.delta import DeltaBase
 from layerrl.delta import record as record_module
 from layerrl.digests import json_digest
 from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints, frozen_tensors
 from tests.grpo import make, tokenizer
 from tests.models import FAMILIES, tiny
-from tests.runs import bits, load, train
+from tests.runs import bits, load, restore_delta, train
 
 INDEX = "model.safetensors.index.json"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
