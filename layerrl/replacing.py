@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def replaced(holder: Any, **values: Any) -> Iterator[None]:
+def replaced(holder: Any, /, **values: Any) -> Iterator[None]:
     """Give attributes of an object other values inside, and its own back, also after an exception.
 
     An attribute that the object has from its class alone is its class's again: a copy would hide

@@ -36,6 +36,18 @@ def test_a_file_that_was_cut_short_leaves_the_old_one(tmp_path, error):
     assert os.listdir(tmp_path) == ["README.md"]
 
 
+def test_what_a_killed_process_left_is_written_over(tmp_path):
+    path = tmp_path / "README.md"
+    for text in ("first", "second"):
+        with written_whole(path) as temporary:
+            temporary.write_text(text)
+        temporary.write_text("much longer than what comes next")
+    with written_whole(path) as temporary:
+        temporary.write_text("third")
+    assert path.read_text() == "third"
+    assert os.listdir(tmp_path) == ["README.md"]
+
+
 def test_what_was_not_written_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), written_whole(tmp_path / "report.json"):
         pass
