@@ -21,18 +21,15 @@ from torch import nn
 
 from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
 from layerrl.checks import finite_number, whole_number
+from layerrl.costs import RANK, Costs, adapter_elements, head_elements, met_by_a_token
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
-from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
-    from layerrl.blocks import Blocks
-
-_RANK = 16
 _HALF, _FLOAT32 = 2, 4  # bytes
 _ROWS = {
     "weights": "weights",
@@ -117,34 +114,6 @@ def in_units(num_bytes: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Costs:
-    """Multiplications per token to score and train on a batch; the symbols are the module's."""
-
-    layers: list[float]
-    head: int
-    num_scored: int
-    """Passes without gradient: the reference, the old log-probabilities."""
-    num_iterations: int
-
-    @property
-    def forward(self) -> float:
-        return sum(self.layers) + self.head
-
-    def selected(self, first: int, trained: float) -> float:
-        above = sum(self.layers[first:]) + self.head
-        scored = [self.forward, *[above] * self.num_scored][: self.num_scored]
-        entered = above if scored else self.forward
-        return sum(scored) + self.num_iterations * (entered + 2 * above - self.head + trained)
-
-    def lora(self, adapters: int) -> float:
-        policy = 3 * self.forward - self.head + 4 * adapters
-        return self.num_scored * self.forward + self.num_iterations * policy
-
-    def full(self) -> float:
-        return self.num_scored * self.forward + self.num_iterations * (4 * self.forward - self.head)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Bytes:
     """Bytes of a model's tensors and of what is kept for them."""
 
@@ -211,13 +180,13 @@ def make_plan(
     quantised = {} if quantization_config is None else quantised_bytes(base, quantization_config)
     _refuse_packed([name for name in trained if name in quantised])
     kept = _Bytes(tensors=parameters, quantised=quantised, dtype=dtype)
-    met = _met_by_a_token(base, parameters)
-    costs = _Costs(
+    met = met_by_a_token(base, parameters)
+    costs = Costs(
         layers=[
             sum(count for name, count in met.items() if name.startswith(f"{blocks.path}.{layer}."))
             for layer in range(len(blocks.modules))
         ],
-        head=_head(base),
+        head=head_elements(base),
         num_scored=int(beta > 0) + int(num_iterations > 1),
         num_iterations=num_iterations,
     )
@@ -226,7 +195,7 @@ def make_plan(
             costs.selected(layer, weights) / costs.full()
             for layer, weights in enumerate(costs.layers)
         ),
-        "lora": _lora(kept, costs, _adapter_elements(blocks, layers)),
+        "lora": _lora(kept, costs, adapter_elements(blocks, layers)),
     }
     full = _full(kept, second_model=beta > 0)
     if len(trained) == len(parameters):
@@ -293,11 +262,11 @@ def _full(kept: _Bytes, *, second_model: bool) -> Plan:
     )
 
 
-def _lora(kept: _Bytes, costs: _Costs, adapters: int) -> Plan:
+def _lora(kept: _Bytes, costs: Costs, adapters: int) -> Plan:
     of_adapters = adapters * _FLOAT32
     moments = 2 * of_adapters
     return Plan(
-        name=f"LoRA r{_RANK}",
+        name=f"LoRA r{RANK}",
         weights=kept.base() + of_adapters,
         gradients=of_adapters,
         optimizer=moments,
@@ -306,44 +275,3 @@ def _lora(kept: _Bytes, costs: _Costs, adapters: int) -> Plan:
         sync=kept.weights(kept.tensors),
         step=costs.lora(adapters) / costs.full(),
     )
-
-
-def _met_by_a_token(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """Elements of each weight matrix that one token is multiplied with."""
-    config: Any = getattr(base, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-    share = getattr(text, "num_experts_per_tok", 0) / experts if experts else 1.0
-    looked_up = _weight_of(base, "get_input_embeddings")  # no product, unless it is the head
-    if looked_up is _weight_of(base, "get_output_embeddings"):
-        looked_up = None
-    return {
-        name: p.numel() * (share if ".experts." in name else 1.0)
-        for name, p in parameters.items()
-        if p.dim() > 1 and p is not looked_up
-    }
-
-
-def _adapter_elements(blocks: Blocks, layers: Collection[int]) -> int:
-    """Elements of a LoRA's two matrices, over PEFT's `"all-linear"` modules of the layers."""
-    with imported():
-        from transformers.pytorch_utils import Conv1D
-
-    return _RANK * sum(
-        sum(module.weight.shape)
-        for layer in layers
-        for module in blocks.modules[layer].modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    )
-
-
-def _head(base: nn.Module) -> int:
-    head = _weight_of(base, "get_output_embeddings")
-    return 0 if head is None else head.numel()
-
-
-def _weight_of(base: nn.Module, getter: str) -> Tensor | None:
-    try:
-        return getattr(getattr(base, getter)(), "weight", None)
-    except (AttributeError, NotImplementedError):
-        return None
