@@ -90,7 +90,9 @@ def taken_away(monkeypatch, seam):
     else:  # an instance's own, or written in C
         real = seams.object_at
         empty = types.SimpleNamespace()
-        monkeypatch.setattr(seams, "object_at", lambda path: empty if path == seam.of else real(path))
+        monkeypatch.setattr(
+            seams, "object_at", lambda path: empty if path == seam.of else real(path)
+        )
 
 
 class TestClasses:
@@ -369,7 +371,6 @@ MAY_BE_MISSING = {
         "base_model_prefix",
         "generation_config",
         "get_decoder",
-        "get_output_embeddings",
         "is_encoder_decoder",
         "num_experts",
         "num_experts_per_tok",
