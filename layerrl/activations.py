@@ -6,7 +6,7 @@ Legend: B rows, T tokens, H hidden size.
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from layerrl.blocks import find_blocks, replaced_forwards, unwrap
 from layerrl.randomness import random_state, set_random_state
+from layerrl.replacing import replaced
 from layerrl.seams import INPUT_GRAD_HOOKS
 
 if TYPE_CHECKING:
@@ -140,19 +141,23 @@ def _watched(
 
         return run
 
-    holder = next(
-        module
-        for module in base.modules()
-        if any(isinstance(c, nn.ModuleList) and layers[0] in {*c} for c in module.children())
-    )
     hooks = [layer.register_forward_pre_hook(look, prepend=True) for layer in layers]
     hooks.append(layers[-1].register_forward_pre_hook(_require_input_grad, with_kwargs=True))
     try:
-        with replaced_forwards([holder], watch):
+        with replaced_forwards([_caller_of(layers[0], base)], watch):
             yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _caller_of(layer: nn.Module, base: nn.Module) -> nn.Module:
+    """The module that holds the list of layers, whose forward calls them."""
+    return next(
+        module
+        for module in base.modules()
+        if any(isinstance(c, nn.ModuleList) and layer in {*c} for c in module.children())
+    )
 
 
 @contextmanager
@@ -169,23 +174,17 @@ def _input_grad_at_checkpoint(layer: Any) -> Iterator[None]:  # a module
     def checkpoint(run: Callable[..., Any], *args: Any) -> Any:
         return given(run, *_first_with_gradient(args)[0])
 
-    layer._gradient_checkpointing_func = checkpoint
-    try:
+    with replaced(layer, _gradient_checkpointing_func=checkpoint):
         yield
-    finally:
-        layer._gradient_checkpointing_func = given
 
 
 @contextmanager
 def _not_checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    flagged = [m for layer in layers for m in layer.modules() if getattr(m, _FLAG, False)]
-    try:
-        for module in flagged:
-            setattr(module, _FLAG, False)
+    with ExitStack() as stack:
+        for module in (module for layer in layers for module in layer.modules()):
+            if getattr(module, _FLAG, False):
+                stack.enter_context(replaced(module, **{_FLAG: False}))
         yield
-    finally:
-        for module in flagged:
-            setattr(module, _FLAG, True)
 
 
 def _requires_input_grad(hook: Any) -> bool:  # any callable

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from numbers import Real
 from typing import Any
 
 
@@ -24,3 +26,22 @@ def whole_number(value: Any, *, least: int | None = None) -> int | None:
     if isinstance(plain, bool):
         return None
     return None if least is not None and number < least else number
+
+
+def finite_number(value: Any, *, least: float | None = None) -> float | None:
+    """A quantity, as Python's own float.
+
+    Args:
+        value: What was given: an int or float, or one of numpy.
+        least: The smallest that makes sense.
+
+    Returns:
+        The number; None if it is too small, infinite, NaN, no number, or True or False.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) and (least is None or number >= least) else None

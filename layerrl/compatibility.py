@@ -10,6 +10,7 @@ from typing import Any
 
 from trl import GRPOTrainer
 
+from layerrl.replacing import replaced
 from layerrl.seams import installed
 
 
@@ -29,12 +30,8 @@ def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, 
     generate = trainer._generate_single_turn
     if "num_generations" in inspect.signature(GRPOTrainer._generate_single_turn).parameters:
         return generate(prompt_ids, None, {}, num_generations=1)
-    before = trainer.num_generations, trainer.num_generations_eval
-    trainer.num_generations = trainer.num_generations_eval = 1
-    try:
+    with replaced(trainer, num_generations=1, num_generations_eval=1):
         return generate(prompt_ids, None, {})
-    finally:
-        trainer.num_generations, trainer.num_generations_eval = before
 
 
 def windows_of_tokens(trainer: Any) -> float:

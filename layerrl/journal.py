@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import lock_descriptor
 
 from layerrl.errors import JournalError
+from layerrl.files import written_whole
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -160,23 +160,20 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") 
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that others find either as it was or as it is to be.
+def write_beside(path: Path, text: str) -> None:
+    """Write a file beside a journal, whole or not at all.
 
     Args:
-        path: Where.
-        text: What.
+        path: The file, which may exist.
+        text: What it is to hold.
 
     Raises:
         JournalError: If it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise JournalError(
             f"cannot write {path}: {error.strerror}. The journal beside it has all finished runs; "
             "the same call continues after them."

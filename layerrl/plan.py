@@ -13,28 +13,23 @@ a gradient. Its adapters' $a$ weights come on top, $4a$ in a policy pass.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
-from layerrl.checks import whole_number
+from layerrl.checks import finite_number, whole_number
+from layerrl.costs import RANK, Costs, head_elements, linear_weights, met_by_a_token
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
-from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
-    from layerrl.blocks import Blocks
-
-_RANK = 16
 _HALF, _FLOAT32 = 2, 4  # bytes
 _ROWS = {
     "weights": "weights",
@@ -125,34 +120,6 @@ def in_units(num_bytes: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Costs:
-    """Multiplications per token to score and train on a batch; the symbols are the module's."""
-
-    layers: list[float]
-    head: int
-    num_scored: int
-    """Passes without gradient: the reference, the old log-probabilities."""
-    num_iterations: int
-
-    @property
-    def forward(self) -> float:
-        return sum(self.layers) + self.head
-
-    def selected(self, first: int, trained: float) -> float:
-        above = sum(self.layers[first:]) + self.head
-        scored = [self.forward, *[above] * self.num_scored][: self.num_scored]
-        entered = above if scored else self.forward
-        return sum(scored) + self.num_iterations * (entered + 2 * above - self.head + trained)
-
-    def lora(self, adapters: float) -> float:
-        policy = 3 * self.forward - self.head + 4 * adapters
-        return self.num_scored * self.forward + self.num_iterations * policy
-
-    def full(self) -> float:
-        return self.num_scored * self.forward + self.num_iterations * (4 * self.forward - self.head)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Bytes:
     """Bytes of a model's tensors and of what is kept for them."""
 
@@ -213,29 +180,19 @@ def make_plan(
         SelectionError: If `dtype`, `beta` or `num_iterations` is impossible, or what trains is
             quantised.
     """
-    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    _check("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None")
-    is_real = isinstance(beta, Real) and not isinstance(beta, bool)
-    _check("beta", beta, is_real and 0 <= beta < math.inf, "a finite number from 0 up")
-    is_int = whole_number(num_iterations, least=1) is not None
-    _check("num_iterations", num_iterations, is_int, "an int from 1 up")
+    _check_settings(dtype, beta, num_iterations)
     base, blocks = unwrap(model), find_blocks(model)
     parameters = {plain_name(name): p for name, p in base.named_parameters()}
     quantised = {} if quantization_config is None else quantised_bytes(base, quantization_config)
-    if packed := [name for name in trained if name in quantised]:
-        raise SelectionError(
-            f"quantization_config quantises {len(packed)} selected tensors, the first is "
-            f"{packed[0]}: they could not be trained. Give it llm_int8_skip_modules="
-            "selection.quantization_skip_modules(model)."
-        )
+    _refuse_packed([name for name in trained if name in quantised])
     kept = _Bytes(tensors=parameters, quantised=quantised, dtype=dtype)
-    met = _met_by_a_token(base, parameters)
-    costs = _Costs(
+    met = met_by_a_token(base, parameters)
+    costs = Costs(
         layers=[
             sum(count for name, count in met.items() if name.startswith(f"{blocks.path}.{layer}."))
             for layer in range(len(blocks.modules))
         ],
-        head=_head(base),
+        head=head_elements(base),
         num_scored=int(beta > 0) + int(num_iterations > 1),
         num_iterations=num_iterations,
     )
@@ -249,27 +206,52 @@ def make_plan(
     full = _full(kept, second_model=beta > 0)
     if len(trained) == len(parameters):
         return replace(full, **beside)
-    weights, state = kept.weights(trained), kept.optimizer(trained, masters=True)
     multiplied = sum(met.get(name, 0) for name in trained)
     step = costs.selected(num_below, multiplied) / costs.full()
+    selected = _selected(kept, trained, step=step, stores_reference=beta > 0)
+    return replace(selected, full=full, **beside)
+
+
+def _check_settings(dtype: object, beta: object, num_iterations: object) -> None:
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    for name, value, fits, expected in (
+        ("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None"),
+        ("beta", beta, finite_number(beta, least=0) is not None, "a finite number from 0 up"),
+        (
+            "num_iterations",
+            num_iterations,
+            whole_number(num_iterations, least=1) is not None,
+            "an int from 1 up",
+        ),
+    ):
+        if not fits:
+            raise SelectionError(f"{name}={value!r}: expected {expected}")
+
+
+def _refuse_packed(names: list[str]) -> None:
+    if names:
+        raise SelectionError(
+            f"quantization_config quantises {len(names)} selected tensors, the first is "
+            f"{names[0]}: they could not be trained. Give it llm_int8_skip_modules="
+            "selection.quantization_skip_modules(model)."
+        )
+
+
+def _selected(
+    kept: _Bytes, trained: Collection[str], *, step: float, stores_reference: bool
+) -> Plan:
+    weights, state = kept.weights(trained), kept.optimizer(trained, masters=True)
     return Plan(
         name="selection",
         weights=kept.base(),
         gradients=weights,
         optimizer=state,
         reference=weights,
-        checkpoint=weights + (weights if beta else 0) + state,
-        sync=kept.weights(with_fused_siblings(parameters, trained)),
+        checkpoint=weights + (weights if stores_reference else 0) + state,
+        sync=kept.weights(with_fused_siblings(kept.tensors, trained)),
         step=step,
         stepping=kept.stepping(trained),
-        full=full,
-        **beside,
     )
-
-
-def _check(name: str, value: object, fits: bool, expected: str) -> None:
-    if not fits:
-        raise SelectionError(f"{name}={value!r}: expected {expected}")
 
 
 def _full(kept: _Bytes, *, second_model: bool) -> Plan:
@@ -287,16 +269,20 @@ def _full(kept: _Bytes, *, second_model: bool) -> Plan:
 
 
 def _loras(
-    kept: _Bytes, costs: _Costs, base: nn.Module, layers: Collection[int], *, num_below: int
+    kept: _Bytes, costs: Costs, base: nn.Module, layers: Collection[int], *, num_below: int
 ) -> dict[str, Plan]:
     """LoRA in the selected layers, with and without layerrl, and in every layer."""
     blocks = find_blocks(base)
-    here = [f"{blocks.path}.{layer}.{name}" for layer in layers for name in _linear(blocks, layer)]
-    few = _RANK * sum(sum(kept.tensors[name].shape) for name in here)
-    many = _RANK * sum(
+    here = [
+        f"{blocks.path}.{layer}.{name}"
+        for layer in layers
+        for name in linear_weights(blocks, layer)
+    ]
+    few = RANK * sum(sum(kept.tensors[name].shape) for name in here)
+    many = RANK * sum(
         sum(kept.tensors[f"{blocks.path}.{layer}.{name}"].shape)
         for layer in range(len(blocks.modules))
-        for name in _linear(blocks, layer)
+        for name in linear_weights(blocks, layer)
     )
     all_weights, full = kept.weights(kept.tensors), costs.full()
     everywhere = _lora("LoRA all", kept, many, sync=all_weights, step=costs.lora(many) / full)
@@ -306,7 +292,7 @@ def _loras(
     masked = costs.selected(num_below, 4 * few) / full
     return {
         "lora_masked": _lora("LoRA+layerrl", kept, few, sync=sent, step=masked),
-        "lora": _lora(f"LoRA r{_RANK}", kept, few, sync=all_weights, step=costs.lora(few) / full),
+        "lora": _lora(f"LoRA r{RANK}", kept, few, sync=all_weights, step=costs.lora(few) / full),
         "lora_all": everywhere,
     }
 
@@ -324,43 +310,3 @@ def _lora(name: str, kept: _Bytes, adapters: int, *, sync: int, step: float) -> 
         sync=sync,
         step=step,
     )
-
-
-def _linear(blocks: Blocks, layer: int) -> list[str]:
-    """The weights in a layer that PEFT's `"all-linear"` adapts."""
-    with imported():
-        from transformers.pytorch_utils import Conv1D
-
-    return [
-        plain_name(f"{name}.weight")
-        for name, module in blocks.modules[layer].named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
-
-
-def _met_by_a_token(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """Elements of each weight matrix that one token is multiplied with."""
-    config: Any = getattr(base, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-    share = getattr(text, "num_experts_per_tok", 0) / experts if experts else 1.0
-    looked_up = _weight_of(base, "get_input_embeddings")  # no product, unless it is the head
-    if looked_up is _weight_of(base, "get_output_embeddings"):
-        looked_up = None
-    return {
-        name: p.numel() * (share if ".experts." in name else 1.0)
-        for name, p in parameters.items()
-        if p.dim() > 1 and p is not looked_up
-    }
-
-
-def _head(base: nn.Module) -> int:
-    head = _weight_of(base, "get_output_embeddings")
-    return 0 if head is None else head.numel()
-
-
-def _weight_of(base: nn.Module, getter: str) -> Tensor | None:
-    try:
-        return getattr(getattr(base, getter)(), "weight", None)
-    except (AttributeError, NotImplementedError):
-        return None

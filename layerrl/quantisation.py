@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerrl.blocks import plain_name
 from layerrl.errors import SelectionError
+from layerrl.replacing import replaced
 from layerrl.seams import imported
 
 if TYPE_CHECKING:
@@ -118,18 +119,13 @@ def quantised_base(args: Any) -> Iterator[None]:
     """
     from transformers import trainer
 
-    upstream = trainer.validate_quantization_for_training
-
     def validate(model: Any) -> None:
         if getattr(model, "is_quantized", False):
             _refuse_others(model, vllm=getattr(args, "use_vllm", False))
             keep_layout(model)
 
-    trainer.validate_quantization_for_training = validate
-    try:
+    with replaced(trainer, validate_quantization_for_training=validate):
         yield
-    finally:
-        trainer.validate_quantization_for_training = upstream
 
 
 def _refuse_others(model: Any, *, vllm: bool) -> None:

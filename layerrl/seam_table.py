@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from layerrl.seam import Seam
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-
-class Seam(NamedTuple):
-    """A name of another package that layerrl overrides, calls, reads or sets."""
-
-    of: str
-    """Where it lives: a class or a module; `torch.nn.Module()` for an instance's attribute."""
-    name: str
-    """The name; of a trainer's attribute, the path to it."""
-    takes: tuple[str, ...] | None
-    """The parameters that it is called with, or overridden with, in their order; `...` for any, as
-    the last for any more, as the first for any before. None: it is no function."""
-    use: str
-    """What it is needed to do."""
-    by: str | None
-    """The class that needs it, and all that are derived from it; None: whoever imports it."""
-    when: Callable[[Any], bool] | None = None
-    """Of an attribute: whether this trainer has it; None: every one."""
-    attribute: bool = False
-    """Whether it is there when the trainer has been made, and not before."""
-
-    def __str__(self) -> str:
-        takes = "" if self.takes is None else f"({', '.join(self.takes)})"
-        return f"{self.of}.{self.name}{takes}"
+    from collections.abc import Iterator, Mapping
 
 
 def _seams(of: str, uses: Mapping[str, str], by: str | None = "", **more: Any) -> Iterator[Seam]:

@@ -14,12 +14,12 @@ import traceback
 import warnings
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerrl.errors import FrameworkError
-from layerrl.seam_table import SEAMS, Seam
+from layerrl.seam import Seam, has, object_at, short_name
+from layerrl.seam_table import SEAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,8 +58,8 @@ def check_class(cls: type) -> None:
         owner = None if seam.by is None or seam.attribute else _base(cls, seam.by)
         if owner is None:
             continue
-        place = owner if seam.of == seam.by else _place(seam.of)
-        problem = _problem(seam, place)
+        place = owner if seam.of == seam.by else object_at(seam.of)
+        problem = seam.problem(place)
         if seam.name == "enable_input_require_grads" and not problem:
             problem = _problem_of_hook(place)
         if problem:
@@ -80,8 +80,8 @@ def check_made(trainer: Any) -> None:
     for seam in SEAMS:
         if not seam.attribute or seam.by is None or _base(type(trainer), seam.by) is None:
             continue
-        if (seam.when is None or seam.when(trainer)) and not _has(trainer, seam.name):
-            gone.append(_Gone(seam, f"{_short(seam.of)} has no attribute {seam.name}"))
+        if (seam.when is None or seam.when(trainer)) and not has(trainer, seam.name):
+            gone.append(_Gone(seam, f"{short_name(seam.of)} has no attribute {seam.name}"))
     _refuse(gone)
 
 
@@ -137,7 +137,7 @@ def _message(error: ImportError | AttributeError) -> str | None:
     use = next((s.use for s in SEAMS if f"{s.of}.{s.name}".endswith(f".{name}")), "")
     problem = f"there is no {of}" if of else str(error)
     if name:
-        problem = f"{_short(of)} has no {name}"
+        problem = f"{short_name(of)} has no {name}"
     return _sentence([_Gone(Seam(of, name, None, use, None), problem)])
 
 
@@ -229,72 +229,6 @@ def _base(cls: type, path: str) -> type | None:
     return None
 
 
-def _place(path: str) -> Any:
-    """The module or class of that path, or an instance; None where there is none."""
-    names = path.removesuffix("()").split(".")
-    for length in range(len(names), 0, -1):
-        module = ".".join(names[:length])
-        try:
-            found = import_module(module)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
-                raise  # it is there, and imports what is not
-            continue
-        for name in names[length:]:
-            found = getattr(found, name, None)
-        return found() if path.endswith("()") and callable(found) else found
-    return None
-
-
-def _has(place: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not hasattr(place, name):
-            return False
-        place = getattr(place, name)
-    return True
-
-
-def _problem(seam: Seam, place: Any) -> str:
-    """What is not as the table says; empty where all is."""
-    if place is None:
-        return f"there is no {seam.of}"
-    if not _has(place, seam.name):
-        return f"{_short(seam.of)} has no {seam.name}"
-    if seam.takes is None or seam.takes == ("...",):
-        return ""
-    names, takes_any = _parameters(place, seam.name)
-    expected = [name for name in seam.takes if name != "..."]
-    if seam.takes[:1] == ("...",):
-        fits = takes_any or {*expected} <= {*names}
-    elif takes_any:  # what it does not name itself
-        shorter = min(len(names), len(expected))
-        fits = names[:shorter] == expected[:shorter]
-    else:
-        fits = expected == (names[: len(expected)] if seam.takes[-1:] == ("...",) else names)
-    if fits:
-        return ""
-    short = f"{_short(seam.of)}.{seam.name}"
-    return f"{short} takes ({', '.join(names)}), expected ({', '.join(seam.takes)})"
-
-
-def _parameters(place: Any, path: str) -> tuple[list[str], bool]:
-    """The names of a function's parameters, and whether it takes any others by name."""
-    holder, found = None, place
-    for name in path.split("."):
-        holder, found = found, inspect.getattr_static(found, name)
-    function = inspect.unwrap(getattr(found, "__func__", found))
-    try:
-        parameters = [*inspect.signature(function).parameters.values()]
-    except (TypeError, ValueError):  # a descriptor or a callable that does not say
-        return [], True
-    if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
-        return [], True  # a wrapper that hands on what it is given
-    if isinstance(holder, type) and not isinstance(found, staticmethod):
-        parameters = parameters[1:]
-    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
 def _problem_of_hook(model_class: Any) -> str:
     """Whether the hook that makes embeddings require a gradient can be told by its name."""
     from torch import nn
@@ -313,12 +247,6 @@ def _problem_of_hook(model_class: Any) -> str:
         f"PreTrainedModel.enable_input_require_grads registers the hook {', '.join(names)}, "
         f"expected {INPUT_GRAD_HOOKS[0]}"
     )
-
-
-def _short(path: str) -> str:
-    """A class without its module; a module whole."""
-    last = path.removesuffix("()").rpartition(".")[2]
-    return last if last[:1].isupper() else path
 
 
 def _refuse(gone: list[_Gone]) -> None:

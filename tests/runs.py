@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from layerrl import LayerMaskedGRPOTrainer
+from layerrl import LayerMaskedGRPOTrainer, LayerSelection
+from layerrl.delta import DeltaBase, put_tensors, tensors_of_run
 from tests.devices import on_cpu
 from tests.grpo import PROMPTS, make
 from tests.models import tiny
@@ -32,6 +33,13 @@ def saved(folder: Path, model: PreTrainedModel | None = None) -> Path:
     """
     (model or tiny("llama", 4)).save_pretrained(folder)
     return folder
+
+
+def restore_delta(
+    model: PreTrainedModel, path: Path, *, selection: LayerSelection, base: DeltaBase
+) -> None:
+    """Put a delta back as a trainer does that resumes, whatever the model holds now."""
+    put_tensors(model, selection.parameters(model), tensors_of_run(path, selection, base))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

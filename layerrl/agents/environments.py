@@ -12,9 +12,11 @@ from layerrl.agents.episodes import Step, is_finite
 from layerrl.checks import whole_number
 from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.errors import EpisodeError
+from layerrl.replacing import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 _ANSWER = "What was answered before."
 
@@ -275,16 +277,8 @@ def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> l
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-@contextmanager
-def _at_most(trainer: Any, num_tokens: int) -> Iterator[None]:
+def _at_most(trainer: Any, num_tokens: int) -> AbstractContextManager[None]:
     """Let the trainer generate no more than this many tokens."""
     if getattr(trainer, "vllm_generation", None) is not None:
-        holder, name = trainer.vllm_generation, "max_completion_length"
-    else:
-        holder, name = trainer.generation_config, "max_new_tokens"
-    before = getattr(holder, name)
-    setattr(holder, name, num_tokens)
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
+        return replaced(trainer.vllm_generation, max_completion_length=num_tokens)
+    return replaced(trainer.generation_config, max_new_tokens=num_tokens)

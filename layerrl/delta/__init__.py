@@ -32,7 +32,6 @@ from layerrl.delta.folder import (
     TENSORS,
     Delta,
     difference,
-    digest,
     new_folder,
 )
 from layerrl.delta.placing import put_tensors
@@ -40,35 +39,26 @@ from layerrl.delta.processing import save_processing, sums_of
 from layerrl.delta.record import (
     DeltaBase,
     checkpoint_form,
-    checkpoint_groups,
     checkpoint_names,
-    digest_of,
     dtype_name,
     in_checkpoint_form,
     model_type,
     stand_ins,
 )
 from layerrl.delta.settings import computing_settings
+from layerrl.digests import json_digest
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints, saved_tensors
-from layerrl.seams import imported
 from layerrl.selection import LayerSelection
-from layerrl.shards import shape, sharded_like, whole, write
+from layerrl.shards import whole
 
 __all__ = [
-    "FORMAT_VERSION",
     "DeltaBase",
     "checkpoint_form",
-    "checkpoint_groups",
-    "imported",
     "load_delta",
     "put_tensors",
-    "restore_delta",
     "save_delta",
-    "shape",
-    "sharded_like",
     "tensors_of_run",
-    "write",
 ]
 
 
@@ -106,14 +96,7 @@ def save_delta(
             tensor or the config changed since, or the tokenizer has ids beyond the vocabulary.
         SelectionError: If the selection does not fit the model.
     """
-    if not isinstance(selection, LayerSelection):
-        raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
-    if base is model or not isinstance(base, DeltaBase | nn.Module):
-        given = "the trained model itself" if base is model else repr(base)
-        raise DeltaError(
-            f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
-            "taken then, or another instance that was not trained"
-        )
+    _check_arguments(model, selection, base)
     tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
@@ -128,9 +111,36 @@ def save_delta(
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
-    now = fingerprints(tensors)  # before the copy, so on their own device
+    meta = _description(selection, tensors, base)  # before the copy, so on the tensors' device
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    meta = {
+    with new_folder(path) as folder:
+        if processing_class is not None:
+            save_processing(processing_class, model, folder)
+        meta["files"] = sums_of(folder)
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        text = json.dumps({**meta, "sha256": json_digest(meta)}, indent=1)
+        (folder / META).write_text(text + "\n", encoding="utf-8")
+        write_card(folder, meta)
+    return Path(path)
+
+
+def _check_arguments(model: object, selection: object, base: object) -> None:
+    if not isinstance(selection, LayerSelection):
+        raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
+    if base is model or not isinstance(base, DeltaBase | nn.Module):
+        given = "the trained model itself" if base is model else repr(base)
+        raise DeltaError(
+            f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
+            "taken then, or another instance that was not trained"
+        )
+
+
+def _description(
+    selection: LayerSelection, tensors: Mapping[str, Tensor], base: DeltaBase
+) -> dict[str, Any]:
+    """What `delta.json` says, but for the files beside the tensors and its own checksum."""
+    now = fingerprints(tensors)
+    return {
         "format_version": FORMAT_VERSION,
         "base_model": base.name,
         "base_revision": base.revision,
@@ -147,17 +157,8 @@ def save_delta(
             for name, tensor in tensors.items()
         },
         "base": base.as_json(),
-        "result": digest_of(base.fingerprints | now),
+        "result": json_digest(base.fingerprints | now),
     }
-    with new_folder(path) as folder:
-        if processing_class is not None:
-            save_processing(processing_class, model, folder)
-        meta["files"] = sums_of(folder)
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        text = json.dumps({**meta, "sha256": digest(meta)}, indent=1)
-        (folder / META).write_text(text + "\n", encoding="utf-8")
-        write_card(folder, meta)
-    return Path(path)
 
 
 def _check_trained(model: nn.Module, tensors: Mapping[str, Tensor], base: DeltaBase) -> None:
@@ -237,23 +238,6 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
     check_base(delta, found, config=None if config is None else computing_settings(config))
     put_tensors(model, trained, tensors)
     return delta.selection
-
-
-def restore_delta(
-    model: nn.Module, path: str | os.PathLike[str], *, selection: LayerSelection, base: DeltaBase
-) -> None:
-    """Put a delta back into the run it came from, whatever its trained tensors hold now.
-
-    Args:
-        model: A model that was `base` and trained `selection` since. Overwritten after the checks.
-        path: A delta's folder.
-        selection: What the run trains; the delta must have trained the same.
-        base: The model before training.
-
-    Raises:
-        DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
-    """
-    put_tensors(model, selection.parameters(model), tensors_of_run(path, selection, base))
 
 
 def tensors_of_run(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from layerrl.files import written_whole
 from layerrl.selection import LayerSelection
 
 CARD = "README.md"
@@ -72,12 +72,8 @@ def write_card(
     if others and beside != "same":
         own += _OTHERS_TEXT
     card.text = "\n".join(["", _BEGIN, own.rstrip(), _END, *(["", others] if others else []), ""])
-    temporary = folder / f"_{uuid.uuid4().hex}"
-    try:
+    with written_whole(file) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _text(meta: Mapping[str, Any], hub_id: str | None) -> str:

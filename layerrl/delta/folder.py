@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from layerrl.checks import whole_number
 from layerrl.delta.processing import refuse_file_name
 from layerrl.delta.record import DeltaBase, dtype_name
+from layerrl.digests import json_digest
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from layerrl.selection import LayerSelection
@@ -113,7 +114,7 @@ class Delta:
                     f"the delta at {path} has format version {version}; this layerrl reads up to "
                     f"{FORMAT_VERSION}. Upgrade layerrl."
                 )
-            if meta.pop("sha256") != digest(meta):
+            if meta.pop("sha256") != json_digest(meta):
                 raise DeltaError(
                     f"{path / META} was changed after it was written: checksum differs"
                 )
@@ -136,7 +137,7 @@ class Delta:
 
     @classmethod
     def _described(cls, path: Path, meta: dict[str, Any]) -> Delta:
-        version = _kind(meta["format_version"], int, "format_version")
+        version = _count(meta["format_version"], "format_version")
         tensors = _kind(meta["tensors"], dict, "tensors")
         if version < 1 or not tensors:
             raise ValueError(f"version {version} with {len(tensors)} tensors")
@@ -159,6 +160,7 @@ class Delta:
         for name in (*tied.values(), *quantised):
             if name not in described:
                 raise ValueError(f"{name!r} is no recorded tensor")
+        rows = rest.get("vocabulary")
         files = _kind(meta["files"], dict, "files") if version > 1 else {}
         for name, mark in files.items():
             refuse_file_name(name)
@@ -177,7 +179,7 @@ class Delta:
             fingerprints={name: mark for name, (_, _, mark) in described.items()},
             tied=tied,
             quantised=tuple(quantised),
-            vocabulary=_kind(rest.get("vocabulary"), int | None, "vocabulary"),
+            vocabulary=None if rows is None else _count(rows, "vocabulary"),
             config=_kind(rest.get("config"), dict | None, "config"),
         )
         if version > 1 and base.digest != _match(_SHA256, rest["digest"], "digest"):
@@ -197,9 +199,16 @@ class Delta:
 
 
 def _kind(value: Any, kind: Any, what: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind):
         raise ValueError(f"{what} is {value!r:.80}")
     return value
+
+
+def _count(value: Any, what: str) -> int:
+    number = whole_number(value)
+    if number is None:
+        raise ValueError(f"{what} is {value!r:.80}")
+    return number
 
 
 def _match(pattern: re.Pattern[str], value: object, what: str) -> str:
@@ -212,14 +221,9 @@ def _tensor(name: str, dtype: object, shape: object, mark: object) -> None:
     if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype of {name!r} is {dtype!r:.80}")
     sizes = shape if isinstance(shape, list) else [None]
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+    if any(whole_number(size, least=0) is None for size in sizes):
         raise ValueError(f"shape of {name!r} is {shape!r:.80}")
     _match(_FINGERPRINT, mark, f"fingerprint of {name!r}")
-
-
-def digest(meta: Mapping[str, Any]) -> str:
-    """SHA-256 of a description."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def difference(given: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

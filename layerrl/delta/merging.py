@@ -73,10 +73,7 @@ def merge_delta(
             from what is below it, two of a union train the same tensor, or `out` exists or cannot
             be written. Nothing is left half-written.
     """
-    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
-    deltas = [Delta.read(each) for each in paths]
-    if not deltas:
-        raise DeltaError("no delta was given to merge: expected a folder or several")
+    deltas = _deltas(path)
     refuse_existing(out)  # before the base is read
     folder = _checkpoint_folder(base, deltas[0])
     checkpoint = Checkpoint(folder)
@@ -104,6 +101,13 @@ def merge_delta(
     _warn_of_other_files(deltas, union=union)
     _write(checkpoint, above, deltas, Path(out))
     return Path(out)
+
+
+def _deltas(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Delta]:
+    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    if not paths:
+        raise DeltaError("no delta was given to merge: expected a folder or several")
+    return [Delta.read(each) for each in paths]
 
 
 def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str, _Replaced]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from layerrl.blocks import unwrap
 from layerrl.delta.fitting import is_packed
 from layerrl.delta.origin import commit_of
 from layerrl.delta.settings import computing_settings
+from layerrl.digests import json_digest
 from layerrl.frozen import fingerprints, saved_tensors
 from layerrl.seams import imported
 from layerrl.shards import is_sharded, shape, whole
@@ -113,7 +112,7 @@ class DeltaBase:
     @property
     def digest(self) -> str:
         """One number for all tensors: that of a delta's base and of its result tell a stack."""
-        return digest_of(self.fingerprints)
+        return json_digest(self.fingerprints)
 
     def as_json(self) -> dict[str, Any]:
         """What `delta.json` holds of it beside the trained tensors."""
@@ -133,11 +132,6 @@ class DeltaBase:
                 if name not in set(self.trained)
             },
         }
-
-
-def digest_of(marks: Mapping[str, str]) -> str:
-    """A SHA-256 of all fingerprints of a model."""
-    return hashlib.sha256(json.dumps(dict(sorted(marks.items()))).encode()).hexdigest()
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -1,46 +1,26 @@
-"""One call of a model: its prefix runs, is recorded on the way, or is replayed.
-
-Legend: B rows, T tokens, H hidden size.
-"""
+"""One call of a model, whose prefix may be replayed, and the comparison with the plain call."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from layerrl.activations import checkpoints_reentrantly
 from layerrl.blocks import replaced_forwards
-from layerrl.randomness import random_state, same_random_state, set_random_state
-from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, version
+from layerrl.randomness import random_state, set_random_state
 from layerrl.replay.comparing import difference, flat, gradients
-from layerrl.replay.entering import Request, entry_of
-from layerrl.replay.recordings import Recording, gathered, whole_call
-from layerrl.replay.state import (
-    depends_on_other_rows,
-    state_of,
-    unfit,
-    unmoved,
-    without_hooks,
-)
+from layerrl.replay.entering import Request
+from layerrl.replay.prefix import Prefix, RestartError
+from layerrl.replay.state import unmoved, without_hooks
 from layerrl.shards import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from layerrl.replay import PrefixReplay
-    from layerrl.replay.arguments import Arguments
     from layerrl.replay.comparing import Observed
-    from layerrl.replay.entering import Entry
-    from layerrl.replay.recordings import Extras, Place, Recordings
-
-    Forward = Callable[..., Any]
-
-
-class _RestartError(BaseException):
-    """The call has to be computed another way from its start, whatever a model catches."""
+    from layerrl.replay.prefix import Forward
+    from layerrl.replay.recordings import Recordings
 
 
 class Call:
@@ -80,7 +60,7 @@ class Call:
         prefix = self._prefix(records=records)
         try:
             output = self._through(prefix)
-        except _RestartError:
+        except RestartError:
             set_random_state(self._random_state, self._device)
         else:
             self._replay.num_replayed += prefix.replays
@@ -113,7 +93,7 @@ class Call:
             random = watched.random
             if not random:
                 problem = difference(plain, replayed, exact=watched.dtype)
-        except (Exception, _RestartError) as error:  # whatever a model does with fewer layers
+        except (Exception, RestartError) as error:  # whatever a model does with fewer layers
             problem = f"the model cannot run on it: {type(error).__name__}: {error}"
         if not replay.agree(problem is None):
             replay.switch_off(problem or "it did not match in another process")
@@ -138,258 +118,5 @@ class Call:
         return [v.detach() if isinstance(v, Tensor) else v for v in outputs], found
 
 
-class Prefix:
-    """The frozen layers during one call.
-
-    Args:
-        replay: Whose prefix.
-        recordings: Those of the batch.
-        request: How the model is called.
-        records: Whether to record the call where it runs.
-        trusted: Whether to replay without having compared, in order to compare.
-        watched: Whether to run, and see whether that draws random numbers.
-    """
-
-    def __init__(
-        self,
-        replay: PrefixReplay,
-        recordings: Recordings,
-        request: Request,
-        *,
-        records: bool = False,
-        trusted: bool = False,
-        watched: bool = False,
-    ) -> None:
-        self._replay, self._recordings = replay, recordings
-        self._request = request
-        self._records, self._trusted, self._watched = records, trusted, watched
-        self.kind: tuple[Any, ...] = ()
-        """Of the call, where it could be replayed."""
-        self.replays = False
-        """Whether a recording was handed on."""
-        self.compares = False
-        """Whether one could be, but has to be compared first, here or in another process."""
-        self.random = False
-        """Whether layers that ran drew random numbers, where that is watched."""
-        self.dtype = torch.float32
-        """What the layers compute in, where that is watched."""
-        self._begin()
-
-    def _begin(self) -> None:
-        self._entry: Entry | None = None
-        self._places: list[Place] = []
-        self._runs, self._device = False, torch.device("cpu")  # runs and is recorded or watched
-        self._num_done = 0
-        self._left: Tensor | None = None
-        self._left_version = self._entered = 0
-        self._arguments: list[Arguments] = []
-        self._extras: list[Extras] = []
-
-    def layer(self, index: int, forward: Forward) -> Forward:
-        """Make what stands in for the forward of a layer."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if index == 0:
-                self.finish()
-                self._begin()
-                self._decide(args, kwargs)
-            if self._places:
-                return self._handed_on(index, args, kwargs)
-            if not self._runs:
-                return forward(*args, **kwargs)
-            self._before(index, args, kwargs)
-            output = forward(*args, **kwargs)
-            if self._runs:
-                self._after(output, args, kwargs)
-            return output
-
-        return run
-
-    def finish(self) -> None:
-        """Make sure that a replay has reached every layer."""
-        if self._places and self._num_done != len(self._replay.prefix):
-            raise _RestartError
-
-    def _decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Replay, record or neither."""
-        replay = self._replay
-        if self._watched:
-            self.dtype = _computed_in(hidden_states(args, kwargs))
-            self._run_observed(hidden_states(args, kwargs).device)
-            return
-        why = unfit(replay.prefix)
-        try:
-            self._keys = RowKeys(len(hidden_states(args, kwargs)))
-            self._entry = entry_of(args, kwargs, self._keys, replay.prefix)
-        except OpaqueArgumentError as error:
-            why = f"layers are called with {error}"
-        fit = self._entry is not None and why is None
-        places = self._recordings.places(self._entry) if self._entry and fit else []
-        if places and self._entry:
-            whole, modes = whole_call(places), sorted({recording.modes for recording, _ in places})
-            self.kind = (self._entry.kind, self._request.kind, whole, *modes)
-            tensors = [hidden_states(args, kwargs), *(value for _, value in leaves(args, kwargs))]
-            why = self._why_not(tensors, whole=whole)
-        if self._trusted:
-            self._places = places if why is None else []
-            return
-        if replay.agree(bool(places) and why is None):
-            if not replay.agree(self.kind in replay.verified):
-                self.compares = True
-                raise _RestartError
-            self._places, self.replays = places, True
-            return
-        if why is None and self._request.asked:
-            why = self._more_is_asked()
-        if why is None and not self._records:
-            why = (
-                "a call is over rows that no call before was over, or over the same with other "
-                "positions, masks, or neighbours"
-            )
-        if why is not None:
-            replay.say(why)
-        if self._records and fit and not places:
-            self._run_observed(hidden_states(args, kwargs).device)
-
-    def _why_not(self, entering: list[Any], *, whole: bool) -> str | None:
-        """What stands against replaying these rows in this call."""
-        prefix = self._replay.prefix
-        if self._request.asked:
-            return self._more_is_asked()
-        if self.kind in self._replay.refused:
-            return self._replay.refused[self.kind]
-        if self._request.written:
-            return "the model writes into what it is called with"
-        differentiable = [*entering, *(p for layer in prefix for p in layer.parameters())]
-        if torch.is_grad_enabled() and any(
-            isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable
-        ):
-            return "a gradient of the layers or of what enters them is asked for"
-        if not whole and depends_on_other_rows(prefix):
-            return "a row's result depends on its neighbours (8-bit weights), which are others now"
-        hidden_BTH = entering[0]
-        if not whole and (
-            hidden_BTH.dim() != 3 or self._request.num_rows not in (None, len(hidden_BTH))
-        ):
-            return f"layers are called with hidden states of shape {tuple(hidden_BTH.shape)}"
-        return None
-
-    def _more_is_asked(self) -> str:
-        return (
-            f"a call asks for more than its output ({', '.join(self._request.asked)}), which "
-            "frozen layers contribute to"
-        )
-
-    def _run_observed(self, device: torch.device) -> None:
-        self._runs, self._device = True, device
-        self._random_before = random_state(self._device)
-
-    def _give_up(self, why: str) -> None:
-        """Run on without recording."""
-        self._runs = False
-        self._replay.say(why)
-
-    def _before(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note what enters a layer that runs."""
-        if self._watched:
-            return
-        try:
-            hidden_BTH = hidden_states(args, kwargs)
-            self._arguments.append(self._keys.of(leaves(args, kwargs)))
-        except OpaqueArgumentError as error:
-            self._give_up(f"layers are called with {error}")
-            return
-        if not self._is_next(index, hidden_BTH):
-            self._give_up("the model computes something between its layers")
-        self._entered = version(hidden_BTH)
-
-    def _is_next(self, index: int, hidden_BTH: Tensor) -> bool:
-        """Whether a layer follows the one before, and takes what left that."""
-        left = self._left
-        same = hidden_BTH is left and version(hidden_BTH) == self._left_version
-        moved = left is None or same or hidden_BTH.device != left.device
-        return index == self._num_done and moved
-
-    def _after(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note what left a layer that ran, and after the last one keep the recording."""
-        self._num_done += 1
-        last = self._num_done == len(self._replay.prefix)
-        if last:
-            now = random_state(self._device)
-            self.random |= not same_random_state(self._random_before, now)
-        if self._watched:
-            return
-        assert self._entry is not None
-        left, *more = output if isinstance(output, tuple) else (output,)
-        self._extras.append((None,) * len(more) if isinstance(output, tuple) else None)
-        if not isinstance(left, Tensor) or any(extra is not None for extra in more):
-            self._give_up("a layer returns more than hidden states")
-            return
-        self._left, self._left_version = left, version(left)
-        written = version(hidden_states(args, kwargs)) != self._entered
-        if written or self._keys.of(leaves(args, kwargs)) != self._arguments[-1]:
-            self._give_up("a layer writes into its arguments")
-        elif last and self.random:
-            self._give_up("the layers draw random numbers")
-        elif last and state_of(self._replay.prefix) != self._entry.state:
-            self._give_up("a layer changes its own tensors or settings when it runs")
-        elif last:
-            self._keep(left)
-
-    def _keep(self, left_BTH: Tensor) -> None:
-        assert self._entry is not None
-        num_bytes = left_BTH.numel() * left_BTH.element_size()
-        if not self._recordings.fits(num_bytes):
-            each = num_bytes // max(1, left_BTH[..., 0].numel())
-            self._replay.say(
-                "what leaves it in all passes over a batch takes more than prefix_cache_bytes="
-                f"{self._replay.max_bytes} has room for ({each} bytes a token, padding included, "
-                f"in {left_BTH.dtype})"
-            )
-            return
-        recording = Recording(
-            # A copy: what comes after may work in place.
-            hidden_BTH=left_BTH.detach().clone(),
-            arguments=tuple(self._arguments),
-            extras=tuple(self._extras),
-            modes=self._entry.modes,
-            storages=self._entry.storages,
-        )
-        self._recordings.add(self._entry, recording)
-
-    def _handed_on(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a layer returns that does not run: after the last one, what left it then."""
-        if not self._same_arguments(index, args, kwargs):
-            raise _RestartError
-        hidden_BTH = hidden_states(args, kwargs)
-        self._num_done += 1
-        if self._num_done == len(self._replay.prefix):
-            hidden_BTH = gathered(self._places)
-        self._left, self._left_version = hidden_BTH, version(hidden_BTH)
-        extras = self._places[0][0].extras[index]
-        return hidden_BTH if extras is None else (hidden_BTH, *extras)
-
-    def _same_arguments(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        try:
-            is_next = self._is_next(index, hidden_states(args, kwargs))
-            now = self._keys.of(leaves(args, kwargs))
-        except OpaqueArgumentError:
-            return False
-        return is_next and all(
-            recording.arguments[index].structure == now.structure
-            and recording.arguments[index].keys[row] == key
-            for (recording, row), key in zip(self._places, now.keys, strict=True)
-        )
-
-
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _computed_in(hidden_BTH: Tensor) -> torch.dtype:
-    """The dtype that says how far results are rounded."""
-    kind = hidden_BTH.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    reduced = torch.get_float32_matmul_precision() != "highest" and kind != "cpu"
-    return torch.bfloat16 if reduced else hidden_BTH.dtype

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import html
-import json
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from layerrl.checks import whole_number
 from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
 from layerrl.report.entries import Cost, Score
-from layerrl.report.table import as_html, as_text
+from layerrl.report.ranking import Ranking
+from layerrl.report.stored import arguments_of, as_json
+from layerrl.report.table import as_html, as_text, cells, remarks
 from layerrl.selection import LayerSelection
-from layerrl.statistics import (
-    Interval,
-    bootstrap,
-    contribution,
-    contribution_draws,
-    interval_of,
-    spearman,
-)
+from layerrl.statistics import Interval, bootstrap, contribution, contribution_draws, interval_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["ContributionReport", "Cost", "Score"]
-
-_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +160,10 @@ class ContributionReport:
     def _published(self) -> dict[int, float]:
         return {k: s.contribution for k, s in enumerate(self.layers) if s.contribution is not None}
 
+    @property
+    def _ranking(self) -> Ranking:
+        return Ranking(self.num_layers, self._values(), self._draws)
+
     def _values(self) -> dict[int, float]:
         """What layers are ranked by."""
         return self._published or self.scores
@@ -197,26 +191,18 @@ class ContributionReport:
             )
         ordered = sorted(values, key=lambda layer: (-values[layer], layer))
         if number < len(ordered):
-            self._warn_unless_resolved(ordered[number - 1], ordered[number])
+            last, following = ordered[number - 1 : number + 1]
+            if why := self._ranking.doubt(last, following):
+                warnings.warn(
+                    f"layer {last} is in and layer {following} is out, which is not resolved: "
+                    f"{why}",
+                    stacklevel=2,
+                )
         modules = self.settings.get("modules")
         return LayerSelection(
             num_layers=self.num_layers,
             layers=tuple(sorted(ordered[:number])),
             modules=None if modules is None else tuple(modules),
-        )
-
-    def _warn_unless_resolved(self, last: int, following: int) -> None:
-        draws = self._draws
-        if str(last) not in draws or str(following) not in draws:
-            why = "this report has no intervals"
-        else:
-            difference = interval_of(draws[str(last)] - draws[str(following)])
-            if 0 not in difference:
-                return
-            why = f"95 % interval of the difference in score: {difference:.3f}"
-        warnings.warn(
-            f"layer {last} is in and layer {following} is out, which is not resolved: {why}",
-            stacklevel=3,
         )
 
     def spearman(self, other: ContributionReport) -> tuple[float, Interval | None]:
@@ -235,29 +221,7 @@ class ContributionReport:
         Raises:
             ReportError: If fewer than three layers can be compared.
         """
-        few, many = sorted((self, other), key=lambda report: report.num_layers)
-        ours, theirs = few._values(), many._values()
-        aligned = {layer: many._at(layer / max(few.num_layers - 1, 1)) for layer in ours}
-        shared = [k for k, weights in aligned.items() if all(n in theirs for n, _ in weights)]
-        if len(shared) < 3:
-            raise ReportError(
-                f"{len(shared)} layers have a value in both reports, expected at least 3"
-            )
-        correlation = spearman(
-            [ours[k] for k in shared],
-            [sum(w * theirs[n] for n, w in aligned[k]) for k in shared],
-        ).item()
-        if not few._draws and not many._draws:
-            return correlation, None
-        ours_DK = torch.stack([few._draws_of(k) for k in shared], dim=-1)
-        nothing = torch.zeros((), device="cpu")
-        theirs_DK = torch.stack(
-            [sum((w * many._draws_of(n) for n, w in aligned[k]), nothing) for k in shared], dim=-1
-        )
-        ours_DK, theirs_DK = torch.broadcast_tensors(ours_DK, theirs_DK)
-        draws_D = spearman(ours_DK, theirs_DK)
-        ordered_D = draws_D[~draws_D.isnan()]
-        return correlation, interval_of(ordered_D) if len(ordered_D) else None
+        return self._ranking.correlation(other._ranking)
 
     def compare(self, other: ContributionReport) -> Comparison:
         """How another report agrees with this one: on the order of the layers, and on each.
@@ -302,28 +266,11 @@ class ContributionReport:
         Returns:
             The value; None where one of the two has none.
         """
-        values, mix = self._values(), self._at(depth)
-        if any(layer not in values for layer, _ in mix):
-            return None
-        return sum(weight * values[layer] for layer, weight in mix)
-
-    def _at(self, depth: float) -> list[tuple[int, float]]:
-        """Layers and weights whose mix lies at a relative depth."""
-        position = round(depth * (self.num_layers - 1), 9)  # 15 / 29 * 29 is not 15
-        below = min(int(position), self.num_layers - 1)
-        above = position - below
-        mix = [(below, 1 - above), (min(below + 1, self.num_layers - 1), above)]
-        return [(layer, weight) for layer, weight in mix if weight > 0]
-
-    def _draws_of(self, layer: int) -> Tensor:
-        found = self._draws.get(str(layer))
-        if found is not None:
-            return found
-        return torch.full((1,), self._values()[layer], dtype=torch.double, device="cpu")
+        return Ranking(self.num_layers, self._values(), {}).at(depth)
 
     def to_json(self) -> str:
         """A text that `from_json` makes an equal report of."""
-        return json.dumps({"version": _VERSION, **asdict(self)}, separators=(",", ":"))
+        return as_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> ContributionReport:
@@ -338,32 +285,7 @@ class ContributionReport:
         Raises:
             ReportError: If it is no report, or one of a version that this layerrl does not know.
         """
-        try:
-            data = json.loads(text)
-        except (TypeError, ValueError) as error:
-            raise ReportError(f"not the JSON of a ContributionReport: {error}") from error
-        names = {f.name for f in fields(cls)} | {"version"}
-        version = data.get("version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > _VERSION:
-            raise ReportError(
-                f"a report of version {version}; this layerrl reads up to {_VERSION}: update it."
-            )
-        if version != _VERSION or set(data) != names:
-            found = sorted(data) if isinstance(data, dict) else data
-            raise ReportError(
-                f"not the JSON of a ContributionReport: expected the fields {sorted(names)}, got "
-                f"{found!r:.200}"
-            )
-        del data["version"]
-        try:
-            layers = tuple(Score(**entry) for entry in data.pop("layers"))
-            ends = {n: data.pop(n) for n in ("base", "full")}
-            found = {n: None if end is None else Score(**end) for n, end in ends.items()}
-            spent = data.pop("cost")
-            cost = None if spent is None else Cost(**spent)
-        except TypeError as error:
-            raise ReportError(f"not the JSON of a ContributionReport: {error}") from error
-        return cls(layers=layers, cost=cost, **found, **data)
+        return cls(**arguments_of(text, [f.name for f in fields(cls)]))
 
     def _defined(self) -> dict[int, float]:
         try:
@@ -372,55 +294,15 @@ class ContributionReport:
             return {}
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """Cells of the table, header first."""
-        defined = self._defined()
-        rows = [("layer", "score", "95 %", "C", "95 %", "steps", "seconds", "status")]
-
-        def cells(name: str, entry: Score, layer: int | None) -> tuple[str, ...]:
-            draws = self._draws.get(name)
-            shown = ["-"] * 4
-            if entry.score is not None:
-                shown[0] = f"{entry.score:.3f}"
-            if draws is not None:
-                shown[1] = f"{interval_of(draws):.3f}"
-            if layer in defined:
-                shown[2] = f"{defined[layer]:.2f}"
-                interval = self.contribution_interval(layer)
-                shown[3] = f"{interval:.2f}" if interval is not None else "-"
-            spent = [str(entry.steps or "-"), f"{entry.seconds:.0f}" if entry.seconds else "-"]
-            state = entry.status + (f": {entry.note}" if entry.note else "")
-            return (name, *shown, *spent, state)
-
-        ends = [(n, s) for n, s in (("base", self.base), ("full", self.full)) if s is not None]
-        rows += [cells(name, entry, None) for name, entry in ends]
-        rows += [cells(str(k), entry, k) for k, entry in enumerate(self.layers)]
-        columns = zip(*rows, strict=True)  # all but those in which nothing is known
-        return list(zip(*(c for c in columns if {*c[1:]} != {"-"}), strict=True))
+        shares = {k: (c, self.contribution_interval(k)) for k, c in self._defined().items()}
+        return cells(
+            self._runs,
+            {name: interval_of(draws_D) for name, draws_D in self._draws.items()},
+            {str(layer): share for layer, share in shares.items()},
+        )
 
     def _remarks(self) -> list[str]:
-        remarks = [f"Partial: {self._missing}."] if self.partial else []
-        try:
-            _ = self.contributions
-        except ReportError as error:
-            measured = self.base is not None or self.full is not None
-            ranks = "Scores rank the layers; they are no contributions."
-            remarks.append(f"C: {error}" if measured else ranks)
-        counts = {len(run.scores) for run in self._runs.values() if run.scores is not None}
-        if counts == {1}:
-            seeds = "One seed a run" if self.method == "train" else "One seed"
-            remarks.append(f"{seeds}: the intervals say nothing about another seed.")
-        rates = [
-            args.get("learning_rate")
-            for name in ("args", "full_args")
-            if isinstance(args := self.settings.get(name), dict)
-        ]
-        if len({*rates}) > 1:
-            remarks.append(f"Learning rate {rates[0]:g} for a layer, {rates[1]:g} for all of it.")
-        if not self._draws:
-            remarks.append("No intervals: only means are known.")
-        if self.cost is not None and self.cost.seconds:
-            remarks.append(f"Cost: {self.cost}.")
-        return remarks + ([self.source] if self.source else [])
+        return remarks(self, self._runs, self._missing)
 
     def __str__(self) -> str:
         head = f"Contribution of each layer, method {self.method!r}"

@@ -1,12 +1,53 @@
-"""Cells as text and as HTML."""
+"""The table of a report, as text and as HTML, and the remarks below it."""
 
 from __future__ import annotations
 
 import html
 from typing import TYPE_CHECKING
 
+from layerrl.errors import ReportError
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from layerrl.report import ContributionReport
+    from layerrl.report.entries import Score
+    from layerrl.statistics import Interval
+
+_HEAD = ("layer", "score", "95 %", "C", "95 %", "steps", "seconds", "status")
+
+
+def cells(
+    runs: Mapping[str, Score],
+    intervals: Mapping[str, Interval],
+    shares: Mapping[str, tuple[float, Interval | None]],
+) -> list[tuple[str, ...]]:
+    """The cells, without the columns in which nothing is known.
+
+    Args:
+        runs: All runs by name; a layer's is its number.
+        intervals: 95 % intervals of the scores of those that have one.
+        shares: Contributions of those that have one, and their intervals.
+
+    Returns:
+        Rows: the head, base and full, the layers.
+    """
+
+    def row(name: str, run: Score) -> Iterator[str]:
+        share, around = shares.get(name, (None, None))
+        yield name
+        yield "-" if run.score is None else f"{run.score:.3f}"
+        yield f"{intervals[name]:.3f}" if name in intervals else "-"
+        yield "-" if share is None else f"{share:.2f}"
+        yield "-" if around is None else f"{around:.2f}"
+        yield str(run.steps or "-")
+        yield f"{run.seconds:.0f}" if run.seconds else "-"
+        yield run.status + (f": {run.note}" if run.note else "")
+
+    ordered = sorted(runs.items(), key=lambda named: named[0].isdigit())
+    rows = [_HEAD, *(tuple(row(name, run)) for name, run in ordered)]
+    columns = zip(*rows, strict=True)
+    return list(zip(*(c for c in columns if {*c[1:]} != {"-"}), strict=True))
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
@@ -27,3 +68,39 @@ def as_html(rows: Sequence[Sequence[str]]) -> str:
     )
     body = "".join(f"<tr>{cells}</tr>" for cells in body)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def remarks(report: ContributionReport, runs: Mapping[str, Score], missing: str) -> list[str]:
+    """What has to be known to read the table.
+
+    Args:
+        report: The report.
+        runs: All its runs by name.
+        missing: Which of those asked for are missing; empty: none.
+
+    Returns:
+        A sentence or two each.
+    """
+    found = [f"Partial: {missing}."] if missing else []
+    try:
+        _ = report.contributions
+    except ReportError as error:
+        measured = report.base is not None or report.full is not None
+        ranks = "Scores rank the layers; they are no contributions."
+        found.append(f"C: {error}" if measured else ranks)
+    counts = {len(run.scores) for run in runs.values() if run.scores is not None}
+    if counts == {1}:
+        seeds = "One seed a run" if report.method == "train" else "One seed"
+        found.append(f"{seeds}: the intervals say nothing about another seed.")
+    rates = [
+        args.get("learning_rate")
+        for name in ("args", "full_args")
+        if isinstance(args := report.settings.get(name), dict)
+    ]
+    if len({*rates}) > 1:
+        found.append(f"Learning rate {rates[0]:g} for a layer, {rates[1]:g} for all of it.")
+    if not counts:
+        found.append("No intervals: only means are known.")
+    if report.cost is not None and report.cost.seconds:
+        found.append(f"Cost: {report.cost}.")
+    return found + ([report.source] if report.source else [])

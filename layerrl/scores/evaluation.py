@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerrl.errors import ProbeError
 from layerrl.randomness import random_state, set_random_state
+from layerrl.replacing import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -119,15 +120,8 @@ def replaced_rewards(
     Yields:
         Nothing.
     """
-    calculate, own = trainer._calculate_rewards, "_calculate_rewards" in vars(trainer)
-    trainer._calculate_rewards = wrap(calculate)
-    try:
+    with replaced(trainer, _calculate_rewards=wrap(trainer._calculate_rewards)):
         yield
-    finally:
-        if own:
-            trainer._calculate_rewards = calculate
-        else:
-            del trainer._calculate_rewards
 
 
 @contextmanager
@@ -148,21 +142,15 @@ def random_state_kept() -> Iterator[None]:
 @contextmanager
 def _evaluating(trainer: Any, greedy: bool) -> Iterator[None]:
     vllm = getattr(trainer, "vllm_generation", None)
-    settings: list[tuple[Any, str, Any]] = [(trainer.args, "dataloader_drop_last", False)]
-    if greedy:
-        settings.append((trainer, "num_generations_eval", 1))  # all would be alike
-    if greedy and vllm is not None:
-        settings.append((vllm, "temperature", 0.0))
-    elif greedy:
-        settings.append((trainer.generation_config, "do_sample", False))
-        # transformers warns of what is set for sampling
-        unused = ("temperature", "top_k", "top_p", "min_p")
-        settings.extend((trainer.generation_config, name, None) for name in unused)
-    before = [getattr(holder, name) for holder, name, _ in settings]
-    try:
-        for holder, name, value in settings:
-            setattr(holder, name, value)
+    with ExitStack() as stack:
+        stack.enter_context(replaced(trainer.args, dataloader_drop_last=False))
+        if greedy:
+            stack.enter_context(replaced(trainer, num_generations_eval=1))  # all would be alike
+        if greedy and vllm is not None:
+            stack.enter_context(replaced(vllm, temperature=0.0))
+        elif greedy:
+            # transformers warns of what is set for sampling
+            unused = dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
+            settings = replaced(trainer.generation_config, do_sample=False, **unused)
+            stack.enter_context(settings)
         yield
-    finally:
-        for (holder, name, _), value in zip(settings, before, strict=True):
-            setattr(holder, name, value)

@@ -1,4 +1,7 @@
-"""`method="gradient"`: what a step in each layer alone would gain on other prompts."""
+"""`method="gradient"`: what a step in each layer alone would gain on other prompts.
+
+Legend: P prompts, L layers.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from layerrl.scores.runs import Runs, only_training
 from layerrl.trained import TrainedLayers
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from layerrl.scores.method import Request
     from layerrl.selection import LayerSelection
 
@@ -62,15 +67,7 @@ def gradient_report(
         epsilon=args.adam_epsilon,
     )
     check_signal(rollouts)
-    scored_PL = gains_PL[int(len(gains_PL) * _UNSCORED) :]
-    average = scored_PL.mean().item()
-    if average <= 0:
-        raise ProbeError(
-            f"over {len(scored_PL)} prompts, a step that other prompts ask for gains nothing in "
-            "the average layer: their gradients have nothing in common that could be told from "
-            "noise. Raise the budget or num_generations."
-        )
-    rows = (scored_PL.T / average).tolist()
+    rows = _against_average(gains_PL[int(len(gains_PL) * _UNSCORED) :])
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
     scores = dict(zip(selection.layers, rows, strict=True))
@@ -94,6 +91,18 @@ def gradient_report(
             fraction=(units[0] + units[1] * units_of_a_pass(args)) / run_units(args, trainer),
         ),
     )
+
+
+def _against_average(gains_PL: Tensor) -> list[list[float]]:
+    """For each layer its gain on each prompt, in units of the average layer's gain."""
+    average = gains_PL.mean().item()
+    if average <= 0:
+        raise ProbeError(
+            f"over {len(gains_PL)} prompts, a step that other prompts ask for gains nothing in "
+            "the average layer: their gradients have nothing in common that could be told from "
+            "noise. Raise the budget or num_generations."
+        )
+    return (gains_PL.T / average).tolist()
 
 
 def units_of_a_pass(args: Any) -> int:

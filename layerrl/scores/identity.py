@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from functools import partial
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from layerrl.digests import json_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,10 +48,7 @@ def digest(*values: Any) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    hashed = hashlib.sha256()
-    for value in values:
-        hashed.update(json.dumps(value, sort_keys=True, default=str).encode())
-    return hashed.hexdigest()[:16]
+    return json_digest(*values)[:16]
 
 
 def digest_of_rows(dataset: Dataset) -> str:

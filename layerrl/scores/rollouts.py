@@ -19,10 +19,12 @@ from trl.trainer.utils import (
 from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.compatibility import windows_of_tokens
 from layerrl.errors import ProbeError
+from layerrl.replacing import replaced
 from layerrl.scores.evaluation import replaced_rewards, rewarded_differently, watched_rewards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -164,12 +166,6 @@ def in_its_precision(trainer: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _scored_by_the_base(trainer: Any) -> Iterator[None]:
+def _scored_by_the_base(trainer: Any) -> AbstractContextManager[None]:
     """Have log-probabilities kept with a batch, as TRL does where the policy will have moved."""
-    before = trainer.num_iterations
-    trainer.num_iterations = 1 + trainer.args.gradient_accumulation_steps
-    try:
-        yield
-    finally:
-        trainer.num_iterations = before
+    return replaced(trainer, num_iterations=1 + trainer.args.gradient_accumulation_steps)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from layerrl.journal import Journal, write_whole
+from layerrl.journal import Journal, write_beside
 from layerrl.report import ContributionReport, Cost, Score
 from layerrl.sweep.executors import executor
 from layerrl.sweep.halving import below_the_cut, rungs
@@ -177,7 +177,7 @@ class Sweep:
         self, bar: tqdm, run: Run | None, entries: Sequence[dict[str, Any]]
     ) -> ContributionReport:
         report = self.report(entries)
-        write_whole(self._folder / "report.json", report.to_json())
+        write_beside(self._folder / "report.json", report.to_json())
         if run is not None:
             mean = math.fsum(entries[-1]["scores"]) / len(entries[-1]["scores"])
             shown = run.name if run.name in ("base", "full") else f"layer {run.name}"

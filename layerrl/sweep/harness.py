@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
-import json
 import math
 import shutil
 import time
@@ -19,6 +17,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from layerrl.blocks import unwrap
+from layerrl.digests import json_digest
 from layerrl.errors import ProbeError
 from layerrl.frozen import fingerprints
 from layerrl.scores.evaluation import (
@@ -278,7 +277,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _digest(fingerprint: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
+    return json_digest(fingerprint, sort_keys=False)[:16]  # in the model's order, as stored ones
 
 
 def _tensors(model: nn.Module, *, copy_them: bool = True) -> dict[str, torch.Tensor]:

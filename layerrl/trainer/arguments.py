@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, Trainer
 from layerrl.blocks import count_layers, meta_model, unwrap
 from layerrl.checks import whole_number
 from layerrl.errors import LayerRLError, ModelError, SelectionError, TrainerError
+from layerrl.replacing import replaced
 from layerrl.selection import select_layers
 
 if TYPE_CHECKING:
@@ -204,14 +205,9 @@ def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:
     changes: dict[str, Any] = {"sync_ref_model": False} if reference else {}
     if reference == "beta":
         changes["beta"] = 0.0
-    before = {name: getattr(args, name) for name in changes if hasattr(args, name)}
-    try:
-        for name in before:
-            setattr(args, name, changes[name])
+    known = {name: value for name, value in changes.items() if hasattr(args, name)}
+    with replaced(args, **known):
         yield
-    finally:
-        for name, value in before.items():
-            setattr(args, name, value)
 
 
 def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:

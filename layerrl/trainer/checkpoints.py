@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layerrl.delta.card import CARD, write_card
 from layerrl.errors import SelectionError
+from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
 from layerrl.shards import shape, whole
 from layerrl.trainer import launchers
@@ -208,9 +209,8 @@ class Checkpoints:
             return
         top = Path(self._trainer.args.output_dir)
         for name in _DELTA:
-            temporary = top / f"_{name}"
-            shutil.copyfile(self._written / name, temporary)
-            temporary.replace(top / name)
+            with written_whole(top / name) as temporary:
+                shutil.copyfile(self._written / name, temporary)
         self.describe(top, beside="older")
 
     def describe(self, folder: Path | None = None, *, beside: Beside | None = None) -> None:

@@ -74,7 +74,7 @@ def refused(seam, check, *given):
 
 def holder(seam):
     """What has the seam as its own, and its last name."""
-    place = seams._place(seam.of)
+    place = seams.object_at(seam.of)
     *path, name = seam.name.split(".")
     for step in path:
         place = getattr(place, step)
@@ -88,9 +88,11 @@ def taken_away(monkeypatch, seam):
     if (isinstance(place, type) and place.__module__ != "torch._C") or inspect.ismodule(place):
         monkeypatch.delattr(place, name)
     else:  # an instance's own, or written in C
-        real = seams._place
+        real = seams.object_at
         empty = types.SimpleNamespace()
-        monkeypatch.setattr(seams, "_place", lambda path: empty if path == seam.of else real(path))
+        monkeypatch.setattr(
+            seams, "object_at", lambda path: empty if path == seam.of else real(path)
+        )
 
 
 class TestClasses:
@@ -278,8 +280,8 @@ class TestImports:
         (tmp_path / "broken_module.py").write_text("import no_such_module", encoding="utf-8")
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-            seams._place("broken_module.Trainer")
-        assert seams._place("no_such_module.Trainer") is None
+            seams.object_at("broken_module.Trainer")
+        assert seams.object_at("no_such_module.Trainer") is None
 
     def test_a_package_that_is_not_there_is_named(self, monkeypatch):
         monkeypatch.setattr(seams, "installed_version", lambda package: None)
@@ -369,7 +371,6 @@ MAY_BE_MISSING = {
         "base_model_prefix",
         "generation_config",
         "get_decoder",
-        "get_output_embeddings",
         "is_encoder_decoder",
         "num_experts",
         "num_experts_per_tok",
@@ -500,6 +501,13 @@ class TestTable:
             for _, node in self.nodes(ast.Attribute)
             if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "trainer"
         }
+        found |= {
+            keyword.arg
+            for _, node in self.nodes(ast.Call)
+            if ast.unparse(node.func) == "replaced" and ast.unparse(node.args[0]) == "trainer"
+            for keyword in node.keywords
+        }
+        assert {"_calculate_rewards", "num_generations_eval"} <= found
         # Its own; and what is there while a training runs, see test_upstream.
         known = {"current_gradient_accumulation_steps"} | ANNOUNCED
         assert found - known <= self.names

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import RepeatSampler
 
 from layerrl import load_delta, select_layers
-from layerrl.delta import DeltaBase, restore_delta, save_delta
+from layerrl.delta import DeltaBase, save_delta
 from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
 from layerrl.trainer.callbacks import EpochOrder
 from tests.devices import on_any_device, on_cpu
@@ -33,6 +33,7 @@ from tests.runs import (
     metric,
     optimizer_state,
     pair,
+    restore_delta,
     saved,
     train,
 )

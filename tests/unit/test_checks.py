@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from layerrl.checks import whole_number
+from layerrl.checks import finite_number, whole_number
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)])
@@ -27,3 +27,24 @@ def test_anything_else_is_none(value):
 def test_nor_is_one_that_is_too_small():
     assert whole_number(2, least=3) is None
     assert whole_number(-5) == -5
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5)], ids=repr)
+def test_a_quantity_is_pythons_own_float(value):
+    assert finite_number(value, least=0.5) == 0.5
+    assert type(finite_number(value)) is float
+    assert finite_number(np.int64(2)) == finite_number(2) == 2.0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, np.bool_(True), "0.5", None, float("nan"), float("-inf"), 10**400, 1j, [0.5]],
+    ids=lambda value: repr(value)[:9],
+)
+def test_any_other_quantity_is_none(value):
+    assert finite_number(value) is None
+
+
+def test_nor_is_a_quantity_that_is_too_small():
+    assert finite_number(-0.1, least=0) is None
+    assert finite_number(-0.1) == -0.1

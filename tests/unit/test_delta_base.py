@@ -20,13 +20,14 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
-from layerrl.delta import DeltaBase, restore_delta
+from layerrl.delta import DeltaBase
 from layerrl.delta import record as record_module
+from layerrl.digests import json_digest
 from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints, frozen_tensors
 from tests.grpo import make, tokenizer
 from tests.models import FAMILIES, tiny
-from tests.runs import bits, load, train
+from tests.runs import bits, load, restore_delta, train
 
 INDEX = "model.safetensors.index.json"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
@@ -865,7 +866,7 @@ class TestCrafted:
             del meta["base"]["frozen"][HEAD]
             marks = {n: v["fingerprint"] for n, v in meta["base"]["frozen"].items()}
             marks |= {n: v["base_fingerprint"] for n, v in meta["tensors"].items()}
-            meta["base"]["digest"] = record_module.digest_of(marks)
+            meta["base"]["digest"] = json_digest(marks)
 
         rewrite(delta, edit)
         model = tiny("llama")
@@ -921,6 +922,13 @@ class TestCrafted:
             with suppress(DeltaError):
                 merge_delta(made / "base", delta, tmp_path / "out")
                 shutil.rmtree(tmp_path / "out")
+
+    @pytest.mark.parametrize("wrong", [True, -1, 8.0, "8"])
+    def test_what_is_no_size_is_refused_as_one(self, delta, wrong):
+        rewrite(delta, lambda meta: meta["base"]["frozen"][HEAD].update(shape=[64, wrong]))
+        model = tiny("llama")
+        with refused("shape of", HEAD, repr(wrong), model=model):
+            load_delta(model, delta)
 
 
 class TestCommit:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from layerrl.errors import JournalError
-from layerrl.journal import Journal, write_whole
+from layerrl.journal import Journal, write_beside
 
 SETTINGS = {"steps": 5, "base": "abc"}
 
@@ -189,10 +189,11 @@ def test_a_disk_that_fills_within_a_line_leaves_what_was_there(tmp_path):
     assert read(tmp_path) == [{"run": 1}]
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "report.json"
-    write_whole(path, "old")
-    (tmp_path / ".report.json.partial").mkdir()
-    with pytest.raises(JournalError, match=r"cannot write .*the same call continues"):
-        write_whole(path, "new")
-    assert path.read_text() == "old"
+def test_a_file_beside_it_that_cannot_be_written_is_a_sentence(tmp_path):
+    write_beside(tmp_path / "report.json", "old")
+    write_beside(tmp_path / "report.json", "new")
+    assert (tmp_path / "report.json").read_text() == "new"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(JournalError, match=r"cannot write .*folder: .*the same call continues"):
+        write_beside(tmp_path / "folder", "new")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "report.json"]

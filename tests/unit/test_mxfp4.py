@@ -1,4 +1,4 @@
-"""A base published in MXFP4, as gpt-oss is: what transformers does with it where there is no GPU."""
+"""A base published in MXFP4, as gpt-oss is: what transformers does with it without a GPU."""
 
 import json
 import shutil

@@ -1,0 +1,46 @@
+"""Attributes of objects that are not ours, replaced for a while."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def replaced(holder: Any, /, **values: Any) -> Iterator[None]:
+    """Give attributes of an object other values inside, and its own back, also after an exception.
+
+    An attribute that the object has from its class alone is its class's again: a copy would hide
+    what the class is given later.
+
+    Args:
+        holder: The object: an instance, a class or a module.
+        **values: Attribute to value.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        AttributeError: If the object has no such attribute, which to set would have no effect.
+    """
+    before = {name: getattr(holder, name) for name in values}
+    own = {*values} & {*_attributes(holder)}
+    done = []
+    try:
+        for name, value in values.items():
+            setattr(holder, name, value)
+            done.append(name)
+        yield
+    finally:
+        for name in done:
+            if name in own or name not in _attributes(holder):  # as a property's is not
+                setattr(holder, name, before[name])
+            else:
+                delattr(holder, name)
+
+
+def _attributes(holder: Any) -> dict[str, Any]:
+    return getattr(holder, "__dict__", {})
