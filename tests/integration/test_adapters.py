@@ -16,12 +16,12 @@ from peft import (
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
-from layerrl import select_layers
+from layerrl import contribution_probe, select_layers
 from layerrl.errors import LayerRLError, SelectionError
 from tests import trainers
 from tests.engines import Engine, in_place_of_vllm
-from tests.grpo import make
-from tests.integration.test_auto import trainer
+from tests.grpo import config, make, tokenizer
+from tests.integration.test_auto import TRAIN, Counting, trainer
 from tests.models import tiny
 from tests.runs import bits, load, saved, train
 
@@ -167,10 +167,10 @@ class TestEquivalence:
     def test_a_quantised_base(self, tmp_path):
         size = {"hidden_size": 128, "intermediate_size": 256}
         folder = saved(tmp_path / "base", tiny("llama", 4, **size))
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
         def quantised():
-            return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+            return AutoModelForCausalLM.from_pretrained(folder, quantization_config=packing)
 
         options = {"r": 2, "target_modules": "all-linear"}
         ours = trainer_of(folder, "ours", 2, LoraConfig(**options), model=quantised())
@@ -200,15 +200,18 @@ def test_auto_chooses_among_the_layers_adapters(tmp_path):
 
 
 def test_the_gradient_probe_ranks_layers_by_their_adapters(tmp_path):
-    found = []
-    for layers in (None, [0, 1, 3]):
-        set_seed(3)
-        config = LoraConfig(r=2, layers_to_transform=layers)
-        model = get_peft_model(tiny("llama", 4), config)
-        selection = [0, 1, 2, 3] if layers is None else layers
-        found.append(probe(model, selection, tmp_path))
-    assert [*found[0].scores] == [0, 1, 2, 3]
-    assert [*found[1].scores] == [0, 1, 3]
+    set_seed(3)
+    report = contribution_probe(
+        get_peft_model(tiny("llama", 4), LoraConfig(r=2)),
+        layers=[0, 1, 3],
+        method="gradient",
+        reward_funcs=Counting(),
+        train_dataset=TRAIN,
+        processing_class=tokenizer(),
+        args=config(tmp_path),
+        budget=64,
+    )
+    assert [*report.scores] == [0, 1, 3]
 
 
 class TestSavings:
