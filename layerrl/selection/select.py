@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from layerrl.blocks import (
-    find_blocks,
     layers_described,
     meta_model,
     unwrap,
 )
+from layerrl.errors import SelectionError
 from layerrl.selection.layer_selection import LayerSelection
 from layerrl.selection.parsing import (
     counted,
@@ -22,6 +22,7 @@ from layerrl.selection.parsing import (
     scales,
 )
 from layerrl.selection.tensors import described
+from layerrl.selection.towers import STACKS, blocks_of
 
 
 def select_layers(
@@ -31,6 +32,7 @@ def select_layers(
     modules: str | Iterable[str] | None = None,
     also: str | Iterable[str] | None = None,
     boost: Mapping[int, float] | None = None,
+    stack: str | None = None,
 ) -> LayerSelection:
     """Choose which decoder layers train, what else, and how fast.
 
@@ -48,10 +50,14 @@ def select_layers(
         modules: Globs of tensors or modules inside the block: `"self_attn.*"`,
             `"mlp.down_proj.weight"`. Everything else in the block stays frozen.
         also: Parts outside the layers that train, too: `"head"` (a classifier's is one), the
-            `"final_norm"`, the token `"embeddings"`, or globs of full names (`"model.norm.*"`).
-            With the head alone all layers are frozen; above trained embeddings, or a glob, nothing
-            is taken for frozen, and the backward runs through every layer.
+            `"final_norm"`, the token `"embeddings"`, the `"projector"` of a vision-language model
+            (all of them, where it has several), or globs of full names (`"model.norm.*"`).
+            With the head alone all layers are frozen; above trained embeddings, a projector or a
+            glob, nothing is taken for frozen, and the backward runs through every layer.
         boost: Learning-rate factor of some of the chosen layers, `{10: 2.0}`.
+        stack: Whose layers are meant, and counted: `"text"`, the decoder's, or `"vision"`, those of
+            a vision-language model's tower. None: those of the selection given as `layers`,
+            otherwise `"text"`.
 
     Returns:
         The selection. Nothing outside the layers is in it, but for `also` and `"full"`.
@@ -60,9 +66,9 @@ def select_layers(
         SelectionError: If a layer does not exist, is given twice or is no integer; if nothing is
             selected; if a glob matches nothing, or the model lacks a part; if what trains is shared
             with something frozen, as a tied head is with the embeddings; if a boost is not a
-            positive finite number or belongs to a layer that does not train. Nothing is clipped or
-            skipped.
-        ModelError: If the model's layers cannot be found.
+            positive finite number or belongs to a layer that does not train; if there is no such
+            stack. Nothing is clipped or skipped.
+        ModelError: If the model's layers cannot be found, or it has no vision tower.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -72,13 +78,17 @@ def select_layers(
         >>> print(select_layers(config, [-1, 10], boost={10: 2.0}))
         layers 10, 27 of 28, learning rate scaled by {10: 2.0}
     """
-    if isinstance(model, nn.Module):
-        base = unwrap(model)
-        blocks = find_blocks(base)
-        num_layers, text = len(blocks.modules), described(base, blocks)
+    given = layers.stack if isinstance(layers, LayerSelection) else stack or "text"
+    if stack not in (None, given) or given not in [*STACKS]:
+        expected = f"that of {layers}" if given in [*STACKS] else '"text" or "vision"'
+        raise SelectionError(f"stack is {stack!r}, expected {expected}")
+    if isinstance(model, nn.Module) or given != "text":
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        blocks = blocks_of(base, given)
+        num_layers, text = len(blocks.modules), described(base, blocks, given)
     else:
         num_layers = layers_described(model)
-        text = f"{type(model).__name__} has {counted(num_layers)}"
+        text = f"{type(model).__name__} has {counted(num_layers, given)}"
     if isinstance(layers, LayerSelection):
         layers.check_num_layers(num_layers, text)
         chosen, full = layers.layers, layers.full
@@ -97,6 +107,7 @@ def select_layers(
         modules=globs(modules, full=full),
         full=full,
         also=parts(also, full=full),
+        stack=given,
     )
     if isinstance(model, nn.Module):
         selection.parameters(model)
