@@ -78,10 +78,16 @@ def select_layers(
         >>> print(select_layers(config, [-1, 10], boost={10: 2.0}))
         layers 10, 27 of 28, learning rate scaled by {10: 2.0}
     """
-    given = layers.stack if isinstance(layers, LayerSelection) else stack or "text"
-    if stack not in (None, given) or given not in [*STACKS]:
-        expected = f"that of {layers}" if given in [*STACKS] else '"text" or "vision"'
-        raise SelectionError(f"stack is {stack!r}, expected {expected}")
+    given = "text" if stack is None else stack
+    if given not in [*STACKS]:
+        raise SelectionError(f'stack is {stack!r}, expected "text" or "vision"')
+    if isinstance(layers, LayerSelection):
+        given = layers.stack
+        if stack not in (None, given):
+            raise SelectionError(
+                f"stack is {stack!r}, but layers is {layers!s}: its numbers are those of the "
+                f"{given} layers. Give numbers of the other stack."
+            )
     if isinstance(model, nn.Module) or given != "text":
         base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
         blocks = blocks_of(base, given)
