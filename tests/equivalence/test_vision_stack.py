@@ -5,6 +5,8 @@ from itertools import product
 from typing import Any
 
 import pytest
+from peft import LoraConfig
+from transformers import set_seed
 
 from layerrl import select_layers
 from tests.devices import on_any_device
@@ -98,6 +100,26 @@ def test_training_equals_plain_trl(tmp_path, family, case):
 def test_however_activations_are_kept_and_the_policy_is_compared(tmp_path, family, changes):
     masked, before, expected = trained_both_ways(tmp_path, family, "last", **changes)
     assert moved(masked, before) == expected
+
+
+def test_adapters_in_the_tower_are_those_of_plain_peft(tmp_path):
+    base = saved(tmp_path / "base", tiny_with_images("gemma3"))
+    by_hand = r"model\.vision_tower\.encoder\.layers\.1\.self_attn\.(q_proj|v_proj)"
+    made = []
+    for targets in (by_hand, ["q_proj", "v_proj"]):
+        model = load(base)
+        chosen = (
+            {} if targets is by_hand else {"selection": select_layers(model, 1, stack="vision")}
+        )
+        config = LoraConfig(r=2, target_modules=targets)
+        given = {**arguments("gemma3"), "peft_config": config}
+        set_seed(1)  # adapters start as random numbers
+        made.append(make(model, tmp_path / "run", arguments=given, **chosen, **no_image("gemma3")))
+    train(*made)
+    plain, masked = made
+    adapters = {n: t for n, t in bits(masked.model).items() if "lora_" in n}
+    assert adapters
+    assert_same_run(masked, plain)
 
 
 def test_reentrant_checkpoints_of_a_tower_without_its_own_hook_do_not_lose_the_gradient(tmp_path):

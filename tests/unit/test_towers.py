@@ -20,6 +20,7 @@ from layerrl.activations import backward_from_first_trained
 from layerrl.errors import ModelError, ProbeError, SelectionError
 from layerrl.selection.towers import blocks_of
 from layerrl.trainer import LayerSchedule
+from layerrl.trainer.arguments import warn_of_idle_layers
 from tests.engines import Engine, in_place_of_vllm
 from tests.grpo import make
 from tests.images import arguments, no_image, tiny_with_images
@@ -179,6 +180,10 @@ class TestProjector:
         with pytest.raises(SelectionError, match="LlamaForCausalLM has nothing that also='proj"):
             select_layers(tiny("llama"), 1, also="projector")
 
+    def test_replays_nothing_of_a_tower(self):
+        selection = select_layers(tiny_config("gemma3", vision_layers=3), 2, stack="vision")
+        assert (selection.first, selection.frozen_prefix) == (2, range(0))
+
     def test_leaves_the_tower_s_layers_a_prefix_and_the_text_s_none(self):
         model = tiny("gemma3")
         assert not select_layers(model, 1, stack="vision", also="projector").trains_below
@@ -238,6 +243,30 @@ class TestBackward:
         with selection.masked(model), backward_from_first_trained(model, selection):
             model.train()(input_ids=ids).logits.square().mean().backward()
         assert all(p.grad is None for p in model.parameters())
+
+
+class TestFeatures:
+    """LLaVA takes what leaves the last layer of its tower but one."""
+
+    @pytest.mark.parametrize("taken", [-2, -1, [0, 2], 3])
+    def test_layers_above_those_that_are_taken_are_named(self, recwarn, taken):
+        config = tiny_config("llava", vision_layers=3)
+        config.image_token_index, config.vision_feature_layer = 5, taken
+        width = 16 * len(taken) if isinstance(taken, list) else 16
+        model = AutoModelForImageTextToText.from_config(config)
+        assert model.model.multi_modal_projector.linear_1.in_features == width
+        pixels = torch.linspace(-1, 1, 3 * 8 * 8).reshape(1, 3, 8, 8)
+        ids = torch.tensor([[7] + [5] * 4 + [9]])
+        blocks, idle = blocks_of(model, "vision").modules, []
+        model(input_ids=ids, pixel_values=pixels).logits.square().mean().backward()
+        for layer, block in enumerate(blocks):
+            if all(p.grad is None for p in block.parameters()):
+                idle.append(layer)
+            warn_of_idle_layers(model, select_layers(model, layer, stack="vision"))
+        found = [re.search(r"\[(\d)\] will get no gradient", str(w.message)) for w in recwarn]
+        assert [int(match[1]) for match in found if match] == idle
+        warn_of_idle_layers(model, select_layers(model, "all"))
+        assert len(recwarn) == len(found)
 
 
 def processed(family: str) -> dict[str, Any]:
