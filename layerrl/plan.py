@@ -311,10 +311,7 @@ def _loras(
     num_below: int,
     met: bool,
 ) -> dict[str, Plan]:
-    """LoRA in the selected layers, with and without layerrl, and in every layer.
-
-    Where no token meets them, as in a tower, they add nothing to a step.
-    """
+    """LoRA in the selected layers, with and without layerrl, and in every layer; met by tokens."""
     here = [f"{blocks.path}.{layer}.{name}" for layer in layers for name in _linear(blocks, layer)]
     few = _RANK * sum(sum(kept.tensors[name].shape) for name in here)
     many = _RANK * sum(
