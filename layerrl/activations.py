@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import find_blocks, replaced_forwards, unwrap
+from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.randomness import random_state, set_random_state
 from layerrl.replacing import replaced
 from layerrl.seams import INPUT_GRAD_HOOKS
@@ -42,23 +42,25 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
 
     Args:
         model: The model, after checkpointing has been enabled.
-        selection: What trains; with something below the layers, nothing changes.
+        selection: What trains; with something below the layers, nothing changes. That of a vision
+            tower leaves the text's hook: rows without an image have no other gradient.
     """
     base = unwrap(model)
     if selection.trains_below or base in _checkpointed_around:
         yield
         return
-    layers = find_blocks(model).modules
+    blocks = selection.blocks(model)
+    layers = blocks.modules
     below, first = layers[: selection.first], layers[selection.first : selection.first + 1]
     # Not base.disable_input_require_grads(): each time checkpointing is enabled anew, as TRL does
     # after every generation, transformers adds a hook and forgets the one before.
     hooked = [
         (module, module._forward_hooks.copy())
-        for module in base.modules()
+        for module in blocks.part.modules()
         if any(map(_requires_input_grad, module._forward_hooks.values()))
     ]
     own_code = bool(hooked) and not _is_of_transformers(layers[0])
-    if own_code and not first:  # it may checkpoint around the head, too
+    if own_code and (not first or blocks.part is not base):  # it may checkpoint around more
         yield
         return
 

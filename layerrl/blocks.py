@@ -43,6 +43,8 @@ class Blocks:
     """Dotted name of the layer list in the unwrapped model, `"model.layers"` for a Llama."""
     modules: tuple[nn.Module, ...]
     """One module per layer, 0 nearest the embedding."""
+    part: nn.Module
+    """What runs them: the unwrapped model, or its vision tower."""
 
     def named_parameters(self, layer: int) -> Iterator[tuple[str, nn.Parameter]]:
         """Tensors of one layer by their name inside the block (`"mlp.down_proj.weight"`)."""
@@ -161,7 +163,7 @@ def find_blocks(model: nn.Module) -> Blocks:
             encoder-decoder, where "layer 3" could mean either side.
     """
     base = unwrap(model)
-    stacks = dict(_outermost_lists(base))
+    stacks = dict(outermost_lists(base))
     described = ", ".join(f"{path!r} ({len(stack)})" for path, stack in stacks.items()) or "none"
     config = getattr(base, "config", None)
     name = type(base).__name__
@@ -186,7 +188,7 @@ def find_blocks(model: nn.Module) -> Blocks:
             "Pass the submodule that has the one you mean as its only stack."
         )
     [(path, stack)] = stacks.items()
-    return Blocks(path=path, modules=tuple(stack))
+    return Blocks(path=path, modules=tuple(stack), part=base)
 
 
 def count_layers(config: Any) -> int:  # transformers is not imported for a type
@@ -297,13 +299,14 @@ def meta_model(config: Any) -> nn.Module:
     )
 
 
-def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+def outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of modules that lie in no other, by their plain names, after a prefix."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             if len(child):
                 yield plain_name(prefix + name), child
         else:
-            yield from _outermost_lists(child, f"{prefix}{name}.")
+            yield from outermost_lists(child, f"{prefix}{name}.")
 
 
 def _text_stacks(base: nn.Module, stacks: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:

@@ -9,6 +9,9 @@ $S$; the backward $S + h + t$. Attention's own products, norms and the optimizer
 Full training runs through everything: $F + h$, $F$ and $2F + 2h$. So does LoRA, whatever layers it
 adapts, but for the weights' gradients: with checkpointing, TRL makes the embedding's output require
 a gradient. Its adapters' $a$ weights come on top, $4a$ in a policy pass.
+
+Tokens alone are counted. What a vision tower computes of images is left out on every side; where
+its layers train, the backward runs through all of the text, $S = F$, whichever they are.
 """
 
 from __future__ import annotations
@@ -30,7 +33,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from layerrl.blocks import Blocks
+
 _HALF, _FLOAT32 = 2, 4  # bytes
+_UNCOUNTED = (
+    "The cost of a step is that of the text: the vision tower's, which depends on the images, is "
+    "not counted."
+)
 _ROWS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -87,6 +96,8 @@ class Plan:
     """The same for LoRA on every layer, by TRL and PEFT."""
     full: Plan | None = None
     """The same for `"full"` as TRL does it; None if this is it, and in `lora`."""
+    uncounted: str = ""
+    """What `step` leaves out, a sentence; empty where that is nothing of what trains."""
 
     @property
     def total(self) -> int:
@@ -109,6 +120,8 @@ class Plan:
                 f"{self.step_by_layer[0]:.2f} of a full step, this selection {self.step:.2f}, the "
                 f"last layer {self.step_by_layer[-1]:.2f}."
             )
+        if self.uncounted:
+            lines.append(self.uncounted)
         return "\n".join(lines)
 
 
@@ -155,6 +168,7 @@ def make_plan(
     trained: Mapping[str, Tensor],
     layers: Collection[int],
     *,
+    blocks: Blocks,
     num_below: int,
     dtype: torch.dtype | None,
     beta: float,
@@ -167,6 +181,7 @@ def make_plan(
         model: The model, `meta` or real.
         trained: Name to tensor of what trains.
         layers: The selected layers.
+        blocks: All layers of their stack.
         num_below: Layers below all that trains.
         dtype: The weights' dtype; None: each tensor's own.
         beta: KL coefficient; above 0 there is a reference.
@@ -181,7 +196,8 @@ def make_plan(
             quantised.
     """
     _check_settings(dtype, beta, num_iterations)
-    base, blocks = unwrap(model), find_blocks(model)
+    base, text = unwrap(model), find_blocks(model)
+    in_text = blocks.path == text.path
     parameters = {plain_name(name): p for name, p in base.named_parameters()}
     quantised = {} if quantization_config is None else quantised_bytes(base, quantization_config)
     _refuse_packed([name for name in trained if name in quantised])
@@ -189,24 +205,26 @@ def make_plan(
     met = met_by_a_token(base, parameters)
     costs = Costs(
         layers=[
-            sum(count for name, count in met.items() if name.startswith(f"{blocks.path}.{layer}."))
-            for layer in range(len(blocks.modules))
+            sum(count for name, count in met.items() if name.startswith(f"{text.path}.{layer}."))
+            for layer in range(len(text.modules))
         ],
         head=head_elements(base),
         num_scored=int(beta > 0) + int(num_iterations > 1),
         num_iterations=num_iterations,
     )
-    beside = {
-        "step_by_layer": tuple(
-            costs.selected(layer, weights) / costs.full()
-            for layer, weights in enumerate(costs.layers)
-        ),
-        **_loras(kept, costs, base, layers, num_below=num_below),
+    by_layer = [
+        costs.selected(layer, weights) / costs.full() for layer, weights in enumerate(costs.layers)
+    ]
+    beside: dict[str, Any] = {
+        "step_by_layer": tuple(by_layer) if in_text else (),
+        "uncounted": "" if in_text else _UNCOUNTED,
+        **_loras(kept, costs, blocks, layers, num_below=num_below, met=in_text),
     }
     full = _full(kept, second_model=beta > 0)
     if len(trained) == len(parameters):
         return replace(full, **beside)
-    multiplied = sum(met.get(name, 0) for name in trained)
+    tower = () if in_text else f"{blocks.path}."
+    multiplied = sum(met.get(name, 0) for name in trained if not name.startswith(tower))
     step = costs.selected(num_below, multiplied) / costs.full()
     selected = _selected(kept, trained, step=step, stores_reference=beta > 0)
     return replace(selected, full=full, **beside)
@@ -269,10 +287,15 @@ def _full(kept: _Bytes, *, second_model: bool) -> Plan:
 
 
 def _loras(
-    kept: _Bytes, costs: Costs, base: nn.Module, layers: Collection[int], *, num_below: int
+    kept: _Bytes,
+    costs: Costs,
+    blocks: Blocks,
+    layers: Collection[int],
+    *,
+    num_below: int,
+    met: bool,
 ) -> dict[str, Plan]:
-    """LoRA in the selected layers, with and without layerrl, and in every layer."""
-    blocks = find_blocks(base)
+    """LoRA in the selected layers, with and without layerrl, and in every layer; met by tokens."""
     here = [
         f"{blocks.path}.{layer}.{name}"
         for layer in layers
@@ -285,14 +308,15 @@ def _loras(
         for name in linear_weights(blocks, layer)
     )
     all_weights, full = kept.weights(kept.tensors), costs.full()
-    everywhere = _lora("LoRA all", kept, many, sync=all_weights, step=costs.lora(many) / full)
+    in_all, in_some = (many, few) if met else (0, 0)
+    everywhere = _lora("LoRA all", kept, many, sync=all_weights, step=costs.lora(in_all) / full)
     if not layers:
         return {"lora_all": everywhere}
     sent = kept.weights(with_fused_siblings(kept.tensors, here))
-    masked = costs.selected(num_below, 4 * few) / full
+    masked, by_peft = costs.selected(num_below, 4 * in_some) / full, costs.lora(in_some) / full
     return {
         "lora_masked": _lora("LoRA+layerrl", kept, few, sync=sent, step=masked),
-        "lora": _lora(f"LoRA r{RANK}", kept, few, sync=all_weights, step=costs.lora(few) / full),
+        "lora": _lora(f"LoRA r{RANK}", kept, few, sync=all_weights, step=by_peft),
         "lora_all": everywhere,
     }
 

@@ -143,6 +143,8 @@ def contribution_probe(
     if missing:
         raise ProbeError(f"method={method!r} needs {', '.join(missing)}, which was not given")
     selection = select_layers(model, layers, modules=modules)
+    if selection.stack != "text":
+        raise ProbeError(f"{selection}: the layers of the text are scored. Leave out stack.")
     if selection.is_boosted:
         raise ProbeError(f"{selection}: layers are scored alike. Select them without boost.")
     return entry.score(selection, request)

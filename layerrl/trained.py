@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerrl.adapters import adapter_tensors
-from layerrl.blocks import find_blocks, plain_name, unwrap
+from layerrl.blocks import plain_name, unwrap
 from layerrl.selection.parts import names_in_parts
 from layerrl.shards import is_sharded, shape
 
@@ -42,7 +42,7 @@ class TrainedLayers:
         self.parameters: dict[str, nn.Parameter] = self.selection.parameters(self.model)
         """Plain name to tensor, of all that train inside layers and outside."""
         chosen = {id(parameter) for parameter in self.parameters.values()}
-        blocks = find_blocks(self.model)
+        blocks = self.selection.blocks(self.model)
         self.by_layer: dict[int, list[nn.Parameter]] = {
             layer: [p for _, p in blocks.named_parameters(layer) if id(p) in chosen]
             for layer in self.selection.layers

@@ -51,9 +51,15 @@ class Family:
     """What the vision config calls its number of layers."""
     composite: dict[str, Any] = field(default_factory=dict)
     """What the config around text and vision needs."""
+    tower: str = ""
+    """Dotted name of the layer list of its vision tower."""
+    projectors: tuple[str, ...] = ()
+    """Beginnings of the names of the tensors between the tower and the text."""
 
 
 _VL_PATH = "model.language_model.layers"
+_MERGER = "model.visual.merger."
+_BESIDE = "model.multi_modal_projector."
 
 TEXT_FAMILIES = {
     "llama": Family(),
@@ -77,23 +83,31 @@ VISION_FAMILIES = {
         text=_rope(mrope_section=[1, 1, 2]),
         vision=_QWEN_VISION | {"fullatt_block_indexes": [0]},
         vision_depth="depth",
+        tower="model.visual.blocks",
+        projectors=(_MERGER,),
     ),
     "qwen3_vl": Family(
         path=_VL_PATH,
         text={"head_dim": 8, **_rope(mrope_section=[2, 1, 1])},
         vision=_QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         vision_depth="depth",
+        tower="model.visual.blocks",
+        projectors=(_MERGER, "model.visual.deepstack_merger_list."),
     ),
     "gemma3": Family(
         path=_VL_PATH,
         text={"head_dim": 8},
         vision=_CLIP_VISION,
         composite={"mm_tokens_per_image": 4},
+        tower="model.vision_tower.encoder.layers",
+        projectors=(_BESIDE,),
     ),
     "llava": Family(
         path=_VL_PATH,
         text={"model_type": "llama"},
         vision=_CLIP_VISION | {"model_type": "clip_vision_model"},
+        tower="model.vision_tower.encoder.layers",
+        projectors=(_BESIDE,),
     ),
 }
 FAMILIES = TEXT_FAMILIES | VISION_FAMILIES

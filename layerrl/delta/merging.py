@@ -161,7 +161,7 @@ def _check_selection(
 
 def _in_selected_layers(selection: LayerSelection, own: set[str]) -> set[str]:
     """What can be told from names alone, of a model whose code is not in transformers."""
-    if selection.full:
+    if selection.full or selection.also:
         return own
     inside = {name: place for name in own if (place := place_of(name)) is not None}
     path = Counter(path for path, _ in inside.values()).most_common(1)

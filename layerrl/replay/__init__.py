@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerrl.blocks import find_blocks, replaced_forwards, unwrap
+from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.replay.call import Call
 from layerrl.replay.recordings import Recordings
 
@@ -63,7 +63,7 @@ class PrefixReplay:
         *,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
-        blocks = find_blocks(model)
+        blocks = selection.blocks(model)
         self.model = model
         self.selection = selection
         self.prefix = [blocks.modules[layer] for layer in selection.frozen_prefix]

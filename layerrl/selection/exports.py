@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from layerrl.blocks import find_blocks, plain_name
+from layerrl.blocks import plain_name
 from layerrl.errors import SelectionError
 from layerrl.seams import imported
 
@@ -33,7 +33,7 @@ def config_for(tool: object, selection: LayerSelection, base: nn.Module) -> dict
     if tool not in TOOLS:
         raise SelectionError(f"to_config({tool!r}, ...): expected one of {', '.join(TOOLS)}")
     trained = selection.parameters(base)
-    path = find_blocks(base).path
+    path = selection.blocks(base).path
     _refuse(tool, selection, multimodal=_is_multimodal(base))
     if tool == "peft":
         return {"target_modules": _linear_modules(base, {*trained}, selection)}

@@ -11,7 +11,7 @@ from torch import nn
 
 from layerrl.adapters import adapter_tensors
 from layerrl.blocks import (
-    find_blocks,
+    Blocks,
     meta_model,
     plain_name,
     unwrap,
@@ -30,6 +30,7 @@ from layerrl.selection.parsing import (
 from layerrl.selection.parts import ABOVE, names_in_parts
 from layerrl.selection.rates import Boost, check_boosts, is_scale, learning_rate_factors, shown
 from layerrl.selection.tensors import check_not_shared, described, names_in_layers
+from layerrl.selection.towers import STACKS, blocks_of
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ class LayerSelection:
     """
 
     num_layers: int
-    """Decoder layers of the model it was made for."""
+    """Decoder layers of the model it was made for, or layers of its vision tower."""
     layers: tuple[int, ...]
     """Layers that train, ascending, 0 nearest the embedding."""
     learning_rate_scale: tuple[float, ...] = ()
@@ -57,11 +58,13 @@ class LayerSelection:
     full: bool = False
     """Every parameter trains, embeddings, final norm and head included."""
     also: tuple[str, ...] = ()
-    """Parts outside the layers that train, too: `"head"`, `"final_norm"`, `"embeddings"`, or globs
-    of full names. With some, `layers` may be empty."""
+    """Parts outside the layers that train, too: `"head"`, `"final_norm"`, `"embeddings"`,
+    `"projector"`, or globs of full names. With some, `layers` may be empty."""
     boosts: tuple[Boost, ...] = ()
     """Factors that take the place of the layer's: `(layer or None, glob or part of also, factor)`,
     ascending, with None for every layer."""
+    stack: str = "text"
+    """Whose layers they are: `"text"`, the decoder's, or `"vision"`, those of the vision tower."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, tuple):
@@ -72,6 +75,8 @@ class LayerSelection:
             raise SelectionError(f"full is True or False, got {self.full!r}")
         if not isinstance(self.also, tuple) or (self.also and not are_globs(self.also)):
             raise SelectionError(f"also is a tuple of parts and globs, got {self.also!r}")
+        if self.stack not in [*STACKS]:
+            raise SelectionError(f'stack is "text" or "vision", got {self.stack!r}')
         last = integer(self.num_layers) - 1
         given = [integer(layer) for layer in self.layers]
         if not given and self.also:
@@ -91,18 +96,21 @@ class LayerSelection:
             )
         object.__setattr__(self, "learning_rate_scale", factors)
         check_boosts(self.boosts, self.layers)
-        beside = self.modules is not None or self.also
+        beside = self.modules is not None or self.also or self.stack != "text"
         if self.full and (len(given) != self.num_layers or beside):
-            raise SelectionError('"full" trains every parameter: it takes no layers, modules, also')
+            raise SelectionError(
+                '"full" trains every parameter: it takes no layers, modules, also, stack'
+            )
 
     def __str__(self) -> str:
+        kind = "" if self.stack == "text" else f"{self.stack} "
         if self.full:
             text = f"every parameter ({self.num_layers} layers)"
         elif not self.layers:
-            text = f"no layer of {self.num_layers}"
+            text = f"no {kind}layer of {self.num_layers}"
         else:
             word = "layers" if len(self.layers) > 1 else "layer"
-            text = f"{word} {ranges(self.layers)} of {self.num_layers}"
+            text = f"{kind}{word} {ranges(self.layers)} of {self.num_layers}"
         if self.modules is not None:
             text += f", modules {', '.join(self.modules)}"
         if self.also:
@@ -124,12 +132,27 @@ class LayerSelection:
     @property
     def trains_below(self) -> bool:
         """Whether something below the layers trains, or may: a glob of `also` can name it."""
-        return self.full or bool({*self.also} - ABOVE)
+        return self.full or bool({*self.also} - ABOVE[self.stack])
 
     @property
     def frozen_prefix(self) -> range:
-        """Layers below all that trains: what they compute never changes."""
-        return range(0 if self.trains_below else self.first)
+        """Layers of the text below all that trains: what they compute never changes."""
+        # What enters a tower are images, several of a row or of many sizes in one: no rows.
+        return range(0 if self.trains_below or self.stack != "text" else self.first)
+
+    def blocks(self, model: nn.Module) -> Blocks:
+        """All layers of the stack that the selection is of.
+
+        Args:
+            model: A model, wrapped or not, on any device. Not changed.
+
+        Returns:
+            The layers and where they are.
+
+        Raises:
+            ModelError: If they cannot be found.
+        """
+        return blocks_of(model, self.stack)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The tensors that train, by name, in the model's own order.
@@ -148,8 +171,8 @@ class LayerSelection:
             ModelError: If the model's layers cannot be found.
         """
         base = unwrap(model)
-        blocks = find_blocks(base)
-        self.check_num_layers(len(blocks.modules), described(base, blocks))
+        blocks = self.blocks(base)
+        self.check_num_layers(len(blocks.modules), described(base, blocks, self.stack))
         trained = {plain_name(name): parameter for name, parameter in base.named_parameters()}
         if not self.full:
             adapted = adapter_tensors(base)
@@ -243,6 +266,7 @@ class LayerSelection:
             base,
             self.parameters(base),
             self.layers,
+            blocks=self.blocks(base),
             num_below=len(self.frozen_prefix),
             dtype=dtype,
             beta=beta,
@@ -279,7 +303,7 @@ class LayerSelection:
             raise SelectionError(
                 '"full" trains every parameter, which leaves nothing to quantise. Select layers.'
             )
-        layers = {f"{find_blocks(base).path}.{layer}" for layer in self.layers}
+        layers = {f"{self.blocks(base).path}.{layer}" for layer in self.layers}
         holders = dict.fromkeys(name.rpartition(".")[0] for name in trained)
         # What a layer holds itself is no module's, and is not quantised.
         return [*skipped_by_default(base), *(name for name in holders if name not in layers)]
@@ -318,7 +342,8 @@ class LayerSelection:
         """One line of JSON that `from_json` turns back into an equal selection."""
         values = asdict(self)
         # Whatever format version 1 can say is said in it, for earlier versions of layerrl to read.
-        used = {name: value for name, value in values.items() if name in _OF_VERSION_1 or value}
+        left_out = {field.name: field.default for field in fields(self)}
+        used = {k: v for k, v in values.items() if k in _OF_VERSION_1 or v != left_out[k]}
         version = {} if {*used} == {*_OF_VERSION_1} else {"format_version": _VERSION}
         return json.dumps(used | version)
 
@@ -372,6 +397,7 @@ class LayerSelection:
         """
         if num_layers != self.num_layers:
             raise SelectionError(
-                f"the selection was made for {self.num_layers} decoder layers, but {of}. "
+                f"the selection was made for {self.num_layers} {STACKS[self.stack]} layers, but "
+                f"{of}. "
                 "Make a new one with select_layers(model, ...)."
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
+from layerrl.selection.towers import STACKS
 
 _WORDS = (
     '"all" (every block), "full" (every parameter), "middle", "middle:K", "first:K", "last:K", '
@@ -139,8 +140,8 @@ def parts(also: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]:
     given = tuple(dict.fromkeys(given)) if isinstance(given, Iterable) else ("",)
     if given and not are_globs(given):
         raise SelectionError(
-            f'also names parts outside the layers: "head", "final_norm", "embeddings" or globs of '
-            f"full names, such as 'model.norm.*'; got {also!r}"
+            'also names parts outside the layers: "head", "final_norm", "embeddings", "projector" '
+            f"or globs of full names, such as 'model.norm.*'; got {also!r}"
         )
     return given
 
@@ -156,9 +157,9 @@ def are_globs(globs: object) -> bool:
     return bool(given) and all(isinstance(glob, str) and glob for glob in given)
 
 
-def counted(num_layers: int) -> str:
-    """How many layers there are, and their numbers."""
-    return f"{num_layers} decoder layers (0 to {num_layers - 1})"
+def counted(num_layers: int, stack: str) -> str:
+    """How many layers there are of a stack, and their numbers."""
+    return f"{num_layers} {STACKS[stack]} layers (0 to {num_layers - 1})"
 
 
 def ranges(layers: tuple[int, ...]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerrl.blocks import Blocks, plain_name
+from layerrl.blocks import Blocks, find_blocks, plain_name
 from layerrl.errors import SelectionError
 from layerrl.selection.parsing import matches
+from layerrl.selection.towers import projectors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,8 +16,14 @@ if TYPE_CHECKING:
 
     from layerrl.selection import LayerSelection
 
-ABOVE = frozenset({"head", "final_norm"})
-"""Parts that come after the last layer: the layers below the first that trains stay a prefix."""
+ABOVE = {
+    "text": frozenset({"head", "final_norm"}),
+    "vision": frozenset({"head", "final_norm", "projector"}),
+}
+"""Parts that come after the last layer of a stack: those below the first that trains stay frozen
+below all that trains."""
+_SHOWN = 12
+_PARTS = ("head", "final_norm", "embeddings", "projector")
 
 
 def names_in_parts(
@@ -45,9 +52,11 @@ def names_in_parts(
         if part == "head":
             names = _head(base, outside)
         elif part == "final_norm":
-            names = _final_norm(base, blocks)
+            names = _final_norm(base, find_blocks(base))
         elif part == "embeddings":
             names = _inside(base, [_getter(base, "get_input_embeddings")])
+        elif part == "projector":
+            names = _inside(base, projectors(base))
         else:
             known_as = {name: {name, adapted.get(name, name)} for name in outside}
             names = {n for n in outside if any(matches(name, part) for name in known_as[n])}
@@ -105,10 +114,12 @@ def _getter(base: nn.Module, name: str) -> nn.Module | None:
 
 def _explain_missing(part: str, base: nn.Module, blocks: Blocks, outside: list[str]) -> str:
     text = f"{type(base).__name__} has nothing that also={part!r} names"
-    if part not in (*ABOVE, "embeddings"):
+    if part not in _PARTS:
         text = f"also={part!r} matches no tensor outside the layers"
         inside = [n for n, _ in _named_parameters(base) if n.startswith(f"{blocks.path}.")]
         if any(matches(name, part) for name in inside):
             text += ", only in them: choose those with layers and modules"
-        text += ' (expected "head", "final_norm", "embeddings", or a glob of full names)'
-    return f"{text}. Outside its layers it has {', '.join(outside) or 'no tensor'}"
+        text += f" (expected {', '.join(map(repr, _PARTS))}, or a glob of full names)"
+    others = f" and {len(outside) - _SHOWN} others" * (len(outside) > _SHOWN)
+    shown = ", ".join(outside[:_SHOWN]) or "no tensor"
+    return f"{text}. Outside its layers it has {shown}{others}"

@@ -13,7 +13,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from layerrl.adapters import adapter_tensors
-from layerrl.blocks import Blocks, find_blocks, plain_name, unwrap
+from layerrl.blocks import Blocks, plain_name, unwrap
 from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
 from layerrl.selection.parsing import are_globs, matches, ranges
@@ -202,7 +202,7 @@ def learning_rate_factors(
         SelectionError: If a boost names nothing that trains, or a tensor is named by two that
             disagree, neither being more specific.
     """
-    base, blocks = unwrap(model), find_blocks(model)
+    base, blocks = unwrap(model), selection.blocks(model)
     name_of = {id(parameter): name for name, parameter in trained.items()}
     adapted = adapter_tensors(base)
     inside: dict[int, list[tuple[str, int]]] = {}

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from layerrl.blocks import (
-    find_blocks,
     layers_described,
     meta_model,
     unwrap,
 )
+from layerrl.errors import SelectionError
 from layerrl.selection.layer_selection import LayerSelection
 from layerrl.selection.parsing import (
     counted,
@@ -22,6 +22,7 @@ from layerrl.selection.parsing import (
 )
 from layerrl.selection.rates import nameable_parts, read_boost
 from layerrl.selection.tensors import described
+from layerrl.selection.towers import STACKS, blocks_of
 
 
 def select_layers(
@@ -31,6 +32,7 @@ def select_layers(
     modules: str | Iterable[str] | None = None,
     also: str | Iterable[str] | None = None,
     boost: Mapping[Any, float] | str | None = None,
+    stack: str | None = None,
 ) -> LayerSelection:
     """Choose which decoder layers train, what else, and how fast.
 
@@ -48,15 +50,19 @@ def select_layers(
         modules: Globs of tensors or modules inside the block: `"self_attn.*"`,
             `"mlp.down_proj.weight"`. Everything else in the block stays frozen.
         also: Parts outside the layers that train, too: `"head"` (a classifier's is one), the
-            `"final_norm"`, the token `"embeddings"`, or globs of full names (`"model.norm.*"`).
-            With the head alone all layers are frozen; above trained embeddings, or a glob, nothing
-            is taken for frozen, and the backward runs through every layer.
+            `"final_norm"`, the token `"embeddings"`, the `"projector"` of a vision-language model
+            (all of them, where it has several), or globs of full names (`"model.norm.*"`).
+            With the head alone all layers are frozen; above trained embeddings, a projector or a
+            glob, nothing is taken for frozen, and the backward runs through every layer.
         boost: Learning-rate factors of chosen layers (`10`), of globs inside all of them
             (`"mlp.*"`), of pairs of both (`(10, "self_attn.*")`) and of parts of `also` (`"head"`;
             of `"full"`: `"head"`, `"final_norm"`, `"embeddings"`). Of the keys that name a tensor
             the most specific counts, alone: a pair before a glob or part, those before a layer.
             `"decay:D"` is layer-wise decay: D to the power of the distance in layers from the
             highest chosen one, embeddings that train lying one below layer 0; other parts have 1.
+        stack: Whose layers are meant, and counted: `"text"`, the decoder's, or `"vision"`, those of
+            a vision-language model's tower. None: those of the selection given as `layers`,
+            otherwise `"text"`.
 
     Returns:
         The selection. Nothing outside the layers is in it, but for `also` and `"full"`.
@@ -66,8 +72,9 @@ def select_layers(
             selected; if a glob matches nothing, or the model lacks a part; if what trains is shared
             with something frozen, as a tied head is with the embeddings; if a boost is not a
             positive finite number, names nothing that trains, or disagrees with another on a
-            tensor, none of the two being more specific. Nothing is clipped or skipped.
-        ModelError: If the model's layers cannot be found.
+            tensor, none of the two being more specific; if there is no such stack. Nothing is
+            clipped or skipped.
+        ModelError: If the model's layers cannot be found, or it has no vision tower.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -79,13 +86,23 @@ def select_layers(
         >>> print(select_layers(config, "last:3", boost="decay:0.9"))
         layers 25-27 of 28, learning rate scaled by {25: 0.81, 26: 0.9}
     """
-    if isinstance(model, nn.Module):
-        base = unwrap(model)
-        blocks = find_blocks(base)
-        num_layers, text = len(blocks.modules), described(base, blocks)
+    given = "text" if stack is None else stack
+    if given not in [*STACKS]:
+        raise SelectionError(f'stack is {stack!r}, expected "text" or "vision"')
+    if isinstance(layers, LayerSelection):
+        given = layers.stack
+        if stack not in (None, given):
+            raise SelectionError(
+                f"stack is {stack!r}, but layers is {layers!s}: its numbers are those of the "
+                f"{given} layers. Give numbers of the other stack."
+            )
+    if isinstance(model, nn.Module) or given != "text":
+        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        blocks = blocks_of(base, given)
+        num_layers, text = len(blocks.modules), described(base, blocks, given)
     else:
         num_layers = layers_described(model)
-        text = f"{type(model).__name__} has {counted(num_layers)}"
+        text = f"{type(model).__name__} has {counted(num_layers, given)}"
     if isinstance(layers, LayerSelection):
         layers.check_num_layers(num_layers, text)
         chosen, full = layers.layers, layers.full
@@ -108,6 +125,7 @@ def select_layers(
         full=full,
         also=also,
         boosts=boosts,
+        stack=given,
     )
     if isinstance(model, nn.Module):
         selection.parameters(model)

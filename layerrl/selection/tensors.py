@@ -115,6 +115,6 @@ def _inner_names(blocks: Blocks, layer: int) -> str:
     return ", ".join(name for name, _ in blocks.named_parameters(layer))
 
 
-def described(base: nn.Module, blocks: Blocks) -> str:
-    """How many layers a model has, and where."""
-    return f"{type(base).__name__} has {counted(len(blocks.modules))} under {blocks.path!r}"
+def described(base: nn.Module, blocks: Blocks, stack: str) -> str:
+    """How many layers a model has of a stack, and where."""
+    return f"{type(base).__name__} has {counted(len(blocks.modules), stack)} under {blocks.path!r}"

@@ -227,3 +227,22 @@ def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
         'trained: select_layers(model, ..., also="head").',
         stacklevel=5,
     )
+
+
+def warn_of_idle_layers(model: nn.Module, selection: LayerSelection) -> None:
+    """A model may take features from below the end of its tower: layers above get no gradient."""
+    taken = getattr(getattr(unwrap(model), "config", None), "vision_feature_layer", None)
+    if selection.stack == "text" or taken is None:
+        return
+    # Counted as hidden states: first what enters layer 0, then what leaves each.
+    states = [
+        state % (selection.num_layers + 1)
+        for state in ([taken] if isinstance(taken, int) else taken)
+    ]
+    idle = [layer for layer in selection.layers if layer >= max(states)]
+    if idle:
+        warnings.warn(
+            f"{selection}: {idle} will get no gradient, as {type(unwrap(model)).__name__} takes "
+            f"its features below (vision_feature_layer={taken} in its config). Leave them out.",
+            stacklevel=5,
+        )

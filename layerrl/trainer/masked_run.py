@@ -58,6 +58,7 @@ class MaskedRun:
         casts = launchers.casts_model(accelerator)
         arguments.refuse_cast(trainer.args, None if full else model, casts)
         arguments.warn_of_frozen_head(model, selection)
+        arguments.warn_of_idle_layers(model, selection)
         self.auto = call.auto
         """The choice of `selection="auto"`, with its report once it is made; None otherwise."""
         self.layers = TrainedLayers(model, selection)

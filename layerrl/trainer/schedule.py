@@ -193,7 +193,8 @@ class LayerSchedule(TrainerCallback, ExportableState):
         if self._layers != trained:
             raise SelectionError(
                 f"the schedule has the layers {sorted(self._layers)}, the trainer's selection "
-                f"trains {sorted(trained)} of {len(blocks.modules)}: give both the same"
+                f"trains {sorted(trained)} of {len(blocks.modules)} decoder layers: give both the "
+                "same. Those of a vision tower do not take turns."
             )
         outside = [name for name, p in training.items() if id(p) not in of_layer]
         if outside:

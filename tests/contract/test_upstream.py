@@ -40,6 +40,7 @@ FROZEN = "_FrozenCheck compares the frozen tensors at train start and train end"
 SAVING = "LayerMaskedMixin.save_model refuses before anything of a checkpoint is written"
 LOGGING = "LayerMaskedMixin.log adds the layers' metrics to those of a training step"
 NAMES = "delta.record.checkpoint_form gives tensors the names that save_pretrained would"
+TOWER = "selection.towers asks a vision-language model for its tower, and its layers for that flag"
 BLOCKS = "blocks.find_blocks asks a vision-language model for its text stack"
 CONSTRUCTOR = (
     "LayerMaskedMixin.__init__ reads `model` and `peft_config` from the trainer's arguments"
@@ -319,6 +320,15 @@ class TestBlocks:
         decoder = model.get_decoder()
         assert model.get_submodule(FAMILIES[family].path) in set(decoder.modules()), BLOCKS
         assert model.config.get_text_config(decoder=True).num_hidden_layers == 3, BLOCKS
+
+    @pytest.mark.parametrize("family", VISION_FAMILIES)
+    def test_vision_language_models_name_their_tower_and_what_can_be_checkpointed(self, family):
+        model = tiny(family)
+        tower = model.get_encoder(modality="image")
+        blocks = model.get_submodule(FAMILIES[family].tower)
+        assert blocks in set(tower.modules()), TOWER
+        assert all(hasattr(block, "gradient_checkpointing") for block in blocks), TOWER
+        assert tiny("llama").get_encoder(modality="image") is not None, TOWER
 
 
 class TestConstructor:

@@ -5,15 +5,13 @@ import re
 
 import pytest
 import torch
-from datasets import Dataset
-from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Processor
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerrl import merge_delta, select_layers
 from layerrl.errors import SelectionError
-from tests.grpo import make, tokenizer
+from tests.grpo import make
+from tests.images import arguments, no_image, tiny_with_images
 from tests.models import FAMILIES, tiny, tiny_config
 from tests.runs import bits, load, metric, moved, saved
 
@@ -97,54 +95,15 @@ class TestExperts:
         assert problem in str(e.value)
 
 
-MARKS = {"boi_token": "X", "eoi_token": "Y", "image_token": "Z"}  # letters that no prompt has
-TEMPLATE = (
-    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{{ 'X' if c['type'] == 'image' else c['text'] }}{% endfor %}"
-    "{% endif %}{% endfor %}"
-)
-
-
-@pytest.fixture
-def processor():
-    words = tokenizer()
-    for name, letter in MARKS.items():
-        setattr(words, name, letter)
-        setattr(words, f"{name}_id", words.convert_tokens_to_ids(letter))
-    images = Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
-    return Gemma3Processor(images, words, chat_template=TEMPLATE, image_seq_length=4)
-
-
-def reward(completions, **_):
-    return [float(sum(map(ord, completion[0]["content"])) % 17) for completion in completions]
-
-
-def test_text_layers_train_on_images_and_the_tower_stays(tmp_path, processor):
-    config = tiny_config("gemma3", 4)
-    for name, letter in MARKS.items():
-        key = name.replace("token", "token_id" if name == "image_token" else "token_index")
-        setattr(config, key, processor.tokenizer.convert_tokens_to_ids(letter))
-    fresh = tiny("gemma3", 4)
-    fresh.config = fresh.model.config = config
-    base = saved(tmp_path / "base", fresh)
+def test_text_layers_train_on_images_and_the_tower_stays(tmp_path):
+    base = saved(tmp_path / "base", tiny_with_images("gemma3", 4))
     model = load(base)
     before, passes = bits(model), []
     model.model.vision_tower.register_forward_hook(
         lambda *_: passes.append(torch.is_grad_enabled())
     )
-    colours = [(40 * i, 10, 200 - 30 * i) for i in range(4)]
-    rows = {
-        "prompt": [[{"role": "user", "content": text}] for text in ("abc", "defg", "hi", "jklm")],
-        "image": [Image.new("RGB", (8, 8), colour) for colour in colours],
-    }
-    arguments = {
-        "train_dataset": Dataset.from_dict({name: values * 4 for name, values in rows.items()}),
-        "processing_class": processor,
-        "reward_funcs": reward,
-    }
-    no_image = {"suppress_tokens": [config.image_token_id]}  # which older TRL takes for another one
-    changes = {"generation_kwargs": no_image, **REUSED}
-    trainer = make(model, tmp_path, selection=2, arguments=arguments, **changes)
+    changes = {"arguments": arguments("gemma3"), **no_image("gemma3"), **REUSED}
+    trainer = make(model, tmp_path, selection=2, **changes)
     trainer.train()
     assert passes
     assert all(norm > 0 for norm in metric(trainer, "grad_norm"))
