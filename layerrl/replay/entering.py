@@ -75,6 +75,21 @@ def _asked_of_prefix(config: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(name for name, value in asked.items() if value is not False))
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes on a device.
+
+    Args:
+        device: Of any type.
+
+    Returns:
+        None where it is off, and on devices that it does not know.
+    """
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What enters layer 0 in one call, and all else that decides what the prefix makes of it."""
@@ -141,9 +156,7 @@ def entry_of(
         setting=(
             hidden_BTH.dtype,
             device,
-            torch.get_autocast_dtype(device.type)
-            if torch.is_autocast_enabled(device.type)
-            else None,
+            autocast_dtype(device),
             torch.get_float32_matmul_precision(),
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.mem_efficient_sdp_enabled(),
