@@ -426,6 +426,31 @@ class TestSeveralProcesses:
         assert all(answers[14:])
         assert not pair.replay.refused
 
+    @pytest.mark.parametrize("layer", [1, 2])
+    def test_ask_alike_where_one_calls_its_layers_otherwise(self, layer, caplog):
+        """After the last frozen layer: on the way there, others gather layers that are sharded."""
+        seen: list[Any] = []
+        model = tiny("llama", 4).eval()
+        pair = Pair(model, 3, agree=lambda here: seen.append(here) or here)
+        with pair.batch():
+            assert pair.replays(call(), call(), call()) == [0, 1, 1]
+            del seen[:]
+            for index in (1, 2):
+
+                def move(_: Any, args: Any, kwargs: Any, index: int = index) -> Any:
+                    seen.append(f"layer {index}")
+                    moved = kwargs["position_ids"] + (index == layer)
+                    return args, {**kwargs, "position_ids": moved}
+
+                move.__module__ = "accelerate.hooks"  # a launcher's are known to change no results
+                called = pair.model.model.layers[index]
+                called.register_forward_pre_hook(move, with_kwargs=True)
+            assert not pair.same(call())
+        # The rows are known, and the kind; the arguments differ; and once more without a replay.
+        layers = ["layer 1", "layer 2"]
+        assert seen == [True, True, *layers, False, *layers]
+        assert "calls its layers otherwise" in warnings(caplog)[0]
+
     def test_stop_where_another_found_a_difference(self, caplog):
         answers = iter([True, True, True, True, True, True, True, False])
         pair = Pair(tiny("llama", 4).eval(), agree=lambda here: next(answers, True) and here)
