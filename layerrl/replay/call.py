@@ -48,8 +48,7 @@ class Call:
         self._replay, self._recordings = replay, recordings
         self._forward, self._args, self._kwargs = forward, args, kwargs
         self._request = Request(replay.model, args, kwargs)
-        self._device = next(replay.model.parameters()).device
-        self._random_state = random_state(self._device)
+        self._random_state = random_state(*self._request.devices)
 
     def run(self, *, records: bool) -> Any:
         """Compute the call's output.
@@ -64,7 +63,7 @@ class Call:
         try:
             output = self._through(prefix)
         except RestartError:
-            set_random_state(self._random_state, self._device)
+            set_random_state(self._random_state)
         else:
             self._replay.num_replayed += prefix.replays
             return output
@@ -72,7 +71,7 @@ class Call:
             # What the user counts, or a checkpoint around the call keeps, is of the call alone.
             with without_hooks(self._replay.model), saved_tensors_hooks(_as_it_is, _as_it_is):
                 self._verify(prefix.kind)
-            set_random_state(self._random_state, self._device)
+            set_random_state(self._random_state)
             if self._replay.enabled:
                 return self.run(records=records)
             return self._forward(*self._args, **self._kwargs)
@@ -94,7 +93,7 @@ class Call:
         agreed = replay.agree(not problems)
         if agreed:
             with _noting(problems):
-                set_random_state(self._random_state, self._device)
+                set_random_state(self._random_state)
                 plain = self._observed(watched)
                 if not watched.random:
                     found = difference(plain, replayed, exact=watched.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
+from layerrl.randomness import devices_of
 from layerrl.replay.arguments import (
     Arguments,
     RowKeys,
@@ -54,6 +55,8 @@ class Request:
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         self.num_rows = len(tokens) if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
         """None where that cannot be seen."""
+        self.devices = devices_of(base, *given.values())
+        """Where the call may draw random numbers."""
         self._tensors = [(v, version(v)) for v in given.values() if isinstance(v, Tensor)]
 
     @property

@@ -71,7 +71,7 @@ class Prefix:
     def _begin(self) -> None:
         self._entry: Entry | None = None
         self._places: list[Place] = []
-        self._runs, self._device = False, torch.device("cpu")  # runs and is recorded or watched
+        self._runs = False  # and is recorded or watched
         self._num_done, self._strays = 0, False
         self._left: Tensor | None = None
         self._left_version = self._entered = 0
@@ -112,7 +112,7 @@ class Prefix:
         replay = self._replay
         if self._watched:
             self.dtype = _computed_in(hidden_states(args, kwargs))
-            self._run_observed(hidden_states(args, kwargs).device)
+            self._run_observed()
             return
         why = unfit(replay.prefix)
         try:
@@ -146,7 +146,7 @@ class Prefix:
         if why is not None:
             replay.say(why)
         if self._records and fit and not places:
-            self._run_observed(hidden_states(args, kwargs).device)
+            self._run_observed()
 
     def _why_not(self, entering: list[Any], *, whole: bool) -> str | None:
         """What stands against replaying these rows in this call."""
@@ -177,9 +177,9 @@ class Prefix:
             "frozen layers contribute to"
         )
 
-    def _run_observed(self, device: torch.device) -> None:
-        self._runs, self._device = True, device
-        self._random_before = random_state(self._device)
+    def _run_observed(self) -> None:
+        self._runs = True
+        self._random_before = random_state(*self._request.devices)
 
     def _give_up(self, why: str) -> None:
         """Run on without recording."""
@@ -212,7 +212,7 @@ class Prefix:
         self._num_done += 1
         last = self._num_done == len(self._replay.prefix)
         if last:
-            now = random_state(self._device)
+            now = random_state(*self._request.devices)
             self.random |= not same_random_state(self._random_before, now)
         if self._watched:
             return

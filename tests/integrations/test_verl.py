@@ -279,9 +279,7 @@ def test_boosts_scale_learning_rates(base, monkeypatch):
 
 
 def test_fingerprints_are_taken_on_verls_device_whatever_lies_on_the_cpu(base, monkeypatch):
-    monkeypatch.setattr(
-        Cpu, "current_device", lambda self: "cpu:0"
-    )  # which no tensor says of itself
+    monkeypatch.setattr(Cpu, "current_device", lambda _: "cpu:0")  # no tensor's own
     engine = engine_for(base, param_offload=True)
     assert str(engine._frozen._device) == "cpu:0"
     assert str(next(engine.module.parameters()).device) == "cpu"
