@@ -1,6 +1,7 @@
 """Random states of all devices that a pass of a model may draw on."""
 
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerrl.randomness import devices_of, random_state, same_random_state, set_random_state
 from layerrl.replay.entering import Request
+from layerrl.scores.evaluation import random_state_kept
 from tests.models import tiny
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
@@ -49,3 +51,20 @@ def test_states_of_every_device_are_told_apart_and_given_back(generators, drawn_
     set_random_state(before)
     assert same_random_state(before, random_state(FIRST, SECOND))
     assert [int(state) for state in generators.values()] == [1, 2]
+
+
+def test_a_state_is_kept_on_devices_named_by_number(monkeypatch):
+    """Of a host with several, torch would warn that it keeps the states of all."""
+    kept: list[list[int]] = []
+
+    def fork_rng(numbers, device_type):
+        kept.append([*numbers])
+        return nullcontext()
+
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    before = random_state()
+    with random_state_kept():
+        _ = torch.rand(1), random.random(), np.random.rand()
+    assert kept == [[0, 1]]
+    assert same_random_state(before, random_state())
