@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from layerrl.replay.call import _computed_in
 from layerrl.replay.comparing import difference, flat, gradients
 from layerrl.replay.entering import Request, autocast_dtype
+from layerrl.replay.prefix import _computed_in
 from layerrl.replay.state import unfit, without_hooks
 from tests.models import tiny
 from tests.replays import ids
