@@ -14,6 +14,7 @@ this is interrupted. Failures other than those of memory are tried again by the 
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -355,12 +356,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--page", type=Path, help="write the page and its pictures here, too")
     add("--report", action="store_true", help="write the page of what is there; measure nothing")
     options = parser.parse_args(arguments)
+    try:
+        for folder in (options.page and options.page.parent, options.output):
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot use {error.filename}: {error.strerror}")
+    if options.page and options.page.is_dir():
+        parser.error(f"--page is {options.page}, a folder: expected a file, such as gpu.md in it")
     if options.report:
         return options
-    if options.budget < LEAST[options.tiny]:
+    if not LEAST[options.tiny] <= options.budget < math.inf:
         parser.error(
-            f"--budget is {options.budget:g}, expected at least {LEAST[options.tiny]} seconds: no "
-            "stage can be measured in less"
+            f"--budget is {options.budget:g}, expected a number of seconds, at least "
+            f"{LEAST[options.tiny]}: no stage can be measured in less"
         )
     if options.device == "cuda":
         import torch
@@ -368,10 +377,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if not torch.cuda.is_available():
             parser.error("--device is cuda, but torch finds no GPU on this machine")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or transformers would spread over all
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"cannot use {error.filename}: {error.strerror}")
     return options
 
 

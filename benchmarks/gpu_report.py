@@ -71,14 +71,15 @@ def described(settings: dict[str, Any] | None, entries: Entries) -> str:
     """What was measured, on what, and how long it took."""
     if settings is None:
         return "**This has not been run yet**: below is what the page will hold."
-    machine, minutes = settings["machine"], sum(entry["seconds"] for entry in entries) / 60
+    machine, minutes = settings["machine"], sum(entry.get("seconds", 0) for entry in entries) / 60
     text = (
         f"{machine['name']}, {machine['bytes'] / 1e9:.0f} GB; {len(entries)} measurements in "
         f"{minutes:.0f} minutes; {settings['versions']}."
     )
     if settings["tiny"]:
         text += "\n\n**With `--tiny`**: the figures say nothing but that every stage runs."
-    return text
+    ended = [f"The stage `{e['stage']}` {why_not(e)}." for e in entries if not e["case"]]
+    return "\n\n".join([text, *ended])
 
 
 def steps(entries: Entries) -> Iterator[str]:
@@ -93,7 +94,6 @@ def steps(entries: Entries) -> Iterator[str]:
         for e in entries
         if e["stage"] in ("step", "grid") and e["case"] and not fits(e)
     ]
-    failed += [f"- {why_not(e)}" for e in of_stage(entries, "step", None)]
     if failed:
         yield "Without figures:"
         yield "\n".join(failed)
@@ -141,14 +141,14 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def of_stage(entries: Entries, stage: str, *kinds: str | None) -> Entries:
-    """A stage's entries of some kinds; None: that the stage itself failed."""
+def of_stage(entries: Entries, stage: str, *kinds: str) -> Entries:
+    """A stage's entries of some kinds."""
     return [e for e in entries if e["stage"] == stage and e.get("kind") in kinds]
 
 
 def reasons(entries: Entries) -> str:
     """Measurements of stages that failed."""
-    failed = [e for e in entries if "failed" in e or e.get("refused")]
+    failed = [e for e in entries if e["case"] and ("failed" in e or e.get("refused"))]
     names = ("kind", "probe", "method", "shape")
     told = [" ".join(str(e[name]) for name in names if name in e) or e["stage"] for e in failed]
     return "\n".join(f"- {t}: {why_not(e)}" for t, e in zip(told, failed, strict=True))
@@ -225,10 +225,11 @@ def serving(entries: Entries) -> Iterator[str]:
         rate = ranged(e["tokens_per_second"], ".0f") if "tokens_per_second" in e else why_not(e)
         rows.append([engine, e["shape"], SERVED[e["method"]], rate])
     yield table(["engine", "model", "served", "tokens per second"], rows)
-    sizes = of_stage(entries, "serving", "sync")
-    sizes = [e for e in sizes if "synced_bytes" in e]
+    synced = of_stage(entries, "serving", "sync")
+    sizes = [e for e in synced if "synced_bytes" in e]
     rows = [[e["shape"], *(f"{e['synced_bytes'][k] / 1e9:.3f}" for k in KINDS)] for e in sizes]
     yield table(["synced per step, GB", *KINDS.values()], rows)
+    yield reasons(synced)
 
 
 def ranged(values: list[float], spec: str) -> str:

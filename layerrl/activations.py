@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import replaced_forwards, unwrap
-from layerrl.randomness import random_state, set_random_state
+from layerrl.randomness import devices_of, random_state, set_random_state
 from layerrl.replacing import replaced
 from layerrl.seams import INPUT_GRAD_HOOKS
 
@@ -118,8 +118,7 @@ def _watched(
             nonlocal watching
             if not torch.is_grad_enabled() or base in _checkpointed_around:
                 return forward(*args, **kwargs)
-            devices = {torch.device("cpu"), *(p.device for p in base.parameters() if not p.is_meta)}
-            drawn = {device: random_state(device) for device in devices}
+            drawn = random_state(*devices_of(base, *args, *kwargs.values()))
             watching = True
             try:
                 return forward(*args, **kwargs)
@@ -134,8 +133,7 @@ def _watched(
                 type(base).__name__,
             )
             put_back()
-            for device, state in drawn.items():
-                set_random_state(state, device)
+            set_random_state(drawn)
             # Of images and text, the embedding was looked up before.
             if isinstance(embedded := kwargs.get("inputs_embeds"), Tensor):
                 kwargs["inputs_embeds"] = _with_gradient(embedded)

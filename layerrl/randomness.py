@@ -3,45 +3,67 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def random_state(device: torch.device) -> tuple[Any, ...]:
-    """States of the global generators of Python, numpy, torch on the CPU and torch on a device.
+def devices_of(model: nn.Module, *given: Any) -> set[torch.device]:
+    """Devices on which a pass of a model may draw random numbers.
 
     Args:
-        device: An accelerator; the CPU adds nothing.
+        model: It may lie on several, and sharded on the CPU until it is gathered.
+        *given: What it is called with: tensors count.
+
+    Returns:
+        What `random_state` takes.
+    """
+    tensors = (*model.parameters(), *(value for value in given if isinstance(value, Tensor)))
+    return {tensor.device for tensor in tensors if not tensor.is_meta}
+
+
+def random_state(*devices: torch.device) -> tuple[Any, ...]:
+    """States of the global generators of Python, numpy, torch on the CPU and torch on devices.
+
+    Args:
+        *devices: Accelerators; the CPU adds nothing.
 
     Returns:
         What `set_random_state` takes.
     """
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), own
+    on_devices = {
+        device: torch.get_device_module(device).get_rng_state(device)
+        for device in devices
+        if device.type != "cpu"
+    }
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_devices
 
 
-def set_random_state(state: tuple[Any, ...], device: torch.device) -> None:
+def set_random_state(state: tuple[Any, ...]) -> None:
     """Go on from states that were taken before.
 
     Args:
         state: What `random_state` gave.
-        device: As it was given there.
     """
-    python, array, cpu, own = state
+    python, array, cpu, on_devices = state
     random.setstate(python)
     np.random.set_state(array)
     torch.set_rng_state(cpu)
-    if own is not None:
+    for device, own in on_devices.items():
         torch.get_device_module(device).set_rng_state(own, device)
 
 
 def same_random_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether nothing was drawn between two states."""
-    python, array, *tensors = zip(a, b, strict=True)
+    """Whether nothing was drawn between two states of the same devices."""
+    python, array, cpu, on_devices = zip(a, b, strict=True)
     return (
         python[0] == python[1]
         and all(np.array_equal(*parts) for parts in zip(*array, strict=True))
-        and all(one is None or torch.equal(one, other) for one, other in tensors)
+        and torch.equal(*cpu)
+        and all(torch.equal(own, on_devices[1][device]) for device, own in on_devices[0].items())
     )

@@ -80,7 +80,8 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     on_device = value.detach().to(like.device).reshape(like.shape)
-    return distribute_tensor(on_device, like.device_mesh, like.placements)
+    # On the mesh's device, and the parameter may lie on the CPU: FSDP2 can offload it.
+    return distribute_tensor(on_device, like.device_mesh, like.placements).to(like.device)
 
 
 def with_parameter(value: Tensor, parameter: Tensor) -> Tensor:

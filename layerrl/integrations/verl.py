@@ -10,6 +10,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerrl.blocks import plain_name, with_fused_siblings
 from layerrl.errors import LauncherError
 from layerrl.frozen import FrozenRecord
@@ -20,6 +22,7 @@ from layerrl.trained import TrainedLayers
 TESTED = "0.9.1"
 require("verl", TESTED)
 
+from verl.utils.device import get_device_id  # noqa: E402  # pyright: ignore[reportMissingImports]
 from verl.workers.config.optimizer import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     build_optimizer,
 )
@@ -110,7 +113,8 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
         """Build model, optimizer and schedule, and remember the frozen tensors."""
         super().initialize()
         if self._selection is not None:
-            device = next(self.module.parameters()).device
+            # Not the parameters' own, which verl may have moved to the CPU by now.
+            device = torch.device(get_device_id())
             self._frozen = FrozenRecord(self.module, self._selection, device=device)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from layerrl.replay.state import unmoved, without_hooks
 from layerrl.shards import is_sharded
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from layerrl.replay import PrefixReplay
     from layerrl.replay.comparing import Observed
     from layerrl.replay.prefix import Forward
@@ -45,8 +48,7 @@ class Call:
         self._replay, self._recordings = replay, recordings
         self._forward, self._args, self._kwargs = forward, args, kwargs
         self._request = Request(replay.model, args, kwargs)
-        self._device = next(replay.model.parameters()).device
-        self._random_state = random_state(self._device)
+        self._random_state = random_state(*self._request.devices)
 
     def run(self, *, records: bool) -> Any:
         """Compute the call's output.
@@ -61,7 +63,7 @@ class Call:
         try:
             output = self._through(prefix)
         except RestartError:
-            set_random_state(self._random_state, self._device)
+            set_random_state(self._random_state)
         else:
             self._replay.num_replayed += prefix.replays
             return output
@@ -69,7 +71,7 @@ class Call:
             # What the user counts, or a checkpoint around the call keeps, is of the call alone.
             with without_hooks(self._replay.model), saved_tensors_hooks(_as_it_is, _as_it_is):
                 self._verify(prefix.kind)
-            set_random_state(self._random_state, self._device)
+            set_random_state(self._random_state)
             if self._replay.enabled:
                 return self.run(records=records)
             return self._forward(*self._args, **self._kwargs)
@@ -84,20 +86,22 @@ class Call:
 
     def _verify(self, kind: tuple[Any, ...]) -> None:
         """Compute the call both ways, and compare."""
-        replay, problem, random = self._replay, None, False
-        watched = self._prefix(watched=True)
-        try:
+        replay, watched, problems = self._replay, self._prefix(watched=True), []
+        with _noting(problems):
             replayed = self._observed(self._prefix(trusted=True))
-            set_random_state(self._random_state, self._device)
-            plain = self._observed(watched)
-            random = watched.random
-            if not random:
-                problem = difference(plain, replayed, exact=watched.dtype)
-        except (Exception, RestartError) as error:  # whatever a model does with fewer layers
-            problem = f"the model cannot run on it: {type(error).__name__}: {error}"
-        if not replay.agree(problem is None):
-            replay.switch_off(problem or "it did not match in another process")
-        elif not replay.agree(not random):
+        # The plain pass gathers sharded layers: all processes make it, or none.
+        agreed = replay.agree(not problems)
+        if agreed:
+            with _noting(problems):
+                set_random_state(self._random_state)
+                plain = self._observed(watched)
+                if not watched.random:
+                    found = difference(plain, replayed, exact=watched.dtype)
+                    problems += [] if found is None else [found]
+            agreed = replay.agree(not problems)
+        if not agreed:
+            replay.switch_off(*problems or ["it did not match in another process"])
+        elif not replay.agree(not watched.random):
             replay.refuse(kind, "the layers draw random numbers")
         else:
             replay.verified.add(kind)
@@ -116,6 +120,15 @@ class Call:
             trained = []  # which would need a whole backward
         found = gradients(outputs, trained)
         return [v.detach() if isinstance(v, Tensor) else v for v in outputs], found
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Note what ends a call, whatever a model does with fewer layers."""
+    try:
+        yield
+    except (Exception, RestartError) as error:
+        problems.append(f"the model cannot run on it: {type(error).__name__}: {error}")
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
+from layerrl.randomness import devices_of
 from layerrl.replay.arguments import (
     Arguments,
     RowKeys,
@@ -54,6 +55,8 @@ class Request:
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         self.num_rows = len(tokens) if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
         """None where that cannot be seen."""
+        self.devices = devices_of(base, *given.values())
+        """Where the call may draw random numbers."""
         self._tensors = [(v, version(v)) for v in given.values() if isinstance(v, Tensor)]
 
     @property
@@ -73,6 +76,21 @@ def _asked_of_prefix(config: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
     }
     asked |= {n: v for n, v in given.items() if n.startswith("output_") and v is not None}
     return tuple(sorted(name for name, value in asked.items() if value is not False))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast computes on a device.
+
+    Args:
+        device: Of any type.
+
+    Returns:
+        None where it is off, and on devices that it does not know.
+    """
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +159,7 @@ def entry_of(
         setting=(
             hidden_BTH.dtype,
             device,
-            torch.get_autocast_dtype(device.type)
-            if torch.is_autocast_enabled(device.type)
-            else None,
+            autocast_dtype(device),
             torch.get_float32_matmul_precision(),
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.mem_efficient_sdp_enabled(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerrl.randomness import random_state, same_random_state
 from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, version
-from layerrl.replay.entering import Request, entry_of
+from layerrl.replay.entering import Request, autocast_dtype, entry_of
 from layerrl.replay.recordings import Recording, gathered, whole_call
 from layerrl.replay.state import depends_on_other_rows, state_of, unfit
 
@@ -71,8 +71,8 @@ class Prefix:
     def _begin(self) -> None:
         self._entry: Entry | None = None
         self._places: list[Place] = []
-        self._runs, self._device = False, torch.device("cpu")  # runs and is recorded or watched
-        self._num_done = 0
+        self._runs = False  # and is recorded or watched
+        self._num_done, self._strays = 0, False
         self._left: Tensor | None = None
         self._left_version = self._entered = 0
         self._arguments: list[Arguments] = []
@@ -100,7 +100,11 @@ class Prefix:
 
     def finish(self) -> None:
         """Make sure that a replay has reached every layer."""
-        if self._places and self._num_done != len(self._replay.prefix):
+        if not self._places:
+            return
+        if self._num_done < len(self._replay.prefix):
+            self._strays = not self._replay.agree(False)  # the others ask after the last layer
+        if self._strays:
             raise RestartError
 
     def _decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -108,7 +112,7 @@ class Prefix:
         replay = self._replay
         if self._watched:
             self.dtype = _computed_in(hidden_states(args, kwargs))
-            self._run_observed(hidden_states(args, kwargs).device)
+            self._run_observed()
             return
         why = unfit(replay.prefix)
         try:
@@ -124,7 +128,7 @@ class Prefix:
             tensors = [hidden_states(args, kwargs), *(value for _, value in leaves(args, kwargs))]
             why = self._why_not(tensors, whole=whole)
         if self._trusted:
-            self._places = places if why is None else []
+            self._places = places if replay.agree(bool(places) and why is None) else []
             return
         if replay.agree(bool(places) and why is None):
             if not replay.agree(self.kind in replay.verified):
@@ -142,7 +146,7 @@ class Prefix:
         if why is not None:
             replay.say(why)
         if self._records and fit and not places:
-            self._run_observed(hidden_states(args, kwargs).device)
+            self._run_observed()
 
     def _why_not(self, entering: list[Any], *, whole: bool) -> str | None:
         """What stands against replaying these rows in this call."""
@@ -173,9 +177,9 @@ class Prefix:
             "frozen layers contribute to"
         )
 
-    def _run_observed(self, device: torch.device) -> None:
-        self._runs, self._device = True, device
-        self._random_before = random_state(self._device)
+    def _run_observed(self) -> None:
+        self._runs = True
+        self._random_before = random_state(*self._request.devices)
 
     def _give_up(self, why: str) -> None:
         """Run on without recording."""
@@ -208,7 +212,7 @@ class Prefix:
         self._num_done += 1
         last = self._num_done == len(self._replay.prefix)
         if last:
-            now = random_state(self._device)
+            now = random_state(*self._request.devices)
             self.random |= not same_random_state(self._random_before, now)
         if self._watched:
             return
@@ -252,12 +256,20 @@ class Prefix:
 
     def _handed_on(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a layer returns that does not run: after the last one, what left it then."""
-        if not self._same_arguments(index, args, kwargs):
-            raise RestartError
-        hidden_BTH = hidden_states(args, kwargs)
+        self._strays |= not self._same_arguments(index, args, kwargs)
         self._num_done += 1
-        if self._num_done == len(self._replay.prefix):
+        num_left = len(self._replay.prefix) - self._num_done
+        # Not in between, where other processes go on, and gather the next layer if it is sharded.
+        if num_left == 0:
+            self._strays = not self._replay.agree(not self._strays)
+        if num_left <= 0 and self._strays:
+            raise RestartError
+        if num_left == 0:
             hidden_BTH = gathered(self._places)
+        elif self._strays and self._left is not None:
+            hidden_BTH = self._left  # what enters may be anything
+        else:
+            hidden_BTH = hidden_states(args, kwargs)
         self._left, self._left_version = hidden_BTH, version(hidden_BTH)
         extras = self._places[0][0].extras[index]
         return hidden_BTH if extras is None else (hidden_BTH, *extras)
@@ -277,8 +289,6 @@ class Prefix:
 
 def _computed_in(hidden_BTH: Tensor) -> torch.dtype:
     """The dtype that says how far results are rounded."""
-    kind = hidden_BTH.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    reduced = torch.get_float32_matmul_precision() != "highest" and kind != "cpu"
-    return torch.bfloat16 if reduced else hidden_BTH.dtype
+    device = hidden_BTH.device
+    reduced = torch.get_float32_matmul_precision() != "highest" and device.type != "cpu"
+    return autocast_dtype(device) or (torch.bfloat16 if reduced else hidden_BTH.dtype)

@@ -127,7 +127,7 @@ def replaced_rewards(
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Give Python's, numpy's and torch's global generators back as they were."""
-    before = random_state(torch.device("cpu"))
+    before = random_state()
     accelerator = torch.accelerator.current_accelerator()
     kind = "cuda" if accelerator is None else accelerator.type
     # All of them by number: without numbers torch warns of hosts with several.
@@ -136,7 +136,7 @@ def random_state_kept() -> Iterator[None]:
         with torch.random.fork_rng(numbers, device_type=kind):
             yield
     finally:
-        set_random_state(before, torch.device("cpu"))
+        set_random_state(before)
 
 
 @contextmanager

@@ -180,7 +180,7 @@ class AutoSelection:
         for name, values in batch.metrics.items():
             metrics[name] += values
         metrics["num_tokens"] = [trainer.state.num_input_tokens_seen]
-        set_random_state(batch.random_state, trainer.accelerator.device)
+        set_random_state(batch.random_state)
         return batch.inputs
 
     def _recorded(

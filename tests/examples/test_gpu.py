@@ -184,6 +184,22 @@ def test_a_mistake_in_a_stage_ends_no_other(
         ]
 
 
+def test_a_mistake_in_a_stage_is_on_its_page(gpu: Any, tmp_path: Path) -> None:
+    machine = {"name": "a GPU", "bytes": 1e9}
+    settings = {"machine": machine, "tiny": False, "versions": "torch 1"}
+    with Journal(tmp_path, settings) as journal:
+        for name in gpu.STAGES:
+            found = {"failed": f"ZeroDivisionError('{name}')"}
+            journal.append({"stage": name, "case": None, "found": found})
+        failed = {"stage": "serving", "case": {"kind": "sync"}, "found": {"failed": "no tensor"}}
+        journal.append(failed)
+    importlib.import_module("gpu_report").write_page(journal.path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert all(f"ZeroDivisionError('{name}')" in text for name in gpu.STAGES)
+    assert "failed: `no tensor`" in text
+    assert "could not be written" not in text
+
+
 @pytest.mark.parametrize("limit", [5, 37, 64, 200, 1000])
 @pytest.mark.parametrize("guess", [6, 60, 900])
 def test_the_largest_is_found_from_any_guess(gpu: Any, limit: int, guess: int) -> None:
@@ -265,10 +281,23 @@ def test_the_page_of_the_documentation_is_what_the_command_writes(gpu: Any, tmp_
     ("options", "sentence"),
     [
         (["--device", "cuda"], "--device is cuda, but torch finds no GPU on this machine"),
-        (["--budget", "60"], "--budget is 60, expected at least 120 seconds: no stage can be"),
-        (["--tiny", "--budget", "3"], "--budget is 3, expected at least 30 seconds: no stage can"),
+        (["--budget", "60"], "--budget is 60, expected a number of seconds, at least 120: no"),
+        (
+            ["--tiny", "--budget", "nan"],
+            "--budget is nan, expected a number of seconds, at",
+        ),
+        (
+            ["--device", "cpu", "--budget", "inf"],
+            "--budget is inf, expected a number of seconds, at",
+        ),
+        (
+            ["--tiny", "--budget", "3"],
+            "--budget is 3, expected a number of seconds, at least 30:",
+        ),
         (["--stages", "magic"], "invalid choice: 'magic'"),
         (["--device", "cpu", "--output", f"{__file__}/out"], "cannot use"),
+        (["--device", "cpu", "--page", f"{__file__}/page.md"], "cannot use"),
+        (["--report", "--page", str(Path(__file__).parent)], "a folder: expected a file"),
     ],
 )
 def test_bad_input_is_one_sentence(

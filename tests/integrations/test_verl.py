@@ -278,6 +278,14 @@ def test_boosts_scale_learning_rates(base, monkeypatch):
     assert held == [{*layers[0].parameters()}, {*layers[3].parameters()}]
 
 
+def test_fingerprints_are_taken_on_verls_device_whatever_lies_on_the_cpu(base, monkeypatch):
+    monkeypatch.setattr(Cpu, "current_device", lambda _: "cpu:0")  # no tensor's own
+    engine = engine_for(base, param_offload=True)
+    assert str(engine._frozen._device) == "cpu:0"
+    assert str(next(engine.module.parameters()).device) == "cpu"
+    engine._check()
+
+
 def test_a_reference_is_not_masked(base, monkeypatch):
     monkeypatch.delenv("LAYERRL_SELECTION")
     # CPUOffloadPolicy, which verl gives engines that only go forward, wants pinned memory.

@@ -16,9 +16,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layerrl import load_delta, select_layers
+from layerrl.blocks import unwrap
 from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
@@ -56,6 +57,29 @@ def schedule() -> dict[str, Any]:
     return {"callbacks": [LayerSchedule([1, 2], every=2)]}
 
 
+class OtherArguments(TrainerCallback):
+    """From a step on, a layer is called with other positions than when it was recorded."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def move(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if torch.is_grad_enabled():  # this attention asks for the angles, not for these
+                kwargs["position_ids"] = kwargs["position_ids"] + 1
+            return args, kwargs
+
+        move.__module__ = "accelerate.hooks"  # a launcher's are known to change no results
+        if state.global_step == self.step:
+            layer = unwrap(kwargs["model"]).get_submodule("model.layers.1")
+            layer.register_forward_pre_hook(move, with_kwargs=True)
+
+
+def straying(step: int) -> list[dict[str, Any]]:
+    """One of two processes."""
+    return [{}, {"arguments": {"callbacks": [OtherArguments(step)]}}]
+
+
 class Runs:
     """Launches, each with all of its jobs, done when it is first asked for."""
 
@@ -80,7 +104,7 @@ class Runs:
                 "selection": [1, 2], "arguments": schedule(), "ddp_find_unused_parameters": True,
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
-            asynchronous={"asynchronous": True},
+            asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
             disagree=[{"selection": layer} for layer in (1, 2)],
         )  # fmt: skip
 
@@ -93,6 +117,7 @@ class Runs:
             generated={"arguments": {"rollout_func": None}, "max_steps": 2},
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
+            strays=straying(0), strays_later=straying(2),
         )  # fmt: skip
 
     @cached_property
@@ -210,6 +235,15 @@ def test_processes_that_could_not_all_replay_agree_not_to(runs, launched):
     found = getattr(runs, launched)["uneven"]
     assert [process["replays"] for process in found] == [False, False]
     assert_same(found, runs.one["layer"], 1e-12)
+
+
+@LAUNCHED
+@pytest.mark.parametrize(("job", "replays"), [("strays", False), ("strays_later", True)])
+def test_processes_of_which_one_has_to_start_a_pass_again_all_do(runs, launched, job, replays):
+    """It runs the layers that the others skip, and would gather them alone."""
+    found = getattr(runs, launched)[job]
+    assert_same(found, runs.one["layer"], 1e-12)
+    assert [process["replays"] for process in found] == [replays] * 2
 
 
 @LAUNCHED

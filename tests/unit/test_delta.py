@@ -215,6 +215,25 @@ def writes_as(monkeypatch, form):
         monkeypatch.setattr(module, "checkpoint_form", form)
 
 
+def test_tensors_get_their_fingerprints_where_they_lie(tmp_path, monkeypatch):
+    """Before the copy to the CPU, which is slower than a GPU at it."""
+    seen = []
+
+    def noting(tensors, **how):
+        seen.extend(tensor.stride() for tensor in tensors.values() if tensor.dim() > 1)
+        return fingerprints(tensors, **how)
+
+    model = tiny("llama")
+    selection = select_layers(model, 1, modules="mlp.up_proj")
+    base = DeltaBase.of(model, selection)
+    [parameter] = selection.parameters(model).values()
+    # In place of another device, another layout, which what is written does not have.
+    parameter.data = parameter.data.mT.contiguous().mT
+    monkeypatch.setattr(delta_module, "fingerprints", noting)
+    save_delta(model, tmp_path / "delta", selection=selection, base=base, check_frozen=False)
+    assert seen == [parameter.stride()] == [(1, len(parameter))]
+
+
 class TestRoundTrip:
     """The live model, the base with the delta loaded, and the merged folder: bit for bit one."""
 

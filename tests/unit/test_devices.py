@@ -3,15 +3,18 @@
 import pickle
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing import assert_close
 
 from layerrl.errors import ProbeError
-from layerrl.shards import with_parameter
+from layerrl.shards import sharded_like, with_parameter
 from layerrl.sweep.harness import Harness, _tensors, model_on_cpu
 from layerrl.trainer.metrics import norm
 from tests.devices import on_any_device
@@ -35,6 +38,27 @@ def test_a_kept_value_follows_its_parameter():
     value = SimpleNamespace(device=torch.device("cpu"), data=torch.ones(3))
     assert with_parameter(value, on("meta", 3)) is value
     assert value.data.is_meta
+
+
+def test_a_sharded_value_lies_where_its_parameter_does(tmp_path, monkeypatch):
+    """FSDP2 can offload what it shards, and torch would leave the value on the mesh's device."""
+
+    def on_the_mesh(value: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
+        # In place of a CPU and a GPU, `meta` and a CPU: off `meta` torch moves nothing itself.
+        assert value.is_meta
+        return distribute_tensor(torch.empty(value.shape), mesh, placements)
+
+    monkeypatch.setattr("layerrl.shards.distribute_tensor", on_the_mesh)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.ones(4, 3), DeviceMesh("cpu", [0]), [Shard(0)])
+        parameter = nn.Parameter(sharded.to("meta"))
+        value = sharded_like(torch.ones(4, 3), parameter)
+    finally:
+        distributed.destroy_process_group()
+    assert isinstance(value, DTensor)
+    assert value.to_local().is_meta
 
 
 @on_any_device

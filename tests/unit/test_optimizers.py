@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam, RAdam, RMSprop
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from layerrl import LayerMaskedGRPOTrainer, select_layers
@@ -316,6 +318,25 @@ class TestKinds:
         run(optimizer, halves, range(2))
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         assert {optimizer.state[p]["master"].dtype for p in halves} == {torch.float32}
+
+    def test_bitsandbytes_finds_its_state_on_the_gpu_that_the_weights_are_on(self):
+        """A checkpoint is read to the CPU, and it moves only what it knows itself."""
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        made = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device="cpu"))
+        optimizer = in_float32([made], bitsandbytes.optim.AdamW8bit)
+        made.grad = torch.ones_like(made)
+        optimizer.step()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        saved = tree_map_only(Tensor, mode.from_tensor, optimizer.state_dict())
+        with mode:
+            half = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device="cuda:0"))
+        resumed = bitsandbytes.optim.AdamW8bit([half], lr=LR)
+        with mode:
+            step_in_float32(resumed)
+            resumed.load_state_dict(saved)
+        state = {k: v for k, v in resumed.state[half].items() if isinstance(v, Tensor)}
+        assert {"master", "state1", "state2", "absmax1"} <= {*state}
+        assert {str(value.device) for value in state.values()} == {"cuda:0"}
 
 
 class TestCheckSteps:

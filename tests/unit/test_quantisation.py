@@ -13,6 +13,7 @@ from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from tests.grpo import make
 from tests.models import tiny, tiny_config
+from tests.replays import Pair, call, ids, warnings
 from tests.runs import assert_trained, bits, load, metric, saved, train
 
 LAYER = 2
@@ -217,6 +218,23 @@ def run(base, tmp_path_factory):
     trainer.train()
     trainer.save_delta(folder / "delta")
     return trainer, folder
+
+
+@needs_bitsandbytes
+class TestReplay:
+    @pytest.mark.parametrize(("kind", "rows_alone"), [("4 bit", True), ("8 bit", False)])
+    def test_rows_are_replayed_beside_others_unless_these_change_them(
+        self, base, caplog, kind, rows_alone
+    ):
+        """On CUDA, an outlier in one row has LLM.int8 compute a column of all rows otherwise."""
+        both = Pair(quantised(base, kind).eval(), LAYER)
+        some = call(ids()[[3, 1]])
+        with both.batch():
+            assert both.replays(call(), call(), call()) == [False, True, True]
+            assert both.same(some, atol=1e-2) == rows_alone
+            assert both.same(call())
+        said = [text for text in warnings(caplog) if "depends on its neighbours (8-bit" in text]
+        assert len(said) == (not rows_alone)
 
 
 @needs_bitsandbytes

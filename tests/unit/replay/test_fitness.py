@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from layerrl.replay.comparing import difference, flat, gradients
-from layerrl.replay.entering import Request
+from layerrl.replay.entering import Request, autocast_dtype
+from layerrl.replay.prefix import _computed_in
 from layerrl.replay.state import unfit, without_hooks
 from tests.models import tiny
 from tests.replays import ids
@@ -85,6 +86,15 @@ class TestUnfit:
         assert seen == []
         model(torch.ones(1, 2))
         assert seen == [0, 1, 2]
+
+
+class TestPrecision:
+    def test_autocast_is_off_where_torch_knows_none(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert autocast_dtype(torch.device("cpu")) == torch.bfloat16
+            assert autocast_dtype(torch.device("meta")) is None
+            assert _computed_in(torch.empty(2, device="meta")) == torch.float32
+        assert autocast_dtype(torch.device("cpu")) is None
 
 
 class TestRequest:

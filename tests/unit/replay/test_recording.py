@@ -394,10 +394,13 @@ class TestSeveralProcesses:
         pair = Pair(tiny("llama", 4).eval(), agree=lambda here: answers.append(here) or here)
         with pair.batch():
             assert pair.replays(call(), call(), call()) == [0, 1, 1]
-        # Whether there is a budget; whether the rows are known, and the kind; whether it matched.
-        assert answers == [True, False, *[True, False], *[True, True], *[True] * 4]
+        # Whether there is a budget; whether the rows are known, and the kind, and arguments of the
+        # layers are the same; of the comparison, whether the replay and both went well, and whether
+        # nothing was drawn.
+        compared = [True, False, *[True, True], True, True, True]
+        assert answers == [True, False, *compared, *[True] * 3, *[True] * 3]
 
-    @pytest.mark.parametrize("otherwise", range(7))
+    @pytest.mark.parametrize("otherwise", range(14))
     def test_do_as_any_that_cannot(self, caplog, otherwise):
         answers = iter(index != otherwise for index in range(100))
         pair = Pair(tiny("llama", 4).eval(), agree=lambda here: next(answers) and here)
@@ -412,18 +415,44 @@ class TestSeveralProcesses:
         answers: list[bool] = []
 
         def agree(here: bool) -> bool:
-            # The tenth question: whether this kind of call has been compared. Not in the other.
-            answers.append(here and len(answers) != 9)
+            # Whether this kind of call has been compared. Not in the other.
+            answers.append(here and len(answers) != 13)
             return answers[-1]
 
         pair = Pair(tiny("llama", 4).eval(), agree=agree)
         with pair.batch():
             assert pair.replays(call(), call(), call()) == [0, 1, 1]
-        assert answers[8:] == [True, False, *[True, True], *[True, True]]
+        assert answers[12:14] == [True, False]
+        assert all(answers[14:])
         assert not pair.replay.refused
 
+    @pytest.mark.parametrize("layer", [1, 2])
+    def test_ask_alike_where_one_calls_its_layers_otherwise(self, layer, caplog):
+        """After the last frozen layer: on the way there, others gather layers that are sharded."""
+        seen: list[Any] = []
+        model = tiny("llama", 4).eval()
+        pair = Pair(model, 3, agree=lambda here: seen.append(here) or here)
+        with pair.batch():
+            assert pair.replays(call(), call(), call()) == [0, 1, 1]
+            del seen[:]
+            for index in (1, 2):
+
+                def move(_: Any, args: Any, kwargs: Any, index: int = index) -> Any:
+                    seen.append(f"layer {index}")
+                    moved = kwargs["position_ids"] + (index == layer)
+                    return args, {**kwargs, "position_ids": moved}
+
+                move.__module__ = "accelerate.hooks"  # a launcher's are known to change no results
+                called = pair.model.model.layers[index]
+                called.register_forward_pre_hook(move, with_kwargs=True)
+            assert not pair.same(call())
+        # The rows are known, and the kind; the arguments differ; and once more without a replay.
+        layers = ["layer 1", "layer 2"]
+        assert seen == [True, True, *layers, False, *layers]
+        assert "calls its layers otherwise" in warnings(caplog)[0]
+
     def test_stop_where_another_found_a_difference(self, caplog):
-        answers = iter([True, True, True, True, False])
+        answers = iter([True, True, True, True, True, True, True, False])
         pair = Pair(tiny("llama", 4).eval(), agree=lambda here: next(answers, True) and here)
         with pair.batch():
             pair.replays(call(), call())
