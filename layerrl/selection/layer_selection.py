@@ -29,6 +29,7 @@ from layerrl.selection.parsing import (
 )
 from layerrl.selection.parts import ABOVE, names_in_parts
 from layerrl.selection.rates import Boost, check_boosts, is_scale, learning_rate_factors, shown
+from layerrl.selection.rows import NEW_TOKENS, names_rows, part_of, rows_of
 from layerrl.selection.tensors import check_not_shared, described, names_in_layers
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class LayerSelection:
     full: bool = False
     """Every parameter trains, embeddings, final norm and head included."""
     also: tuple[str, ...] = ()
-    """Parts outside the layers that train, too: `"head"`, `"final_norm"`, `"embeddings"`, or globs
-    of full names. With some, `layers` may be empty."""
+    """Parts outside the layers that train, too: `"head"`, `"final_norm"`, `"embeddings"`, rows of
+    the embedding (`"new_tokens:49152-49153"`), or globs of full names. With some, `layers` may be
+    empty."""
     boosts: tuple[Boost, ...] = ()
     """Factors that take the place of the layer's: `(layer or None, glob or part of also, factor)`,
     ascending, with None for every layer."""
@@ -72,6 +74,7 @@ class LayerSelection:
             raise SelectionError(f"full is True or False, got {self.full!r}")
         if not isinstance(self.also, tuple) or (self.also and not are_globs(self.also)):
             raise SelectionError(f"also is a tuple of parts and globs, got {self.also!r}")
+        self._check_new_tokens()
         last = integer(self.num_layers) - 1
         given = [integer(layer) for layer in self.layers]
         if not given and self.also:
@@ -94,6 +97,23 @@ class LayerSelection:
         beside = self.modules is not None or self.also
         if self.full and (len(given) != self.num_layers or beside):
             raise SelectionError('"full" trains every parameter: it takes no layers, modules, also')
+
+    def _check_new_tokens(self) -> None:
+        by_rows = [part for part in self.also if names_rows(part)]
+        if len(by_rows) > 1:
+            raise SelectionError(
+                f"also names new tokens {len(by_rows)} times, {by_rows}: name all rows in one, "
+                f'as "{NEW_TOKENS}:49152-49153,49160"'
+            )
+        if by_rows and "embeddings" in self.also:
+            raise SelectionError(
+                f'also={list(self.also)}: "embeddings" trains all rows of the embedding, '
+                f"{by_rows[0]!r} some of them alone. Take one of them."
+            )
+        if rows := [row for part in by_rows for row in rows_of(part)]:
+            named = part_of(rows)
+            also = tuple(named if names_rows(part) else part for part in self.also)
+            object.__setattr__(self, "also", also)
 
     def __str__(self) -> str:
         if self.full:
@@ -122,6 +142,16 @@ class LayerSelection:
         return any(factor != 1 for factor in factors)
 
     @property
+    def token_rows(self) -> tuple[int, ...]:
+        """Rows of the embedding, and of an untied head, that train without the others."""
+        return tuple(row for part in self.also if names_rows(part) for row in rows_of(part))
+
+    @property
+    def awaits_rows(self) -> bool:
+        """Whether it trains new tokens and does not say yet which rows these have."""
+        return NEW_TOKENS in self.also
+
+    @property
     def trains_below(self) -> bool:
         """Whether something below the layers trains, or may: a glob of `also` can name it."""
         return self.full or bool({*self.also} - ABOVE)
@@ -140,6 +170,7 @@ class LayerSelection:
 
         Returns:
             Name in the unwrapped model to parameter; a tensor shared by two modules appears once.
+            Of new tokens, the whole tensors that have their rows.
 
         Raises:
             SelectionError: If the model has another number of layers, a glob matches nothing in
@@ -179,6 +210,9 @@ class LayerSelection:
 
     def masked(self, model: nn.Module) -> AbstractContextManager[dict[str, nn.Parameter]]:
         """Let only the selected tensors train; afterwards every flag is as it was found.
+
+        Of new tokens the whole embedding requires a gradient, and that of its other rows is zero.
+        An optimizer of your own must not decay them (`weight_decay=0` for that tensor).
 
         Args:
             model: As for `parameters`. Its `requires_grad` flags are set on entry and restored on

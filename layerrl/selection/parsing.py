@@ -139,8 +139,8 @@ def parts(also: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]:
     given = tuple(dict.fromkeys(given)) if isinstance(given, Iterable) else ("",)
     if given and not are_globs(given):
         raise SelectionError(
-            f'also names parts outside the layers: "head", "final_norm", "embeddings" or globs of '
-            f"full names, such as 'model.norm.*'; got {also!r}"
+            'also names parts outside the layers: "head", "final_norm", "embeddings", "new_tokens" '
+            f"or globs of full names, such as 'model.norm.*'; got {also!r}"
         )
     return given
 
