@@ -108,8 +108,7 @@ def save_delta(
         return Path(path)
     _check_trained(model, tensors, base)
     if found is not None:
-        rows = fingerprints_of_rows(model, selection)
-        _check_unchanged(base, found, [n for n in rows if rows[n] != base.kept_rows.get(n)])
+        _check_unchanged(base, found, fingerprints_of_rows(model, selection))
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
@@ -182,9 +181,10 @@ def _check_trained(model: nn.Module, tensors: Mapping[str, Tensor], base: DeltaB
         )
 
 
-def _check_unchanged(base: DeltaBase, found: Comparison, rows: Collection[str]) -> None:
+def _check_unchanged(base: DeltaBase, found: Comparison, rows: Mapping[str, str]) -> None:
     frozen = [name for name in base.fingerprints if name not in base.trained]
-    changed = {*found.shapes, *found.values, *found.uncompared, *found.extra, *rows}
+    changed = {*found.shapes, *found.values, *found.uncompared, *found.extra}
+    changed |= {name for name, mark in rows.items() if mark != base.kept_rows.get(name)}
     changed |= {name for name in frozen if name not in found.names}
     if changed:
         raise DeltaError(

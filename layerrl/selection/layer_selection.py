@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from layerrl.blocks import (
     plain_name,
     unwrap,
 )
-from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
@@ -29,15 +27,12 @@ from layerrl.selection.parsing import (
 )
 from layerrl.selection.parts import ABOVE, names_in_parts
 from layerrl.selection.rates import Boost, check_boosts, is_scale, learning_rate_factors, shown
-from layerrl.selection.rows import NEW_TOKENS, names_rows, part_of, rows_of
+from layerrl.selection.rows import NEW_TOKENS, names_rows, rows_of, with_named_rows
 from layerrl.selection.tensors import check_not_shared, described, names_in_layers
+from layerrl.selection.written import as_json, fields_in
 
 if TYPE_CHECKING:
     import torch
-
-
-_VERSION = 2
-_OF_VERSION_1 = ("num_layers", "layers", "learning_rate_scale", "modules", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +69,7 @@ class LayerSelection:
             raise SelectionError(f"full is True or False, got {self.full!r}")
         if not isinstance(self.also, tuple) or (self.also and not are_globs(self.also)):
             raise SelectionError(f"also is a tuple of parts and globs, got {self.also!r}")
-        self._check_new_tokens()
+        object.__setattr__(self, "also", with_named_rows(self.also))
         last = integer(self.num_layers) - 1
         given = [integer(layer) for layer in self.layers]
         if not given and self.also:
@@ -97,23 +92,6 @@ class LayerSelection:
         beside = self.modules is not None or self.also
         if self.full and (len(given) != self.num_layers or beside):
             raise SelectionError('"full" trains every parameter: it takes no layers, modules, also')
-
-    def _check_new_tokens(self) -> None:
-        by_rows = [part for part in self.also if names_rows(part)]
-        if len(by_rows) > 1:
-            raise SelectionError(
-                f"also names new tokens {len(by_rows)} times, {by_rows}: name all rows in one, "
-                f'as "{NEW_TOKENS}:49152-49153,49160"'
-            )
-        if by_rows and "embeddings" in self.also:
-            raise SelectionError(
-                f'also={list(self.also)}: "embeddings" trains all rows of the embedding, '
-                f"{by_rows[0]!r} some of them alone. Take one of them."
-            )
-        if rows := [row for part in by_rows for row in rows_of(part)]:
-            named = part_of(rows)
-            also = tuple(named if names_rows(part) else part for part in self.also)
-            object.__setattr__(self, "also", also)
 
     def __str__(self) -> str:
         if self.full:
@@ -350,11 +328,7 @@ class LayerSelection:
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` turns back into an equal selection."""
-        values = asdict(self)
-        # Whatever format version 1 can say is said in it, for earlier versions of layerrl to read.
-        used = {name: value for name, value in values.items() if name in _OF_VERSION_1 or value}
-        version = {} if {*used} == {*_OF_VERSION_1} else {"format_version": _VERSION}
-        return json.dumps(used | version)
+        return as_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> LayerSelection:
@@ -369,30 +343,7 @@ class LayerSelection:
         Raises:
             SelectionError: If the text is not JSON, has other fields, or says something impossible.
         """
-        names = {field.name for field in fields(cls)}
-        try:
-            data = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise SelectionError(f"not the JSON of a LayerSelection: {error}") from error
-        version = data.pop("format_version", 1) if isinstance(data, dict) else 1
-        if whole_number(version) is None or not 1 <= version <= _VERSION:
-            raise SelectionError(
-                f"the JSON of a LayerSelection has format version {version!r}; this layerrl reads "
-                f"1 to {_VERSION}. A newer one may have written it."
-            )
-        if not isinstance(data, dict) or not {*_OF_VERSION_1} <= {*data} <= names:
-            raise SelectionError(
-                f"not the JSON of a LayerSelection: expected the fields {sorted(_OF_VERSION_1)}, "
-                f"perhaps {sorted(names - {*_OF_VERSION_1})}, got "
-                f"{sorted(data) if isinstance(data, dict) else data!r}"
-            )
-        values: dict[str, Any] = {
-            name: tuple(tuple(v) if isinstance(v, list) else v for v in value)
-            if isinstance(value, list)
-            else value
-            for name, value in data.items()
-        }
-        return cls(**values)
+        return cls(**fields_in(text, {field.name for field in fields(cls)}))
 
     def check_num_layers(self, num_layers: int, of: str) -> None:
         """Refuse a model with another number of layers.

@@ -63,6 +63,33 @@ def part_of(rows: Iterable[int]) -> str:
     return f"{NEW_TOKENS}:{ranges(tuple(sorted(rows)))}".replace(" ", "")
 
 
+def with_named_rows(also: tuple[str, ...]) -> tuple[str, ...]:
+    """Parts with new tokens named in one way, for equal selections to be equal.
+
+    Args:
+        also: The parts of a selection.
+
+    Returns:
+        The same, with the rows ascending and in ranges.
+
+    Raises:
+        SelectionError: If they are named more than once, or beside the whole embedding.
+    """
+    by_rows = [part for part in also if names_rows(part)]
+    if len(by_rows) > 1:
+        raise SelectionError(
+            f"also names new tokens {len(by_rows)} times, {by_rows}: name all rows in one, "
+            f'as "{NEW_TOKENS}:49152-49153,49160"'
+        )
+    if by_rows and "embeddings" in also:
+        raise SelectionError(
+            f'also={list(also)}: "embeddings" trains all rows of the embedding, '
+            f"{by_rows[0]!r} some of them alone. Take one of them."
+        )
+    named = {part: part_of(rows_of(part)) for part in by_rows if part != NEW_TOKENS}
+    return tuple(named.get(part, part) for part in also)
+
+
 def resolved(
     selection: LayerSelection, model: nn.Module, added: Iterable[int] = ()
 ) -> LayerSelection:
