@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import plain_name, unwrap
+from layerrl.blocks import find_blocks, plain_name, unwrap
 from layerrl.errors import FrozenTensorError
+from layerrl.selection.parts import rows_kept
 from layerrl.shards import local
 
 if TYPE_CHECKING:
@@ -114,6 +115,35 @@ def frozen_tensors(model: nn.Module, selection: LayerSelection) -> dict[str, Ten
     return frozen | dict(_persistent_buffers(model))
 
 
+def frozen_rows(model: nn.Module, selection: LayerSelection) -> Iterator[tuple[str, slice, Tensor]]:
+    """The rows of trained tensors that must not move while the selection trains.
+
+    Args:
+        model: The model the selection fits, wrapped or not.
+        selection: What trains.
+
+    Yields:
+        Name of a tensor, a run of its rows, and these rows, a view. Mostly none.
+    """
+    base = unwrap(model)
+    kept = rows_kept(selection, base, find_blocks(base))
+    named = {plain_name(name): parameter for name, parameter in base.named_parameters()}
+    for name, runs in kept.items():
+        for run in runs:
+            yield name, run, named[name].detach()[run]
+
+
+def fingerprints_of_rows(
+    model: nn.Module, selection: LayerSelection, *, device: torch.device | None = None
+) -> dict[str, str]:
+    """The fingerprints of `frozen_rows`, by names as `"model.embed_tokens.weight[0:49152]"`."""
+    rows = {
+        f"{name}[{run.start}:{run.stop}]": values
+        for name, run, values in frozen_rows(model, selection)
+    }
+    return fingerprints(rows, device=device)
+
+
 def saved_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All that is saved with a model.
 
@@ -160,7 +190,9 @@ class FrozenRecord:
         self.take(model)
 
     def _now(self, model: nn.Module) -> dict[str, str]:
-        return fingerprints(frozen_tensors(model, self._selection), device=self._device)
+        return fingerprints(
+            frozen_tensors(model, self._selection), device=self._device
+        ) | fingerprints_of_rows(model, self._selection, device=self._device)
 
     def take(self, model: nn.Module) -> None:
         """Record the frozen tensors as they are now: check them first, or a change is lost.

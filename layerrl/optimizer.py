@@ -63,8 +63,14 @@ def refuse_updates_in_backward(
         master_weights: Whether trained tensors are to be updated in float32.
 
     Raises:
-        SelectionError: If the selection scales learning rates, or there are master weights.
+        SelectionError: If the selection scales learning rates or trains rows of a tensor without
+            the others, or there are master weights.
     """
+    if selection.token_rows:
+        raise SelectionError(
+            f"{selection}: {name} updates layer by layer, in the backward, and the other rows of "
+            "the embedding could not be kept. Choose another optimizer in the args."
+        )
     if selection.is_boosted:
         raise SelectionError(
             f"{selection}: the scales cannot be put into {name}, which updates layer by layer. "

@@ -129,7 +129,7 @@ class _Masters:
             "state_dict": self._giving_state(optimizer.state_dict),
             "load_state_dict": self._loading_state(optimizer.load_state_dict),
         }
-        for name in _other_methods(type(optimizer)) - {*replaced}:
+        for name in other_methods(type(optimizer)) - {*replaced}:
             replaced[name] = self._touching(getattr(optimizer, name))
         for name, function in replaced.items():
             setattr(optimizer, name, MethodType(function, optimizer))
@@ -277,7 +277,7 @@ class _Masters:
         return [p for p in self._parameters() if p.dtype in HALF]
 
 
-def _other_methods(cls: type) -> set[str]:
+def other_methods(cls: type) -> set[str]:
     """Public methods that torch's optimizers do not have: they may write to the weights, too."""
     return {
         name

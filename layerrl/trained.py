@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from layerrl.adapters import adapter_tensors
 from layerrl.blocks import plain_name, unwrap
-from layerrl.selection.parts import names_in_parts
+from layerrl.selection.parts import names_in_parts, rows_kept
+from layerrl.selection.rows import NEW_TOKENS, names_rows
 from layerrl.shards import is_sharded, shape
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from layerrl.selection import LayerSelection
 
@@ -48,21 +49,49 @@ class TrainedLayers:
             for layer in self.selection.layers
         }
         """Those of each selected layer, in the order of the layers."""
-        outside = names_in_parts(
-            self.selection, unwrap(self.model), blocks, adapter_tensors(self.model)
-        )
+        self.frozen_rows = rows_kept(self.selection, unwrap(self.model), blocks)
+        """Plain name of each tensor that trains by rows, to runs of those that do not train."""
+        outside = {
+            **names_in_parts(
+                self.selection, unwrap(self.model), blocks, adapter_tensors(self.model)
+            ),
+            **{part: self.frozen_rows for part in self.selection.also if names_rows(part)},
+        }
         named = dict(unwrap(self.model).named_parameters(remove_duplicate=False))
         named = {plain_name(name): parameter for name, parameter in named.items()}
         self.by_part: dict[str, list[nn.Parameter]] = {
             **{f"layer_{layer}": tensors for layer, tensors in self.by_layer.items()},
-            **{part: [named[n] for n in named if n in names] for part, names in outside.items()},
+            **{
+                NEW_TOKENS if names_rows(part) else part: [named[n] for n in named if n in names]
+                for part, names in outside.items()
+            },
         }
         """The same, and those of each part outside the layers, by the names they are logged by."""
 
     @property
     def num_training(self) -> int:
         """Elements that train now: those of layers whose turn it is not do not."""
-        return sum(shape(p).numel() for p in self.parameters.values() if p.requires_grad)
+        kept = {
+            name: sum(run.stop - run.start for run in runs)
+            for name, runs in self.frozen_rows.items()
+        }
+        return sum(
+            shape(p).numel() - kept.get(name, 0) * shape(p)[1:].numel()
+            for name, p in self.parameters.items()
+            if p.requires_grad
+        )
+
+    def trained_rows(self, name: str, value: Tensor) -> Tensor:
+        """What trains of a tensor.
+
+        Args:
+            name: Its plain name.
+            value: Its value, of any time.
+
+        Returns:
+            The rows that train, where these are not all.
+        """
+        return value[list(self.selection.token_rows)] if name in self.frozen_rows else value
 
     def follow(self, model: nn.Module) -> bool:
         """Go on in parts: of other parameters under FSDP2, of the same ones under ZeRO-3.

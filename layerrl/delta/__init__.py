@@ -25,6 +25,7 @@ from layerrl.delta.fitting import (
     check_same_base,
     check_settings,
     described,
+    misfit,
 )
 from layerrl.delta.folder import (
     FORMAT_VERSION,
@@ -48,7 +49,7 @@ from layerrl.delta.record import (
 from layerrl.delta.settings import computing_settings
 from layerrl.digests import json_digest
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.frozen import fingerprints, saved_tensors
+from layerrl.frozen import fingerprints, fingerprints_of_rows, saved_tensors
 from layerrl.selection import LayerSelection
 from layerrl.shards import whole
 
@@ -107,7 +108,7 @@ def save_delta(
         return Path(path)
     _check_trained(model, tensors, base)
     if found is not None:
-        _check_unchanged(base, found)
+        _check_unchanged(base, found, fingerprints_of_rows(model, selection))
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
@@ -180,9 +181,10 @@ def _check_trained(model: nn.Module, tensors: Mapping[str, Tensor], base: DeltaB
         )
 
 
-def _check_unchanged(base: DeltaBase, found: Comparison) -> None:
+def _check_unchanged(base: DeltaBase, found: Comparison, rows: Mapping[str, str]) -> None:
     frozen = [name for name in base.fingerprints if name not in base.trained]
     changed = {*found.shapes, *found.values, *found.uncompared, *found.extra}
+    changed |= {name for name, mark in rows.items() if mark != base.kept_rows.get(name)}
     changed |= {name for name in frozen if name not in found.names}
     if changed:
         raise DeltaError(
@@ -221,7 +223,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
     try:
         trained = delta.selection.parameters(model)
     except SelectionError as error:
-        raise DeltaError(f"the delta at {path} does not fit the model: {error}") from error
+        raise DeltaError(misfit(delta, "the model", error)) from error
     current = set(checkpoint_form(model, stand_ins(trained)))
     if current != set(tensors):
         raise DeltaError(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from layerrl.delta.folder import Delta
     from layerrl.delta.record import DeltaBase
+    from layerrl.errors import SelectionError
 
 _IN_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 STAGES = (
@@ -95,6 +96,14 @@ def check_model_type(delta: Delta, found: str | None) -> None:
             f"the delta at {delta.path} was made from a model of type {delta.base.model_type!r}, "
             f"this one is {found!r}"
         )
+
+
+def misfit(delta: Delta, what: str, error: SelectionError) -> str:
+    """The sentence for a model that a delta's selection does not fit."""
+    text = f"the delta at {delta.path} does not fit {what}: {error}"
+    if delta.selection.token_rows:
+        text += ". Its base is the model with resized embeddings, saved before it was trained."
+    return text
 
 
 def check_base(

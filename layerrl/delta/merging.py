@@ -23,7 +23,7 @@ from layerrl.delta.checkpoint import (
     stored_names,
     tensors_of,
 )
-from layerrl.delta.fitting import STAGES, check_base, check_model_type, origin, place_of
+from layerrl.delta.fitting import STAGES, check_base, check_model_type, misfit, origin, place_of
 from layerrl.delta.folder import Delta, new_folder, refuse_existing
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
@@ -143,7 +143,7 @@ def _check_selection(
         try:
             trained, known = tensors_of(delta.selection, model, checkpoint.shards_of)
         except SelectionError as error:
-            raise DeltaError(f"the delta at {delta.path} does not fit the base: {error}") from error
+            raise DeltaError(misfit(delta, "the base", error)) from error
     if delta.version > 1 and (unknown := sorted(known - {*stored})):
         raise DeltaError(
             f"the base has {len(unknown)} tensors that the base of the delta at {delta.path} had "
@@ -164,8 +164,11 @@ def _in_selected_layers(selection: LayerSelection, own: set[str]) -> set[str]:
     if selection.full or selection.also:
         return own
     inside = {name: place for name in own if (place := place_of(name)) is not None}
+    outside = own - {*inside} if selection.also else set()
     path = Counter(path for path, _ in inside.values()).most_common(1)
-    return {name for name, (p, k) in inside.items() if p == path[0][0] and k in selection.layers}
+    return outside | {
+        name for name, (p, k) in inside.items() if p == path[0][0] and k in selection.layers
+    }
 
 
 def _hint(deltas: list[Delta], index: int, *, union: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from layerrl.delta.fitting import is_packed
 from layerrl.delta.origin import commit_of
 from layerrl.delta.settings import computing_settings
 from layerrl.digests import json_digest
-from layerrl.frozen import fingerprints, saved_tensors
+from layerrl.frozen import fingerprints, fingerprints_of_rows, saved_tensors
 from layerrl.seams import imported
 from layerrl.shards import is_sharded, shape, whole
 
@@ -53,6 +53,8 @@ class DeltaBase:
     """Rows of the input embedding."""
     config: dict[str, Any] | None
     """Settings of the config that change what it computes; None: a model without one."""
+    kept_rows: dict[str, str] = field(default_factory=dict, compare=False)
+    """Fingerprints of rows of trained tensors that do not train. Of the run; not in the delta."""
 
     @classmethod
     def of(
@@ -104,6 +106,7 @@ class DeltaBase:
             quantised=tuple(packed),
             vocabulary=vocabulary(model),
             config=None if config is None else computing_settings(config),
+            kept_rows=fingerprints_of_rows(model, selection, device=device),
         )
         if record.name is None or record.revision is not None:
             return record

@@ -113,7 +113,15 @@ def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
 
     Returns:
         Undoes both when it is closed, at the latest when Python ends.
+
+    Raises:
+        SelectionError: If rows of the embedding were to train without the others.
     """
+    if selection.token_rows:
+        raise SelectionError(
+            f"{selection}: the other rows of the embedding cannot be kept in an optimizer of this "
+            'framework. Use a masked trainer, or train all rows (also=("embeddings", "head")).'
+        )
     stack = ExitStack()
     atexit.register(stack.close)  # not later, when a half-dismantled Python would complain
     stack.enter_context(selection.masked(model))

@@ -9,6 +9,7 @@ from torch import nn
 from layerrl.blocks import plain_name
 from layerrl.errors import SelectionError
 from layerrl.seams import imported
+from layerrl.selection.rows import names_rows
 
 if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
@@ -62,6 +63,8 @@ def _refuse(tool: object, selection: LayerSelection, *, multimodal: bool) -> Non
         problem = "it has one learning rate for all layers. Select without boost"
     elif tool in ("peft", "slime") and selection.also:
         problem = f"it takes layers alone. Leave out also={list(selection.also)}"
+    elif any(map(names_rows, selection.also)):
+        problem = "it would train all rows of the embedding. Leave out the new tokens"
     elif tool == "slime" and selection.modules is not None:
         problem = "Megatron fuses and renames what is inside a layer. Select whole layers"
     elif tool == "slime" and multimodal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from layerrl.blocks import (
     plain_name,
     unwrap,
 )
-from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
@@ -29,15 +27,13 @@ from layerrl.selection.parsing import (
 )
 from layerrl.selection.parts import ABOVE, names_in_parts
 from layerrl.selection.rates import Boost, check_boosts, is_scale, learning_rate_factors, shown
+from layerrl.selection.rows import NEW_TOKENS, names_rows, rows_of, with_named_rows
 from layerrl.selection.tensors import check_not_shared, described, names_in_layers
 from layerrl.selection.towers import STACKS, blocks_of
+from layerrl.selection.written import as_json, fields_in
 
 if TYPE_CHECKING:
     import torch
-
-
-_VERSION = 2
-_OF_VERSION_1 = ("num_layers", "layers", "learning_rate_scale", "modules", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +55,8 @@ class LayerSelection:
     """Every parameter trains, embeddings, final norm and head included."""
     also: tuple[str, ...] = ()
     """Parts outside the layers that train, too: `"head"`, `"final_norm"`, `"embeddings"`,
-    `"projector"`, or globs of full names. With some, `layers` may be empty."""
+    `"projector"`, rows of the embedding (`"new_tokens:49152-49153"`), or globs of full names. With
+    some, `layers` may be empty."""
     boosts: tuple[Boost, ...] = ()
     """Factors that take the place of the layer's: `(layer or None, glob or part of also, factor)`,
     ascending, with None for every layer."""
@@ -77,6 +74,7 @@ class LayerSelection:
             raise SelectionError(f"also is a tuple of parts and globs, got {self.also!r}")
         if self.stack not in [*STACKS]:
             raise SelectionError(f'stack is "text" or "vision", got {self.stack!r}')
+        object.__setattr__(self, "also", with_named_rows(self.also))
         last = integer(self.num_layers) - 1
         given = [integer(layer) for layer in self.layers]
         if not given and self.also:
@@ -130,6 +128,16 @@ class LayerSelection:
         return any(factor != 1 for factor in factors)
 
     @property
+    def token_rows(self) -> tuple[int, ...]:
+        """Rows of the embedding, and of an untied head, that train without the others."""
+        return tuple(row for part in self.also if names_rows(part) for row in rows_of(part))
+
+    @property
+    def awaits_rows(self) -> bool:
+        """Whether it trains new tokens and does not say yet which rows these have."""
+        return NEW_TOKENS in self.also
+
+    @property
     def trains_below(self) -> bool:
         """Whether something below the layers trains, or may: a glob of `also` can name it."""
         return self.full or bool({*self.also} - ABOVE[self.stack])
@@ -163,6 +171,7 @@ class LayerSelection:
 
         Returns:
             Name in the unwrapped model to parameter; a tensor shared by two modules appears once.
+            Of new tokens, the whole tensors that have their rows.
 
         Raises:
             SelectionError: If the model has another number of layers, a glob matches nothing in
@@ -202,6 +211,9 @@ class LayerSelection:
 
     def masked(self, model: nn.Module) -> AbstractContextManager[dict[str, nn.Parameter]]:
         """Let only the selected tensors train; afterwards every flag is as it was found.
+
+        Of new tokens the whole embedding requires a gradient, and that of its other rows is zero.
+        An optimizer of your own must not decay them (`weight_decay=0` for that tensor).
 
         Args:
             model: As for `parameters`. Its `requires_grad` flags are set on entry and restored on
@@ -340,12 +352,7 @@ class LayerSelection:
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` turns back into an equal selection."""
-        values = asdict(self)
-        # Whatever format version 1 can say is said in it, for earlier versions of layerrl to read.
-        left_out = {field.name: field.default for field in fields(self)}
-        used = {k: v for k, v in values.items() if k in _OF_VERSION_1 or v != left_out[k]}
-        version = {} if {*used} == {*_OF_VERSION_1} else {"format_version": _VERSION}
-        return json.dumps(used | version)
+        return as_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> LayerSelection:
@@ -360,30 +367,7 @@ class LayerSelection:
         Raises:
             SelectionError: If the text is not JSON, has other fields, or says something impossible.
         """
-        names = {field.name for field in fields(cls)}
-        try:
-            data = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise SelectionError(f"not the JSON of a LayerSelection: {error}") from error
-        version = data.pop("format_version", 1) if isinstance(data, dict) else 1
-        if whole_number(version) is None or not 1 <= version <= _VERSION:
-            raise SelectionError(
-                f"the JSON of a LayerSelection has format version {version!r}; this layerrl reads "
-                f"1 to {_VERSION}. A newer one may have written it."
-            )
-        if not isinstance(data, dict) or not {*_OF_VERSION_1} <= {*data} <= names:
-            raise SelectionError(
-                f"not the JSON of a LayerSelection: expected the fields {sorted(_OF_VERSION_1)}, "
-                f"perhaps {sorted(names - {*_OF_VERSION_1})}, got "
-                f"{sorted(data) if isinstance(data, dict) else data!r}"
-            )
-        values: dict[str, Any] = {
-            name: tuple(tuple(v) if isinstance(v, list) else v for v in value)
-            if isinstance(value, list)
-            else value
-            for name, value in data.items()
-        }
-        return cls(**values)
+        return cls(**fields_in(text, {field.name for field in fields(cls)}))
 
     def check_num_layers(self, num_layers: int, of: str) -> None:
         """Refuse a model with another number of layers.

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from layerrl.blocks import plain_name, unwrap
+from layerrl.blocks import find_blocks, plain_name, unwrap
+from layerrl.selection.parts import rows_kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from layerrl.selection import LayerSelection
 
@@ -29,15 +34,20 @@ class Masked(AbstractContextManager[dict[str, nn.Parameter]]):
     def __init__(self, selection: LayerSelection, model: nn.Module) -> None:
         self._selection, self._model = selection, model
         self._entered: list[tuple[dict[str, bool], dict[str, bool], TrainingMask | None]] = []
+        self._hooks: list[list[RemovableHandle]] = []
 
     def __enter__(self) -> dict[str, nn.Parameter]:
         trained = self._selection.parameters(self._model)
+        kept = _rows_kept(self._selection, self._model)
         before, waiting = _flags(self._model), _waiting.get(unwrap(self._model))
         self._entered.append((before, waiting.pause() if waiting else before, waiting))
         _mask(self._model, trained)
+        self._hooks.append(_without_gradient(trained, kept))
         return trained
 
     def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks.pop():
+            hook.remove()
         before, users, waiting = self._entered.pop()
         if made_inside := _waiting.pop(unwrap(self._model), None):
             made_inside.forget()
@@ -59,6 +69,7 @@ class TrainingMask:
         self._masked: dict[str, bool] = {}
         self._paused: tuple[nn.Module, dict[str, bool], dict[str, bool]] | None = None
         self._trains = False
+        self._hooks: list[RemovableHandle] = []
 
     @contextmanager
     def during_training(self) -> Iterator[None]:
@@ -80,7 +91,7 @@ class TrainingMask:
         Raises:
             SelectionError: If the selection does not fit the model; nothing is changed then.
         """
-        trained = selection.parameters(model)
+        trained, kept = selection.parameters(model), _rows_kept(selection, model)
         self._paused = None
         self.take_off()
         if waiting := _waiting.get(unwrap(model)):
@@ -88,7 +99,9 @@ class TrainingMask:
         self._model, self._before = model, _flags(model)
         _mask(model, trained)
         self._masked = _flags(model)
-        if not self._trains:
+        if self._trains:
+            self._hooks = _without_gradient(trained, kept)
+        else:
             _waiting[unwrap(model)] = self
 
     def take_off(self) -> None:
@@ -139,6 +152,9 @@ class TrainingMask:
     def forget(self) -> None:
         """Leave the flags as they are: another mask has restored them."""
         self._model, self._before, self._masked = None, {}, {}
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
 
 # The masks of trainers that were made and have not trained since, by their models.
@@ -154,6 +170,33 @@ def _mask(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
     chosen = {id(parameter) for parameter in trained.values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
+
+
+def _rows_kept(selection: LayerSelection, model: nn.Module) -> dict[str, list[slice]]:
+    base = unwrap(model)
+    return rows_kept(selection, base, find_blocks(base))
+
+
+def _without_gradient(
+    trained: Mapping[str, nn.Parameter], kept: Mapping[str, Sequence[slice]]
+) -> list[RemovableHandle]:
+    """Let the gradient of some rows be zero: before it is summed up, averaged, clipped or scaled.
+
+    Args:
+        trained: Name to tensor, each of which requires a gradient.
+        kept: Name to rows.
+
+    Returns:
+        What removes the hooks again.
+    """
+    return [trained[name].register_hook(partial(_zeroed, runs)) for name, runs in kept.items()]
+
+
+def _zeroed(runs: Sequence[slice], gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    for run in runs:
+        gradient[run] = 0
+    return gradient
 
 
 def _restore(model: nn.Module, flags: Mapping[str, bool]) -> None:

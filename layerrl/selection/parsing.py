@@ -140,7 +140,8 @@ def parts(also: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]:
     given = tuple(dict.fromkeys(given)) if isinstance(given, Iterable) else ("",)
     if given and not are_globs(given):
         raise SelectionError(
-            'also names parts outside the layers: "head", "final_norm", "embeddings", "projector" '
+            'also names parts outside the layers: "head", "final_norm", "embeddings", "projector", '
+            '"new_tokens" '
             f"or globs of full names, such as 'model.norm.*'; got {also!r}"
         )
     return given

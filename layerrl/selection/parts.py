@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from layerrl.blocks import Blocks, find_blocks, plain_name
 from layerrl.errors import SelectionError
 from layerrl.selection.parsing import matches
+from layerrl.selection.rows import check_rows, frozen_rows, names_rows, token_tensors
 from layerrl.selection.towers import projectors
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def names_in_parts(
         Part to the plain names of its tensors, those of shared ones too.
 
     Raises:
-        SelectionError: If the model does not have a part, or a glob matches nothing outside the
-            layers.
+        SelectionError: If the model does not have a part or a row, or a glob matches nothing
+            outside the layers.
     """
     outside = [
         name for name, _ in _named_parameters(base) if not name.startswith(f"{blocks.path}.")
@@ -57,6 +58,15 @@ def names_in_parts(
             names = _inside(base, [_getter(base, "get_input_embeddings")])
         elif part == "projector":
             names = _inside(base, projectors(base))
+        elif names_rows(part) and adapted:
+            raise SelectionError(
+                f"also={part!r} trains rows of the model's own embedding, and the model has "
+                "adapters, which train in place of its tensors: train the rows first, without "
+                "adapters, or leave them out"
+            )
+        elif names_rows(part):
+            has_rows = hasattr(_getter(base, "get_input_embeddings"), "weight")
+            names = token_tensors(base) if has_rows else set()
         else:
             known_as = {name: {name, adapted.get(name, name)} for name in outside}
             names = {n for n in outside if any(matches(name, part) for name in known_as[n])}
@@ -68,7 +78,28 @@ def names_in_parts(
                 f"also={part!r} names what has no adapter that trains, and the model has adapters "
                 "elsewhere: name it in target_modules or modules_to_save of the peft_config"
             )
+    if any(map(names_rows, found)):
+        check_rows(selection, base, found)
     return found
+
+
+def rows_kept(selection: LayerSelection, base: nn.Module, blocks: Blocks) -> dict[str, list[slice]]:
+    """The rows of trained tensors that do not train: those of the tokens that were there before.
+
+    Args:
+        selection: What trains.
+        base: The model, unwrapped.
+        blocks: Its layers.
+
+    Returns:
+        Plain name of each tensor that trains by rows, to runs of its other rows; mostly none.
+
+    Raises:
+        SelectionError: If the selection does not fit the model, or its new tokens have no rows yet.
+    """
+    if not any(map(names_rows, selection.also)):
+        return {}
+    return frozen_rows(selection, base, names_in_parts(selection, base, blocks, {}))
 
 
 def _head(base: nn.Module, outside: list[str]) -> set[str]:
@@ -114,7 +145,7 @@ def _getter(base: nn.Module, name: str) -> nn.Module | None:
 
 def _explain_missing(part: str, base: nn.Module, blocks: Blocks, outside: list[str]) -> str:
     text = f"{type(base).__name__} has nothing that also={part!r} names"
-    if part not in _PARTS:
+    if part not in _PARTS and not names_rows(part):
         text = f"also={part!r} matches no tensor outside the layers"
         inside = [n for n, _ in _named_parameters(base) if n.startswith(f"{blocks.path}.")]
         if any(matches(name, part) for name in inside):

@@ -18,6 +18,7 @@ from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
 from layerrl.selection.parsing import are_globs, matches, ranges
 from layerrl.selection.parts import ABOVE, names_in_parts
+from layerrl.selection.rows import NEW_TOKENS, by_rows, names_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -182,7 +183,9 @@ def shown(selection: LayerSelection) -> dict[Any, float]:
 
 def nameable_parts(also: tuple[str, ...], *, full: bool) -> tuple[str, ...]:
     """Names that a boost can give to what trains outside the layers."""
-    return (*sorted(ABOVE), _EMBEDDINGS) if full else also
+    if full:
+        return (*sorted(ABOVE), _EMBEDDINGS)
+    return tuple(NEW_TOKENS if names_rows(part) else part for part in also)
 
 
 def learning_rate_factors(
@@ -255,8 +258,11 @@ def _in_part(
 ) -> list[int]:
     if part not in nameable_parts(selection.also, full=selection.full):
         return []
-    alone = replace(selection, full=False, boosts=(), also=(part,))
-    names = names_in_parts(alone, base, blocks, adapted)[part]
+    if part == NEW_TOKENS:
+        names = {*by_rows(selection, base, names_in_parts(selection, base, blocks, adapted))}
+    else:
+        alone = replace(selection, full=False, boosts=(), also=(part,))
+        names = names_in_parts(alone, base, blocks, adapted)[part]
     named = base.named_parameters(remove_duplicate=False)
     return [id(parameter) for name, parameter in named if plain_name(name) in names]
 

@@ -21,6 +21,7 @@ from layerrl.selection.parsing import (
     resolve,
 )
 from layerrl.selection.rates import nameable_parts, read_boost
+from layerrl.selection.rows import resolved
 from layerrl.selection.tensors import described
 from layerrl.selection.towers import STACKS, blocks_of
 
@@ -54,6 +55,9 @@ def select_layers(
             (all of them, where it has several), or globs of full names (`"model.norm.*"`).
             With the head alone all layers are frozen; above trained embeddings, a projector or a
             glob, nothing is taken for frozen, and the backward runs through every layer.
+            `"new_tokens"`: the rows of the embedding, and of an untied head, that were added since
+            the model was saved, and no other row; given a config, the trainer finds them, with its
+            tokenizer's new tokens. Rows may be named, too: `"new_tokens:49152-49153,49160"`.
         boost: Learning-rate factors of chosen layers (`10`), of globs inside all of them
             (`"mlp.*"`), of pairs of both (`(10, "self_attn.*")`) and of parts of `also` (`"head"`;
             of `"full"`: `"head"`, `"final_norm"`, `"embeddings"`). Of the keys that name a tensor
@@ -69,11 +73,11 @@ def select_layers(
 
     Raises:
         SelectionError: If a layer does not exist, is given twice or is no integer; if nothing is
-            selected; if a glob matches nothing, or the model lacks a part; if what trains is shared
-            with something frozen, as a tied head is with the embeddings; if a boost is not a
-            positive finite number, names nothing that trains, or disagrees with another on a
-            tensor, none of the two being more specific; if there is no such stack. Nothing is
-            clipped or skipped.
+            selected; if a glob matches nothing, or the model lacks a part, a row or new tokens; if
+            what trains is shared with something frozen, as a tied head is with the embeddings; if a
+            boost is not a positive finite number, names nothing that trains, or disagrees with
+            another on a tensor, none of the two being more specific; if there is no such stack.
+            Nothing is clipped or skipped.
         ModelError: If the model's layers cannot be found, or it has no vision tower.
 
     Example:
@@ -128,6 +132,7 @@ def select_layers(
         stack=given,
     )
     if isinstance(model, nn.Module):
+        selection = resolved(selection, model)
         selection.parameters(model)
     elif modules is not None or also or boosts:
         selection.parameters(meta_model(model))

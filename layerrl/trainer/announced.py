@@ -13,8 +13,7 @@ from transformers import TrainerCallback
 
 from layerrl.blocks import plain_name, unwrap, with_fused_siblings
 from layerrl.errors import TrainerError
-from layerrl.selection import select_layers
-from layerrl.trainer import launchers
+from layerrl.trainer import arguments, launchers
 from layerrl.trainer.sync import Part, PartialSync
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class EarlyMask(TrainerCallback, AbstractContextManager[None]):
             SelectionError: If the selection does not fit the model.
         """
         parameters = {plain_name(name): p for name, p in unwrap(model).named_parameters()}
-        trained = select_layers(model, self._choice).parameters(model)
+        trained = arguments.chosen_early(model, self._choice).parameters(model)
         sent = frozenset(with_fused_siblings(parameters, trained))
         self._flags = [(p, p.requires_grad) for p in parameters.values()]
         self.everything = frozenset(n for n, p in parameters.items() if p.requires_grad) | sent

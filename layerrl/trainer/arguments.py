@@ -15,12 +15,10 @@ from layerrl.blocks import count_layers, meta_model, unwrap
 from layerrl.checks import whole_number
 from layerrl.errors import LayerRLError, ModelError, SelectionError, TrainerError
 from layerrl.replacing import replaced
-from layerrl.selection import select_layers
+from layerrl.selection import LayerSelection, select_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from layerrl.selection import LayerSelection
 
     Reference = Literal["beta", "ref_model"] | None
 
@@ -139,6 +137,8 @@ def chosen_early(described: Any, selection: Any) -> Any:
         SelectionError: If it does not fit the model.
         ModelError: If the model's layers cannot be found.
     """
+    if isinstance(selection, LayerSelection) and selection.awaits_rows:
+        described = getattr(described, "config", described)  # the trainer may add the tokens
     try:
         return select_layers(described, selection)
     except (ModelError, SelectionError):

@@ -11,6 +11,7 @@ from torch import nn
 from layerrl.blocks import is_peft
 from layerrl.quantisation import quantised_base
 from layerrl.selection import LayerSelection, select_layers
+from layerrl.selection.rows import resolved
 from layerrl.trainer import adapters, arguments
 from layerrl.trainer.announced import EarlyMask, announces
 from layerrl.trainer.auto import AutoSelection
@@ -152,18 +153,19 @@ class TrainerCall:
         """
         assert self.auto is not None
         self._choice, self.auto.report = "all", None
-        return self.selection_for(model)
+        return select_layers(model, self._choice)
 
     def forget_batches(self) -> None:
         """Forget what was generated to choose by, and not asked for since."""
         if self.auto is not None:
             self.auto.clear()
 
-    def selection_for(self, model: nn.Module) -> LayerSelection:
+    def selection_for(self, model: nn.Module, processing_class: object) -> LayerSelection:
         """What trains of a model, all layers where that is still to be chosen.
 
         Args:
             model: The trainer's, or one that its `model_init` has made.
+            processing_class: The trainer's: some new tokens only its tokenizer knows.
 
         Returns:
             The selection.
@@ -171,7 +173,10 @@ class TrainerCall:
         Raises:
             SelectionError: If it does not fit.
         """
-        return select_layers(model, self._choice)
+        choice = self._choice
+        if isinstance(choice, LayerSelection) and choice.awaits_rows:
+            choice = resolved(choice, model, self._vocabulary.added_rows(model, processing_class))
+        return select_layers(model, choice)
 
     def check_made(self, trainer: Any, selection: LayerSelection) -> None:
         """What only the trainer that was made can tell.

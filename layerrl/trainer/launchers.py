@@ -67,13 +67,20 @@ def refuse_launcher(
 
     Raises:
         LauncherError: Under FSDP1; under a DeepSpeed that makes the optimizer, or a ZeRO-3 whose
-            parts are not all that counts; of a quantised base, under any FSDP or DeepSpeed.
+            parts are not all that counts; of a quantised base, or for new tokens, under any FSDP or
+            DeepSpeed.
     """
     if quantised and (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
         raise LauncherError(
             f"a quantised base was given for {selection} under FSDP or DeepSpeed, which has not "
             "been tested with packed weights. Use DDP or one process, or load the model without "
             "quantisation."
+        )
+    if selection.token_rows and (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
+        raise LauncherError(
+            f"{selection} under FSDP or DeepSpeed, whose optimizers hold the embedding in pieces: "
+            "its other rows could not be kept as they are. Use DDP or one process, or train the "
+            'whole embedding (also=("embeddings", "head")).'
         )
     plugins: Any = accelerator.state
     if uses_fsdp(accelerator) and plugins.fsdp_plugin.fsdp_version == 1:

@@ -14,6 +14,7 @@ from layerrl.optimizer import (
     updates_in_backward,
 )
 from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
+from layerrl.rows import keep_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,7 @@ class MaskedOptimizer:
         if new:
             scale_learning_rates(optimizer, layers)
         check_optimizer(optimizer, layers)
+        keep_rows(optimizer, layers)  # inside of the next, on the masters
         if self._keeps_masters():
             step_in_float32(optimizer)
         check_steps(optimizer, lambda: layers.parameters)

@@ -305,5 +305,7 @@ class MaskedRun:
             norms = metrics.before_clipping(grad_norm, self._clipped)
             found |= metrics.named("grad_norm", norms)
         state = getattr(self._trainer.optimizer, "state", {})
-        moved = metrics.relative_updates(layers.by_part, layers.parameters, self.initial, state)
+        moved = metrics.relative_updates(
+            layers.by_part, layers.parameters, self.initial, state, layers.trained_rows
+        )
         return found | metrics.named("relative_update", moved)

@@ -11,7 +11,7 @@ from layerrl.precision import MASTER
 from layerrl.shards import parts, whole, with_parameter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -61,6 +61,7 @@ def relative_updates(
     trained: Mapping[str, nn.Parameter],
     initial: Mapping[str, Tensor],
     state: Mapping[nn.Parameter, Mapping[str, Any]],
+    trained_rows: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """How far each part has moved, relative to its size.
 
@@ -69,16 +70,23 @@ def relative_updates(
         trained: The same by name.
         initial: Their values at the start, by name; empty where nobody kept them.
         state: The optimizer's, with master values where it has them.
+        trained_rows: What trains of a tensor, given its name and a value.
 
     Returns:
         The norm of the change over the norm at the start, for each part; none without `initial`.
     """
     if not initial:
         return {}
-    start = {id(p): with_parameter(initial[name], p) for name, p in trained.items()}
+    names = {id(p): name for name, p in trained.items()}
+
+    def start(p: nn.Parameter) -> Tensor:
+        return trained_rows(names[id(p)], with_parameter(initial[names[id(p)]], p))
+
+    def now(p: nn.Parameter) -> Tensor:
+        return trained_rows(names[id(p)], parts(state.get(p, {}).get(MASTER, p)))
+
     return {
-        part: norm(parts(state.get(p, {}).get(MASTER, p)) - start[id(p)] for p in parameters)
-        / norm(start[id(p)] for p in parameters)
+        part: norm(now(p) - start(p) for p in parameters) / norm(start(p) for p in parameters)
         for part, parameters in by_part.items()
     }
 

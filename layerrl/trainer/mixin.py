@@ -59,7 +59,8 @@ class LayerMaskedMixin(_Wrapped):
     Logged with the trainer's own metrics: `layerrl/trained_parameters`, the number of elements that
     train now; `layerrl/grad_norm/layer_<k>`, the layer's share of `grad_norm`, before clipping;
     `layerrl/relative_update/layer_<k>`, the norm of the layer's change since the trainer was made
-    over its norm then (not for `"full"`, which would need a second copy of the model).
+    over its norm then (not for `"full"`, which would need a second copy of the model); both also of
+    each part of `also`, by its name.
 
     Args:
         *args: The trainer's own arguments.
@@ -138,7 +139,7 @@ class LayerMaskedMixin(_Wrapped):
         for callback in (EpochOrder(), FrozenCheck(self.check_frozen)):
             self.add_callback(callback)
         self.add_callback(DeltaOnTop(self._checkpoints))
-        chosen = call.selection_for(self.model)
+        chosen = call.selection_for(self.model, self.processing_class)
         call.check_made(self, chosen)
         self._select(chosen)
 
@@ -236,7 +237,7 @@ class LayerMaskedMixin(_Wrapped):
         """A new model from the trainer's `model_init`, which it is masked on from now on."""
         model: Any = super().call_model_init(trial)
         if hasattr(self, "masked_run"):  # not the first one, which is masked when all else is made
-            selection = self._call.selection_for(model)
+            selection = self._call.selection_for(model, self.processing_class)
             self._mask.take_off()
             self.model = model
             if self.place_model_on_device:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import warnings
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
 
 from layerrl.blocks import unwrap
 from layerrl.errors import SelectionError
 from layerrl.shards import shape
+from layerrl.vocabulary import (
+    added_rows,
+    embedding_of,
+    name_of,
+    saved,
+    tokens_of,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
-_TRAIN_FIRST = (
+logger = logging.getLogger(__name__)
+
+_TRAIN_ROWS = (
+    'train their rows beside the layers (select_layers(model.config, ..., also="new_tokens")), or '
     'resize the embedding, train the rows with selection="full" or by the plain trainer, save that '
     "model with its tokenizer, and pass it as the base"
 )
@@ -35,13 +43,33 @@ class Vocabulary:
 
     def __init__(self, model: object, config: object, processing_class: object) -> None:
         given = isinstance(model, nn.Module)
-        self._size = _size(getattr(unwrap(model), "config", None) if given else config)
-        self._tokens = _tokens(processing_class) if processing_class is not None else None
+        self._size = vocabulary_size(getattr(unwrap(model), "config", None) if given else config)
+        self._tokens = tokens_of(processing_class) if processing_class is not None else None
+
+    def added_rows(self, model: nn.Module, processing_class: object) -> set[int]:
+        """Rows of the embedding for what the base was not saved with.
+
+        Args:
+            model: The model of the trainer that was made.
+            processing_class: The trainer's.
+
+        Returns:
+            Those of tokens that were added to the model or its tokenizer after it was saved, and
+            while the trainer was made.
+
+        Raises:
+            SelectionError: If the tokenizer has ids beyond the embedding.
+        """
+        size = vocabulary_size(getattr(unwrap(model), "config", None)) or 0
+        tokens, known = tokens_of(processing_class), _known(model)
+        _refuse_beyond(model, tokens, known)
+        made = {*self._made(size, tokens, known).values(), *range(self._size or size, size)}
+        return added_rows(model, tokens) | {index for index in made if index < size}
 
     def check(self, model: nn.Module, processing_class: object, selection: LayerSelection) -> None:
         """Refuse tokens whose rows would stay random, and warn of those that only this base has.
 
-        More rows than tokens are usual: embeddings are padded.
+        More rows than tokens are usual: embeddings are padded. Rows that train are as they should.
 
         Args:
             model: The model of the trainer that was made.
@@ -52,34 +80,33 @@ class Vocabulary:
             SelectionError: If making the trainer changed the vocabulary, or the tokenizer has ids
                 beyond the embedding.
         """
-        size = _size(getattr(unwrap(model), "config", None))
+        size = vocabulary_size(getattr(unwrap(model), "config", None))
         if selection.full or size is None:
             return
-        tokens = _tokens(processing_class)
-        name = getattr(unwrap(model), "name_or_path", None)
-        # Some models are published with a token too many (Gemma 3's images, in its text models).
-        known = _saved(os.fspath(name))[1] if name else frozenset()
-        self._refuse_change(size, tokens, selection, known if self._tokens is None else frozenset())
+        tokens, known = tokens_of(processing_class), _known(model)
+        self._refuse_change(size, self._made(size, tokens, known), selection)
         _refuse_beyond(model, tokens, known)
         _warn_of_change(model, size, tokens, selection)
+        _say_tied(model, selection)
 
-    def _refuse_change(
-        self,
-        size: int,
-        tokens: dict[str, int],
-        selection: LayerSelection,
-        known: frozenset[str],
-    ) -> None:
+    def _made(self, size: int, tokens: dict[str, int], known: frozenset[str]) -> dict[str, int]:
+        """Tokens that came while the trainer was made, with their ids."""
+        if self._tokens is not None:
+            return {token: index for token, index in tokens.items() if token not in self._tokens}
         before = self._size if self._size is not None else size
-        if self._tokens is None:  # what the trainer loaded had no more tokens than rows
-            new = {
-                token: index
-                for token, index in tokens.items()
-                if index >= before and token not in known
-            }
-        else:
-            new = {token: index for token, index in tokens.items() if token not in self._tokens}
-        if not new and size == before:
+        # What the trainer loaded had no more tokens than rows.
+        return {
+            token: index
+            for token, index in tokens.items()
+            if index >= before and token not in known
+        }
+
+    def _refuse_change(self, size: int, made: dict[str, int], selection: LayerSelection) -> None:
+        before, trained = size if self._size is None else self._size, {*selection.token_rows}
+        new = {token: index for token, index in made.items() if index not in trained}
+        # Rows of padding may go while new tokens come: the trained rows are what the base lacks.
+        rows = range(before, size) if trained else ()
+        if not new and (size == before or (trained and {*rows} <= trained)):
             return
         what = f"added {_named(new)} to the vocabulary" if new else "changed the vocabulary"
         raise SelectionError(
@@ -87,15 +114,21 @@ class Vocabulary:
             f"rows and has {size}. {selection} trains none of them: new ones would stay random, "
             "and the delta would fit no saved base. "
             + (
-                f"Add the tokens first: {_TRAIN_FIRST}."
+                f"For the tokens, {_TRAIN_ROWS}."
                 if new
                 else "Pass the template as a .jinja file, which changes no vocabulary."
             )
         )
 
 
+def _known(model: nn.Module) -> frozenset[str]:
+    """Some models are published with a token too many (Gemma 3's images, in its text models)."""
+    name = name_of(model)
+    return saved(name)[1] if name else frozenset()
+
+
 def _refuse_beyond(model: nn.Module, tokens: dict[str, int], known: frozenset[str]) -> None:
-    embedding = _embedding(model)
+    embedding = embedding_of(model)
     if type(embedding) is not nn.Embedding:  # others may have rows elsewhere
         return
     rows = shape(embedding.weight)[0]
@@ -105,7 +138,7 @@ def _refuse_beyond(model: nn.Module, tokens: dict[str, int], known: frozenset[st
             f"the tokenizer has {_named(beyond)} with ids up to {max(beyond.values())}, and the "
             f"embedding of {type(unwrap(model)).__name__} has {rows} rows (0 to {rows - 1}). Pass "
             "the model's own tokenizer, or, if tokens were added to it and not to the model, add "
-            f"them to both: {_TRAIN_FIRST}."
+            f"them to both, and {_TRAIN_ROWS}."
         )
 
 
@@ -113,69 +146,44 @@ def _warn_of_change(
     model: nn.Module, size: int, tokens: dict[str, int], selection: LayerSelection
 ) -> None:
     """The user may have added tokens to a model after loading it, with good rows or random ones."""
-    name = getattr(unwrap(model), "name_or_path", None)
+    name, trained = name_of(model), {*selection.token_rows}
     if not name:
         return
-    saved, known = _saved(os.fspath(name))
-    resized = saved is not None and saved != size
+    saved_size, known = saved(name)
+    saved_size = size if saved_size is None else saved_size
+    resized = saved_size != size and not (trained and {*range(saved_size, size)} <= trained)
     new = {
         token: index
         for token, index in tokens.items()
-        if (resized and saved is not None and index >= saved) or (known and token not in known)
+        if index not in trained
+        and ((resized and index >= saved_size) or (known and token not in known))
     }
     if not (resized or new):
         return
     found = [f"the tokenizer has {_named(new)} that came after {name} was saved"] if new else []
     if resized:
-        found.append(f"the embedding has {size} rows, and {name} was saved with {saved}")
+        found.append(f"the embedding has {size} rows, and {name} was saved with {saved_size}")
     needs = (
         " The delta fits this model only: save it (model.save_pretrained) before training, as the "
         "base to load or merge the delta into."
     )
+    trains = "trains none of these rows" if trained else "trains no row of the embedding"
     warnings.warn(
-        f"{', and '.join(found)}. {selection} trains no row of the embedding: random ones stay so."
-        f"{needs if resized else ''} To have them trained, {_TRAIN_FIRST}.",
+        f"{', and '.join(found)}. {selection} {trains}: random ones stay so."
+        f"{needs if resized else ''} To have them trained, {_TRAIN_ROWS}.",
         stacklevel=5,
     )
 
 
-def _saved(name: str) -> tuple[int | None, frozenset[str]]:
-    """Vocabulary size and tokens that a model was saved with, never asked for over the network."""
-    files = (file.stat() for file in sorted(Path(name).glob("*.json")))
-    return _read(name, tuple((stat.st_mtime_ns, stat.st_size) for stat in files))
-
-
-@lru_cache(maxsize=4)
-def _read(name: str, written: tuple[tuple[int, int], ...]) -> tuple[int | None, frozenset[str]]:
-    """As `_saved`, once while the folder's files are those of that time and size."""
-    options = {"local_files_only": True, "trust_remote_code": False}
-    found: list[Any] = []
-    for auto in (AutoConfig, AutoTokenizer):
-        try:
-            found.append(auto.from_pretrained(name, **options))
-        except Exception:
-            found.append(None)
-    return _size(found[0]), frozenset(_tokens(found[1]))
-
-
-def _tokens(processing_class: object) -> dict[str, int]:
-    """Token to id, of a tokenizer or a processor's; none of anything else."""
-    found: Any = getattr(processing_class, "tokenizer", processing_class)
-    return dict(found.get_vocab()) if callable(getattr(found, "get_vocab", None)) else {}
-
-
-def _embedding(model: nn.Module) -> Any:
-    try:
-        return unwrap(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _size(config: Any) -> int | None:
-    if not callable(getattr(config, "get_text_config", None)):
-        return None
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    return size if isinstance(size, int) else None
+def _say_tied(model: nn.Module, selection: LayerSelection) -> None:
+    base: Any = unwrap(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if selection.token_rows and getattr(head, "weight", None) is embedding_of(model).weight:
+        logger.warning(
+            "%s: the head of %s is tied to its embedding, and these rows train for both.",
+            selection,
+            type(base).__name__,
+        )
 
 
 def _named(tokens: dict[str, int]) -> str:

@@ -19,7 +19,7 @@ from transformers.utils import (
 from layerrl.blocks import plain_name, unwrap
 from layerrl.delta import checkpoint_form
 from layerrl.errors import DeltaError, FrozenTensorError
-from layerrl.frozen import fingerprints, frozen_tensors
+from layerrl.frozen import fingerprints, frozen_rows, frozen_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,15 +60,7 @@ def trained_tensors(model: nn.Module, folder: Path, selection: LayerSelection) -
             for name, tensor in frozen.items()
             if not _is_stored(tensor, [name, *other_names.get(name, [])], stored)
         ]
-        if differ:
-            shown = ", ".join(differ[:5]) + (", ..." if len(differ) > 5 else "")
-            raise CheckpointError(
-                f"{len(differ)} of {len(frozen)} frozen tensors are not this run's in the "
-                f"checkpoint {folder}: {shown}. It is another base's checkpoint, or of a run that "
-                f"trained more than {selection}. Nothing was loaded. Resume it with the base and "
-                "the selection that wrote it, or start a new run from its weights: pass the "
-                "folder as the model."
-            )
+        _refuse(differ, len(frozen), folder, selection)
         tensors: dict[str, Tensor] = {}
         for name, tensor in wanted.items():
             if name not in stored:
@@ -86,7 +78,24 @@ def trained_tensors(model: nn.Module, folder: Path, selection: LayerSelection) -
                     f"{name!r} is {tensors[name].dtype} in the checkpoint {folder}, and "
                     f"{tensor.dtype} in the model"
                 )
+        differ = []
+        for name, run, own in frozen_rows(model, selection):
+            [value] = [tensors[n][run] for n in checkpoint_form(model, {name: own})]
+            if len({*fingerprints({"stored": value.to(own.dtype), "own": own}).values()}) > 1:
+                differ.append(f"{name}[{run.start}:{run.stop}]")
+        _refuse(differ, len(differ), folder, selection)
         return tensors
+
+
+def _refuse(differ: list[str], num_frozen: int, folder: Path, selection: LayerSelection) -> None:
+    if differ:
+        shown = ", ".join(differ[:5]) + (", ..." if len(differ) > 5 else "")
+        raise CheckpointError(
+            f"{len(differ)} of {num_frozen} frozen tensors are not this run's in the checkpoint "
+            f"{folder}: {shown}. It is another base's checkpoint, or of a run that trained more "
+            f"than {selection}. Nothing was loaded. Resume it with the base and the selection that "
+            "wrote it, or start a new run from its weights: pass the folder as the model."
+        )
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def run(example: Path, *options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-AGENT, PROBE, QUANTISED, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
+AGENT, NEW_TOKENS, PROBE, QUANTISED, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
 
 
 def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: Path) -> None:
@@ -123,6 +123,19 @@ def test_a_layer_of_a_base_in_4_bits(model_folder: Path, problems: Path, tmp_pat
     sizes = json.loads((out / "summary.json").read_text())["frozen_bytes"]
     (measured, in_bf16), planned = sizes["all"], sizes["all, planned"]
     assert planned == [pytest.approx(measured, rel=0.1), in_bf16]
+
+
+def test_two_new_tokens_are_taught(tmp_path: Path) -> None:
+    few = ["--steps", 1, "--seeds", 0, "--base-steps", 1, "--output", tmp_path / "out"]
+    for _ in range(2):
+        ended = run(NEW_TOKENS, *few)
+        assert ended.returncode == 0, ended.stderr
+        names = [line[:15].strip() for line in ended.stdout.splitlines()[-3:]]
+        assert names == ["base", "layer", "layer and rows"]
+    assert "seed 0:" not in ended.stderr  # nothing is trained again
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = found["layer and rows, seed 0"]["selection"]
+    assert rows.endswith("also new_tokens:18-19")
 
 
 def test_an_agent_learns_one_layer_and_all(tmp_path: Path) -> None:

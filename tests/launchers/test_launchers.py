@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from layerrl import load_delta, select_layers
+from layerrl import LayerSelection, load_delta, select_layers
 from layerrl.blocks import unwrap
 from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
@@ -39,6 +39,9 @@ BOOSTED = {
     ),
     "max_steps": 2,
 }
+# Any rows will do for new ones.
+ROWS = {"selection": LayerSelection(num_layers=4, layers=(LAYER,), also=("new_tokens:8-15",))}
+ROWS |= {"weight_decay": 0.1}
 
 
 def environment(name: str) -> dict[str, str]:
@@ -91,7 +94,7 @@ class Runs:
     def one(self) -> dict[str, list[Any]]:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
-            schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED,
+            schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
         )  # fmt: skip
 
     @cached_property
@@ -99,7 +102,7 @@ class Runs:
         assert self.one
         return self._launch(
             "ddp", 2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED, uneven=UNEVEN,
-            resumed={"resume": self.checkpoint("one")}, boosted=BOOSTED,
+            resumed={"resume": self.checkpoint("one")}, boosted=BOOSTED, rows=ROWS,
             schedule={
                 "selection": [1, 2], "arguments": schedule(), "ddp_find_unused_parameters": True,
             },
@@ -118,6 +121,7 @@ class Runs:
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
+            rows=ROWS,
         )  # fmt: skip
 
     @cached_property
@@ -221,6 +225,19 @@ def test_only_gradients_of_trained_tensors_travel(runs, launched, job):
         traffic = found["traffic"]
         reduced = traffic["allreduce_"] + traffic.get("_reduce_scatter_base_", 0)
         assert steps * found["trained_bytes"] <= reduced <= 1.05 * steps * found["trained_bytes"]
+
+
+def test_new_tokens_alone_move_in_two_processes(runs):
+    assert_same(runs.ddp["rows"], runs.one["rows"], 1e-12)
+    base = AutoModelForCausalLM.from_pretrained(runs.folder / "base", dtype=torch.float64)
+    before = base.get_input_embeddings().weight
+    moved = {*range(8, 16)}
+    for process in runs.ddp["rows"]:
+        now = process["weights"]["model.embed_tokens.weight"]
+        assert {*(now != before).any(dim=1).nonzero().flatten().tolist()} == moved
+    for error in runs.fsdp2["rows"]:
+        assert "LauncherError" in error
+        assert "also new_tokens:8-15 under FSDP or DeepSpeed" in error
 
 
 def test_fsdp2_leaves_each_process_half_of_the_model(runs):

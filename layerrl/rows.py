@@ -1,0 +1,70 @@
+"""Rows of trained tensors that stay as they are, whatever happens to the tensor as a whole."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerrl.precision import other_methods, unwrap_optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from layerrl.trained import TrainedLayers
+
+_KEPT = "layerrl_kept_rows"
+
+
+def keep_rows(optimizer: Any, layers: TrainedLayers) -> None:
+    """Let an optimizer change the rows that train, and no other row of their tensors.
+
+    Weight decay, momentum and what an optimizer scales by all of a tensor move rows without a
+    gradient, too. They are put back, bit for bit, after each method that may write to the weights.
+
+    Args:
+        optimizer: Any torch optimizer, in accelerate's wrapper or not, before `step_in_float32`:
+            what is put back then are rows of the float32 masters. `step` and its class's further
+            public methods are replaced on the instance, once.
+        layers: What trains.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    kept = vars(optimizer).get(_KEPT)
+    if isinstance(kept, _KeptRows):  # of a training before
+        kept.layers = layers
+    elif layers.frozen_rows:
+        kept = _KeptRows(layers)
+        setattr(optimizer, _KEPT, kept)
+        for name in {"step"} | other_methods(type(optimizer)):
+            method = kept.around(getattr(optimizer, name))
+            setattr(optimizer, name, MethodType(method, optimizer))
+
+
+class _KeptRows:
+    """The rows that an optimizer must not change."""
+
+    def __init__(self, layers: TrainedLayers) -> None:
+        self.layers = layers
+
+    def around(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the optimizer that changes no row but those that train."""
+
+        def keeping_rows(_: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._kept():
+                return method(*args, **kwargs)
+
+        return keeping_rows
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        parameters, rows = self.layers.parameters, self.layers.frozen_rows
+        runs = [(parameters[name], run) for name, each in rows.items() for run in each]
+        before = [parameter.detach()[run].clone() for parameter, run in runs]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (parameter, run), values in zip(runs, before, strict=True):
+                    parameter[run] = values

@@ -1,0 +1,234 @@
+"""`also="new_tokens"`: rows of the embedding and the head that train without the others."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from layerrl.blocks import plain_name, unwrap
+from layerrl.errors import SelectionError
+from layerrl.selection.parsing import ranges
+from layerrl.shards import shape
+from layerrl.vocabulary import added_rows, name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import nn
+
+    from layerrl.selection import LayerSelection
+
+NEW_TOKENS = "new_tokens"
+_ROWS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+def names_rows(part: str) -> bool:
+    """Whether a part is `"new_tokens"`, with rows or without."""
+    return part == NEW_TOKENS or part.startswith(f"{NEW_TOKENS}:")
+
+
+def rows_of(part: str) -> tuple[int, ...]:
+    """The rows that a part names, ascending.
+
+    Args:
+        part: `"new_tokens:49152-49153,49160"`, or `"new_tokens"` alone, which names none yet.
+
+    Returns:
+        The rows.
+
+    Raises:
+        SelectionError: If they cannot be read, or one is given twice.
+    """
+    text = part.partition(":")[2].replace(" ", "")
+    if part == NEW_TOKENS:
+        return ()
+    rows: list[int] = []
+    for run in text.split(",") if _ROWS.fullmatch(text) else ():
+        first, _, last = run.partition("-")
+        rows += range(int(first), int(last or first) + 1) or [-1]
+    if not rows or min(rows) < 0:
+        raise SelectionError(
+            f"also={part!r} does not name rows of the embedding: expected ids and ranges of ids, "
+            f'as "{NEW_TOKENS}:49152-49153,49160", or "{NEW_TOKENS}" for those that were added'
+        )
+    if len({*rows}) < len(rows):
+        twice = sorted({row for row in rows if rows.count(row) > 1})
+        raise SelectionError(f"also={part!r} names rows {twice[:5]} twice. Give each once.")
+    return tuple(sorted(rows))
+
+
+def part_of(rows: Iterable[int]) -> str:
+    """The part that names these rows: `"new_tokens:49152-49153,49160"`."""
+    return f"{NEW_TOKENS}:{ranges(tuple(sorted(rows)))}".replace(" ", "")
+
+
+def with_named_rows(also: tuple[str, ...]) -> tuple[str, ...]:
+    """Parts with new tokens named in one way, for equal selections to be equal.
+
+    Args:
+        also: The parts of a selection.
+
+    Returns:
+        The same, with the rows ascending and in ranges.
+
+    Raises:
+        SelectionError: If they are named more than once, or beside the whole embedding.
+    """
+    by_rows = [part for part in also if names_rows(part)]
+    if len(by_rows) > 1:
+        raise SelectionError(
+            f"also names new tokens {len(by_rows)} times, {by_rows}: name all rows in one, "
+            f'as "{NEW_TOKENS}:49152-49153,49160"'
+        )
+    if by_rows and "embeddings" in also:
+        raise SelectionError(
+            f'also={list(also)}: "embeddings" trains all rows of the embedding, '
+            f"{by_rows[0]!r} some of them alone. Take one of them."
+        )
+    named = {part: part_of(rows_of(part)) for part in by_rows if part != NEW_TOKENS}
+    return tuple(named.get(part, part) for part in also)
+
+
+def resolved(
+    selection: LayerSelection, model: nn.Module, added: Iterable[int] = ()
+) -> LayerSelection:
+    """A selection whose `"new_tokens"` are those of a model.
+
+    Args:
+        selection: Any; one without, or that names their rows, stays as it is.
+        model: The model with the rows.
+        added: Rows that are known to be new beside those beyond the saved vocabulary.
+
+    Returns:
+        The selection, with the rows named.
+
+    Raises:
+        SelectionError: If no row is known to have been added.
+    """
+    if not selection.awaits_rows:
+        return selection
+    rows = {*added} | added_rows(model, {})
+    if not rows:
+        name = name_of(model)
+        since = f"what {name} was saved with" if name else "it was made (it has no name_or_path)"
+        raise SelectionError(
+            f'also="{NEW_TOKENS}": no row was added to the embedding of '
+            f"{type(unwrap(model)).__name__} beyond {since}. Add the tokens and resize the "
+            f'embedding first, or name their rows: also="{NEW_TOKENS}:49152-49153". Of tokens that '
+            "a trainer's tokenizer has, or adds itself, the trainer finds the rows: give it "
+            f'select_layers(model.config, ..., also="{NEW_TOKENS}").'
+        )
+    named = part_of(rows)
+    return replace(
+        selection, also=tuple(named if part == NEW_TOKENS else part for part in selection.also)
+    )
+
+
+def token_tensors(base: nn.Module) -> set[str]:
+    """Plain names of the tensors that have a row for each token.
+
+    Args:
+        base: The model, unwrapped.
+
+    Returns:
+        Those of the token embedding and of the head, both names of a tied one.
+    """
+    ends = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            ends.append(getattr(base, getter)())
+        except (AttributeError, NotImplementedError):
+            continue
+    return {
+        plain_name(f"{path}.{name}")
+        for path, module in base.named_modules(remove_duplicate=False)
+        if any(module is end for end in ends)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def check_rows(selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]) -> None:
+    """Refuse rows that the embedding does not have, or trains anyway.
+
+    Args:
+        selection: What trains.
+        base: The model, unwrapped.
+        parts: The names of the tensors of each part.
+
+    Raises:
+        SelectionError: If it is so.
+    """
+    tensors = by_rows(selection, base, parts)
+    embedding = base.get_input_embeddings().weight  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
+    if all(parameter is not embedding for parameter in tensors.values()):
+        others = [part for part in selection.also if not names_rows(part)]
+        raise SelectionError(
+            f"also={list(selection.also)}: {', '.join(map(repr, others))} trains the whole "
+            f"embedding already, of which {NEW_TOKENS} trains some rows alone (a tied head is the "
+            "embedding). Take one of them."
+        )
+    for name, parameter in tensors.items():
+        size = shape(parameter)[0]
+        beyond = [row for row in selection.token_rows if row >= size]
+        if beyond:
+            raise SelectionError(
+                f"also names the rows {ranges(tuple(beyond))}, and {name!r} of "
+                f"{type(base).__name__} has {size} (0 to {size - 1}): add the tokens and resize "
+                "the embedding first (model.resize_token_embeddings)"
+            )
+
+
+def by_rows(
+    selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]
+) -> dict[str, nn.Parameter]:
+    """The tensors that train by rows: no other part trains them as a whole.
+
+    Args:
+        selection: What trains.
+        base: The model, unwrapped.
+        parts: The names of the tensors of each part.
+
+    Returns:
+        Plain name to tensor, a tied one once.
+    """
+    named = [(plain_name(n), p) for n, p in base.named_parameters(remove_duplicate=False)]
+    names = {rows: part for rows, part in parts.items() if names_rows(rows)}
+    whole = set().union(*(part for other, part in parts.items() if other not in names))
+    taken = {id(parameter) for name, parameter in named if name in whole}
+    chosen = set().union(*names.values())
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in named:
+        if name in chosen and id(parameter) not in taken:
+            found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())
+
+
+def frozen_rows(
+    selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]
+) -> dict[str, list[slice]]:
+    """The rows of trained tensors that do not train.
+
+    Args:
+        selection: What trains.
+        base: The model, unwrapped, which it fits.
+        parts: The names of the tensors of each part.
+
+    Returns:
+        Plain name of each tensor that trains by rows, to runs of the others; a tied one once.
+
+    Raises:
+        SelectionError: If `"new_tokens"` do not name their rows yet.
+    """
+    if selection.awaits_rows:
+        raise SelectionError(
+            f'also="{NEW_TOKENS}" was chosen without a model and names no rows yet: '
+            "select_layers(model, selection) finds them"
+        )
+    found: dict[str, list[slice]] = {}
+    for name, parameter in by_rows(selection, base, parts).items():
+        starts = [0, *(row + 1 for row in selection.token_rows)]
+        stops = [*selection.token_rows, shape(parameter)[0]]
+        runs = zip(starts, stops, strict=True)
+        found[name] = [slice(start, stop) for start, stop in runs if start < stop]
+    return found
