@@ -90,23 +90,8 @@ def select_layers(
         >>> print(select_layers(config, "last:3", boost="decay:0.9"))
         layers 25-27 of 28, learning rate scaled by {25: 0.81, 26: 0.9}
     """
-    given = "text" if stack is None else stack
-    if given not in [*STACKS]:
-        raise SelectionError(f'stack is {stack!r}, expected "text" or "vision"')
-    if isinstance(layers, LayerSelection):
-        given = layers.stack
-        if stack not in (None, given):
-            raise SelectionError(
-                f"stack is {stack!r}, but layers is {layers!s}: its numbers are those of the "
-                f"{given} layers. Give numbers of the other stack."
-            )
-    if isinstance(model, nn.Module) or given != "text":
-        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
-        blocks = blocks_of(base, given)
-        num_layers, text = len(blocks.modules), described(base, blocks, given)
-    else:
-        num_layers = layers_described(model)
-        text = f"{type(model).__name__} has {counted(num_layers, given)}"
+    stack = _stack(layers, stack)
+    num_layers, text = _num_layers(model, stack)
     if isinstance(layers, LayerSelection):
         layers.check_num_layers(num_layers, text)
         chosen, full = layers.layers, layers.full
@@ -129,7 +114,7 @@ def select_layers(
         full=full,
         also=also,
         boosts=boosts,
-        stack=given,
+        stack=stack,
     )
     if isinstance(model, nn.Module):
         selection = resolved(selection, model)
@@ -137,3 +122,27 @@ def select_layers(
     elif modules is not None or also or boosts:
         selection.parameters(meta_model(model))
     return selection
+
+
+def _stack(layers: object, stack: object) -> str:
+    """Whose layers are meant: those of a selection that is given, unless others are named."""
+    own = layers.stack if isinstance(layers, LayerSelection) else None
+    given = own or "text" if stack is None else stack
+    if not isinstance(given, str) or given not in STACKS:
+        raise SelectionError(f'stack is {stack!r}, expected "text" or "vision"')
+    if own not in (None, given):
+        raise SelectionError(
+            f"stack is {stack!r}, but layers is {layers!s}: its numbers are those of the "
+            f"{own} layers. Give numbers of the other stack."
+        )
+    return given
+
+
+def _num_layers(model: Any, stack: str) -> tuple[int, str]:
+    """How many layers a model or config has of a stack, and a clause that says so."""
+    if not isinstance(model, nn.Module) and stack == "text":
+        num_layers = layers_described(model)
+        return num_layers, f"{type(model).__name__} has {counted(num_layers, stack)}"
+    base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+    blocks = blocks_of(base, stack)
+    return len(blocks.modules), described(base, blocks, stack)
