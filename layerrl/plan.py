@@ -203,15 +203,7 @@ def make_plan(
     _refuse_packed([name for name in trained if name in quantised])
     kept = _Bytes(tensors=parameters, quantised=quantised, dtype=dtype)
     met = met_by_a_token(base, parameters)
-    costs = Costs(
-        layers=[
-            sum(count for name, count in met.items() if name.startswith(f"{text.path}.{layer}."))
-            for layer in range(len(text.modules))
-        ],
-        head=head_elements(base),
-        num_scored=int(beta > 0) + int(num_iterations > 1),
-        num_iterations=num_iterations,
-    )
+    costs = _costs(base, text, met, beta=beta, num_iterations=num_iterations)
     by_layer = [
         costs.selected(layer, weights) / costs.full() for layer, weights in enumerate(costs.layers)
     ]
@@ -228,6 +220,18 @@ def make_plan(
     step = costs.selected(num_below, multiplied) / costs.full()
     selected = _selected(kept, trained, step=step, stores_reference=beta > 0)
     return replace(selected, full=full, **beside)
+
+
+def _costs(
+    base: nn.Module, text: Blocks, met: Mapping[str, float], *, beta: float, num_iterations: int
+) -> Costs:
+    paths = [f"{text.path}.{layer}." for layer in range(len(text.modules))]
+    return Costs(
+        layers=[sum(met[name] for name in met if name.startswith(path)) for path in paths],
+        head=head_elements(base),
+        num_scored=int(beta > 0) + int(num_iterations > 1),
+        num_iterations=num_iterations,
+    )
 
 
 def _check_settings(dtype: object, beta: object, num_iterations: object) -> None:

@@ -196,7 +196,10 @@ def _refuse_quantised(base: object, config: Mapping[str, Any]) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         load = unpacked(method)
         how = (
-            f" One published so only is loaded in full precision{load}, and saved." if load else ""
+            f" A model that was published so is loaded in full precision{load} and saved with "
+            "save_pretrained(..., save_original_format=False)."
+            if load
+            else ""
         )
         raise DeltaError(
             f"the base {base} is quantised ({method}), expected the full-precision model that it "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from layerrl.delta.origin import commit_of
 from layerrl.delta.settings import computing_settings
 from layerrl.digests import json_digest
 from layerrl.frozen import fingerprints, fingerprints_of_rows, saved_tensors
+from layerrl.replacing import replaced
 from layerrl.seams import imported
 from layerrl.shards import is_sharded, shape, whole
 
@@ -253,5 +255,17 @@ def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
     with imported():
         from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.no_grad():
+    with torch.no_grad(), _without_packing(base):
         return dict(revert_weight_conversion(base, dict(tensors)))  # pyright: ignore[reportArgumentType]
+
+
+def _without_packing(base: nn.Module) -> AbstractContextManager[None]:
+    """Leave out conversions that unpacked a quantisation when a model was loaded."""
+    # Transformers reverts them in name only: full values would have the names of packed ones.
+    made_by: Any = getattr(base, "_weight_conversions", None) or []
+    kept = [c for c in made_by if not any(hasattr(o, "hf_quantizer") for o in _operations(c))]
+    return replaced(base, _weight_conversions=kept) if len(kept) < len(made_by) else nullcontext()
+
+
+def _operations(conversion: Any) -> list[Any]:
+    return getattr(conversion, "operations", [])

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from layerrl.adapters import adapter_tensors
 from layerrl.blocks import (
     Blocks,
     meta_model,
-    plain_name,
     unwrap,
 )
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
-from layerrl.quantisation import is_bitsandbytes, is_quantised, skipped_by_default
+from layerrl.quantisation import is_bitsandbytes, skipped_by_default
 from layerrl.selection.exports import config_for
 from layerrl.selection.masked import Masked
 from layerrl.selection.parsing import (
@@ -25,10 +23,10 @@ from layerrl.selection.parsing import (
     integer,
     ranges,
 )
-from layerrl.selection.parts import ABOVE, names_in_parts
-from layerrl.selection.rates import Boost, check_boosts, is_scale, learning_rate_factors, shown
+from layerrl.selection.parts import ABOVE
+from layerrl.selection.rates import Boost, check_boosts, is_scale, shown
 from layerrl.selection.rows import NEW_TOKENS, names_rows, rows_of, with_named_rows
-from layerrl.selection.tensors import check_not_shared, described, names_in_layers
+from layerrl.selection.tensors import trained_tensors
 from layerrl.selection.towers import STACKS, blocks_of
 from layerrl.selection.written import as_json, fields_in
 
@@ -179,35 +177,7 @@ class LayerSelection:
                 boost matches nothing that trains, or two disagree on a tensor.
             ModelError: If the model's layers cannot be found.
         """
-        base = unwrap(model)
-        blocks = self.blocks(base)
-        self.check_num_layers(len(blocks.modules), described(base, blocks, self.stack))
-        trained = {plain_name(name): parameter for name, parameter in base.named_parameters()}
-        if not self.full:
-            adapted = adapter_tensors(base)
-            outside = names_in_parts(self, base, blocks, adapted).values()
-            names = names_in_layers(self, base, blocks, adapted).union(*outside)
-            chosen = {
-                id(parameter)
-                for name, parameter in base.named_parameters(remove_duplicate=False)
-                if plain_name(name) in names
-            }
-            check_not_shared(self, base, names, chosen)
-            trained = {name: p for name, p in trained.items() if id(p) in chosen}
-        unfit = [
-            f"{name} ({parameter.dtype})"
-            for name, parameter in trained.items()
-            if is_quantised(parameter)
-        ]
-        if unfit:
-            raise SelectionError(
-                f"{len(unfit)} selected tensors are quantised and cannot be trained, the first is "
-                f"{unfit[0]}. Leave the selected layers out of the quantisation: "
-                "quantization_skip_modules of a selection names them."
-            )
-        if self.boosts or self.is_boosted:
-            learning_rate_factors(self, base, trained)
-        return trained
+        return trained_tensors(self, unwrap(model))
 
     def masked(self, model: nn.Module) -> AbstractContextManager[dict[str, nn.Parameter]]:
         """Let only the selected tensors train; afterwards every flag is as it was found.

@@ -184,7 +184,7 @@ def shown(selection: LayerSelection) -> dict[Any, float]:
 def nameable_parts(also: tuple[str, ...], *, full: bool) -> tuple[str, ...]:
     """Names that a boost can give to what trains outside the layers."""
     if full:
-        return (*sorted(ABOVE), _EMBEDDINGS)
+        return (*sorted(ABOVE["text"]), _EMBEDDINGS)
     return tuple(NEW_TOKENS if names_rows(part) else part for part in also)
 
 

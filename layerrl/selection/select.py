@@ -26,6 +26,7 @@ from layerrl.selection.tensors import described
 from layerrl.selection.towers import STACKS, blocks_of
 
 
+# Over 60 lines: the docstring is the grammar of selections.
 def select_layers(
     model: Any,  # a model or a config
     layers: int | Iterable[int] | slice | str | LayerSelection | None = None,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from layerrl.adapters import adapter_tensors
 from layerrl.blocks import Blocks, plain_name
 from layerrl.errors import SelectionError
+from layerrl.quantisation import is_quantised
 from layerrl.selection.parsing import counted, matches, ranges
+from layerrl.selection.parts import names_in_parts
+from layerrl.selection.rates import learning_rate_factors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,6 +18,45 @@ if TYPE_CHECKING:
     from torch import nn
 
     from layerrl.selection import LayerSelection
+
+
+def trained_tensors(selection: LayerSelection, base: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors behind `LayerSelection.parameters`, which documents them.
+
+    Args:
+        selection: What trains.
+        base: The model, unwrapped.
+
+    Returns:
+        Plain name to parameter, in the model's own order.
+
+    Raises:
+        SelectionError: If the selection does not fit the model.
+    """
+    blocks = selection.blocks(base)
+    selection.check_num_layers(len(blocks.modules), described(base, blocks, selection.stack))
+    trained = {plain_name(name): parameter for name, parameter in base.named_parameters()}
+    if not selection.full:
+        adapted = adapter_tensors(base)
+        outside = names_in_parts(selection, base, blocks, adapted).values()
+        names = names_in_layers(selection, base, blocks, adapted).union(*outside)
+        chosen = {
+            id(parameter)
+            for name, parameter in base.named_parameters(remove_duplicate=False)
+            if plain_name(name) in names
+        }
+        check_not_shared(selection, base, names, chosen)
+        trained = {name: p for name, p in trained.items() if id(p) in chosen}
+    packed = [f"{name} ({p.dtype})" for name, p in trained.items() if is_quantised(p)]
+    if packed:
+        raise SelectionError(
+            f"{len(packed)} selected tensors are quantised and cannot be trained, the first is "
+            f"{packed[0]}. Leave the selected layers out of the quantisation: "
+            "quantization_skip_modules of a selection names them."
+        )
+    if selection.boosts or selection.is_boosted:
+        learning_rate_factors(selection, base, trained)
+    return trained
 
 
 def names_in_layers(

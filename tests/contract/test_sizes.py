@@ -10,8 +10,8 @@ PACKAGE = Path(layerrl.__file__).parent
 FILE, FUNCTION = 350, 60
 WHY = f"# Over {FUNCTION} lines: "
 # What was longer when this rule came. A number may fall, and goes when it is no longer needed.
-LONGER_FILES = {"reference.py": 364, "selection/layer_selection.py": 377}
-LONGER_FUNCTIONS = {"selection/select.py:select_layers": 90, "trainer/call.py:__init__": 68}
+LONGER_FILES = {"reference.py": 364, "selection/layer_selection.py": 357}
+LONGER_FUNCTIONS = {"trainer/call.py:__init__": 68}
 
 
 def files() -> Iterator[tuple[str, str]]:
