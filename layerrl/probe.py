@@ -145,6 +145,8 @@ def contribution_probe(
     selection = select_layers(model, layers, modules=modules)
     if selection.stack != "text":
         raise ProbeError(f"{selection}: the layers of the text are scored. Leave out stack.")
+    if selection.also:
+        raise ProbeError(f"{selection}: layers alone are scored. Select them without also.")
     if selection.is_boosted:
         raise ProbeError(f"{selection}: layers are scored alike. Select them without boost.")
     return entry.score(selection, request)

@@ -288,7 +288,8 @@ class LayerSelection:
         layers = {f"{self.blocks(base).path}.{layer}" for layer in self.layers}
         holders = dict.fromkeys(name.rpartition(".")[0] for name in trained)
         # What a layer holds itself is no module's, and is not quantised.
-        return [*skipped_by_default(base), *(name for name in holders if name not in layers)]
+        named = (name for name in holders if name not in layers)
+        return [*dict.fromkeys([*skipped_by_default(base), *named])]
 
     def to_config(self, tool: str, model: Any) -> dict[str, Any]:
         """The same choice in the settings of another tool, which trains without layerrl.

@@ -24,7 +24,7 @@ ABOVE = {
 """Parts that come after the last layer of a stack: those below the first that trains stay frozen
 below all that trains."""
 _SHOWN = 12
-_PARTS = ("head", "final_norm", "embeddings", "projector")
+_PARTS = ("head", "final_norm", "embeddings", "projector", "new_tokens")
 
 
 def names_in_parts(
@@ -116,9 +116,14 @@ def _final_norm(base: nn.Module, blocks: Blocks) -> set[str]:
     holder = base.get_submodule(blocks.path.rpartition(".")[0])
     children = list(holder.children())
     place = next(i for i, child in enumerate(children) if blocks.modules[0] in {*child.children()})
-    norms = [i for i, child in enumerate(children) if "norm" in type(child).__name__.lower()]
+    norms = [i for i, child in enumerate(children) if _is_norm(child)]
     after = [i for i in norms if i > place] or (norms if len(norms) == 1 else [])
     return _inside(base, [children[i] for i in after[:1]])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = getattr(module, "original_module", module)  # of one that PEFT saves
+    return "norm" in type(own).__name__.lower()
 
 
 def _inside(base: nn.Module, modules: Sequence[nn.Module | None]) -> set[str]:

@@ -111,7 +111,7 @@ def resolved(
     rows = {*added} | added_rows(model, {})
     if not rows:
         name = name_of(model)
-        since = f"what {name} was saved with" if name else "it was made (it has no name_or_path)"
+        since = f"what {name} was saved with" if name else "what it was made with"
         raise SelectionError(
             f'also="{NEW_TOKENS}": no row was added to the embedding of '
             f"{type(unwrap(model)).__name__} beyond {since}. Add the tokens and resize the "

@@ -93,12 +93,11 @@ def names_in_layers(
                 chosen.add(path + name)
         if len(chosen) == before:
             without.append(layer)
-    if adapted and len(without) == len(selection.layers):
+    if adapted and selection.layers and without == [*selection.layers]:
         raise SelectionError(
-            f"the model has adapters, which train in place of its own tensors, and none that is "
-            f"active in layers {without}: {len(adapted)} tensors elsewhere, such as "
-            f"{next(iter(adapted))!r}. Select layers that have some, or take them out first "
-            "(merge_and_unload of a PEFT model)."
+            "where a model has adapters, they train in place of its own tensors, and none that is "
+            f"active in layers {without} is selected: {len(adapted)} tensors elsewhere, such as "
+            f"{next(iter(adapted))!r}. Select layers and modules that have some."
         )
     for glob in selection.modules or ():
         if glob not in matched:

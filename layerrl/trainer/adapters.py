@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from layerrl.adapters import adapted_modules, adapter_tensors, described_adapters
 from layerrl.blocks import is_peft, meta_model
 from layerrl.errors import SelectionError, TrainerError
 from layerrl.selection import LayerSelection
+from layerrl.trainer.whole_models import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SCALES = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern")
 
 
 def has_adapters(model: object, peft_config: object = None) -> bool:
@@ -42,14 +49,64 @@ def has_adapters(model: object, peft_config: object = None) -> bool:
     return peft_config is not None
 
 
-def check_prompt_learning(model: nn.Module) -> None:
-    """Refuse a PEFT model whose method does not belong to layers."""
-    if is_peft(model) and not adapter_tensors(model):
-        configs: Any = getattr(model, "peft_config", {})
+def check_adapters(model: nn.Module) -> None:
+    """Refuse a PEFT model whose adapters are not in layers, switched off, or several at once."""
+    if not is_peft(model):
+        return
+    configs: Any = getattr(model, "peft_config", {})
+    problem = ""
+    modules = [*adapted_modules(model).values()]
+    active = {name for module in modules for name in module.active_adapters}
+    if not adapter_tensors(model):
         kinds = ", ".join(type(config).__name__ for config in configs.values())
-        raise SelectionError(
-            f"a selection was given together with a PEFT model of {kinds}, which has no active "
-            "adapters in layers. Give it LoRA, or another method that adapts modules of layers."
+        problem = (
+            f"of {kinds}, which has no active adapters in layers. Give it LoRA, or another method "
+            "that adapts modules of layers"
+        )
+    elif any(getattr(module, "disable_adapters", False) for module in modules):
+        problem = "whose adapters are switched off: call its enable_adapter_layers"
+    elif len(active) > 1:
+        problem = (
+            f"with {len(active)} active adapters, {sorted(active)}, of which TRL trains one: call "
+            "its set_adapter with that one"
+        )
+    if problem:
+        raise SelectionError(f"a selection was given together with a PEFT model {problem}.")
+
+
+def check_checkpoint(model: nn.Module, folder: Path) -> None:
+    """Refuse to go on with adapters of another run: PEFT loads what fits, and says nothing.
+
+    Args:
+        model: The run's, with adapters.
+        folder: A checkpoint.
+
+    Raises:
+        CheckpointError: If it holds no adapters, or others than the model has.
+    """
+    import peft
+
+    file, known = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    try:
+        with safe_open(file, framework="pt") as stored:
+            found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        then = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds no readable adapters, and here adapters train ({error}). Resume it "
+            "as the run that wrote it was made, or start a new run from its weights."
+        ) from error
+    [active] = {name for m in adapted_modules(model).values() for name in m.active_adapters}
+    own = peft.get_peft_model_state_dict(model, adapter_name=active)  # pyright: ignore[reportArgumentType]
+    expected = {name: tuple(value.shape) for name, value in own.items()}
+    now = model.peft_config[active].to_dict()  # pyright: ignore[reportIndexIssue, reportCallIssue, reportAttributeAccessIssue]
+    wrong = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+    wrong += [f"{n}={then.get(n)!r}" for n in _SCALES if n in now and then.get(n) != now[n]]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} holds other adapters than this run trains: {wrong[0]} and {len(wrong) - 1} "
+            "more differ. Nothing was loaded. Resume with the selection and peft_config that "
+            "wrote it."
         )
 
 
@@ -106,7 +163,11 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
             adapted = peft.get_peft_model(skeleton, asked)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise SelectionError(f"PEFT refuses the peft_config for this model: {error}") from error
-    places, chosen = adapter_tensors(adapted), selection.parameters(adapted)
+    places = adapter_tensors(adapted)
+    try:
+        chosen = selection.parameters(adapted)
+    except SelectionError as error:
+        raise SelectionError(f"{selection} and the peft_config do not meet: {error}") from error
     return _narrowed(config, adapted, selection, {places[name] for name in chosen})
 
 
@@ -133,31 +194,29 @@ def _refuse(config: Any, selection: LayerSelection) -> None:
 
 def _narrowed(config: Any, adapted: nn.Module, selection: LayerSelection, weights: set[str]) -> Any:
     """A copy of a config that names, of all that it adapts, what holds some weights."""
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
     kept: dict[str, list[str]] = {"target_modules": [], "target_parameters": []}
-    saved: list[str] = []
-    left_out: Counter[str] = Counter()
+    kept["modules_to_save"] = []
+    left_out: list[str] = []
     parameters = getattr(adapted.base_model, "targeted_parameter_names", ())
     modules = {*getattr(adapted.base_model, "targeted_module_names", ())}
     for name in parameters:
-        if name in weights:
-            kept["target_parameters"].append(name)
-        else:
-            left_out[name.rpartition(".")[2]] += 1
+        (kept["target_parameters"] if name in weights else left_out).append(name)
     for path, module in adapted_modules(adapted).items():
         is_saved = hasattr(module, "modules_to_save")
-        if path not in modules and not is_saved:
-            continue
-        if any(weight.startswith(f"{path}.") for weight in weights):
-            (saved if is_saved else kept["target_modules"]).append(path)
-        else:
-            left_out[path.rpartition(".")[2]] += 1
-    _refuse_outside(config, left_out, [*saved, *kept["target_modules"], *parameters], selection)
+        if path in modules or is_saved:
+            here = kept["modules_to_save" if is_saved else "target_modules"]
+            holds = any(weight.startswith(f"{path}.") for weight in weights)
+            (here if holds else left_out).append(path)
+    _refuse_outside(
+        config, left_out, [name for names in kept.values() for name in names], selection
+    )
     narrowed = copy.deepcopy(config)
+    nothing = {"target_modules": [] if kept["target_parameters"] else DUMMY_TARGET_MODULES}
     for name, value in kept.items():
         if hasattr(narrowed, name):
-            setattr(narrowed, name, value or (None if name == "target_parameters" else []))
-    if hasattr(narrowed, "modules_to_save"):
-        narrowed.modules_to_save = saved or None
+            setattr(narrowed, name, value or nothing.get(name))
     for name in ("layers_to_transform", "layers_pattern"):  # said by the names
         if hasattr(narrowed, name):
             setattr(narrowed, name, None)
@@ -165,16 +224,16 @@ def _narrowed(config: Any, adapted: nn.Module, selection: LayerSelection, weight
 
 
 def _refuse_outside(
-    config: Any, left_out: Counter[str], kept: list[str], selection: LayerSelection
+    config: Any, left_out: list[str], kept: list[str], selection: LayerSelection
 ) -> None:
     """What the caller named, and the selection has nowhere: silence would be a surprise."""
-    inside = {path.rpartition(".")[2] for path in kept}
-    for name in ("target_modules", "modules_to_save"):
+    for name in ("target_modules", "target_parameters", "modules_to_save"):
         named = getattr(config, name, None)
-        named = () if named is None or isinstance(named, str) else named
-        lost = sorted(n for n in named if n.rpartition(".")[2] in {*left_out} - inside)
-        if lost:
-            raise SelectionError(
-                f"{selection} was given together with a peft_config whose {name} has {lost[0]!r}, "
-                "which lies outside: leave it out, or select it (a head or embeddings by also=)."
-            )
+        for given in () if named is None or isinstance(named, str) else sorted(named):
+            matched = [n for n in left_out if n == given or n.endswith(f".{given}")]
+            if matched and not any(n == given or n.endswith(f".{given}") for n in kept):
+                raise SelectionError(
+                    f"{selection} was given together with a peft_config whose {name} has "
+                    f"{given!r}, which lies outside: leave it out, or select it (a head or "
+                    "embeddings by also=)."
+                )

@@ -76,7 +76,7 @@ class TrainerCall:
         self._full = full
         if full and self.adapts:
             adapters.refuse_full(selection)
-        if self.adapts:
+        if self.adapts and not (is_model and is_peft(model)):
             config = adapters.config_for(given.get("peft_config"), described, chosen)
             if config is not None:
                 args, kwargs = arguments.with_argument(known, args, kwargs, "peft_config", config)

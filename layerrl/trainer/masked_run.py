@@ -50,6 +50,8 @@ class MaskedRun:
     def __init__(self, trainer: Any, call: TrainerCall, selection: LayerSelection) -> None:
         model, accelerator, full = trainer.model, trainer.accelerator, selection.full
         self._trainer, self._call, self.selection = trainer, call, selection
+        self.adapts = call.adapts
+        """Whether PEFT's adapters train."""
         self.check_adapters()
         quantised = getattr(unwrap(model), "is_quantized", False)
         launchers.refuse_launcher(selection, accelerator, quantised=quantised)
@@ -66,7 +68,7 @@ class MaskedRun:
         self.frozen = FrozenRecord(model, selection, device=accelerator.device)
         self.base: DeltaBase | None = None
         """What a delta is relative to; None before `"auto"` has chosen, and of adapters."""
-        if call.decided and not call.adapts:
+        if call.decided and not self.adapts:
             known = self.frozen.fingerprints
             base = DeltaBase.of(model, selection, frozen=known, device=accelerator.device)
             self.base = launchers.of_main_process(base, accelerator)
@@ -165,8 +167,8 @@ class MaskedRun:
         """
         model = self._trainer.model
         has_some = adapters.has_adapters(model)
-        adapters.check_prompt_learning(model)
-        if has_some != self._call.adapts:
+        adapters.check_adapters(model)
+        if has_some != self.adapts:
             since = "has been given PEFT adapters" if has_some else "has lost its PEFT adapters"
             raise SelectionError(
                 f"the model {since} since the trainer was made for {self.selection}, whose "
@@ -186,7 +188,7 @@ class MaskedRun:
         Raises:
             SelectionError: If `"auto"` has not chosen yet, or adapters were trained.
         """
-        if self._call.adapts:
+        if self.adapts:
             raise SelectionError(
                 f"adapters were trained on {self.selection}, and a delta holds a model's own "
                 "tensors: save_model(folder) writes them as PEFT reads them. For a delta, train "
@@ -264,13 +266,14 @@ class MaskedRun:
     @contextmanager
     def _flags_kept(self) -> Iterator[None]:
         """Inside, adapters may be switched off and on, after which PEFT lets all of them train."""
-        if not self._call.adapts:
+        if not self.adapts:
             yield
             return
-        base, trained = unwrap(self._trainer.model), self.layers.parameters
+        base = unwrap(self._trainer.model)
+        trained = {id(parameter) for parameter in self.layers.parameters.values()}
         for name in adapter_tensors(base):  # those of other layers, if switched before
-            if name not in trained:
-                base.get_parameter(name).requires_grad_(False)
+            if id(parameter := base.get_parameter(name)) not in trained:  # tied ones have two names
+                parameter.requires_grad_(False)
         flags = [(p, p.requires_grad) for p in base.parameters()]
         try:
             yield

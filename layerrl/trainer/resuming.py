@@ -21,6 +21,7 @@ from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints
 from layerrl.shards import shape
 from layerrl.trainer import launchers
+from layerrl.trainer.adapters import check_checkpoint
 from layerrl.trainer.arguments import with_argument
 from layerrl.trainer.checkpoints import FINGERPRINTS, REFERENCE, delta_in, is_complete
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
@@ -108,13 +109,19 @@ class CheckpointReader:
         launchers.refuse_checkpoint(folder, trainer.accelerator, has_delta=delta is not None)
         in_parts = launchers.shards_model(trainer.accelerator)
         quantised = getattr(trainer.model, "is_quantized", False)
-        if delta is None and (run.base is None or run.selection.full or in_parts or quantised):
+        if delta is None and run.adapts and not in_parts:
+            check_checkpoint(trainer.model, folder)
+            if resumes:
+                self._check_state(folder, of_delta=True)
             return False
-        if run.base is None:  # "auto" has chosen before anything is loaded
+        if delta is None and (run.adapts or run.selection.full or in_parts or quantised):
+            return False
+        if run.adapts:
             raise CheckpointError(
                 f"{folder} holds the delta of layers that trained themselves, and here adapters "
                 "train: resume without peft_config, or load the delta into the base with load_delta"
             )
+        assert run.base is not None  # "auto" has chosen before anything is loaded
         if delta is None:
             tensors, reference = trained_tensors(trainer.model, folder, run.selection), {}
         else:

@@ -445,11 +445,13 @@ MAY_BE_MISSING = {
     "only PEFT's wrapper has it": {"peft_config", "get_base_model"},
     "only some of PEFT's configs, layers or models have it": {
         "bias",
+        "disable_adapters",
         "frozen_peft_weight_names",
         "init_lora_weights",
         "layer_replication",
         "layers_to_transform",
         "modules_to_save",
+        "original_module",
         "parameter_name",
         "target_modules",
         "targeted_module_names",

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from layerrl import contribution_probe, select_layers
-from layerrl.errors import LayerRLError, SelectionError
+from layerrl.errors import DeltaError, LayerRLError, SelectionError
 from tests import trainers
 from tests.engines import Engine, in_place_of_vllm
 from tests.grpo import config, make, tokenizer
@@ -130,6 +130,35 @@ class TestEquivalence:
         }}  # fmt: skip
         assert trains == moved
         assert all(p.grad is None for n, p in ours.model.named_parameters() if n not in moved)
+
+    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+    def test_parts_outside_the_layers_that_peft_saves(self, tmp_path, tied):
+        folder = saved(tmp_path / "base", tiny("llama", 4, tie_word_embeddings=tied))
+        also = ["head", "embeddings", "final_norm"] if tied else ["head", "final_norm"]
+        saves = ["embed_tokens" if tied else "lm_head", "model.norm"]
+        options = {"r": 2, "modules_to_save": saves, "ensure_weight_tying": tied}
+        settings = {"beta": 0.04, "num_iterations": 2}
+        selection = select_layers(load(folder), 2, also=also)
+        ours = trainer_of(folder, "ours", selection, LoraConfig(**options), **settings)
+        by_hand = LoraConfig(layers_to_transform=[2], **options)
+        plain = trainer_of(folder, "plain", None, by_hand, **settings)
+        before = bits(ours.model)
+        train(ours, plain)
+        assert_same_training(ours, plain)
+        after = bits(ours.model)
+        moved = {name for name in after if not torch.equal(after[name], before[name])}
+        assert sum("modules_to_save" in name for name in moved) == (3 if tied else 2)  # two names
+
+    def test_a_part_alone(self, folder):
+        selection = select_layers(load(folder), also="head")
+        config = LoraConfig(r=2, modules_to_save=["lm_head"])
+        ours = trainer_of(folder, "ours", selection, config, beta=0.04)
+        before = bits(ours.model)
+        train(ours)
+        after = bits(ours.model)
+        [moved] = [name for name in after if not torch.equal(after[name], before[name])]
+        assert moved.endswith("lm_head.modules_to_save.default.weight")
+        assert ours.masked_run.replay.num_replayed > 0
 
     def test_modules_restrict_it_further(self, folder):
         selection = select_layers(load(folder), 1, modules="*.v_proj")
@@ -257,6 +286,25 @@ class TestCheckpoints:
         train(rest, resume_from_checkpoint=str(folder.parent / "whole" / "checkpoint-2"))
         assert_close(bits(rest.model), bits(whole.model), rtol=0, atol=0)
 
+    @pytest.mark.parametrize(
+        ("selection", "options"),
+        [(1, {}), ([1, 2], {}), (2, {"r": 4}), (2, {"lora_alpha": 3}), (2, {"use_dora": True})],
+    )
+    def test_of_other_adapters_are_refused(self, folder, selection, options):
+        train(trainer_of(folder, "whole", 2, LoraConfig(r=2), save_strategy="steps", save_steps=2))
+        rest = trainer_of(folder, "rest", selection, LoraConfig(**{"r": 2, **options}))
+        before = bits(rest.model)
+        with pytest.raises(DeltaError, match="holds other adapters than this run trains"):
+            rest.train(resume_from_checkpoint=str(folder.parent / "whole" / "checkpoint-2"))
+        assert_close(bits(rest.model), before, rtol=0, atol=0)
+
+    def test_of_no_adapters_are_refused(self, folder):
+        train(make(load(folder), folder.parent / "whole", selection=2, save_strategy="steps"))
+        rest = trainer_of(folder, "rest", 2, LoraConfig(r=2))
+        [checkpoint, *_] = sorted((folder.parent / "whole").glob("checkpoint-*"))
+        with pytest.raises(DeltaError, match="holds the delta of layers"):
+            rest.train(resume_from_checkpoint=str(checkpoint))
+
     def test_a_delta_is_refused(self, folder):
         ours = trainer_of(folder, "ours", 2, LoraConfig(r=2), max_steps=1)
         with pytest.raises(SelectionError, match=r"adapters were trained on layer 2 of 4.*save_mo"):
@@ -307,6 +355,18 @@ BAD = {
         {"peft_config": LoraConfig(r=2, target_modules=["wqkv"])},
         "PEFT refuses the peft_config for this model: .*wqkv",
     ),
+    "parameters outside": (
+        {"peft_config": LoraConfig(r=2, target_parameters=["embed_tokens.weight"])},
+        "target_parameters has 'embed_tokens.weight', which lies outside",
+    ),
+    "another layer by name": (
+        {"peft_config": LoraConfig(r=2, target_modules=["2.self_attn.q_proj", "1.mlp.up_proj"])},
+        "target_modules has '1.mlp.up_proj', which lies outside",
+    ),
+    "nothing of the layer": (
+        {"peft_config": LoraConfig(r=2, layers_to_transform=[2]), "selection": [1, 2]},
+        "and the peft_config do not meet: layers",
+    ),
     "full": ({"peft_config": LoraConfig(r=2), "selection": "full"}, '"all" for adapters in every'),
     "no such layer": ({"peft_config": LoraConfig(r=2), "selection": 9}, "layer 9 does not exist"),
 }
@@ -333,6 +393,19 @@ class TestBadInput:
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         with pytest.raises(SelectionError, match="a PEFT model of PromptTuningConfig"):
             make(get_peft_model(load(folder), config), folder.parent / "run", selection=2)
+
+    def test_several_adapters_at_once(self, folder):
+        model = get_peft_model(load(folder), LoraConfig(r=2))
+        model.add_adapter("other", LoraConfig(r=2))
+        model.base_model.set_adapter(["default", "other"])
+        with pytest.raises(SelectionError, match=r"2 active adapters, \['default', 'other'\]"):
+            make(model, folder.parent / "run", selection=2)
+
+    def test_adapters_that_are_switched_off(self, folder):
+        model = get_peft_model(load(folder), LoraConfig(r=2))
+        model.disable_adapter_layers()
+        with pytest.raises(SelectionError, match="adapters are switched off"):
+            make(model, folder.parent / "run", selection=2)
 
     def test_adapters_that_peft_has_not_wrapped(self, folder):
         model = load(folder)

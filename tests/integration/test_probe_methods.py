@@ -11,7 +11,12 @@ import torch
 from datasets import Dataset
 from torch.testing import assert_close
 
-from layerrl import ContributionReport, contribution_probe, published_contributions
+from layerrl import (
+    ContributionReport,
+    contribution_probe,
+    published_contributions,
+    select_layers,
+)
 from layerrl.errors import ProbeError, ReportError, SelectionError
 from layerrl.scores.gradient import check_trainer
 from tests.grpo import PROMPTS, config, make, tokenizer
@@ -250,6 +255,11 @@ class TestBadInput:
         arguments = {"max_completion_length": 1, "mask_truncated_completions": True}
         with pytest.raises(ProbeError, match="all 8 completions were cut off at max_completion_l"):
             gradient(model, tmp_path, arguments=arguments)
+
+    def test_parts_outside_the_layers(self, model, tmp_path):
+        selection = select_layers(model, 1, also="final_norm")
+        with pytest.raises(ProbeError, match="layers alone are scored"):
+            gradient(model, tmp_path, layers=selection)
 
     def test_a_quantised_layer(self, model, tmp_path):
         linear = model.model.layers[1].mlp.up_proj
