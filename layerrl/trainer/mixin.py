@@ -53,6 +53,9 @@ class LayerMaskedMixin(_Wrapped):
     was trained. None of this changes a result; with `selection="full"` there is nothing to save,
     and the trainer is the plain one, with a copy of the model that was passed for its reference.
 
+    With a `peft_config`, or of a PEFT model, adapters train in the selected layers, and only there;
+    the reference and the checkpoints are then TRL's and PEFT's own.
+
     What does change a result, for the better: trained tensors in bfloat16 or float16 are updated in
     float32, where small steps are not rounded away.
 
