@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from layerrl.adapters import adapter_tensors
 from layerrl.blocks import (
     Blocks,
     meta_model,
@@ -32,6 +33,12 @@ from layerrl.selection.written import as_json, fields_in
 
 if TYPE_CHECKING:
     import torch
+
+
+def _without_adapters(model: Any) -> nn.Module:
+    """A model as it is without PEFT, or that of a config on `meta`."""
+    base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+    return meta_model(getattr(base, "config", None)) if adapter_tensors(base) else base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +244,7 @@ class LayerSelection:
             >>> plan.reference * 33 < plan.full.reference
             True
         """
-        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        base = _without_adapters(model)
         config = getattr(base, "config", None)
         if quantization_config is None:
             own = getattr(config, "quantization_config", None)
@@ -279,7 +286,7 @@ class LayerSelection:
             >>> select_layers(config, 16, modules="*.q_proj").quantization_skip_modules(config)
             ['lm_head', 'model.layers.16.self_attn.q_proj']
         """
-        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        base = _without_adapters(model)
         trained = self.parameters(base)
         if self.full:
             raise SelectionError(
@@ -318,7 +325,7 @@ class LayerSelection:
             >>> select_layers(config, 16).to_config("axolotl", config)
             {'unfrozen_parameters': ['^model.layers.16.']}
         """
-        base = unwrap(model) if isinstance(model, nn.Module) else meta_model(model)
+        base = _without_adapters(model)
         return config_for(tool, self, base)
 
     def to_json(self) -> str:

@@ -243,6 +243,17 @@ def test_the_gradient_probe_ranks_layers_by_their_adapters(tmp_path):
     assert [*report.scores] == [0, 1, 3]
 
 
+def test_plans_and_settings_of_a_peft_model_are_those_of_its_base(folder):
+    base = load(folder)
+    selection = select_layers(base, 2)
+    plan, settings = str(selection.plan(base)), selection.to_config("peft", base)
+    skipped = selection.quantization_skip_modules(base)
+    adapted = get_peft_model(base, LoraConfig(r=2))
+    assert str(selection.plan(adapted)) == plan
+    assert selection.to_config("peft", adapted) == settings
+    assert selection.quantization_skip_modules(adapted) == skipped
+
+
 class TestSavings:
     def test_backward_ends_at_the_first_adapter(self, folder):
         ours = trainer_of(folder, "ours", 2, LoraConfig(r=2), max_steps=1)
