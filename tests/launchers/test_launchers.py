@@ -228,7 +228,11 @@ def test_only_gradients_of_trained_tensors_travel(runs, launched, job):
 
 
 def test_new_tokens_alone_move_in_two_processes(runs):
-    assert_same(runs.ddp["rows"], runs.one["rows"], 1e-12)
+    # The head's own gradient agrees as float32 does: what TRL sums it over, two processes share.
+    assert_same(runs.ddp["rows"], runs.one["rows"], 1e-6)
+    name, [one] = "model.embed_tokens.weight", runs.one["rows"]
+    for process in runs.ddp["rows"]:
+        assert distance({name: process["weights"][name]}, {name: one["weights"][name]}) <= 1e-12
     base = AutoModelForCausalLM.from_pretrained(runs.folder / "base", dtype=torch.float64)
     before = base.get_input_embeddings().weight
     moved = {*range(8, 16)}
