@@ -22,11 +22,9 @@ import gymnasium
 import torch
 from datasets import Dataset
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
-from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import trange
-from training import RewardBar, check_settings, layers, write_json
+from training import RewardBar, check_settings, layers, letters, small_llama, write_json
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -190,35 +188,14 @@ def rows(maps: list[str]) -> Dataset:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123FHG#>", *ACTIONS]
-    letters = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=letters,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    )
+    return letters("0123FHG#>" + ACTIONS)
 
 
 def imitate(maps: list[str], steps: int) -> LlamaForCausalLM:
     """A small Llama that does what the guide did, in all turns of an episode."""
     set_seed(0)
     tokens = tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokens),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            pad_token_id=tokens.pad_token_id,
-            bos_token_id=tokens.bos_token_id,
-            eos_token_id=tokens.eos_token_id,
-        )
-    )
+    model = small_llama(tokens, max_position_embeddings=128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     draw = random.Random(0)
     for _ in (bar := trange(steps, desc="imitating", unit="step")):

@@ -19,11 +19,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import trange
-from training import RewardBar, check_settings, write_json
+from training import RewardBar, check_settings, letters, small_llama, write_json
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -77,16 +75,7 @@ def main() -> None:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *"0123456789,=()"]
-    letters = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=letters,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    )
+    return letters("0123456789,=()")
 
 
 def with_tags(base: Path, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -103,20 +92,7 @@ def teach(steps: int) -> LlamaForCausalLM:
     """A small Llama that answers, and leaves every token a chance: RL needs to try them."""
     set_seed(0)
     tokens = tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokens),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            tie_word_embeddings=True,
-            pad_token_id=tokens.pad_token_id,
-            bos_token_id=tokens.bos_token_id,
-            eos_token_id=tokens.eos_token_id,
-        )
-    )
+    model = small_llama(tokens, max_position_embeddings=32, tie_word_embeddings=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     smooth = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
     draw = random.Random(0)
@@ -230,7 +206,9 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
             for parts in ([row[:5] for row in rewards], [row[-5:] for row in rewards])
             if parts
         ]
-        line = f"{arm:15} {mean:5.3f}  {interval_of(draws[arm]):.3f}  {' -> '.join(ends)}"
+        line = (
+            f"{arm:15} {mean:5.3f}  {interval_of(draws[arm].clamp(0, 1)):.3f}  {' -> '.join(ends)}"
+        )
         print(line.rstrip())
 
 

@@ -16,8 +16,17 @@ from chain_sum import (
     problems_in,
     reward,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.utils import logging
 from trl import GRPOConfig
 
@@ -51,6 +60,38 @@ def parser(description: str, output: str, *, steps: int = 15) -> argparse.Argume
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--output", type=Path, default=Path(output), help="default: %(default)s")
     return made
+
+
+def letters(words: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per character of these."""
+    known = ["<pad>", "<bos>", "<eos>", "<unk>", *words]
+    level = models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>")
+    made = Tokenizer(level)
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    )
+
+
+def small_llama(tokens: PreTrainedTokenizerFast, **settings: Any) -> LlamaForCausalLM:
+    """A Llama of 4 layers and width 64, with random weights, for these tokens."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokens),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            pad_token_id=tokens.pad_token_id,
+            bos_token_id=tokens.bos_token_id,
+            eos_token_id=tokens.eos_token_id,
+            **settings,
+        )
+    )
 
 
 def layers(text: str) -> int | list[int] | str:

@@ -104,7 +104,7 @@ def _adapted(base: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def served_names(model: nn.Module) -> dict[str, str]:
-    """What an inference engine knows of a model whose adapters are merged into its weights.
+    """Names that a model's weights have in an inference engine, once its adapters are merged.
 
     Args:
         model: Any model, wrapped or not.

@@ -44,7 +44,7 @@ class Blocks:
     modules: tuple[nn.Module, ...]
     """One module per layer, 0 nearest the embedding."""
     part: nn.Module
-    """What runs them: the unwrapped model, or its vision tower."""
+    """The module whose forward calls them: the unwrapped model, or its vision tower."""
 
     def named_parameters(self, layer: int) -> Iterator[tuple[str, nn.Parameter]]:
         """Tensors of one layer by their name inside the block (`"mlp.down_proj.weight"`)."""
@@ -67,6 +67,23 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_peft(model: nn.Module) -> bool:
     """Whether the model is wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def embedding_of(model: nn.Module) -> Any:
+    """The token embedding, by transformers' own getter; None where there is none."""
+    return _asked(model, "get_input_embeddings")
+
+
+def head_of(model: nn.Module) -> Any:
+    """The head that makes tokens, by transformers' own getter; None where there is none."""
+    return _asked(model, "get_output_embeddings")
+
+
+def _asked(model: nn.Module, getter: str) -> Any:
+    try:
+        return getattr(unwrap(model), getter)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def plain_name(name: str) -> str:
@@ -141,8 +158,10 @@ def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[st
 def _parent(name: str) -> str:
     """What holds a parameter's module; for anything of an expert, the experts of its layer."""
     parts = name.split(".")
-    outside = not any(part.isdigit() for part in parts)  # where nothing is fused but a module
-    end = parts.index("experts") + 1 if "experts" in parts else len(parts) - (1 if outside else 2)
+    if "experts" in parts:
+        return ".".join(parts[: parts.index("experts") + 1])
+    # Outside all lists of layers, an engine fuses nothing: a module travels alone.
+    end = len(parts) - (2 if any(part.isdigit() for part in parts) else 1)
     return ".".join(parts[:end])
 
 

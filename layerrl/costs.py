@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from layerrl.blocks import plain_name
+from layerrl.blocks import embedding_of, head_of, plain_name
 from layerrl.seams import imported
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def met_by_a_token(base: nn.Module, parameters: Mapping[str, Tensor]) -> dict[st
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     share = getattr(text, "num_experts_per_tok", 0) / experts if experts else 1.0
-    looked_up = _weight_of(base, "get_input_embeddings")  # no product, unless it is the head
-    if looked_up is _weight_of(base, "get_output_embeddings"):
+    looked_up = getattr(embedding_of(base), "weight", None)  # no product, unless it is the head
+    if looked_up is getattr(head_of(base), "weight", None):
         looked_up = None
     return {
         name: p.numel() * (share if ".experts." in name else 1.0)
@@ -85,12 +85,5 @@ def linear_weights(blocks: Blocks, layer: int) -> list[str]:
 
 def head_elements(base: nn.Module) -> int:
     """Elements of the language model's head; 0 where there is none."""
-    head = _weight_of(base, "get_output_embeddings")
+    head = getattr(head_of(base), "weight", None)
     return 0 if head is None else head.numel()
-
-
-def _weight_of(base: nn.Module, getter: str) -> Tensor | None:
-    try:
-        return getattr(base, getter)().weight
-    except (AttributeError, NotImplementedError):
-        return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import find_blocks, plain_name, unwrap
+from layerrl.blocks import plain_name, unwrap
 from layerrl.errors import FrozenTensorError
 from layerrl.selection.parts import rows_kept
 from layerrl.shards import local
@@ -126,7 +126,7 @@ def frozen_rows(model: nn.Module, selection: LayerSelection) -> Iterator[tuple[s
         Name of a tensor, a run of its rows, and these rows, a view. Mostly none.
     """
     base = unwrap(model)
-    kept = rows_kept(selection, base, find_blocks(base))
+    kept = rows_kept(selection, base)
     named = {plain_name(name): parameter for name, parameter in base.named_parameters()}
     for name, runs in kept.items():
         for run in runs:

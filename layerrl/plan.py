@@ -61,7 +61,7 @@ class Plan:
     """
 
     name: str
-    """What trains, the heading of its column: `"selection"`, `"LoRA+layerrl"`, `"LoRA r16"`,
+    """Heading of its column in the table: `"selection"`, `"LoRA+layerrl"`, `"LoRA r16"`,
     `"LoRA all"` or `"full"`."""
     weights: int
     """Bytes of the model's weights; LoRA's adapters included."""
@@ -97,7 +97,7 @@ class Plan:
     full: Plan | None = None
     """The same for `"full"` as TRL does it; None if this is it, and in `lora`."""
     uncounted: str = ""
-    """What `step` leaves out, a sentence; empty where that is nothing of what trains."""
+    """A sentence on costs that `step` does not count; empty if there are none."""
 
     @property
     def total(self) -> int:

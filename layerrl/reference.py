@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 
 from layerrl.errors import ModelError
 from layerrl.seams import imported
-from layerrl.shards import is_sharded, parts, sharded_like, with_parameter, write
+from layerrl.shards import is_sharded, parts, sharded_like
+from layerrl.swapping import swapped_in
 
 with imported():
     from torch.nn.modules.module import _IncompatibleKeys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
 
 
 # How the names of methods begin that change a model; a reference has none of its own to change.
@@ -229,7 +230,7 @@ class ReferenceModel(nn.Module):
         return dict(zip(self._trained, self.initial, strict=True))
 
     def follow(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Go on with a policy whose parameters are others now, as after it has been sharded.
+        """Take over the parameters that the policy has now, as after it has been sharded.
 
         Args:
             trained: The tensors that train, by the names they had.
@@ -249,39 +250,14 @@ class ReferenceModel(nn.Module):
         for name, initial in self.tensors.items():
             initial.copy_(sharded_like(tensors[name], initial))
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[nn.Module]:
+    def swapped_in(self) -> AbstractContextManager[nn.Module]:
         """Give the policy the reference's values; afterwards it has its own again.
 
-        Yields:
-            The policy, in evaluation mode. Values and modes are restored also after an exception.
+        Returns:
+            A context manager that gives the policy, in evaluation mode.
         """
-        [policy] = self._policy
-        training = [module for module in policy.modules() if module.training]
-        own = [
-            parts(parameter).detach().clone() if is_sharded(parameter) else parameter.data
-            for parameter in self._trained.values()
-        ]
-        try:
-            for module in training:
-                module.training = False
-            self._give(self.initial)
-            yield policy
-        finally:
-            self._give(own)
-            for module in training:
-                module.training = True
-
-    def _give(self, values: Iterable[Tensor]) -> None:
-        """Put values into the policy: into parts, where it has some, which are known by storage."""
-        given = dict(zip(self._trained.values(), values, strict=True))
-        sharded = {parameter: value for parameter, value in given.items() if is_sharded(parameter)}
-        if sharded:
-            write(self._policy[0], sharded.items())
-        # Inside a caller's autocast, casts of the values before would be used again.
-        torch.clear_autocast_cache()
-        for parameter in given.keys() - sharded.keys():
-            parameter.data = with_parameter(given[parameter], parameter).data
+        values = zip(self._trained.values(), self.initial, strict=True)
+        return swapped_in(self._policy[0], dict(values))
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # the policy's own

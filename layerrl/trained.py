@@ -49,23 +49,18 @@ class TrainedLayers:
             for layer in self.selection.layers
         }
         """Those of each selected layer, in the order of the layers."""
-        self.frozen_rows = rows_kept(self.selection, unwrap(self.model), blocks)
+        base = unwrap(self.model)
+        self.frozen_rows = rows_kept(self.selection, base)
         """Plain name of each tensor that trains by rows, to runs of those that do not train."""
-        outside = {
-            **names_in_parts(
-                self.selection, unwrap(self.model), blocks, adapter_tensors(self.model)
-            ),
-            **{part: self.frozen_rows for part in self.selection.also if names_rows(part)},
-        }
-        named = dict(unwrap(self.model).named_parameters(remove_duplicate=False))
-        named = {plain_name(name): parameter for name, parameter in named.items()}
+        outside = names_in_parts(self.selection, base, blocks, adapter_tensors(base))
+        named = [(plain_name(n), p) for n, p in base.named_parameters(remove_duplicate=False)]
         self.by_part: dict[str, list[nn.Parameter]] = {
-            **{f"layer_{layer}": tensors for layer, tensors in self.by_layer.items()},
-            **{
-                NEW_TOKENS if names_rows(part) else part: [named[n] for n in named if n in names]
-                for part, names in outside.items()
-            },
+            f"layer_{layer}": tensors for layer, tensors in self.by_layer.items()
         }
+        for part, names in outside.items():
+            by_rows = names_rows(part)
+            names = {*self.frozen_rows} if by_rows else names
+            self.by_part[NEW_TOKENS if by_rows else part] = [p for n, p in named if n in names]
         """The same, and those of each part outside the layers, by the names they are logged by."""
 
     @property

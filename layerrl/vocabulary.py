@@ -70,14 +70,6 @@ def tokens_of(processing_class: object) -> dict[str, int]:
     return dict(found.get_vocab()) if callable(getattr(found, "get_vocab", None)) else {}
 
 
-def embedding_of(model: nn.Module) -> Any:
-    """The token embedding; None where there is none."""
-    try:
-        return unwrap(model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    except (AttributeError, NotImplementedError):
-        return None
-
-
 def vocabulary_size(config: Any) -> int | None:
     """Rows of the embedding that a config describes; None where it does not say."""
     if not callable(getattr(config, "get_text_config", None)):

@@ -139,7 +139,7 @@ def _check_arguments(model: object, selection: object, base: object) -> None:
 def _description(
     selection: LayerSelection, tensors: Mapping[str, Tensor], base: DeltaBase
 ) -> dict[str, Any]:
-    """What `delta.json` says, but for the files beside the tensors and its own checksum."""
+    """The content of `delta.json`, without its checksum and those of the files beside it."""
     now = fingerprints(tensors)
     return {
         "format_version": FORMAT_VERSION,

@@ -161,14 +161,11 @@ def _check_selection(
 
 def _in_selected_layers(selection: LayerSelection, own: set[str]) -> set[str]:
     """What can be told from names alone, of a model whose code is not in transformers."""
-    if selection.full or selection.also:
+    if selection.full or selection.also:  # whose names only the model's code could tell
         return own
     inside = {name: place for name in own if (place := place_of(name)) is not None}
-    outside = own - {*inside} if selection.also else set()
     path = Counter(path for path, _ in inside.values()).most_common(1)
-    return outside | {
-        name for name, (p, k) in inside.items() if p == path[0][0] and k in selection.layers
-    }
+    return {name for name, (p, k) in inside.items() if p == path[0][0] and k in selection.layers}
 
 
 def _hint(deltas: list[Delta], index: int, *, union: bool) -> str:

@@ -18,18 +18,14 @@ from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, skipped_by_default
 from layerrl.selection.exports import config_for
+from layerrl.selection.fields import as_json, checked, fields_in
 from layerrl.selection.masked import Masked
-from layerrl.selection.parsing import (
-    are_globs,
-    integer,
-    ranges,
-)
+from layerrl.selection.parsing import ranges
 from layerrl.selection.parts import ABOVE
-from layerrl.selection.rates import Boost, check_boosts, is_scale, shown
-from layerrl.selection.rows import NEW_TOKENS, names_rows, rows_of, with_named_rows
+from layerrl.selection.rates import Boost, shown
+from layerrl.selection.rows import NEW_TOKENS, names_rows, rows_of
 from layerrl.selection.tensors import trained_tensors
 from layerrl.selection.towers import STACKS, blocks_of
-from layerrl.selection.written import as_json, fields_in
 
 if TYPE_CHECKING:
     import torch
@@ -69,41 +65,9 @@ class LayerSelection:
     """Whose layers they are: `"text"`, the decoder's, or `"vision"`, those of the vision tower."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, tuple):
-            raise SelectionError(f"layers of a selection is a tuple, got {self.layers!r}")
-        if self.modules is not None and not are_globs(self.modules):
-            raise SelectionError(f"modules is None or a tuple of globs, got {self.modules!r}")
-        if not isinstance(self.full, bool):
-            raise SelectionError(f"full is True or False, got {self.full!r}")
-        if not isinstance(self.also, tuple) or (self.also and not are_globs(self.also)):
-            raise SelectionError(f"also is a tuple of parts and globs, got {self.also!r}")
-        if self.stack not in [*STACKS]:
-            raise SelectionError(f'stack is "text" or "vision", got {self.stack!r}')
-        object.__setattr__(self, "also", with_named_rows(self.also))
-        last = integer(self.num_layers) - 1
-        given = [integer(layer) for layer in self.layers]
-        if not given and self.also:
-            if self.modules is not None:
-                raise SelectionError(f"modules={self.modules!r} are parts of layers: none is given")
-        elif not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
-            raise SelectionError(
-                f"layers={self.layers!r}: expected at least one, ascending, without duplicates, "
-                f"from 0 to {last}"
-            )
-        factors = self.learning_rate_scale or (1.0,) * len(given)
-        fits = isinstance(factors, tuple) and len(factors) == len(given)
-        if not fits or not all(map(is_scale, factors)):
-            raise SelectionError(
-                f"learning_rate_scale needs one positive finite factor for each of {len(given)} "
-                f"layers, got {factors!r}"
-            )
-        object.__setattr__(self, "learning_rate_scale", factors)
-        check_boosts(self.boosts, self.layers)
-        beside = self.modules is not None or self.also or self.stack != "text"
-        if self.full and (len(given) != self.num_layers or beside):
-            raise SelectionError(
-                '"full" trains every parameter: it takes no layers, modules, also, stack'
-            )
+        also, scales = checked(self)
+        object.__setattr__(self, "also", also)
+        object.__setattr__(self, "learning_rate_scale", scales)
 
     def __str__(self) -> str:
         kind = "" if self.stack == "text" else f"{self.stack} "

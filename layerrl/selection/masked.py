@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from layerrl.blocks import find_blocks, plain_name, unwrap
+from layerrl.blocks import plain_name, unwrap
 from layerrl.selection.parts import rows_kept
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Masked(AbstractContextManager[dict[str, nn.Parameter]]):
 
     def __enter__(self) -> dict[str, nn.Parameter]:
         trained = self._selection.parameters(self._model)
-        kept = _rows_kept(self._selection, self._model)
+        kept = rows_kept(self._selection, unwrap(self._model))
         before, waiting = _flags(self._model), _waiting.get(unwrap(self._model))
         self._entered.append((before, waiting.pause() if waiting else before, waiting))
         _mask(self._model, trained)
@@ -91,7 +91,7 @@ class TrainingMask:
         Raises:
             SelectionError: If the selection does not fit the model; nothing is changed then.
         """
-        trained, kept = selection.parameters(model), _rows_kept(selection, model)
+        trained, kept = selection.parameters(model), rows_kept(selection, unwrap(model))
         self._paused = None
         self.take_off()
         if waiting := _waiting.get(unwrap(model)):
@@ -170,11 +170,6 @@ def _mask(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
     chosen = {id(parameter) for parameter in trained.values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-
-
-def _rows_kept(selection: LayerSelection, model: nn.Module) -> dict[str, list[slice]]:
-    base = unwrap(model)
-    return rows_kept(selection, base, find_blocks(base))
 
 
 def _without_gradient(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerrl.blocks import Blocks, find_blocks, plain_name
+from layerrl.blocks import Blocks, embedding_of, find_blocks, head_of, plain_name
 from layerrl.errors import SelectionError
 from layerrl.selection.parsing import matches
 from layerrl.selection.rows import check_rows, frozen_rows, names_rows, token_tensors
@@ -55,7 +55,7 @@ def names_in_parts(
         elif part == "final_norm":
             names = _final_norm(base, find_blocks(base))
         elif part == "embeddings":
-            names = _inside(base, [_getter(base, "get_input_embeddings")])
+            names = _inside(base, [embedding_of(base)])
         elif part == "projector":
             names = _inside(base, projectors(base))
         elif names_rows(part) and adapted:
@@ -65,7 +65,7 @@ def names_in_parts(
                 "adapters, or leave them out"
             )
         elif names_rows(part):
-            has_rows = hasattr(_getter(base, "get_input_embeddings"), "weight")
+            has_rows = hasattr(embedding_of(base), "weight")
             names = token_tensors(base) if has_rows else set()
         else:
             known_as = {name: {name, adapted.get(name, name)} for name in outside}
@@ -83,13 +83,12 @@ def names_in_parts(
     return found
 
 
-def rows_kept(selection: LayerSelection, base: nn.Module, blocks: Blocks) -> dict[str, list[slice]]:
+def rows_kept(selection: LayerSelection, base: nn.Module) -> dict[str, list[slice]]:
     """The rows of trained tensors that do not train: those of the tokens that were there before.
 
     Args:
         selection: What trains.
         base: The model, unwrapped.
-        blocks: Its layers.
 
     Returns:
         Plain name of each tensor that trains by rows, to runs of its other rows; mostly none.
@@ -99,12 +98,12 @@ def rows_kept(selection: LayerSelection, base: nn.Module, blocks: Blocks) -> dic
     """
     if not any(map(names_rows, selection.also)):
         return {}
-    return frozen_rows(selection, base, names_in_parts(selection, base, blocks, {}))
+    return frozen_rows(selection, base, names_in_parts(selection, base, selection.blocks(base), {}))
 
 
 def _head(base: nn.Module, outside: list[str]) -> set[str]:
     """What makes tokens of hidden states, or a classifier's scores: all outside the base model."""
-    names = _inside(base, [_getter(base, "get_output_embeddings")])
+    names = _inside(base, [head_of(base)])
     prefix = getattr(base, "base_model_prefix", "")
     if names or not prefix or getattr(base, prefix, base) is base:
         return names
@@ -139,13 +138,6 @@ def _inside(base: nn.Module, modules: Sequence[nn.Module | None]) -> set[str]:
 def _named_parameters(base: nn.Module) -> list[tuple[str, nn.Parameter]]:
     found = base.named_parameters(remove_duplicate=False)
     return [(plain_name(name), parameter) for name, parameter in found]
-
-
-def _getter(base: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return getattr(base, name)()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _explain_missing(part: str, base: nn.Module, blocks: Blocks, outside: list[str]) -> str:

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from layerrl.blocks import plain_name, unwrap
+from layerrl.blocks import embedding_of, head_of, plain_name, unwrap
 from layerrl.errors import SelectionError
 from layerrl.selection.parsing import ranges
 from layerrl.shards import shape
@@ -134,12 +134,7 @@ def token_tensors(base: nn.Module) -> set[str]:
     Returns:
         Those of the token embedding and of the head, both names of a tied one.
     """
-    ends = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            ends.append(getattr(base, getter)())
-        except (AttributeError, NotImplementedError):
-            continue
+    ends = [end for end in (embedding_of(base), head_of(base)) if end is not None]
     return {
         plain_name(f"{path}.{name}")
         for path, module in base.named_modules(remove_duplicate=False)
@@ -160,7 +155,7 @@ def check_rows(selection: LayerSelection, base: nn.Module, parts: Mapping[str, s
         SelectionError: If it is so.
     """
     tensors = by_rows(selection, base, parts)
-    embedding = base.get_input_embeddings().weight  # pyright: ignore[reportCallIssue,reportAttributeAccessIssue]
+    embedding = embedding_of(base).weight
     if all(parameter is not embedding for parameter in tensors.values()):
         others = [part for part in selection.also if not names_rows(part)]
         raise SelectionError(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import embedding_of, head_of, unwrap
 from layerrl.errors import SelectionError
 from layerrl.shards import shape
 from layerrl.vocabulary import (
     added_rows,
-    embedding_of,
     name_of,
     saved,
     tokens_of,
@@ -176,13 +175,12 @@ def _warn_of_change(
 
 
 def _say_tied(model: nn.Module, selection: LayerSelection) -> None:
-    base: Any = unwrap(model)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    head = head_of(model)
     if selection.token_rows and getattr(head, "weight", None) is embedding_of(model).weight:
         logger.warning(
             "%s: the head of %s is tied to its embedding, and these rows train for both.",
             selection,
-            type(base).__name__,
+            type(unwrap(model)).__name__,
         )
 
 

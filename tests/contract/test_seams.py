@@ -373,7 +373,6 @@ MAY_BE_MISSING = {
         "generation_config",
         "get_decoder",
         "get_encoder",
-        "get_output_embeddings",
         "weight",
         "is_encoder_decoder",
         "num_experts",

@@ -1,0 +1,120 @@
+"""A selection's fields: whether they make sense together, and as JSON in the format's versions."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from layerrl.checks import whole_number
+from layerrl.errors import SelectionError
+from layerrl.selection.parsing import are_globs, integer
+from layerrl.selection.rates import check_boosts, is_scale
+from layerrl.selection.rows import with_named_rows
+from layerrl.selection.towers import STACKS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from layerrl.selection import LayerSelection
+
+_VERSION = 2
+_OF_VERSION_1 = ("num_layers", "layers", "learning_rate_scale", "modules", "full")
+
+_LEFT_OUT = ((), "text")  # defaults of later fields
+
+
+def checked(selection: LayerSelection) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Refuse fields that make no sense, alone or together.
+
+    Args:
+        selection: One that is being made.
+
+    Returns:
+        Its `also`, with rows named in one way, and its `learning_rate_scale`, 1.0 for each layer
+        where it was left out.
+
+    Raises:
+        SelectionError: If they make none.
+    """
+    if not isinstance(selection.layers, tuple):
+        raise SelectionError(f"layers of a selection is a tuple, got {selection.layers!r}")
+    if selection.modules is not None and not are_globs(selection.modules):
+        raise SelectionError(f"modules is None or a tuple of globs, got {selection.modules!r}")
+    if not isinstance(selection.full, bool):
+        raise SelectionError(f"full is True or False, got {selection.full!r}")
+    if not isinstance(selection.also, tuple) or (selection.also and not are_globs(selection.also)):
+        raise SelectionError(f"also is a tuple of parts and globs, got {selection.also!r}")
+    if selection.stack not in [*STACKS]:
+        raise SelectionError(f'stack is "text" or "vision", got {selection.stack!r}')
+    also = with_named_rows(selection.also)
+    last = integer(selection.num_layers) - 1
+    given = [integer(layer) for layer in selection.layers]
+    if not given and selection.also:
+        if selection.modules is not None:
+            raise SelectionError(
+                f"modules={selection.modules!r} are parts of layers: none is given"
+            )
+    elif not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
+        raise SelectionError(
+            f"layers={selection.layers!r}: expected at least one, ascending, without duplicates, "
+            f"from 0 to {last}"
+        )
+    factors = selection.learning_rate_scale or (1.0,) * len(given)
+    fits = isinstance(factors, tuple) and len(factors) == len(given)
+    if not fits or not all(map(is_scale, factors)):
+        raise SelectionError(
+            f"learning_rate_scale needs one positive finite factor for each of {len(given)} "
+            f"layers, got {factors!r}"
+        )
+    check_boosts(selection.boosts, selection.layers)
+    beside = selection.modules is not None or selection.also or selection.stack != "text"
+    if selection.full and (len(given) != selection.num_layers or beside):
+        raise SelectionError(
+            '"full" trains every parameter: it takes no layers, modules, also, stack'
+        )
+    return also, factors
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """One line of JSON for a selection's fields."""
+    # Whatever format version 1 can say is said in it, for earlier versions of layerrl to read.
+    used = {n: v for n, v in values.items() if n in _OF_VERSION_1 or v not in _LEFT_OUT}
+    version = {} if {*used} == {*_OF_VERSION_1} else {"format_version": _VERSION}
+    return json.dumps(used | version)
+
+
+def fields_in(text: str, names: set[str]) -> dict[str, Any]:
+    """The fields that `as_json` wrote.
+
+    Args:
+        text: The JSON.
+        names: All fields of a selection.
+
+    Returns:
+        Name to value, lists as tuples.
+
+    Raises:
+        SelectionError: If the text is not JSON, of a newer version, or has other fields.
+    """
+    try:
+        data = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SelectionError(f"not the JSON of a LayerSelection: {error}") from error
+    version = data.pop("format_version", 1) if isinstance(data, dict) else 1
+    if whole_number(version) is None or not 1 <= version <= _VERSION:
+        raise SelectionError(
+            f"the JSON of a LayerSelection has format version {version!r}; this layerrl reads "
+            f"1 to {_VERSION}. A newer one may have written it."
+        )
+    if not isinstance(data, dict) or not {*_OF_VERSION_1} <= {*data} <= names:
+        raise SelectionError(
+            f"not the JSON of a LayerSelection: expected the fields {sorted(_OF_VERSION_1)}, "
+            f"perhaps {sorted(names - {*_OF_VERSION_1})}, got "
+            f"{sorted(data) if isinstance(data, dict) else data!r}"
+        )
+    return {
+        name: tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        if isinstance(value, list)
+        else value
+        for name, value in data.items()
+    }
