@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layerrl.activations import backward_from_first_trained
-from layerrl.adapters import adapter_tensors
 from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.errors import SelectionError
@@ -269,12 +268,7 @@ class MaskedRun:
         if not self.adapts:
             yield
             return
-        base = unwrap(self._trainer.model)
-        trained = {id(parameter) for parameter in self.layers.parameters.values()}
-        for name in adapter_tensors(base):  # those of other layers, if switched before
-            if id(parameter := base.get_parameter(name)) not in trained:  # tied ones have two names
-                parameter.requires_grad_(False)
-        flags = [(p, p.requires_grad) for p in base.parameters()]
+        flags = [(p, p.requires_grad) for p in self._trainer.model.parameters()]
         try:
             yield
         finally:
