@@ -7,7 +7,7 @@ glob or a part of `also`, those before a layer. Factors are never multiplied wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -224,7 +224,9 @@ def learning_rate_factors(
         if layer is None:
             tensors += _in_part(selection, glob, base, blocks, adapted)
         if not tensors:
-            raise SelectionError(_explain_unmatched(selection, layer, glob, inside))
+            raise SelectionError(
+                _explain_unmatched(selection, layer, glob, inside, {*name_of.values()})
+            )
         (globs if layer is None else pairs).append((_key(layer, glob), factor, tensors))
     factors: dict[int, float] = {}
     for level in (pairs, globs, layers):
@@ -272,9 +274,15 @@ def _explain_unmatched(
     layer: int | None,
     glob: str,
     inside: Mapping[int, list[tuple[str, int]]],
+    trained: Collection[str],
 ) -> str:
     if layer is None and glob in nameable_parts((), full=True):
-        return f"boost of {glob!r}, which does not train: also={glob!r} would train it"
+        if not selection.also:
+            return f"boost of {glob!r}, which does not train: also={glob!r} would train it"
+        return (
+            f"boost of {glob!r}, which is none of also={list(selection.also)}: boost a part by its "
+            f"name there, or select also={glob!r}"
+        )
     where = f"layer {layer}"
     if layer is None:
         where = (
@@ -283,6 +291,8 @@ def _explain_unmatched(
     text = f"boost of {_key(layer, glob)!r} matches nothing that trains in {where}"
     if selection.also and layer is None:
         text += f", and is none of also={list(selection.also)}"
+    if any(matches(name, glob) for name in trained):
+        text += "; globs are compared with names inside a layer, not with whole names"
     example = selection.first if layer is None else layer
     names = ", ".join(dict.fromkeys(name for name, _ in inside.get(example, ())))
     return text + (f". What trains in layer {example} is {names}" if names else "")

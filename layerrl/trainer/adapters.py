@@ -12,6 +12,7 @@ from torch import nn
 
 from layerrl.adapters import adapted_modules, adapter_tensors, described_adapters
 from layerrl.blocks import is_peft, meta_model
+from layerrl.delta.checkpoint import json_object
 from layerrl.errors import SelectionError, TrainerError
 from layerrl.selection import LayerSelection
 from layerrl.trainer.whole_models import CheckpointError
@@ -19,6 +20,8 @@ from layerrl.trainer.whole_models import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
+ADAPTED = "adapted_base.json"
+"""Beside the adapters of a checkpoint: the digest of all that they leave as it is."""
 _SCALES = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern")
 
 
@@ -74,15 +77,28 @@ def check_adapters(model: nn.Module) -> None:
         raise SelectionError(f"a selection was given together with a PEFT model {problem}.")
 
 
-def check_checkpoint(model: nn.Module, folder: Path) -> None:
+def note_base(folder: Path, digest: str | None) -> None:
+    """Write beside adapters what base they were trained on.
+
+    Args:
+        folder: A checkpoint.
+        digest: Of the frozen tensors; None where it is not known.
+    """
+    if digest is not None:
+        (folder / ADAPTED).write_text(json.dumps({"frozen": digest}) + "\n", encoding="utf-8")
+
+
+def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None:
     """Refuse to go on with adapters of another run: PEFT loads what fits, and says nothing.
 
     Args:
         model: The run's, with adapters.
         folder: A checkpoint.
+        digest: Of the run's frozen tensors; None where it is not known.
 
     Raises:
-        CheckpointError: If it holds no adapters, or others than the model has.
+        CheckpointError: If it holds no adapters, or others than the model has, or adapters that
+            were trained on other weights.
     """
     import peft
 
@@ -107,6 +123,14 @@ def check_checkpoint(model: nn.Module, folder: Path) -> None:
             f"{folder} holds other adapters than this run trains: {wrong[0]} and {len(wrong) - 1} "
             "more differ. Nothing was loaded. Resume with the selection and peft_config that "
             "wrote it."
+        )
+    base = folder / ADAPTED  # a checkpoint of plain TRL has none
+    noted = json_object(base).get("frozen") if base.exists() else None
+    if None not in (noted, digest) and noted != digest:
+        raise CheckpointError(
+            f"the adapters in {folder} were trained on another base: the frozen tensors of this "
+            "run have other bits. Nothing was loaded. Resume with the model, revision and dtype "
+            "that the run began with."
         )
 
 

@@ -18,6 +18,7 @@ from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
 from layerrl.shards import shape, whole
 from layerrl.trainer import launchers
+from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ class Checkpoints:
             self._save_delta(folder)
         else:
             save_model(output_dir, is_internal)
+            if self._trainer.args.should_save:
+                note_base(folder, self._trainer.masked_run.adapted)
         auto = self._trainer.masked_run.auto
         if self._trainer.args.should_save and auto is not None:
             auto.save(folder)
@@ -159,7 +162,7 @@ class Checkpoints:
     def _clear(self, folder: Path) -> None:
         """Remove what an earlier run left under a checkpoint's name, in whichever format."""
         if self._trainer.args.should_save:
-            for stale in (REPORT, REFERENCE, CARD, *_WHOLE, *_DELTA):
+            for stale in (REPORT, REFERENCE, CARD, ADAPTED, *_WHOLE, *_DELTA):
                 (folder / stale).unlink(missing_ok=True)
             shutil.rmtree(folder / _OLD_DELTA, ignore_errors=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.state import AcceleratorState
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim import Optimizer
 
-    from layerrl.delta import DeltaBase
     from layerrl.selection import LayerSelection
 
+_Record = TypeVar("_Record")
 _DEEPSPEED = "latest"  # the file in which DeepSpeed names the part of a checkpoint that is its own
 _ZERO3_MODEL = "zero_pp_rank_*_model_states.pt"  # its parts of a model; ZeRO-1 and 2 write it whole
 # Settings of ZeRO-3 with which each process holds one exact part on its device: the defaults.
@@ -194,11 +194,11 @@ def refuse_disagreement(selection: LayerSelection, accelerator: Accelerator) -> 
         )
 
 
-def of_main_process(base: DeltaBase, accelerator: Accelerator) -> DeltaBase:
+def of_main_process(record: _Record, accelerator: Accelerator) -> _Record:
     """The main process's record of the base: the others may have loaded no weights yet."""
     if accelerator.num_processes == 1:
-        return base
-    [shared] = broadcast_object_list([base])
+        return record
+    [shared] = broadcast_object_list([record])
     return shared
 
 
@@ -212,7 +212,7 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
 
     Raises:
         DeltaError: If it was written with DeepSpeed and this run is without it, or the opposite,
-            or the same is true of ZeRO-3; if it is a whole model and the same is true of FSDP.
+            or the same is true of ZeRO-3; if it has no delta and the same is true of FSDP.
     """
     by_deepspeed = (folder / _DEEPSPEED).is_file()
     if by_deepspeed != uses_deepspeed(accelerator):
@@ -237,9 +237,10 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
     if not has_delta and not by_deepspeed and by_fsdp != uses_fsdp(accelerator):
         wrote, runs = ("with", "without") if by_fsdp else ("without", "with")
         raise DeltaError(
-            f"the checkpoint {folder} is a whole model written {wrote} FSDP, and this run is "
-            f'{runs} it: only checkpoints with a delta (checkpoint_format="delta", of a selection '
-            'other than "full") can be resumed under another launcher.'
+            f"the checkpoint {folder} is a whole model, or adapters, written {wrote} FSDP, and "
+            f"this run is {runs} it: only checkpoints with a delta "
+            '(checkpoint_format="delta", of a selection other than "full", without adapters) can '
+            "be resumed under another launcher."
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
+from layerrl.digests import json_digest
 from layerrl.errors import SelectionError
 from layerrl.frozen import FrozenRecord
 from layerrl.reference import ReferenceModel
@@ -67,6 +68,12 @@ class MaskedRun:
         self.frozen = FrozenRecord(model, selection, device=accelerator.device)
         self.base: DeltaBase | None = None
         """What a delta is relative to; None before `"auto"` has chosen, and of adapters."""
+        self.adapted: str | None = None
+        """The digest of what adapters leave as it is: not of packed weights, whose bits depend on
+        the device that packed them."""
+        if call.decided and self.adapts and not quantised:
+            digest = json_digest(self.frozen.fingerprints)
+            self.adapted = launchers.of_main_process(digest, accelerator)
         if call.decided and not self.adapts:
             known = self.frozen.fingerprints
             base = DeltaBase.of(model, selection, frozen=known, device=accelerator.device)

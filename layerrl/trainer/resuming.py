@@ -109,9 +109,9 @@ class CheckpointReader:
         launchers.refuse_checkpoint(folder, trainer.accelerator, has_delta=delta is not None)
         in_parts = launchers.shards_model(trainer.accelerator)
         quantised = getattr(trainer.model, "is_quantized", False)
-        if delta is None and run.adapts and not in_parts:
-            check_checkpoint(trainer.model, folder)
-            if resumes:
+        if delta is None and run.adapts and not launchers.uses_zero3(trainer.accelerator):
+            check_checkpoint(trainer.model, folder, run.adapted)
+            if resumes and not in_parts:
                 self._check_state(folder, of_delta=True)
             return False
         if delta is None and (run.adapts or run.selection.full or in_parts or quantised):

@@ -327,6 +327,19 @@ class TestCheckpoints:
             rest.train(resume_from_checkpoint=str(folder.parent / "whole" / "checkpoint-2"))
         assert_close(bits(rest.model), before, rtol=0, atol=0)
 
+    def test_on_another_base_are_refused(self, folder):
+        train(trainer_of(folder, "whole", 2, LoraConfig(r=2), save_strategy="steps", save_steps=2))
+        checkpoint = folder.parent / "whole" / "checkpoint-2"
+        other = load(folder)
+        other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+        rest = trainer_of(folder, "rest", 2, LoraConfig(r=2), model=other)
+        before = bits(rest.model)
+        with pytest.raises(DeltaError, match="were trained on another base: the frozen tensors"):
+            rest.train(resume_from_checkpoint=str(checkpoint))
+        assert_close(bits(rest.model), before, rtol=0, atol=0)
+        (checkpoint / "adapted_base.json").unlink()  # as plain TRL writes it
+        train(rest, resume_from_checkpoint=str(checkpoint))
+
     def test_of_no_adapters_are_refused(self, folder):
         train(make(load(folder), folder.parent / "whole", selection=2, save_strategy="steps"))
         rest = trainer_of(folder, "rest", 2, LoraConfig(r=2))

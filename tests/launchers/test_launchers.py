@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -42,6 +43,8 @@ BOOSTED = {
 # Any rows will do for new ones.
 ROWS = {"selection": LayerSelection(num_layers=4, layers=(LAYER,), also=("new_tokens:8-15",))}
 ROWS |= {"weight_decay": 0.1}
+LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
+LORA = {"arguments": LORA, **SAVING}
 
 
 def environment(name: str) -> dict[str, str]:
@@ -95,6 +98,7 @@ class Runs:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
+            lora=LORA,
         )  # fmt: skip
 
     @cached_property
@@ -103,6 +107,7 @@ class Runs:
         return self._launch(
             "ddp", 2, layer=SAVING, full={"selection": "full"}, compiled=COMPILED, uneven=UNEVEN,
             resumed={"resume": self.checkpoint("one")}, boosted=BOOSTED, rows=ROWS,
+            lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("one", "lora")},
             schedule={
                 "selection": [1, 2], "arguments": schedule(), "ddp_find_unused_parameters": True,
             },
@@ -122,6 +127,8 @@ class Runs:
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
             rows=ROWS,
+            lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
+            lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
         )  # fmt: skip
 
     @cached_property
@@ -147,8 +154,8 @@ class Runs:
             half={"dtype": "bfloat16", "max_steps": 2},
         )  # fmt: skip
 
-    def checkpoint(self, launched: str) -> str:
-        return str(self.folder / launched / "layer" / "checkpoint-3")
+    def checkpoint(self, launched: str, job: str = "layer") -> str:
+        return str(self.folder / launched / job / "checkpoint-3")
 
     def _launch(
         self, name: str, num_processes: int, variables: Any = None, **jobs: Any
@@ -214,6 +221,24 @@ def test_two_processes_end_where_one_does(runs, launched, job, tolerance):
 @LAUNCHED
 def test_boosts_scale_the_same_rates_as_in_one_process(runs, launched):
     assert_same(getattr(runs, launched)["boosted"], runs.one["boosted"], 1e-12)
+
+
+@LAUNCHED
+def test_adapters_of_chosen_layers_train_and_resume(runs, launched):
+    found = getattr(runs, launched)
+    assert_same(found["lora"], runs.one["lora"], 1e-12)
+    assert [process["replays"] for process in found["lora"]] == [True] * 2
+    stored = [
+        load_file(Path(runs.checkpoint(name, "lora")) / "adapter_model.safetensors")
+        for name in (launched, "one")
+    ]
+    assert distance(*stored) <= 1e-12
+    for error in runs.fsdp2["lora_of_ddp"]:
+        assert "adapters, written without FSDP, and this run is with it" in error
+    for process in found["lora_resumed"]:
+        assert not isinstance(process, str), process
+        assert distance(process["weights"], runs.one["lora"][0]["weights"]) <= 1e-12
+        assert distance(process["optimizer"], runs.one["lora"][0]["optimizer"]) <= 1e-12
 
 
 @LAUNCHED
@@ -354,7 +379,7 @@ class TestCheckpoints:
         trainer = make(tiny("llama", 3), tmp_path, selection="full", max_steps=1)
         (tmp_path / "checkpoint-1").mkdir()
         (tmp_path / "checkpoint-1" / "pytorch_model_fsdp.bin").touch()
-        with pytest.raises(DeltaError, match=r"whole model written with FSDP, .* without it"):
+        with pytest.raises(DeltaError, match=r"whole model, .* written with FSDP, .* without it"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import is_peft, unwrap
 from layerrl.errors import LayerRLError
 from tests.grpo import make
 
@@ -107,6 +107,7 @@ def run(
     """
     unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
     settings = {**SETTINGS, **changes}
+    torch.manual_seed(0)  # of the adapters, where a job has some
     if loads:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     else:
@@ -122,7 +123,8 @@ def run(
     made_in_parts = any(hasattr(p, "ds_tensor") for p in trainer.model.parameters())
     with Traffic() as traffic:
         trainer.train(resume_from_checkpoint=resume)
-    trainer.save_delta(Path(output) / "delta")
+    if not is_peft(trainer.model):
+        trainer.save_delta(Path(output) / "delta")
     trainer.save_model(str(Path(output) / "model"))
     model = unwrap(trainer.model)
     names = {id(p): name for name, p in model.named_parameters()}
