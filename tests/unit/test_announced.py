@@ -1,5 +1,6 @@
 """What TRL's asynchronous trainers announce to vLLM and send, real but for what needs a GPU."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
+from peft import LoraConfig
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
@@ -265,6 +267,13 @@ class TestMaking:
     def test_refuses_to_choose_layers(self, masked):
         with pytest.raises(ProbeError, match='selection="auto" needs a trainer that generates'):
             masked("auto")
+
+    @pytest.mark.skipif(
+        "peft_config" not in inspect.signature(AsyncGRPOTrainer).parameters, reason="takes none"
+    )
+    def test_refuses_adapters(self, masked):
+        with pytest.raises(TrainerError, match="announces to vLLM the names of what trains, and"):
+            masked(arguments={"peft_config": LoraConfig(r=2)})
 
     def test_refuses_layers_that_take_turns(self, masked):
         trainer = masked([1, 2], arguments={"callbacks": [LayerSchedule([1, 2], every=1)]})
