@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
 from accelerate.utils.constants import FSDP_MODEL_NAME
 
-from layerrl.errors import DeltaError, LauncherError
+from layerrl.errors import DeltaError, FrozenTensorError, LauncherError
 from layerrl.shards import sharded_state, whole_state
 
 if TYPE_CHECKING:
@@ -169,6 +169,26 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
         return value
     values: Any = gather(torch.tensor([value], device=accelerator.device))
     return bool(values.all())
+
+
+def raise_together(error: FrozenTensorError | None, accelerator: Accelerator) -> None:
+    """Raise in all processes what one of them has found, for the others would wait for it.
+
+    Args:
+        error: What this one found.
+        accelerator: The trainer's; every process has to call this.
+
+    Raises:
+        FrozenTensorError: If one found something.
+    """
+    found = [""]
+    if accelerator.num_processes > 1:
+        found = gather_object(["" if error is None else str(error)])
+    if error is not None:
+        raise error
+    for rank, text in enumerate(found):
+        if text:
+            raise FrozenTensorError(f"process {rank} found: {text}")
 
 
 def refuse_disagreement(selection: LayerSelection, accelerator: Accelerator) -> None:

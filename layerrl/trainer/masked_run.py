@@ -10,7 +10,7 @@ from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.digests import json_digest
-from layerrl.errors import SelectionError
+from layerrl.errors import FrozenTensorError, SelectionError
 from layerrl.frozen import FrozenRecord
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
@@ -155,14 +155,30 @@ class MaskedRun:
             initial = reference.tensors if shared else initial
         self.initial = initial
 
-    def check_frozen(self) -> None:
+    def check_frozen(self, *, together: bool = True) -> None:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
+
+        Args:
+            together: Whether every process checks now, and all raise what one finds.
 
         Raises:
             FrozenTensorError: If one changed.
         """
         self.follow_shards()
-        self.frozen.check(self._trainer.model)
+        if not together:
+            self.frozen.check(self._trainer.model)
+            return
+        error = None
+        try:
+            self.frozen.check(self._trainer.model)
+        except FrozenTensorError as changed:
+            error = changed
+        launchers.raise_together(error, self._trainer.accelerator)
+
+    def check_whole(self) -> None:
+        """The same, where a launcher is about to shard the model: the record is taken anew then."""
+        if launchers.shards_model(self._trainer.accelerator) and not self.layers.in_parts:
+            self.check_frozen()
 
     def check_adapters(self) -> None:
         """Compare the model's adapters with what the trainer was made for.

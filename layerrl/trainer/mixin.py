@@ -139,7 +139,7 @@ class LayerMaskedMixin(_Wrapped):
         # The first, as callbacks of the user may write to the gradients.
         norms = GradNorms(lambda: self.masked_run.note_gradients())
         self.callback_handler.callbacks.insert(0, norms)
-        for callback in (EpochOrder(), FrozenCheck(self.check_frozen)):
+        for callback in (EpochOrder(), FrozenCheck(lambda: self.masked_run.check_frozen())):
             self.add_callback(callback)
         self.add_callback(DeltaOnTop(self._checkpoints))
         chosen = call.selection_for(self.model, self.processing_class)
@@ -172,10 +172,13 @@ class LayerMaskedMixin(_Wrapped):
     def check_frozen(self) -> None:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
 
+        One process may call this alone. In checkpoints, and where training begins and ends, all
+        raise what one of them finds.
+
         Raises:
             FrozenTensorError: If one changed.
         """
-        self.masked_run.check_frozen()
+        self.masked_run.check_frozen(together=False)
 
     def save_delta(self, path: str | os.PathLike[str]) -> Path | None:
         """Save only what was trained, as a delta on the model the trainer was made with.
@@ -191,7 +194,7 @@ class LayerMaskedMixin(_Wrapped):
             FrozenTensorError: If a frozen tensor changed. Nothing is written then.
             SelectionError: If `"auto"` has not chosen yet.
         """
-        self.check_frozen()
+        self.masked_run.check_frozen()
         writes = self.accelerator.is_main_process
         saved = self.masked_run.save_delta(path, writes=writes)
         self.accelerator.wait_for_everyone()
@@ -231,10 +234,19 @@ class LayerMaskedMixin(_Wrapped):
             raise
 
     def _before_sharding(self) -> None:
-        if launchers.shards_model(self.accelerator):
-            self.check_frozen()
+        self.masked_run.check_whole()
         if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
             self._reader.load_reference()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the first evaluation may shard the model."""
+        self.masked_run.check_whole()
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict; the first prediction may shard the model."""
+        self.masked_run.check_whole()
+        return super().predict(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from the trainer's `model_init`, which it is masked on from now on."""
@@ -299,7 +311,10 @@ class LayerMaskedMixin(_Wrapped):
         A delta that lies in the folder is brought to the same state; a checkpoint holds a delta
         alone where `checkpoint_format` is `"delta"`.
         """
-        self.check_frozen()
+        sharded = launchers.shards_model(self.accelerator)
+        # A model that each process has whole may be saved by one of them, a checkpoint never.
+        together = sharded or (_internal_call and output_dir is not None)
+        self.masked_run.check_frozen(together=together)
         self._checkpoints.save(output_dir, _internal_call, super().save_model)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

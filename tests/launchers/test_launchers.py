@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,8 +26,9 @@ from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
-from tests.grpo import config, make
+from tests.grpo import PROMPTS, config, make
 from tests.launchers.launch import launch
+from tests.launchers.worker import FROZEN, held
 from tests.models import tiny, tiny_config
 from tests.runs import in_layers, saved
 
@@ -81,6 +83,24 @@ class OtherArguments(TrainerCallback):
             layer.register_forward_pre_hook(move, with_kwargs=True)
 
 
+class FrozenChanges(TrainerCallback):
+    """Writes to what this process holds of a frozen tensor, after the first step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            held(unwrap(kwargs["model"]).get_parameter(FROZEN)).data.view(-1)[0] += 1
+
+
+# In the second of two processes alone, and while all save a checkpoint.
+CHANGED = [{}, {"arguments": {"callbacks": [FrozenChanges()]}}]
+CHANGED = [{"max_steps": 2, "save_strategy": "steps", "save_steps": 2, **c} for c in CHANGED]
+EVALUATED = {
+    "evaluates_changed": True,
+    "per_device_eval_batch_size": 4,
+    "arguments": {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS})},
+}
+
+
 def straying(step: int) -> list[dict[str, Any]]:
     """One of two processes."""
     return [{}, {"arguments": {"callbacks": [OtherArguments(step)]}}]
@@ -113,7 +133,7 @@ class Runs:
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
-            disagree=[{"selection": layer} for layer in (1, 2)],
+            changed=CHANGED, disagree=[{"selection": layer} for layer in (1, 2)],
         )  # fmt: skip
 
     @cached_property
@@ -126,7 +146,7 @@ class Runs:
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
-            rows=ROWS,
+            rows=ROWS, changed=CHANGED, evaluated=EVALUATED,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
         )  # fmt: skip
@@ -290,6 +310,22 @@ def test_processes_of_which_one_has_to_start_a_pass_again_all_do(runs, launched,
     found = getattr(runs, launched)[job]
     assert_same(found, runs.one["layer"], 1e-12)
     assert [process["replays"] for process in found] == [replays] * 2
+
+
+@LAUNCHED
+def test_a_frozen_tensor_that_changes_in_one_process_is_an_error_in_all(runs, launched):
+    """The others would wait for it in the next collective."""
+    errors = getattr(runs, launched)["changed"]
+    for error in errors:
+        assert "frozen tensors are not what they were" in error
+        assert FROZEN in error
+    assert errors[0].startswith("FrozenTensorError: process 1 found: 1 of")
+
+
+def test_an_evaluation_that_shards_the_model_looks_at_it_before(runs):
+    for error in runs.fsdp2["evaluated"]:
+        assert "frozen tensors are not what they were" in error
+        assert FROZEN in error
 
 
 @LAUNCHED

@@ -28,6 +28,7 @@ from layerrl.errors import LayerRLError
 from tests.grpo import make
 
 COMPLETION = 5
+FROZEN = "model.layers.0.mlp.up_proj.weight"
 SETTINGS: dict[str, Any] = {
     "max_steps": 5,
     "beta": 0.04,
@@ -99,11 +100,13 @@ def run(
     loads: bool = True,
     arguments: dict[str, Any] | None = None,
     resume: str | None = None,
+    evaluates_changed: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """One training, and all that the other processes are asked to agree with.
 
     `loads`: the model is loaded here; otherwise the trainer does, from its path.
+    `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
     unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
     settings = {**SETTINGS, **changes}
@@ -120,6 +123,9 @@ def run(
         **settings,
         accelerator_config={"use_configured_state": "ACCELERATE_USE_FSDP" in os.environ},
     )
+    if evaluates_changed:
+        trainer.model.get_parameter(FROZEN).data.view(-1)[0] += 1
+        trainer.evaluate()
     made_in_parts = any(hasattr(p, "ds_tensor") for p in trainer.model.parameters())
     with Traffic() as traffic:
         trainer.train(resume_from_checkpoint=resume)
