@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import layerrl
 from layerrl import LayerMaskedMixin, contribution_probe, errors, select_layers
 from layerrl.probe import METHODS
 from layerrl.scores.method import Method, Request
@@ -103,12 +105,62 @@ def test_modules_of_the_glossary_exist() -> None:
     assert [module for module in modules if not (ROOT / module).is_file()] == []
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(readme.splitlines()) <= 150
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", readme):
-        file, _, anchor = target.partition("#")
-        text = (ROOT / file).read_bytes().decode("utf-8", errors="ignore")
-        headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
-        assert not anchor or anchor in anchors, target
+PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
+
+
+def headings(file: Path) -> set[str]:
+    """What a link to a part of a page may name."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    lines = (re.sub(r"[`*]", "", line) for line in re.findall(r"^#+ (.+)$", text, flags=re.M))
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page: str) -> None:
+    """In a clone, and as absolute addresses of this repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    own = rf"{re.escape(project['urls']['Repository'])}/(?:blob|raw)/main/"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for alternative, target in re.findall(r"(!\[[^]]*)?\]\((?!#)([^)\s]+)\)", text):
+        assert not alternative or len(alternative) > 20, f"{target} says nothing to the blind"
+        from_root = re.sub(f"^{own}", "/", target)
+        if from_root.startswith("http"):
+            continue
+        name, _, anchor = from_root.partition("#")
+        file = ROOT / name[1:] if name.startswith("/") else (ROOT / page).parent / name
+        assert file.is_file(), target
+        assert not anchor or anchor in headings(file), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_home_page_leads_to_every_page() -> None:
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    pages = {file.name for file in DOCS.glob("*.md")} - {"index.md"}
+    assert pages == {*re.findall(r"\]\((\w[\w-]*\.md)\)", index)} & pages
+    nav = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"]
+    assert {name for entry in nav for name in entry.values()} == pages | {"index.md"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_on_pages_needs_no_scrolling(page: str) -> None:
+    """Of 88 characters at most; the home page's is seen on a phone."""
+    limit = 48 if page == "docs/index.md" else 88
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:python|yaml)\n(.*?)^```", text, flags=re.DOTALL | re.M)
+    assert [line for code in blocks for line in code.splitlines() if len(line) > limit] == []
+    if page == "docs/index.md":
+        assert sum("selection=" in code for code in blocks) >= 3
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    released = re.findall(
+        r"^## \[(\d\S+)\] - 20\d\d-\d\d-\d\d$",
+        (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        flags=re.M,
+    )
+    assert released[0] == layerrl.__version__
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {layerrl.__version__}\n" in cited
