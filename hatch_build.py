@@ -1,4 +1,4 @@
-"""The README for PyPI: links to files of the repository, absolute there, stay relative in a clone."""
+"""The README for PyPI, where its links to files of the repository are absolute."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,11 @@ class Readme(MetadataHookInterface):
     """Puts the address that `[project.urls]` has in front of each relative link and image."""
 
     def update(self, metadata: dict[str, Any]) -> None:
+        """Set `readme`, as hatchling asks a hook to.
+
+        Args:
+            metadata: `[project]` of pyproject.toml.
+        """
         address = metadata["urls"]["Repository"]
         text = Path(self.root, "README.md").read_text(encoding="utf-8")
         file = r"(?=[\w./#-]+\))"  # of the repository: no scheme

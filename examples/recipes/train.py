@@ -3,8 +3,8 @@
     python examples/recipes/train.py --config examples/recipes/vllm_colocate.yaml
     python examples/recipes/train.py --config ... --max_steps 2   # any key, on the command line
 
-A file has the keys of `Recipe` and of TRL's `GRPOConfig`. Data and reward are sums of two numbers, so
-that it runs without a download; put your own in their place.
+A file has the keys of `Recipe` and of TRL's `GRPOConfig`. Data and reward are sums of two numbers,
+so that it runs without a download; put your own in their place.
 """
 
 import random

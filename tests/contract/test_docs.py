@@ -105,7 +105,9 @@ def test_modules_of_the_glossary_exist() -> None:
     assert [module for module in modules if not (ROOT / module).is_file()] == []
 
 
-PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
+PAGES = [
+    file.relative_to(ROOT).as_posix() for file in [*ROOT.glob("*.md"), *sorted(DOCS.glob("*.md"))]
+]
 
 
 def headings(file: Path) -> set[str]:

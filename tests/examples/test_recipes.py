@@ -7,10 +7,12 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
 
+from layerrl.quantisation import is_quantised
 from tests.grpo import tokenizer
 from tests.models import tiny
 
@@ -28,7 +30,8 @@ TINY = (
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
     spec = importlib.util.spec_from_file_location("recipes_train", RECIPES / "train.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = sys.modules["recipes_train"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -54,13 +57,22 @@ def test_a_recipe_trains_and_saves_its_layer(
 ) -> None:
     if file.stem == "four_bits":
         pytest.importorskip("bitsandbytes")
+    made = []
+
+    class Kept(train.LayerMaskedGRPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(train, "LayerMaskedGRPOTrainer", Kept)
     options = ["--config", file, "--model", model_folder, "--output_dir", tmp_path]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options), *shlex.split(TINY)])
     train.main()
     stored = json.loads((tmp_path / "delta" / "delta.json").read_text(encoding="utf-8"))
     assert stored["selection"]["layers"] == [1]
-    quantised = "quantization" in json.dumps(stored)
-    assert quantised or file.stem != "four_bits"
+    [trainer] = made
+    quantised = any(map(is_quantised, trainer.model.parameters()))
+    assert quantised == (file.stem == "four_bits")
 
 
 def test_the_page_shows_the_files() -> None:

@@ -1,4 +1,4 @@
-"""The commands of docs/recipes.md, read by the frameworks' own parsers (`make test-integrations`)."""
+"""Commands of docs/recipes.md, read by the frameworks' own parsers (`make test-integrations`)."""
 
 import argparse
 import ast
