@@ -148,8 +148,8 @@ def test_the_home_page_leads_to_every_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_code_on_pages_needs_no_scrolling(page: str) -> None:
-    """Of 88 characters at most; the home page's is seen on a phone."""
-    limit = 48 if page == "docs/index.md" else 88
+    """Of 86 characters at most; the home page's is seen on a phone."""
+    limit = 54 if page == "docs/index.md" else 86
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:python|yaml)\n(.*?)^```", text, flags=re.DOTALL | re.M)
     assert [line for code in blocks for line in code.splitlines() if len(line) > limit] == []
