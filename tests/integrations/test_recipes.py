@@ -1,6 +1,5 @@
 """Commands of docs/recipes.md, read by the frameworks' own parsers (`make test-integrations`)."""
 
-import argparse
 import ast
 import importlib.util
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+STANDARD = {"import argparse", "import os", "from datetime import datetime"}
 
 
 def needs(package):
@@ -45,12 +45,14 @@ def test_openrlhf_knows_every_option():
     words = command("OpenRLHF")
     assert words[1:5] == ["python", "-m", "layerrl.integrations.openrlhf", "train_ppo_ray"]
     package = Path(importlib.util.find_spec("openrlhf").origin).parent
-    # The module makes its parser where it is run as a command, and imports vLLM before that.
+    # The module makes its parser where it is run as a command, and imports vLLM before that: run
+    # what makes it, with the imports from the standard library.
     source = ast.parse((package / "cli" / "train_ppo_ray.py").read_text(encoding="utf-8"))
     [main] = [node for node in source.body if isinstance(node, ast.If)]
     ends = [ast.unparse(node) for node in main.body].index("args = parser.parse_args()")
-    names = {"argparse": argparse}
-    exec(compile(ast.Module(main.body[:ends], []), "train_ppo_ray", "exec"), names)
+    imports = [node for node in source.body if ast.unparse(node) in STANDARD]
+    names = {}
+    exec(compile(ast.Module([*imports, *main.body[:ends]], []), "train_ppo_ray", "exec"), names)
     read = vars(names["parser"].parse_args(words[5:]))
     assert read["actor.adam.lr"] == 7e-6
     assert read["ds.zero_stage"] == 2
