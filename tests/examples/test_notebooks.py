@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def test_has_a_sentence_before_each_cell_and_no_outputs(file: Path) -> None:
             assert cell.execution_count is None
 
 
-def test_there_are_four() -> None:
-    names = {file.stem for file in NOTEBOOKS}
-    assert names == {"quickstart", "choose_a_layer", "dpo", "merge_and_compare"}
+def test_the_page_has_them_all() -> None:
+    page = (FOLDER.parents[1] / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    names = re.findall(r"^\| `(\w+)\.ipynb`", page, flags=re.MULTILINE)
+    assert len(names) == 4
+    assert sorted(names) == [file.stem for file in NOTEBOOKS]
