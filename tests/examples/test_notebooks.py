@@ -81,7 +81,7 @@ def test_runs(file: Path, changes: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_runs_with_its_own_model(file: Path, tmp_path: Path) -> None:
-    assert shown(executed(file, STEPS=2, OUTPUT=str(tmp_path / "out")), "image/png")
+    assert shown(executed(file, STEPS=2, BUDGET=32, OUTPUT=str(tmp_path / "out")), "image/png")
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
