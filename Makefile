@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 FRAMEWORKS := verl openrlhf
 VERSIONS := lowest axolotl unsloth vllm-pins
-.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu check lint types layers docs docstrings package clean
+.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu check lint types layers docs docstrings signatures package clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
@@ -23,6 +23,7 @@ help:
 	@echo "                a network that has that Python, and what WITHOUT=\"torch transformers accelerate\" names;"
 	@echo "                with EXTRA=gpu what make gpu needs, too"
 	@echo "make check      lint, types, layers, docs, docstrings and package, one after the other"
+	@echo "make signatures write layerrl/trainer/ready.pyi, the arguments that editors see, for the installed TRL"
 	@echo "make docs       build the documentation into site/"
 	@echo "make package    build the sdist and, of it, the wheel into dist/release, and check how PyPI shows them"
 	@echo "make clean      delete every .venv, the built documentation, bundles and caches; runs/ stays"
@@ -139,6 +140,12 @@ layers: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/zensical build --clean --strict
+
+# What is not formatted yet has long lines.
+signatures: $(INSTALLED)
+	$(BIN)/python -m tests.signatures > layerrl/trainer/ready.pyi
+	-$(BIN)/ruff check --fix --quiet --ignore E501 layerrl/trainer/ready.pyi
+	$(BIN)/ruff format layerrl/trainer/ready.pyi
 
 docstrings: $(INSTALLED)
 	$(BIN)/interrogate layerrl

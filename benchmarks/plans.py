@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from layerrl import select_layers
-from layerrl.plan import Plan, in_units
+from layerrl.plan import Plan
+from layerrl.tables import in_units
 
 QWEN3 = {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False}
 CONFIGS: dict[str, PretrainedConfig] = {

@@ -21,9 +21,9 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from layerrl import LayerSelection, merge_delta, select_layers
 from layerrl.blocks import find_blocks, meta_model
-from layerrl.plan import in_units
 from layerrl.quantisation import is_quantised, keep_layout
 from layerrl.statistics import bootstrap, interval_of
+from layerrl.tables import in_units
 
 TRAINED = "4-bit trained"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from layerrl.tables import as_html, as_text
+
 if TYPE_CHECKING:
     from layerrl.statistics import Interval
 
@@ -30,22 +32,31 @@ class Comparison:
         """Layers whose values are sure to differ, each taken for itself."""
         return [k for k, found in self.differences.items() if found is not None and 0 not in found]
 
-    def __str__(self) -> str:
-        shown = "" if self.interval is None else f" {self.interval:.2f}"
-        lines = [f"Rank correlation (Spearman) {self.correlation:.2f}{shown}"]
-        if not self.values:
-            return (
-                f"{lines[0]}. Layers are not compared one by one: other depth, or other quantity."
-            )
-        lines.append(f"layer  {self.quantity:>6}  {self.quantity:>6}  difference")
+    def _rows(self) -> list[list[str]]:
+        rows = [["layer", self.quantity, self.quantity, "difference", "95 %"]]
         for layer, (here, there) in self.values.items():
             interval = self.differences[layer]
-            width = "" if interval is None else f"  {interval:.2f}"
-            lines.append(f"{layer:5}  {here:6.2f}  {there:6.2f}  {there - here:+10.2f}{width}")
+            numbers = f"{here:.2f}", f"{there:.2f}", f"{there - here:+.2f}"
+            rows.append([str(layer), *numbers, "-" if interval is None else f"{interval:.2f}"])
+        return rows
+
+    def _remarks(self) -> list[str]:
+        """What stands above the table, and below it."""
+        shown = "" if self.interval is None else f" {self.interval:.2f}"
+        remarks = [f"Rank correlation (Spearman) {self.correlation:.2f}{shown}"]
         intervals = [found for found in self.differences.values() if found is not None]
+        if not self.values:
+            remarks[0] += ". Layers are not compared one by one: other depth, or other quantity."
         if intervals:
-            lines.append(
+            remarks.append(
                 f"Sure to differ, each layer for itself: {self.resolved or 'none'}. By chance "
                 f"alone, about 1 in 20 of {len(intervals)} would be."
             )
-        return "\n".join(lines)
+        return remarks
+
+    def __str__(self) -> str:
+        above, *below = self._remarks()
+        return "\n".join([above, *([as_text(self._rows())] if self.values else []), *below])
+
+    def _repr_html_(self) -> str:
+        return as_html(self._rows() if self.values else [], self._remarks())

@@ -27,6 +27,7 @@ from layerrl.checks import finite_number, whole_number
 from layerrl.costs import RANK, Costs, head_elements, linear_weights, met_by_a_token
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
+from layerrl.tables import as_html, in_units
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -52,7 +53,7 @@ _ROWS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Plan:
     """Bytes and relative cost of a run. Printed as a table, beside LoRA and full training.
 
@@ -104,32 +105,41 @@ class Plan:
         """Bytes held during training, without activations and without `stepping`."""
         return self.weights + self.gradients + self.optimizer + self.reference
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[list[str]]:
         others = (self.lora_masked, self.lora, self.lora_all, self.full)
         columns = [plan for plan in (self, *others) if plan is not None]
-        lines = [" " * 12 + "".join(f"{plan.name:>14}" for plan in columns)]
+        rows = [["", *(plan.name for plan in columns)]]
         for field, label in _ROWS.items():
             values = [getattr(plan, field) for plan in columns]
-            shown = [f"{v:.2f}" if field == "step" else in_units(v) for v in values]
-            lines.append(f"{label:12}" + "".join(f"{text:>14}" for text in shown))
+            rows.append([label, *(f"{v:.2f}" if field == "step" else in_units(v) for v in values)])
+        return rows
+
+    def _remarks(self) -> list[str]:
         also = f" and the {in_units(self.stepping)} that only a step takes" * (self.stepping > 0)
-        lines.append(f"Without activations{also}.")
+        remark = f"Without activations{also}."
         if self.step_by_layer:
-            lines[-1] += (
+            remark += (
                 f" Early layers cost more than late ones: layer 0 would cost "
                 f"{self.step_by_layer[0]:.2f} of a full step, this selection {self.step:.2f}, the "
                 f"last layer {self.step_by_layer[-1]:.2f}."
             )
-        if self.uncounted:
-            lines.append(self.uncounted)
-        return "\n".join(lines)
+        return [remark, *([self.uncounted] if self.uncounted else [])]
 
+    def __str__(self) -> str:
+        rows = (
+            f"{label:12}" + "".join(f"{cell:>14}" for cell in cells)
+            for label, *cells in self._rows()
+        )
+        return "\n".join([*rows, *self._remarks()])
 
-def in_units(num_bytes: int) -> str:
-    """Bytes as people read them: `"16.38 GB"`, `"4.3 MB"`, `"0"`."""
-    if not num_bytes:
-        return "0"
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    def __repr__(self) -> str:
+        return (
+            f"<plan of {self.name}: {in_units(self.total)} held, checkpoint "
+            f"{in_units(self.checkpoint)}, step {self.step:.2f} of full: print it for its table>"
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html(self._rows(), self._remarks())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,6 @@ import inspect
 import re
 import sys
 import traceback
-import warnings
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from layerrl.errors import FrameworkError
 from layerrl.seam import Seam, has, object_at, short_name
 from layerrl.seam_table import SEAMS
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,10 +183,9 @@ def check_versions() -> None:
         elif _numbers(installed)[:2] > _numbers(highest):
             untested.append(f"{package} {installed} (tested with {lowest} to {highest})")
     if untested:
-        warnings.warn(
+        warn(
             f"layerrl was not tested with {', '.join(untested)}. What it needs of a trainer is "
             "checked when one is made; what else may differ is not.",
-            stacklevel=3,
         )
 
 

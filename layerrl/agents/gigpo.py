@@ -24,7 +24,22 @@ from layerrl.seams import check_class, check_made
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from peft import PeftConfig, PeftModel
     from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+
+    RewardFunc = str | PreTrainedModel | Callable[..., Any]
+    Datasets = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+    Tokenizers = PreTrainedTokenizerBase | list[PreTrainedTokenizerBase]
 
 
 @dataclass
@@ -90,7 +105,15 @@ class GiGPOTrainer(GRPOTrainer):
             `TextRollout` does). Beside `prompt_ids`, `completion_ids` and `logprobs` it returns
             `steps`, a list of `Step` for each episode, and `env_mask`, which is 0 on completion
             tokens that are not of a response. All rows are in the trainer's `rollout_rows`.
-        **kwargs: The arguments of `GRPOTrainer`, without `tools` and `environment_factory`.
+        eval_dataset: As for `GRPOTrainer`, like all that follows.
+        processing_class: Of the model.
+        reward_processing_classes: Of reward models, in the order of `reward_funcs`.
+        callbacks: More of them.
+        optimizers: Optimizer and scheduler, where not those of the args.
+        quantization_config: To load the model with.
+        peft_config: Of the adapters to train.
+        tools: Refused: what is done in an episode is the rollout function's.
+        environment_factory: Refused alike.
 
     Raises:
         EpisodeError: If the rollout function is missing, or the args are no `GiGPOConfig`; while
@@ -116,13 +139,21 @@ class GiGPOTrainer(GRPOTrainer):
 
     def __init__(
         self,
-        model: Any,
-        reward_funcs: Any = None,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: GiGPOConfig | None = None,
-        train_dataset: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         *,
         rollout_func: Callable[[list[Any], Any], dict[str, Any]],
-        **kwargs: Any,
+        eval_dataset: Datasets | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: Tokenizers | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: None = None,
+        environment_factory: None = None,
     ) -> None:
         check_class(type(self))
         args = GiGPOConfig() if args is None else args
@@ -131,7 +162,8 @@ class GiGPOTrainer(GRPOTrainer):
                 f"args is a {type(args).__name__}, expected a GiGPOConfig, which is a GRPOConfig "
                 "with omega, gamma and invalid_action_penalty"
             )
-        unused = [name for name in ("tools", "environment_factory") if kwargs.get(name)]
+        other = {"tools": tools, "environment_factory": environment_factory}
+        unused = [name for name, value in other.items() if value]
         if unused or not callable(rollout_func):
             raise EpisodeError(
                 f"GiGPO's episodes come from rollout_func, which is {rollout_func!r:.80}; "
@@ -146,16 +178,23 @@ class GiGPOTrainer(GRPOTrainer):
             )
         given = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         funcs: list[Any] = [self.episode_reward, *(func for func in given if func is not None)]
-        if processing := kwargs.get("reward_processing_classes"):
+        processing: Any = reward_processing_classes
+        if processing:
             listed = processing if isinstance(processing, list) else [processing]
-            kwargs["reward_processing_classes"] = [None, *listed]
+            processing = [None, *listed]
         super().__init__(
             model,
             funcs,
             args,
             train_dataset,
+            eval_dataset,
+            processing_class,
+            processing,
+            callbacks,
+            optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
             rollout_func=self._rollout,
-            **kwargs,
         )
         check_made(self)
 

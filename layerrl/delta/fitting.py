@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints
 from layerrl.quantisation import is_quantised
 from layerrl.selection.parsing import ranges
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -153,11 +153,10 @@ def check_base(
     if delta.version == 1:
         _warn_of_version(delta)
     if found.uncompared:
-        warnings.warn(
+        warn(
             f"{len(found.uncompared)} of {len(base.fingerprints)} tensors are quantised here or "
             f"were when the delta at {path} was trained, and cannot be compared with the others: "
             f"{described(found.uncompared)}.",
-            stacklevel=3,
         )
 
 
@@ -209,11 +208,10 @@ def check_settings(recorded: Mapping[str, Any], now: Mapping[str, Any], whose: s
 
 
 def _warn_of_version(delta: Delta) -> None:
-    warnings.warn(
+    warn(
         f"the delta at {delta.path} has format version 1, which knows only the "
         f"{len(delta.base.trained)} tensors that it replaces: whether the frozen tensors, the "
         "vocabulary and the config are those that it was trained with cannot be checked.",
-        stacklevel=4,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -30,6 +29,7 @@ from layerrl.delta.settings import computing_settings
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.quantisation import unpacked
 from layerrl.selection import LayerSelection
+from layerrl.warning import warn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,21 +222,19 @@ def _warn_of_rounding(checkpoint: Checkpoint, above: Mapping[str, _Replaced], ou
             "Merge onto a float32 copy of the base."
         )
     if lost:
-        warnings.warn(
+        warn(
             f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "
             f"can hold: in {out} they are as before training. Merge onto a float32 copy of the "
             "base to keep them.",
-            stacklevel=3,
         )
 
 
 def _warn_of_other_files(deltas: list[Delta], *, union: bool) -> None:
     having = [delta for delta in deltas if delta.files]
     if union and any(delta.files != having[-1].files for delta in having):
-        warnings.warn(
+        warn(
             "the deltas of this union hold different tokenizer or generation files: those of "
             f"{having[-1].path} are taken.",
-            stacklevel=3,
         )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import re
-import warnings
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from layerrl.activations import backward_from_first_trained
 from layerrl.errors import FrameworkError, SelectionError
 from layerrl.selection import LayerSelection, select_layers
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,11 +45,10 @@ def require(framework: str, tested: str) -> None:
             "tested with."
         ) from None
     if installed != tested:
-        warnings.warn(
+        warn(
             f"layerrl.integrations.{framework} was tested with {framework} {tested}, and "
             f"{installed} is installed. It overrides methods that may have changed: compare a "
             f"first checkpoint with the base, or install {framework}=={tested}.",
-            stacklevel=3,
         )
 
 

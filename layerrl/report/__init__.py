@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import warnings
 import zlib
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -16,9 +14,11 @@ from layerrl.plotting import plot_layers
 from layerrl.report.entries import Cost, Score
 from layerrl.report.ranking import Ranking
 from layerrl.report.stored import arguments_of, as_json
-from layerrl.report.table import as_html, as_text, cells, remarks
+from layerrl.report.table import cells, remarks
 from layerrl.selection import LayerSelection
 from layerrl.statistics import Interval, bootstrap, contribution, contribution_draws, interval_of
+from layerrl.tables import as_html, as_text
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["ContributionReport", "Cost", "Score"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ContributionReport:
     """Every layer's score and contribution, with 95 % intervals where they can be had.
 
@@ -193,10 +193,9 @@ class ContributionReport:
         if number < len(ordered):
             last, following = ordered[number - 1 : number + 1]
             if why := self._ranking.doubt(last, following):
-                warnings.warn(
+                warn(
                     f"layer {last} is in and layer {following} is out, which is not resolved: "
                     f"{why}",
-                    stacklevel=2,
                 )
         modules = self.settings.get("modules")
         return LayerSelection(
@@ -304,13 +303,15 @@ class ContributionReport:
     def _remarks(self) -> list[str]:
         return remarks(self, self._runs, self._missing)
 
+    def __repr__(self) -> str:
+        return f"<{self.method!r} report on {self.num_layers} layers: print it for its table>"
+
     def __str__(self) -> str:
         head = f"Contribution of each layer, method {self.method!r}"
         return "\n".join([head, as_text(self._rows()), *self._remarks()])
 
     def _repr_html_(self) -> str:
-        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return as_html(self._rows()) + remarks
+        return as_html(self._rows(), self._remarks())
 
     def plot(self, ax: Any = None) -> Any:  # matplotlib's Axes
         """Contribution against depth, or the score where there is no contribution.

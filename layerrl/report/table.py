@@ -1,14 +1,13 @@
-"""The table of a report, as text and as HTML, and the remarks below it."""
+"""The cells of a report's table, and the remarks below it."""
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
 
 from layerrl.errors import ReportError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from layerrl.report import ContributionReport
     from layerrl.report.entries import Score
@@ -48,26 +47,6 @@ def cells(
     rows = [_HEAD, *(tuple(row(name, run)) for name, run in ordered)]
     columns = zip(*rows, strict=True)
     return list(zip(*(c for c in columns if {*c[1:]} != {"-"}), strict=True))
-
-
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Right-aligned columns, one line a row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def as_html(rows: Sequence[Sequence[str]]) -> str:
-    """A table element, whose head is the first row."""
-    head, *body = (
-        "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row)
-        for row, kind in zip(rows, ["th", *["td"] * (len(rows) - 1)], strict=True)
-    )
-    body = "".join(f"<tr>{cells}</tr>" for cells in body)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def remarks(report: ContributionReport, runs: Mapping[str, Score], missing: str) -> list[str]:

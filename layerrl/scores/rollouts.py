@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
@@ -21,6 +20,7 @@ from layerrl.compatibility import windows_of_tokens
 from layerrl.errors import ProbeError
 from layerrl.replacing import replaced
 from layerrl.scores.evaluation import replaced_rewards, rewarded_differently, watched_rewards
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,11 +128,10 @@ class Rollouts:
             difference_B = (rewards_BF - again_BF).nan_to_num().abs().sum(dim=1)
             self.reward_noise = difference_B.mean().item()
             if num_differ := int((difference_B > 0).sum()):
-                warnings.warn(
+                warn(
                     f"rewards of {num_differ} of {len(difference_B)} completions were others when "
                     f"asked for again, by {self.reward_noise:.3g} on average: part of what layers "
                     "would learn from is noise, and their scores need more prompts for it",
-                    stacklevel=2,
                 )
             return rewards_BF
 

@@ -26,6 +26,7 @@ from layerrl.selection.rates import Boost, shown
 from layerrl.selection.rows import NEW_TOKENS, names_rows, rows_of
 from layerrl.selection.tensors import trained_tensors
 from layerrl.selection.towers import STACKS, blocks_of
+from layerrl.tables import as_html
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,8 @@ class LayerSelection:
         object.__setattr__(self, "also", also)
         object.__setattr__(self, "learning_rate_scale", scales)
 
-    def __str__(self) -> str:
+    def _described(self) -> dict[str, str]:
+        """What trains, by kind."""
         kind = "" if self.stack == "text" else f"{self.stack} "
         if self.full:
             text = f"every parameter ({self.num_layers} layers)"
@@ -78,12 +80,18 @@ class LayerSelection:
         else:
             word = "layers" if len(self.layers) > 1 else "layer"
             text = f"{kind}{word} {ranges(self.layers)} of {self.num_layers}"
-        if self.modules is not None:
-            text += f", modules {', '.join(self.modules)}"
-        if self.also:
-            text += f", also {', '.join(self.also)}"
-        boosted = shown(self)
-        return text + (f", learning rate scaled by {boosted}" if boosted else "")
+        rest = {"modules": self.modules or (), "also": self.also}
+        described = {"trains": text} | {name: ", ".join(parts) for name, parts in rest.items()}
+        described["learning rate scaled by"] = str(shown(self) or "")
+        return {name: text for name, text in described.items() if text}
+
+    def __str__(self) -> str:
+        (_, text), *rest = self._described().items()
+        return ", ".join([text, *(f"{name} {parts}" for name, parts in rest)])
+
+    def _repr_html_(self) -> str:
+        described = self._described()
+        return as_html([[*described], [*described.values()]])
 
     @property
     def first(self) -> int:

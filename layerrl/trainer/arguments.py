@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +15,7 @@ from layerrl.checks import whole_number
 from layerrl.errors import LayerRLError, ModelError, SelectionError, TrainerError
 from layerrl.replacing import replaced
 from layerrl.selection import LayerSelection, select_layers
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -221,11 +221,10 @@ def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
         return
     prefix = f"{getattr(base, 'base_model_prefix', '')}."
     head = [name for name, _ in base.named_parameters() if not name.startswith(prefix)]
-    warnings.warn(
+    warn(
         f"{', '.join(head)} of {type(base).__name__} stays as it is: {selection} does not train "
         "it. A head that is still random (of a reward model made from a language model) has to be "
         'trained: select_layers(model, ..., also="head").',
-        stacklevel=5,
     )
 
 
@@ -241,8 +240,7 @@ def warn_of_idle_layers(model: nn.Module, selection: LayerSelection) -> None:
     ]
     idle = [layer for layer in selection.layers if layer >= max(states)]
     if idle:
-        warnings.warn(
+        warn(
             f"{selection}: {idle} will get no gradient, as {type(unwrap(model)).__name__} takes "
             f"its features below (vision_feature_layer={taken} in its config). Leave them out.",
-            stacklevel=5,
         )

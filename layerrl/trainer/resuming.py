@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,6 +24,7 @@ from layerrl.trainer.adapters import check_checkpoint
 from layerrl.trainer.arguments import with_argument
 from layerrl.trainer.checkpoints import FINGERPRINTS, REFERENCE, delta_in, is_complete
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,10 +81,9 @@ class CheckpointReader:
             raise DeltaError(
                 f"there is no whole checkpoint in {output_dir}: {last} was not written to its end"
             )
-        warnings.warn(
+        warn(
             f"{last} was not written to its end (it has no readable {TRAINER_STATE_NAME}): going "
             f"on from {steps[max(steps)]}",
-            stacklevel=4,
         )
         return str(steps[max(steps)])
 
@@ -174,11 +173,10 @@ class CheckpointReader:
             _state(file)
         missing = [file.name for file in files if not file.exists()]
         if missing and not launchers.shards_model(self._trainer.accelerator):
-            warnings.warn(
+            warn(
                 f"{folder} has no {' and no '.join(missing)} (as with save_only_model=True): the "
                 "optimizer and the learning rate schedule start anew from its weights. This is not "
                 "the run that would have gone on.",
-                stacklevel=4,
             )
         if not of_delta and optimizer is not None:
             try:
@@ -238,10 +236,9 @@ def _reference_in(
             "differ)"
         )
     if known is None:
-        warnings.warn(
+        warn(
             f"{file} was written without fingerprints: only the names, shapes and dtypes in it "
             "could be checked",
-            stacklevel=4,
         )
     elif not isinstance(known, dict):
         raise DeltaError(f"{file} is damaged: its fingerprints are {known!r:.80}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -18,6 +17,7 @@ from layerrl.vocabulary import (
     tokens_of,
     vocabulary_size,
 )
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
@@ -167,10 +167,9 @@ def _warn_of_change(
         "base to load or merge the delta into."
     )
     trains = "trains none of these rows" if trained else "trains no row of the embedding"
-    warnings.warn(
+    warn(
         f"{', and '.join(found)}. {selection} {trains}: random ones stay so."
         f"{needs if resized else ''} To have them trained, {_TRAIN_ROWS}.",
-        stacklevel=5,
     )
 
 

@@ -347,6 +347,7 @@ class TestVersions:
             check_class(LayerMaskedGRPOTrainer)
             check_class(LayerMaskedSFTTrainer)
         [warning] = said
+        assert warning.filename == __file__
         assert "transformers 5.999.0 (tested with 5.9 to" in str(warning.message)
         assert "trl 1.999 (tested with 1.9 to" in str(warning.message)
 

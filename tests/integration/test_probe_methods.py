@@ -243,8 +243,10 @@ class TestBadInput:
         def noisy(completions, **_):
             return [value + draw.random() for value in letters(completions)]
 
-        with pytest.warns(UserWarning, match=r"rewards of 8 of 8 completions were others when"):
+        message = "rewards of 8 of 8 completions were others when"
+        with pytest.warns(UserWarning, match=message) as warned:
             report = gradient(model, tmp_path, reward_funcs=noisy)
+        assert {w.filename for w in warned if message in str(w.message)} == {__file__}
         assert 0 < report.settings["reward_noise"] < 1
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)

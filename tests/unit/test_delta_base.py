@@ -513,13 +513,14 @@ class TestVersion1:
         for name, tensor in load_file(VERSION_1 / "delta.safetensors").items():
             expected.get_parameter(name).data.copy_(tensor)
         message = "format version 1.* 4 tensors .*frozen tensors, the vocabulary and the config"
-        with pytest.warns(match=message):
+        with pytest.warns(match=message) as merging:
             merge_delta(tmp_path / "base", VERSION_1, tmp_path / "merged")
         assert_same(reload(tmp_path / "merged", model), bits(expected))
         selection, record = select_layers(model, 1, modules="self_attn.*"), None
         record = DeltaBase.of(model, selection)
-        with pytest.warns(match=message):
+        with pytest.warns(match=message) as loading:
             assert load_delta(model, VERSION_1) == selection
+        assert {warning.filename for warning in (*merging, *loading)} == {__file__}
         assert_same(model, bits(expected))
         with pytest.warns(match=message):
             restore_delta(model, VERSION_1, selection=selection, base=record)

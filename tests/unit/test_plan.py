@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from layerrl import select_layers
 from layerrl.errors import ModelError, SelectionError
-from layerrl.plan import in_units
+from layerrl.tables import in_units
 from tests.grpo import make
 from tests.models import tiny, tiny_config
 from tests.runs import saved

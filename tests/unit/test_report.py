@@ -173,8 +173,10 @@ class TestTop:
         assert select_layers(config, selection) == select_layers(config, [1, 3])
 
     def test_warns_where_the_next_one_is_not_resolved(self):
-        with pytest.warns(UserWarning, match="layer 1 is in and layer 0 is out, which is not"):
+        message = "layer 1 is in and layer 0 is out, which is not"
+        with pytest.warns(UserWarning, match=message) as warned:
             report(0.5, 0.525, 0.1).top(1)
+        assert [warning.filename for warning in warned] == [__file__]
 
     def test_warns_where_nothing_says_how_sure_it_is(self):
         with pytest.warns(UserWarning, match="no intervals"):

@@ -198,8 +198,9 @@ class TestKilled:
         on(base, tmp_path / "out").train()
         checkpoint = tmp_path / "out" / "checkpoint-1"
         (checkpoint / name).unlink()
-        with pytest.warns(UserWarning, match=rf"no {name} .*start anew"):
+        with pytest.warns(UserWarning, match=rf"no {name} .*start anew") as warned:
             on(base, tmp_path / "new").train(resume_from_checkpoint=str(checkpoint))
+        assert __file__ in [w.filename for w in warned if "start anew" in str(w.message)]
 
     @pytest.mark.parametrize("content", ["[]", "3", "{}", '{"global_step": "x"}'])
     def test_a_state_of_something_else_is_refused(self, base, tmp_path, content):
