@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layerrl.delta.card import CARD, write_card
-from layerrl.errors import SelectionError
+from layerrl.delta.hub import hub_errors
+from layerrl.errors import DeltaError, SelectionError
 from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
 from layerrl.shards import shape, whole
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
+from layerrl.trainer.run_summary import summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -148,6 +151,7 @@ class Checkpoints:
         if writes:
             (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
         self._put_delta(folder)
+        self.describe(folder, beside="nothing")
         reference = trainer.masked_run.reference
         if reference is None:
             return
@@ -177,14 +181,14 @@ class Checkpoints:
         if launchers.shards_model(trainer.accelerator):  # else one process may save alone
             there = launchers.agree(trainer.accelerator, there)
         if known and (pushes or there):
-            self._put_delta(folder, card=False)
+            self._put_delta(folder)
             self.describe(folder, beside="same")
         elif trainer.args.should_save:
             for stale in _DELTA:
                 (folder / stale).unlink(missing_ok=True)
 
-    def _put_delta(self, folder: Path, *, card: bool = True) -> None:
-        """A delta's files into a folder that exists, each at once or not at all."""
+    def _put_delta(self, folder: Path) -> None:
+        """A delta's files, but for its card, into a folder; each at once or not at all."""
         writes, temporary = self._trainer.args.should_save, folder / "_delta"
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
@@ -193,7 +197,7 @@ class Checkpoints:
             return
         try:
             for file in sorted(temporary.iterdir()):
-                if file.name == CARD and not card:
+                if file.name == CARD:
                     continue
                 if (folder / file.name).is_dir():
                     shutil.rmtree(folder / file.name)
@@ -220,17 +224,32 @@ class Checkpoints:
         """Bring the README of a folder to what the folder holds.
 
         Args:
-            folder: One with a delta, others are left alone; None: the args' own.
+            folder: One with a delta, others are left alone; None: the args' own, which is pushed.
             beside: What whole model is in it; None: as it was when this was said last.
         """
         trainer = self._trainer
-        folder = Path(trainer.args.output_dir) if folder is None else folder
+        top = Path(trainer.args.output_dir)
+        folder = top if folder is None else folder
         if not trainer.is_world_process_zero() or not (folder / _DELTA[-1]).is_file():
             return
-        self._beside = beside or self._beside
+        if folder == top:
+            self._beside = beside = beside or self._beside
         meta = json.loads((folder / _DELTA[-1]).read_text(encoding="utf-8"))
-        hub_id = getattr(trainer, "hub_model_id", None)
-        write_card(folder, meta, beside=self._beside, hub_id=hub_id)
+        hub_id = getattr(trainer, "hub_model_id", None) if folder == top else None
+        write_card(
+            folder, meta, beside=beside or "nothing", hub_id=hub_id, run=summary_of(trainer)
+        )
+
+    def warn_of_failed_pushes(self) -> None:
+        """Say what became of the pushes of a run, which transformers waits for and never asks."""
+        jobs = getattr(getattr(self._trainer, "push_in_progress", None), "jobs", None) or ()
+        failures = [job.exception() for job in jobs if job.done() and not job.cancelled()]
+        for failure in filter(None, failures):
+            try:
+                with hub_errors("push to", self._trainer.hub_model_id):
+                    raise failure
+            except DeltaError as error:
+                warnings.warn(f"a checkpoint was not pushed: {error}", stacklevel=2)
 
 
 def is_complete(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from layerrl.delta.hub import hub_errors
 from layerrl.errors import SelectionError
 from layerrl.seams import check_class, check_made
 from layerrl.selection.masked import TrainingMask
@@ -197,6 +198,7 @@ class LayerMaskedMixin(_Wrapped):
         self.masked_run.check_frozen()
         writes = self.accelerator.is_main_process
         saved = self.masked_run.save_delta(path, writes=writes)
+        self._checkpoints.describe(saved, beside="nothing")
         self.accelerator.wait_for_everyone()
         return saved if writes else None
 
@@ -321,6 +323,20 @@ class LayerMaskedMixin(_Wrapped):
         """Write the model card, and into it how to load a delta beside it."""
         super().create_model_card(*args, **kwargs)
         self._checkpoints.describe()
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the repository to push to; a hub that refuses is a `DeltaError`."""
+        with hub_errors("push to", self.args.hub_model_id or self.args.output_dir):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push the whole model, the delta and the card; a hub that refuses is a `DeltaError`."""
+        with hub_errors("push to", self.args.hub_model_id or self.args.output_dir):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._checkpoints.warn_of_failed_pushes()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
