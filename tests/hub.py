@@ -200,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -273,9 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return data, {"ETag": f'"{etag}"', "X-Repo-Commit": oid}
         raise Refusal(404, f"the hub of the tests does not know {self.command} {path} {query}")
 
-    def _model(
-        self, name: str, rest: list[str], body: bytes, user: str | None, token: str
-    ) -> Any:
+    def _model(self, name: str, rest: list[str], body: bytes, user: str | None, token: str) -> Any:
         hub = self.hub
         match [self.command, *rest]:
             case ["GET"]:
@@ -310,9 +308,7 @@ class _Handler(BaseHTTPRequestHandler):
 def served() -> Iterator[Hub]:
     """A hub with nothing in it, for as long as the block runs."""
     hub = Hub()
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub})
-    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -326,9 +322,7 @@ def served() -> Iterator[Hub]:
 
 
 @contextmanager
-def at(
-    url: str, cache: Path, *, token: str | None = None, offline: bool = False
-) -> Iterator[None]:
+def at(url: str, cache: Path, *, token: str | None = None, offline: bool = False) -> Iterator[None]:
     """Inside, the client is as if it were imported with this hub, cache and token.
 
     It reads its environment once, when it is imported.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from layerrl.delta.card import CARD, card_of
 from layerrl.delta.folder import META, TENSORS, Delta
 from layerrl.errors import DeltaError
+from layerrl.seams import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,20 +184,22 @@ def _whole_model(names: set[str]) -> bool:
 def _api(token: str | bool | None) -> HfApi:
     from huggingface_hub import HfApi
 
-    from layerrl import __version__
-
-    return HfApi(token=token, library_name="layerrl", library_version=__version__)
+    return HfApi(token=token, library_name="layerrl", library_version=installed_version("layerrl"))
 
 
 @contextmanager
 def hub_errors(
-    action: str, repo_id: str, *, token: str | bool | None = None, revision: str | None = None
+    action: str,
+    repo_id: str | None,
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
 ) -> Iterator[None]:
     """Inside, what the hub's client raises becomes a `DeltaError` of a sentence or two.
 
     Args:
         action: What is done: "push to" or "read".
-        repo_id: The repository.
+        repo_id: The repository; None: it has no name yet.
         token: What the caller gave.
         revision: What the caller gave.
 
@@ -211,8 +214,9 @@ def hub_errors(
     except Exception as error:
         if not (_is_of_client(error) or _is_of_client(error.__cause__)):
             raise
-        why = _reason(error, action, repo_id, token=token, revision=revision)
-        raise DeltaError(f"cannot {action} {repo_id!r}: {why}") from error
+        name = repo_id or "a new repository"
+        why = _reason(error, action, name, token=token, revision=revision)
+        raise DeltaError(f"cannot {action} {name!r}: {why}") from error
 
 
 def _is_of_client(error: BaseException | None) -> bool:
@@ -265,10 +269,9 @@ def _reason(
         who = "the token is not valid" if _has_token(token) else "no token was given"
         return f"{who}. {_LOG_IN}"
     if status == 403 and not reads:
-        user = repo_id.partition("/")[0]
         return (
-            f"the token may not write there. It needs the role `write` and the right to write to "
-            f"{user!r} ({_line(error)})."
+            "the token may not write there. It needs the role `write`, and the right to write to "
+            f"{repo_id.partition('/')[0]!r} ({_line(error)})."
         )
     if status is None:
         kind = type(error)

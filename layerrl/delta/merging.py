@@ -117,16 +117,16 @@ def _deltas(
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
         raise DeltaError("no delta was given to merge: expected a folder or several")
-    each = not (revision is None or isinstance(revision, str))
-    revisions = list(revision) if each else [revision] * len(paths)
-    if len(revisions) != len(paths):
+    if revision is None or isinstance(revision, str):
+        revision = [revision] * len(paths)
+    if len(revision) != len(paths):
         raise DeltaError(
-            f"revision has {len(revisions)} entries for {len(paths)} deltas: expected one for each "
+            f"revision has {len(revision)} entries for {len(paths)} deltas: expected one for each "
             "(None for a folder), or one string"
         )
     return [
         Delta.read(delta_folder(one, revision=its, token=token))
-        for one, its in zip(paths, revisions, strict=True)
+        for one, its in zip(paths, revision, strict=True)
     ]
 
 

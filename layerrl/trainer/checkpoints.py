@@ -236,9 +236,7 @@ class Checkpoints:
             self._beside = beside = beside or self._beside
         meta = json.loads((folder / _DELTA[-1]).read_text(encoding="utf-8"))
         hub_id = getattr(trainer, "hub_model_id", None) if folder == top else None
-        write_card(
-            folder, meta, beside=beside or "nothing", hub_id=hub_id, run=summary_of(trainer)
-        )
+        write_card(folder, meta, beside=beside or "nothing", hub_id=hub_id, run=summary_of(trainer))
 
     def warn_of_failed_pushes(self) -> None:
         """Say what became of the pushes of a run, which transformers waits for and never asks."""

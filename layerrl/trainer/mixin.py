@@ -326,12 +326,12 @@ class LayerMaskedMixin(_Wrapped):
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository to push to; a hub that refuses is a `DeltaError`."""
-        with hub_errors("push to", self.args.hub_model_id or self.args.output_dir):
+        with hub_errors("push to", self.args.hub_model_id):
             super().init_hf_repo(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Push the whole model, the delta and the card; a hub that refuses is a `DeltaError`."""
-        with hub_errors("push to", self.args.hub_model_id or self.args.output_dir):
+        with hub_errors("push to", self.args.hub_model_id):
             return super().push_to_hub(*args, **kwargs)
 
     def _finish_current_push(self) -> None:

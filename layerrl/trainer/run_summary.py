@@ -9,8 +9,8 @@ import torch
 import transformers
 import trl
 
-import layerrl
 from layerrl.delta.run_section import RunSummary
+from layerrl.seams import installed_version
 
 _ON_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+|[\w.-]+)@")
 
@@ -30,7 +30,7 @@ def summary_of(trainer: Any) -> RunSummary:
         dataset=_dataset(getattr(trainer, "train_dataset", None)),
         steps=trainer.state.global_step,
         versions={
-            "layerrl": layerrl.__version__,
+            "layerrl": installed_version("layerrl") or "of unknown version",
             "TRL": trl.__version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,

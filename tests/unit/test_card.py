@@ -23,6 +23,7 @@ def test_names_the_base_and_the_layers(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.to_dict() == {
         "base_model": META["base_model"],
+        "base_model_relation": "adapter",
         "library_name": "layerrl",
         "tags": ["layerrl"],
     }

@@ -266,7 +266,7 @@ class TestWhatIsNoDelta:
             load_delta(load(base), "me/x")
 
     def test_no_repository(self, hub, base):
-        with pytest.raises(DeltaError, match=r"no such folder here, and the hub .* has no such rep"):
+        with pytest.raises(DeltaError, match=r"no such folder here, and the hub .* has no such"):
             load_delta(load(base), "me/typo")
 
     def test_of_another_base(self, hub, base, tmp_path):
