@@ -27,7 +27,7 @@ def summary_of(trainer: Any) -> RunSummary:
     return RunSummary(
         trainer=getattr(trainer, "_name", None),
         tags=tuple(getattr(trainer, "_tag_names", ())),
-        dataset=_dataset(getattr(trainer, "train_dataset", None)),
+        dataset=dataset_of(getattr(trainer, "train_dataset", None)),
         steps=trainer.state.global_step,
         versions={
             "layerrl": installed_version("layerrl") or "of unknown version",
@@ -39,8 +39,15 @@ def summary_of(trainer: Any) -> RunSummary:
     )
 
 
-def _dataset(dataset: Any) -> str | None:
-    """The repository that a data set's files were downloaded from, if it is one."""
+def dataset_of(dataset: Any) -> str | None:
+    """The repository that a data set's files were downloaded from.
+
+    Args:
+        dataset: Any of `datasets`, or another.
+
+    Returns:
+        `"user/name"`; None of one that has none, or several.
+    """
     files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     names = {match[1] for file in files if (match := _ON_HUB.match(str(file)))}
     return names.pop() if len(names) == 1 else None
