@@ -74,6 +74,8 @@ class Hub:
         self.lock = threading.Lock()
         self.closed = ""
         """Why nobody may commit; empty: who owns a repository may."""
+        self.forbidden = ""
+        """Why nobody may ask for anything."""
 
     # What each request gets. `user` is None without a token.
 
@@ -215,6 +217,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(f"{self.command} {unquote(url.path)}")
             try:
                 token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+                if self.hub.forbidden:
+                    raise Refusal(403, self.hub.forbidden)
                 if token and token not in _USERS:
                     raise Refusal(401, "Invalid credentials in Authorization header")
                 answer = self._answer(url.path, parse_qs(url.query), body, token)

@@ -90,17 +90,15 @@ def card_of(
         card = ModelCard(found, ignore_metadata_errors=True)
     except (ValueError, YAMLError):  # no YAML between the dashes: it is text
         card = ModelCard(_EMPTY + found)
-    others, _ = _taken_out(card.text, _BEGIN, _END)
-    others, section = _taken_out(others, _RUN_BEGIN, _RUN_END)
-    others = others.strip()
+    others, section = _taken_out(card.text, _RUN_BEGIN, _RUN_END)
+    others = _taken_out(others, _BEGIN, _END)[0].strip()
     if run is not None:
         section = "\n".join([_RUN_BEGIN, run.section(), _RUN_END])
     _set_metadata(card.data, meta, beside=beside, run=run)
-    own = _text(meta, hub_id) + _WHOLE[beside] + "\n"
-    if others and beside != "same":
-        own += _OTHERS_TEXT
-    parts = ["", _BEGIN, own.rstrip(), _END]
-    parts += [part for text in (section, others) if text for part in ("", text)]
+    own = [_text(meta, hub_id) + _WHOLE[beside]]
+    own += ["", section] if section else []
+    own += [_OTHERS_TEXT.rstrip()] if others and beside != "same" else []
+    parts = ["", _BEGIN, *own, _END, *(["", others] if others else [])]
     card.text = "\n".join([*parts, ""])
     return str(card)
 

@@ -62,8 +62,9 @@ def push_delta(
         api.create_repo(repo_id, private=private, exist_ok=True)
         there = api.model_info(repo_id)
         _check_visibility(there, repo_id, private)
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/"):  # a pull request's
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if revision is not None:
             there = api.model_info(repo_id, revision=revision)
         names = {file.rfilename for file in there.siblings or ()}
         return api.create_commit(
@@ -238,6 +239,9 @@ def _reason(
     reads, hub = action == "read", constants.ENDPOINT
     if isinstance(error, errors.HFValidationError):
         return f"that is no name of a repository, expected 'user/name' ({_line(error)})"
+    cause: Any = error.__cause__
+    if isinstance(error, errors.LocalEntryNotFoundError) and hasattr(cause, "response"):
+        error = cause  # the hub was reached, and refused
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
             unreached = "HF_HUB_OFFLINE is set, so that the hub is not asked"

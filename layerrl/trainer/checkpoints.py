@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layerrl.delta.card import CARD, write_card
 from layerrl.delta.hub import hub_errors
-from layerrl.errors import DeltaError, SelectionError
+from layerrl.errors import SelectionError
 from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
 from layerrl.shards import shape, whole
@@ -181,14 +181,14 @@ class Checkpoints:
         if launchers.shards_model(trainer.accelerator):  # else one process may save alone
             there = launchers.agree(trainer.accelerator, there)
         if known and (pushes or there):
-            self._put_delta(folder)
+            self._put_delta(folder, card=False)
             self.describe(folder, beside="same")
         elif trainer.args.should_save:
             for stale in _DELTA:
                 (folder / stale).unlink(missing_ok=True)
 
-    def _put_delta(self, folder: Path) -> None:
-        """A delta's files, but for its card, into a folder; each at once or not at all."""
+    def _put_delta(self, folder: Path, *, card: bool = True) -> None:
+        """A delta's files into a folder that exists, each at once or not at all."""
         writes, temporary = self._trainer.args.should_save, folder / "_delta"
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
@@ -197,7 +197,7 @@ class Checkpoints:
             return
         try:
             for file in sorted(temporary.iterdir()):
-                if file.name == CARD:
+                if file.name == CARD and not card:
                     continue
                 if (folder / file.name).is_dir():
                     shutil.rmtree(folder / file.name)
@@ -239,14 +239,17 @@ class Checkpoints:
         write_card(folder, meta, beside=beside or "nothing", hub_id=hub_id, run=summary_of(trainer))
 
     def warn_of_failed_pushes(self) -> None:
-        """Say what became of the pushes of a run, which transformers waits for and never asks."""
-        jobs = getattr(getattr(self._trainer, "push_in_progress", None), "jobs", None) or ()
-        failures = [job.exception() for job in jobs if job.done() and not job.cancelled()]
-        for failure in filter(None, failures):
+        """Say which pushes failed: transformers waits for them, and does not ask."""
+        pushes = getattr(self._trainer, "push_in_progress", None)
+        done = [job for job in getattr(pushes, "jobs", ()) if job.done() and not job.cancelled()]
+        for job in done:
+            pushes.jobs.remove(job)  # each is told once
+            if (failure := job.exception()) is None:
+                continue
             try:
                 with hub_errors("push to", self._trainer.hub_model_id):
                     raise failure
-            except DeltaError as error:
+            except Exception as error:  # it ends no training that went well
                 warnings.warn(f"a checkpoint was not pushed: {error}", stacklevel=2)
 
 

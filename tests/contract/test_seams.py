@@ -352,9 +352,7 @@ class TestVersions:
 
     def test_lowest_are_those_that_pip_is_told(self):
         project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-        told = dict(
-            re.match(r"(\w+)>=([\d.]+)", text).groups() for text in project["dependencies"]
-        )
+        told = dict(re.match(r"(\w+)>=([\d.]+)", text).groups() for text in project["dependencies"])
         assert {package: told[package] for package in TESTED} == {
             package: lowest for package, (lowest, _) in TESTED.items()
         }
