@@ -240,7 +240,7 @@ class Checkpoints:
 
     def warn_of_failed_pushes(self) -> None:
         """Say which pushes failed: transformers waits for them, and does not ask."""
-        pushes = getattr(self._trainer, "push_in_progress", None)
+        pushes: Any = getattr(self._trainer, "push_in_progress", None)
         done = [job for job in getattr(pushes, "jobs", ()) if job.done() and not job.cancelled()]
         for job in done:
             pushes.jobs.remove(job)  # each is told once
