@@ -26,8 +26,8 @@ from layerrl.delta.fitting import (
     check_settings,
     described,
     misfit,
-    origin,
 )
+from layerrl.delta.fitting import origin as base_of  # a module here has the other name
 from layerrl.delta.folder import (
     FORMAT_VERSION,
     META,
@@ -241,7 +241,7 @@ def load_delta(
     if current != set(tensors):
         raise DeltaError(
             f"the delta at {path} does not fit {type(unwrap(model)).__name__}: "
-            f"{difference(tensors, dict.fromkeys(current))}. Its base is {origin(delta)}."
+            f"{difference(tensors, dict.fromkeys(current))}. Its base is {base_of(delta)}."
         )
     found = _compared(model, delta.base)
     if found.extra and delta.version > 1:

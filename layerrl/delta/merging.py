@@ -60,15 +60,13 @@ def merge_delta(
     `out` is written.
 
     Args:
-        base: Folder of the base's safetensors checkpoint, or its hub id: then of the commit that
-            the delta was made from, if it knows that.
+        base: Folder of the base's safetensors checkpoint, or its hub id: then of the delta's commit.
         path: A delta's folder, or `"user/name"` on the hub where there is no such folder; or
             several, in the order in which they were trained on top of each other.
         out: Folder to make. It is written under another name and renamed when complete.
         union: The deltas were made side by side, from the same base, and train different tensors.
-        revision: Branch, tag or commit of a delta on the hub, or a list with one for each delta;
-            None: `main`.
-        token: For private repositories on the hub; None: of who is logged in.
+        revision: Branch, tag or commit of a delta on the hub; or a list, one for each delta.
+        token: For private repositories; None: of who is logged in.
 
     Returns:
         The folder: weights in the base's dtypes with its config; the tokenizer, chat template and
