@@ -60,7 +60,7 @@ def merge_delta(
     `out` is written.
 
     Args:
-        base: Folder of the base's safetensors checkpoint, or its hub id: then of the delta's commit.
+        base: Folder of the base's safetensors checkpoint, or its hub id (at the delta's commit).
         path: A delta's folder, or `"user/name"` on the hub where there is no such folder; or
             several, in the order in which they were trained on top of each other.
         out: Folder to make. It is written under another name and renamed when complete.
@@ -79,8 +79,7 @@ def merge_delta(
     """
     refuse_existing(out)  # before anything is read
     deltas = _deltas(path, revision, token)
-    folder = _checkpoint_folder(base, deltas[0], token)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder := _checkpoint_folder(base, deltas[0], token))
     for delta in deltas:
         check_model_type(delta, checkpoint.config.get("model_type"))
     _refuse_quantised(base, checkpoint.config)
