@@ -117,7 +117,6 @@ SEAMS: tuple[Seam, ...] = (
             "create_model_card(...)": "say how to load a delta",
             "init_hf_repo(...)": "say why a repository cannot be pushed to",
             "push_to_hub(...)": "say why a repository cannot be pushed to",
-            "_finish_current_push()": "say which pushes failed",
             "_save_checkpoint(model, trial)": "write a checkpoint whole or not at all",
             "_save_optimizer_and_scheduler(output_dir)": "save the optimizer beside a delta",
             "_load_optimizer_and_scheduler(checkpoint)": "load the optimizer beside a delta",

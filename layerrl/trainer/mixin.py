@@ -12,15 +12,8 @@ from layerrl.delta.hub import hub_errors
 from layerrl.errors import SelectionError
 from layerrl.seams import check_class, check_made
 from layerrl.selection.masked import TrainingMask
-from layerrl.trainer import arguments, launchers
+from layerrl.trainer import arguments, callbacks, launchers
 from layerrl.trainer.call import TrainerCall
-from layerrl.trainer.callbacks import (
-    DeltaOnTop,
-    EpochOrder,
-    FrozenCheck,
-    GradNorms,
-    refuse_callbacks,
-)
 from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
 from layerrl.trainer.masked_run import MaskedRun
 from layerrl.trainer.resuming import CheckpointReader
@@ -138,11 +131,11 @@ class LayerMaskedMixin(_Wrapped):
         self._checkpoints, self._reader = Checkpoints(self), CheckpointReader(self)
         self._mask = TrainingMask()
         # The first, as callbacks of the user may write to the gradients.
-        norms = GradNorms(lambda: self.masked_run.note_gradients())
+        norms = callbacks.GradNorms(lambda: self.masked_run.note_gradients())
         self.callback_handler.callbacks.insert(0, norms)
-        for callback in (EpochOrder(), FrozenCheck(lambda: self.masked_run.check_frozen())):
+        frozen = callbacks.FrozenCheck(lambda: self.masked_run.check_frozen())
+        for callback in (callbacks.EpochOrder(), frozen, callbacks.DeltaOnTop(self._checkpoints)):
             self.add_callback(callback)
-        self.add_callback(DeltaOnTop(self._checkpoints))
         chosen = call.selection_for(self.model, self.processing_class)
         call.check_made(self, chosen)
         self._select(chosen)
@@ -208,7 +201,7 @@ class LayerMaskedMixin(_Wrapped):
         """Train the selected layers; a frozen tensor that changes is a `FrozenTensorError`."""
         args, kwargs = self._reader.resumed(args, kwargs)
         try:
-            refuse_callbacks(self.callback_handler.callbacks, self.selection)
+            callbacks.refuse_callbacks(self.callback_handler.callbacks, self.selection)
             with self._mask.during_training():
                 if self.model_init is None:
                     self.masked_run.check_adapters()
@@ -223,6 +216,7 @@ class LayerMaskedMixin(_Wrapped):
             raise
         finally:
             self._reader.folder = None
+            self._checkpoints.warn_of_failed_pushes()
             self.masked_run.replay.clear()
             self._call.forget_batches()
 
@@ -333,10 +327,6 @@ class LayerMaskedMixin(_Wrapped):
         """Push the whole model, the delta and the card; a hub that refuses is a `DeltaError`."""
         with hub_errors("push to", self.args.hub_model_id):
             return super().push_to_hub(*args, **kwargs)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._checkpoints.warn_of_failed_pushes()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
