@@ -115,6 +115,8 @@ SEAMS: tuple[Seam, ...] = (
             "add_callback(callback)": "refuse callbacks that take a delta for a model",
             "save_model(output_dir, _internal_call)": "write deltas and check what is frozen",
             "create_model_card(...)": "say how to load a delta",
+            "init_hf_repo(...)": "say why a repository cannot be pushed to",
+            "push_to_hub(...)": "say why a repository cannot be pushed to",
             "_save_checkpoint(model, trial)": "write a checkpoint whole or not at all",
             "_save_optimizer_and_scheduler(output_dir)": "save the optimizer beside a delta",
             "_load_optimizer_and_scheduler(checkpoint)": "load the optimizer beside a delta",

@@ -27,6 +27,7 @@ from layerrl.delta.fitting import (
     described,
     misfit,
 )
+from layerrl.delta.fitting import origin as base_of  # a module here has the other name
 from layerrl.delta.folder import (
     FORMAT_VERSION,
     META,
@@ -35,6 +36,7 @@ from layerrl.delta.folder import (
     difference,
     new_folder,
 )
+from layerrl.delta.hub import delta_folder, push_delta
 from layerrl.delta.placing import put_tensors
 from layerrl.delta.processing import save_processing, sums_of
 from layerrl.delta.record import (
@@ -57,6 +59,7 @@ __all__ = [
     "DeltaBase",
     "checkpoint_form",
     "load_delta",
+    "push_delta",
     "put_tensors",
     "save_delta",
     "tensors_of_run",
@@ -194,7 +197,13 @@ def _check_unchanged(base: DeltaBase, found: Comparison, rows: Mapping[str, str]
         )
 
 
-def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection:
+def load_delta(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> LayerSelection:
     """Put a delta's weights into the model it was made from.
 
     Deltas on top of each other are loaded one after the other, in the order of their training.
@@ -202,13 +211,16 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
     Args:
         model: The base, in any floating-point dtype that holds what the delta was made from. Its
             selected tensors are overwritten (converted to its dtype), after every check passed.
-        path: A delta's folder.
+        path: A delta's folder, or `"user/name"` on the hub where there is no such folder.
+        revision: Branch, tag or commit of a delta on the hub; None: `main`.
+        token: For a private repository on the hub; None: of who is logged in.
 
     Returns:
         The selection the delta was trained with.
 
     Raises:
-        DeltaError: If the folder is missing, damaged, or of a newer format; if the model has
+        DeltaError: If the folder is missing, damaged, or of a newer format; if a repository cannot
+            be read, or holds something else; if the model has
             another architecture, vocabulary or config; or if any of its tensors, frozen ones too,
             is not the one that the delta was made from. The model is then as it was.
     """
@@ -217,6 +229,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
             f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
             "checkpoint from folders, use merge_delta(base, path, out)."
         )
+    path = delta_folder(path, revision=revision, token=token)
     delta = Delta.read(path)
     tensors = {name: delta.tensor(name) for name in delta.fingerprints}
     check_model_type(delta, model_type(model))
@@ -228,7 +241,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
     if current != set(tensors):
         raise DeltaError(
             f"the delta at {path} does not fit {type(unwrap(model)).__name__}: "
-            f"{difference(tensors, dict.fromkeys(current))}"
+            f"{difference(tensors, dict.fromkeys(current))}. Its base is {base_of(delta)}."
         )
     found = _compared(model, delta.base)
     if found.extra and delta.version > 1:

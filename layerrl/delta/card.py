@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from layerrl.delta.run_section import RunSummary
 from layerrl.files import written_whole
 from layerrl.selection import LayerSelection
 
 CARD = "README.md"
 Beside = Literal["nothing", "same", "older"]
 _BEGIN, _END = "<!-- layerrl: begin -->", "<!-- layerrl: end -->"
+_RUN_BEGIN, _RUN_END = "<!-- layerrl run: begin -->", "<!-- layerrl run: end -->"
+_EMPTY = "---\n{}\n---\n"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WHOLE = {
     "nothing": (
@@ -40,6 +44,7 @@ def write_card(
     *,
     beside: Beside = "nothing",
     hub_id: str | None = None,
+    run: RunSummary | None = None,
 ) -> None:
     """Write a folder's README, or put the delta's part into the one that is there.
 
@@ -48,51 +53,126 @@ def write_card(
         meta: The delta's description, as in `delta.json`.
         beside: A whole model in the same folder: none, the same state, or maybe an earlier one.
         hub_id: The repository that the folder is pushed to.
+        run: What is known of the run; None: what the README says of it stays.
+    """
+    file = folder / CARD
+    found = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    text = card_of(found, meta, beside=beside, hub_id=hub_id, run=run)
+    with written_whole(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def card_of(
+    found: str,
+    meta: Mapping[str, Any],
+    *,
+    beside: Beside = "nothing",
+    hub_id: str | None = None,
+    run: RunSummary | None = None,
+) -> str:
+    """A README with the delta's part in it.
+
+    Args:
+        found: The README that is there; empty: none is.
+        meta: As in `write_card`.
+        beside: As in `write_card`.
+        hub_id: As in `write_card`.
+        run: As in `write_card`.
+
+    Returns:
+        The text, with metadata that the hub's pages understand.
     """
     from huggingface_hub import ModelCard
     from yaml import YAMLError  # huggingface_hub reads cards with it
 
-    file, empty = folder / CARD, "---\n{}\n---\n"
-    found = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else empty
+    found = found or _EMPTY
     try:
         card = ModelCard(found, ignore_metadata_errors=True)
     except (ValueError, YAMLError):  # no YAML between the dashes: it is text
-        card = ModelCard(empty + found)
-    others = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL).strip()
-    data: Any = card.data
+        card = ModelCard(_EMPTY + found)
+    others, section = _taken_out(card.text, _RUN_BEGIN, _RUN_END)
+    others = _taken_out(others, _BEGIN, _END)[0].strip()
+    if run is not None:
+        section = "\n".join([_RUN_BEGIN, run.section(), _RUN_END])
+    _set_metadata(card.data, meta, beside=beside, run=run)
+    own = [_text(meta, hub_id) + _WHOLE[beside]]
+    own += ["", section] if section else []
+    own += [_OTHERS_TEXT.rstrip()] if others and beside != "same" else []
+    parts = ["", _BEGIN, *own, _END, *(["", others] if others else [])]
+    card.text = "\n".join([*parts, ""])
+    return str(card)
+
+
+def _taken_out(text: str, begin: str, end: str) -> tuple[str, str]:
+    """A text without what stands between two marks, and that, with its marks."""
+    found = re.search(f"{begin}.*?{end}", text, flags=re.DOTALL)
+    return re.sub(f"{begin}.*?{end}\n*", "", text, flags=re.DOTALL), found[0] if found else ""
+
+
+def _set_metadata(
+    data: Any, meta: Mapping[str, Any], *, beside: Beside, run: RunSummary | None
+) -> None:
     base = meta.get("base_model")
     if base and _HUB_ID.fullmatch(base) and not os.path.isdir(base):
         data.base_model = base
+        # Of the hub's four relations. Like an adapter, a delta is nothing without its base, which
+        # is loaded first; a finetune is a model that pages offer to load alone.
+        data.base_model_relation = "finetune" if beside == "same" else "adapter"
     if beside != "same":
         data.library_name = "layerrl"
     elif data.library_name == "layerrl":
         data.library_name = "transformers"
-    data.tags = [*(tag for tag in data.tags or [] if tag != "layerrl"), "layerrl"]
-    own = _text(meta, hub_id) + _WHOLE[beside] + "\n"
-    if others and beside != "same":
-        own += _OTHERS_TEXT
-    card.text = "\n".join(["", _BEGIN, own.rstrip(), _END, *(["", others] if others else []), ""])
-    with written_whole(file) as temporary:
-        temporary.write_text(str(card), encoding="utf-8")
+    tags = [*(data.tags or []), *(run.tags if run else ())]
+    data.tags = [*(tag for i, tag in enumerate(tags) if tag != "layerrl" and tag not in tags[:i])]
+    data.tags.append("layerrl")
+    if run is not None and run.dataset and not data.datasets:
+        data.datasets = [run.dataset]
 
 
 def _text(meta: Mapping[str, Any], hub_id: str | None) -> str:
     selection = LayerSelection.from_json(json.dumps(meta["selection"]))
-    base = meta.get("base_model") or "path/to/the/base"
-    folder = '"path/to/this/folder"' if hub_id is None else f"snapshot_download({hub_id!r})"
-    imports = "" if hub_id is None else "from huggingface_hub import snapshot_download\n"
-    revision = f", at revision `{meta['base_revision']}`" if meta.get("base_revision") else ""
+    base = json.dumps(meta.get("base_model") or "path/to/the/base")
+    delta = json.dumps(hub_id or "path/to/this/folder")
+    at = f", at revision `{meta['base_revision']}`" if meta.get("base_revision") else ""
     return f"""# Delta: {selection}
 
-`delta.safetensors` holds what training changed in `{base}`{revision}: the {len(meta["tensors"])}
-tensors of {selection}, and nothing else. `delta.json` knows that base. Load it with layerrl:
+`delta.safetensors` holds what training changed in `{json.loads(base)}`{at}: the
+{len(meta["tensors"])} tensors of {selection}, and nothing else{_share(meta)}. `delta.json` knows
+that base. Load it with [layerrl](https://pypi.org/project/layerrl/):
 
 ```python
-{imports}from layerrl import load_delta, merge_delta
+import layerrl, transformers
 
-folder = {folder}
-load_delta(model, folder)  # into the base, a model in memory
-merge_delta({json.dumps(base)}, folder, "merged")  # or a whole model in a new folder
+{_loading(meta, base)}
+layerrl.load_delta(model, {delta})
 ```
 
+Or write a whole model: `layerrl.merge_delta({base}, {delta}, "merged")`.
+
 """
+
+
+def _loading(meta: Mapping[str, Any], base: str) -> str:
+    """The line that loads the base, as wide as the delta, so that nothing is rounded."""
+    record = meta.get("base") or {}
+    images = "vision_config" in (record.get("config") or {})
+    options = [base]
+    if meta.get("base_revision"):
+        options.append(f'revision="{meta["base_revision"]}"')
+    dtypes = {tensor.get("dtype") for tensor in meta["tensors"].values()}
+    if len(dtypes) == 1 and None not in dtypes and not record.get("quantised"):
+        options.append(f'dtype="{dtypes.pop()}"')
+    kind = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+    return f"model = transformers.{kind}.from_pretrained({', '.join(options)})"
+
+
+def _share(meta: Mapping[str, Any]) -> str:
+    """How much of the model was trained, where its frozen tensors are recorded."""
+    frozen = (meta.get("base") or {}).get("frozen")
+    if not frozen:
+        return ""
+    trained, others = (
+        sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+        for tensors in (meta["tensors"], frozen)
+    )
+    return f" ({trained:,} of {trained + others:,} parameters, {trained / (trained + others):.1%})"

@@ -94,16 +94,17 @@ def check_model_type(delta: Delta, found: str | None) -> None:
     if found != delta.base.model_type:
         raise DeltaError(
             f"the delta at {delta.path} was made from a model of type {delta.base.model_type!r}, "
-            f"this one is {found!r}"
+            f"this one is {found!r}. Its base is {origin(delta)}."
         )
 
 
 def misfit(delta: Delta, what: str, error: SelectionError) -> str:
     """The sentence for a model that a delta's selection does not fit."""
-    text = f"the delta at {delta.path} does not fit {what}: {error}"
-    if delta.selection.token_rows:
-        text += ". Its base is the model with resized embeddings, saved before it was trained."
-    return text
+    resized = " with resized embeddings, saved before it was trained"
+    return (
+        f"the delta at {delta.path} does not fit {what}: {str(error).rstrip('.')}. Its base is "
+        f"{origin(delta)}{resized if delta.selection.token_rows else ''}."
+    )
 
 
 def check_base(
@@ -144,10 +145,10 @@ def check_base(
     for name in sorted(found.shapes, key=lambda name: name not in base.trained):
         raise DeltaError(
             f"{name!r} has shape {found.shapes[name]}, in the delta at {path} it is "
-            f"{base.shapes[name]}: another base"
+            f"{base.shapes[name]}: another base than {origin(delta)}, which it was made from"
         )
     if base.config is not None and config is not None:
-        check_settings(base.config, config, f"the delta at {path} was made from")
+        check_settings(base.config, config, f"the delta at {path} was made from, {origin(delta)}")
     if found.values:
         raise DeltaError(_other_values(delta, found.values, hint))
     if delta.version == 1:

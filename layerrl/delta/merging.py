@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from layerrl.delta.checkpoint import (
 )
 from layerrl.delta.fitting import STAGES, check_base, check_model_type, misfit, origin, place_of
 from layerrl.delta.folder import Delta, new_folder, refuse_existing
+from layerrl.delta.hub import delta_folder
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
 from layerrl.errors import DeltaError, SelectionError
@@ -49,6 +50,8 @@ def merge_delta(
     out: str | os.PathLike[str],
     *,
     union: bool = False,
+    revision: str | Sequence[str | None] | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """Write the base with a delta in it: a whole model that plain transformers loads.
 
@@ -57,12 +60,13 @@ def merge_delta(
     `out` is written.
 
     Args:
-        base: Folder of the base's safetensors checkpoint, or its hub id: then of the commit that
-            the delta was made from, if it knows that.
-        path: A delta's folder; or several, in the order in which they were trained on top of each
-            other.
+        base: Folder of the base's safetensors checkpoint, or its hub id (at the delta's commit).
+        path: A delta's folder, or `"user/name"` on the hub where there is no such folder; or
+            several, in the order in which they were trained on top of each other.
         out: Folder to make. It is written under another name and renamed when complete.
         union: The deltas were made side by side, from the same base, and train different tensors.
+        revision: Branch, tag or commit of a delta on the hub; or a list, one for each delta.
+        token: For private repositories; None: of who is logged in.
 
     Returns:
         The folder: weights in the base's dtypes with its config; the tokenizer, chat template and
@@ -73,10 +77,9 @@ def merge_delta(
             from what is below it, two of a union train the same tensor, or `out` exists or cannot
             be written. Nothing is left half-written.
     """
-    deltas = _deltas(path)
-    refuse_existing(out)  # before the base is read
-    folder = _checkpoint_folder(base, deltas[0])
-    checkpoint = Checkpoint(folder)
+    refuse_existing(out)  # before anything is read
+    deltas = _deltas(path, revision, token)
+    checkpoint = Checkpoint(folder := _checkpoint_folder(base, deltas[0], token))
     for delta in deltas:
         check_model_type(delta, checkpoint.config.get("model_type"))
     _refuse_quantised(base, checkpoint.config)
@@ -103,11 +106,25 @@ def merge_delta(
     return Path(out)
 
 
-def _deltas(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Delta]:
+def _deltas(
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    revision: str | Sequence[str | None] | None,
+    token: str | bool | None,
+) -> list[Delta]:
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
     if not paths:
         raise DeltaError("no delta was given to merge: expected a folder or several")
-    return [Delta.read(each) for each in paths]
+    if revision is None or isinstance(revision, str):
+        revision = [revision] * len(paths)
+    if len(revision) != len(paths):
+        raise DeltaError(
+            f"revision has {len(revision)} entries for {len(paths)} deltas: expected one for each "
+            "(None for a folder), or one string"
+        )
+    return [
+        Delta.read(delta_folder(one, revision=its, token=token))
+        for one, its in zip(paths, revision, strict=True)
+    ]
 
 
 def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str, _Replaced]:
@@ -259,7 +276,9 @@ def _write(
             checkpoint.replace_in(made, name, tensor())
 
 
-def _checkpoint_folder(base: str | os.PathLike[str], delta: Delta) -> Path:
+def _checkpoint_folder(
+    base: str | os.PathLike[str], delta: Delta, token: str | bool | None
+) -> Path:
     folder = Path(base)
     if folder.is_dir():
         return folder
@@ -267,7 +286,13 @@ def _checkpoint_folder(base: str | os.PathLike[str], delta: Delta) -> Path:
 
     revision = delta.base.revision if os.fspath(base) == delta.base.name else None
     patterns = ["*.safetensors", INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-    fetch = partial(snapshot_download, os.fspath(base), revision=revision, allow_patterns=patterns)
+    fetch = partial(
+        snapshot_download,
+        os.fspath(base),
+        revision=revision,
+        allow_patterns=patterns,
+        token=token,
+    )
     try:
         return Path(fetch())
     except Exception as error:  # whatever the hub client raises, the sentence is the same

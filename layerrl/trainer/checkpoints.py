@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layerrl.delta.card import CARD, write_card
+from layerrl.delta.hub import hub_errors
 from layerrl.errors import SelectionError
 from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
@@ -20,6 +22,7 @@ from layerrl.shards import shape, whole
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
+from layerrl.trainer.run_summary import summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -148,6 +151,7 @@ class Checkpoints:
         if writes:
             (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
         self._put_delta(folder)
+        self.describe(folder, beside="nothing")
         reference = trainer.masked_run.reference
         if reference is None:
             return
@@ -220,17 +224,33 @@ class Checkpoints:
         """Bring the README of a folder to what the folder holds.
 
         Args:
-            folder: One with a delta, others are left alone; None: the args' own.
+            folder: One with a delta, others are left alone; None: the args' own, which is pushed.
             beside: What whole model is in it; None: as it was when this was said last.
         """
         trainer = self._trainer
-        folder = Path(trainer.args.output_dir) if folder is None else folder
+        top = Path(trainer.args.output_dir)
+        folder = top if folder is None else folder
         if not trainer.is_world_process_zero() or not (folder / _DELTA[-1]).is_file():
             return
-        self._beside = beside or self._beside
+        if folder == top:
+            self._beside = beside = beside or self._beside
         meta = json.loads((folder / _DELTA[-1]).read_text(encoding="utf-8"))
-        hub_id = getattr(trainer, "hub_model_id", None)
-        write_card(folder, meta, beside=self._beside, hub_id=hub_id)
+        hub_id = getattr(trainer, "hub_model_id", None) if folder == top else None
+        write_card(folder, meta, beside=beside or "nothing", hub_id=hub_id, run=summary_of(trainer))
+
+    def warn_of_failed_pushes(self) -> None:
+        """Say which pushes failed: transformers waits for them, and does not ask."""
+        pushes: Any = getattr(self._trainer, "push_in_progress", None)
+        done = [job for job in getattr(pushes, "jobs", ()) if job.done() and not job.cancelled()]
+        for job in done:
+            pushes.jobs.remove(job)  # each is told once
+            if (failure := job.exception()) is None:
+                continue
+            try:
+                with hub_errors("push to", self._trainer.hub_model_id):
+                    raise failure
+            except Exception as error:  # it ends no training that went well
+                warnings.warn(f"a checkpoint was not pushed: {error}", stacklevel=2)
 
 
 def is_complete(folder: Path) -> bool:

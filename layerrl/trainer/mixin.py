@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from layerrl.delta.hub import hub_errors
 from layerrl.errors import SelectionError
 from layerrl.seams import check_class, check_made
 from layerrl.selection.masked import TrainingMask
-from layerrl.trainer import arguments, launchers
+from layerrl.trainer import arguments, callbacks, launchers
 from layerrl.trainer.call import TrainerCall
-from layerrl.trainer.callbacks import (
-    DeltaOnTop,
-    EpochOrder,
-    FrozenCheck,
-    GradNorms,
-    refuse_callbacks,
-)
 from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
 from layerrl.trainer.masked_run import MaskedRun
 from layerrl.trainer.resuming import CheckpointReader
@@ -137,11 +131,11 @@ class LayerMaskedMixin(_Wrapped):
         self._checkpoints, self._reader = Checkpoints(self), CheckpointReader(self)
         self._mask = TrainingMask()
         # The first, as callbacks of the user may write to the gradients.
-        norms = GradNorms(lambda: self.masked_run.note_gradients())
+        norms = callbacks.GradNorms(lambda: self.masked_run.note_gradients())
         self.callback_handler.callbacks.insert(0, norms)
-        for callback in (EpochOrder(), FrozenCheck(lambda: self.masked_run.check_frozen())):
+        frozen = callbacks.FrozenCheck(lambda: self.masked_run.check_frozen())
+        for callback in (callbacks.EpochOrder(), frozen, callbacks.DeltaOnTop(self._checkpoints)):
             self.add_callback(callback)
-        self.add_callback(DeltaOnTop(self._checkpoints))
         chosen = call.selection_for(self.model, self.processing_class)
         call.check_made(self, chosen)
         self._select(chosen)
@@ -197,6 +191,7 @@ class LayerMaskedMixin(_Wrapped):
         self.masked_run.check_frozen()
         writes = self.accelerator.is_main_process
         saved = self.masked_run.save_delta(path, writes=writes)
+        self._checkpoints.describe(saved, beside="nothing")
         self.accelerator.wait_for_everyone()
         return saved if writes else None
 
@@ -206,7 +201,7 @@ class LayerMaskedMixin(_Wrapped):
         """Train the selected layers; a frozen tensor that changes is a `FrozenTensorError`."""
         args, kwargs = self._reader.resumed(args, kwargs)
         try:
-            refuse_callbacks(self.callback_handler.callbacks, self.selection)
+            callbacks.refuse_callbacks(self.callback_handler.callbacks, self.selection)
             with self._mask.during_training():
                 if self.model_init is None:
                     self.masked_run.check_adapters()
@@ -221,6 +216,7 @@ class LayerMaskedMixin(_Wrapped):
             raise
         finally:
             self._reader.folder = None
+            self._checkpoints.warn_of_failed_pushes()
             self.masked_run.replay.clear()
             self._call.forget_batches()
 
@@ -321,6 +317,16 @@ class LayerMaskedMixin(_Wrapped):
         """Write the model card, and into it how to load a delta beside it."""
         super().create_model_card(*args, **kwargs)
         self._checkpoints.describe()
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the repository to push to; a hub that refuses is a `DeltaError`."""
+        with hub_errors("push to", self.args.hub_model_id):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push the whole model, the delta and the card; a hub that refuses is a `DeltaError`."""
+        with hub_errors("push to", self.args.hub_model_id):
+            return super().push_to_hub(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -98,8 +98,8 @@ def test_the_card_says_how_to_load_it_and_that_it_is_no_model(hub, base, tmp_pat
     assert card.data.library_name == "layerrl"
     assert {"layerrl", "trl", "grpo"} <= set(card.data.tags)
     text = card.text
-    assert "folder = snapshot_download('me/x')" in text
-    assert "load_delta(model, folder)" in text
+    assert 'layerrl.load_delta(model, "me/x")' in text
+    assert "layerrl.merge_delta(" in text
     assert "layer 2 of 4" in text
     assert "no whole model" in text
     assert 'checkpoint_format="full"' in text

@@ -55,10 +55,10 @@ class TestFolder:
             folder = trainer.save_delta(tmp_path / "delta")
         card = ModelCard.load(folder / "README.md")
         assert card.data.library_name == "layerrl"
-        assert card.data.tags == ["layerrl"]
+        assert card.data.tags == ["trl", "grpo", "layerrl"]
         assert getattr(card.data, "base_model", None) is None  # a folder here is no hub's model
         assert "layer 2 of 4" in card.text
-        assert f'merge_delta("{base}", folder, "merged")' in card.text
+        assert f'merge_delta("{base}", "path/to/this/folder", "merged")' in card.text
         assert "no whole model" in card.text
         assert not (tmp_path / "out" / "checkpoint-1" / "delta").exists()
 
