@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _IN_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 STAGES = (
-    " If an earlier stage trained them, save that stage's delta and merge it first, or both in "
-    "order: merge_delta(base, [stage1, stage2], out)."
+    " If an earlier stage trained them, save that stage's delta and give both in order: "
+    "[stage1, stage2]."
 )
 
 
@@ -112,6 +112,7 @@ def check_base(
     *,
     config: Mapping[str, Any] | None,
     hint: str = STAGES,
+    stacklevel: int = 3,
 ) -> None:
     """Refuse a base that is not the recorded one; warn of what cannot be compared.
 
@@ -120,6 +121,7 @@ def check_base(
         found: What was compared.
         config: Computing settings of what is there; None: unknown.
         hint: What to do about frozen tensors with other values.
+        stacklevel: Of warnings, from here: the user's line.
 
     Raises:
         DeltaError: If a tensor is missing or has another shape or other values, or the vocabulary
@@ -151,13 +153,13 @@ def check_base(
     if found.values:
         raise DeltaError(_other_values(delta, found.values, hint))
     if delta.version == 1:
-        _warn_of_version(delta)
+        _warn_of_version(delta, stacklevel=stacklevel + 1)
     if found.uncompared:
         warnings.warn(
             f"{len(found.uncompared)} of {len(base.fingerprints)} tensors are quantised here or "
             f"were when the delta at {path} was trained, and cannot be compared with the others: "
             f"{described(found.uncompared)}.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -208,12 +210,12 @@ def check_settings(recorded: Mapping[str, Any], now: Mapping[str, Any], whose: s
         )
 
 
-def _warn_of_version(delta: Delta) -> None:
+def _warn_of_version(delta: Delta, *, stacklevel: int = 4) -> None:
     warnings.warn(
         f"the delta at {delta.path} has format version 1, which knows only the "
         f"{len(delta.base.trained)} tensors that it replaces: whether the frozen tensors, the "
         "vocabulary and the config are those that it was trained with cannot be checked.",
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 

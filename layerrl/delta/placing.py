@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 
 import torch
@@ -27,6 +27,26 @@ def put_tensors(
     Raises:
         DeltaError: If the model drops or repeats elements when it is saved. It is then as it was.
     """
+    values = memory_form(model, trained, tensors)
+    write(model, ((trained[name], sharded_like(value, trained[name])) for name, value in values))
+
+
+def memory_form(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The opposite of `checkpoint_form`, a few tensors at a time.
+
+    Args:
+        model: As `put_tensors` takes it.
+        trained: As `put_tensors` takes it.
+        tensors: As `put_tensors` takes it.
+
+    Returns:
+        Names of `trained` and their full values.
+
+    Raises:
+        DeltaError: As `put_tensors`, when it is called.
+    """
     form = checkpoint_form(model, stand_ins(trained))
     num_elements = sum(shape(parameter).numel() for parameter in trained.values())
     if sum(tensor.numel() for tensor in form.values()) != num_elements:
@@ -34,17 +54,14 @@ def put_tensors(
             f"{type(unwrap(model)).__name__} drops or repeats elements of its layers when it is "
             "saved: a delta cannot be loaded into it. Use merge_delta and load the merged model."
         )
-    write(
-        model,
-        (
-            (trained[name], sharded_like(value, trained[name]))
-            for names, renamed in checkpoint_groups(model, trained)
-            for name, value in (
-                _in_memory(model, {name: trained[name] for name in names}, tensors).items()
-                if renamed is None
-                else [(names[0], tensors[renamed])]
-            )
-        ),
+    return (
+        (name, value)
+        for names, renamed in checkpoint_groups(model, trained)
+        for name, value in (
+            _in_memory(model, {name: trained[name] for name in names}, tensors).items()
+            if renamed is None
+            else [(names[0], tensors[renamed])]
+        )
     )
 
 

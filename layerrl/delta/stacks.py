@@ -1,0 +1,75 @@
+"""Several deltas at once: on top of each other, or side by side on one base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from layerrl.delta.fitting import STAGES
+from layerrl.delta.folder import Delta
+from layerrl.errors import DeltaError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def read_deltas(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Delta]:
+    """The descriptions of one delta or several, in the order given."""
+    several = isinstance(path, Iterable) and not isinstance(path, str | Mapping)
+    paths = list(path) if several else [path]
+    if not all(isinstance(each, str | os.PathLike) for each in paths):
+        raise DeltaError(f"path is {path!r:.80}, expected a delta's folder or a list of several")
+    if not paths:
+        raise DeltaError("no delta was given: expected a folder or several")
+    return [Delta.read(each) for each in paths]
+
+
+def refuse_overlap(delta: Delta, names: Iterable[str], above: Mapping[str, Delta]) -> None:
+    """Deltas of a union must replace different tensors.
+
+    Args:
+        delta: One of them.
+        names: The tensors that it replaces.
+        above: Name to delta of the tensors that those before it replace.
+
+    Raises:
+        DeltaError: If one is among both.
+    """
+    if twice := sorted({*names} & {*above}):
+        raise DeltaError(
+            f"{twice[0]!r} is replaced by both {above[twice[0]].path} and {delta.path} "
+            f"({len(twice)} tensors): a union takes deltas of different layers. If one was trained "
+            "on top of the other, give them in that order without union=True; to compare them, "
+            'switch between them: Deltas(model, {"a": ..., "b": ...}).'
+        )
+
+
+def hint(deltas: Sequence[Delta], index: int, *, union: bool, others: Sequence[Delta] = ()) -> str:
+    """What to do about a delta that was not made from what is below it.
+
+    Args:
+        deltas: What is loaded or merged, in order.
+        index: Of that delta.
+        union: Whether each should have been made from the base.
+        others: Further deltas that the caller gave, but not to go below this one.
+
+    Returns:
+        A sentence that begins with a space.
+    """
+    delta = deltas[index]
+    if delta.base_digest is None:
+        return STAGES
+    for other in (*deltas, *others):
+        if other is not delta and other.result_digest == delta.base_digest:
+            return f" The delta at {delta.path} was made on top of the one at {other.path}: " + (
+                "give them in that order, without union=True." if union else "give that first."
+            )
+    if not union and any(other.base_digest == delta.base_digest for other in deltas[:index]):
+        return (
+            " The deltas were made side by side, from the same base: union=True takes those of "
+            "different layers."
+        )
+    if index:
+        return f" A stage between {deltas[index - 1].path} and {delta.path} is missing." + STAGES
+    return STAGES
