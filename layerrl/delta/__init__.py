@@ -23,9 +23,9 @@ from layerrl.delta.folder import FORMAT_VERSION, META, TENSORS, Delta, differenc
 from layerrl.delta.in_memory import checked, compared
 from layerrl.delta.loaded import (
     Deltas,
+    deltas_in,
     disabled,
     keeping,
-    refuse_in_use,
     unload_delta,
 )
 from layerrl.delta.placing import put_tensors
@@ -214,10 +214,10 @@ def load_delta(
             if deltas in the model are disabled or switched by a `Deltas`; or if `keep_base` is True
             and an earlier delta's base was not kept. The model is then as it was.
     """
-    refuse_in_use(model)
+    there = deltas_in(model)
     deltas = read_deltas(path)
-    trained, tensors = checked(model, deltas, union=union)
-    with keeping(model, trained, str(deltas[-1].path), keep_base=keep_base):
+    trained, tensors = checked(model, deltas, union=union, there=there)
+    with keeping(model, trained, deltas, keep_base=keep_base):
         put_tensors(model, trained, tensors)
     return deltas[-1].selection
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from layerrl.adapters import adapter_tensors
 from layerrl.blocks import unwrap
 from layerrl.delta.fitting import Comparison, check_base, check_model_type, described, misfit
 from layerrl.delta.folder import difference
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def checked(
-    model: nn.Module, deltas: Sequence[Delta], *, union: bool = False, others: Sequence[Delta] = ()
+    model: nn.Module,
+    deltas: Sequence[Delta],
+    *,
+    union: bool = False,
+    others: Sequence[Delta] = (),
+    there: Sequence[Delta] = (),
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
     """What deltas put into a model, if it is what they were made from.
 
@@ -38,6 +44,7 @@ def checked(
         deltas: In the order of their training on top of each other.
         union: Whether each was made from the base, and they train different tensors.
         others: Further deltas that the caller was given, for hints.
+        there: Deltas in the model, for hints.
 
     Returns:
         Name in the model to parameter, and name in a checkpoint to value, as `put_tensors` takes
@@ -63,7 +70,7 @@ def checked(
                 f"the delta at {delta.path} had not: {described(found.extra)}. Load it into a "
                 "model without."
             )
-        what = hint(deltas, index, union=union, others=others)
+        what = hint(deltas, index, union=union, others=others, there=there)
         # Warnings are of the line that called load_delta or Deltas.
         check_base(delta, found, config=settings, hint=what, stacklevel=4)
         tensors |= own
@@ -83,6 +90,7 @@ def _parameters(model: nn.Module, delta: Delta) -> dict[str, nn.Parameter]:
         raise DeltaError(
             f"the delta at {delta.path} does not fit {type(unwrap(model)).__name__}: "
             f"{difference(delta.fingerprints, dict.fromkeys(current))}"
+            + (". Load it before PEFT's adapters are added." if adapter_tensors(model) else "")
         )
     return trained
 

@@ -14,14 +14,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from layerrl.blocks import plain_name, unwrap
+
+from layerrl.blocks import unwrap
 from layerrl.delta.in_memory import checked
-from layerrl.delta.placing import memory_form
+from layerrl.delta.placing import copies, like, memory_form, named_parameters, present, put_values
 from layerrl.delta.stacks import read_deltas
 from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints
 from layerrl.seams import imported
-from layerrl.shards import parts, shape, sharded_like, write
+from layerrl.shards import is_sharded, shape
 
 with imported():
     from torch.autograd.grad_mode import _unsafe_preserve_version_counter
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator
 
+    from layerrl.delta.folder import Delta
+
 
 @dataclass(slots=True, kw_only=True)
 class _Loaded:
     """What is kept of the base of a model with deltas in it."""
 
-    what: str
-    """The delta that was loaded last, for messages."""
+    deltas: list[Delta]
+    """What was loaded, for messages."""
     base: dict[str, Tensor] | None
     """Name in the model to what was there before any delta; None: not kept."""
     marks: dict[str, tuple[torch.dtype, str]]
@@ -53,14 +56,18 @@ _LOADED: WeakKeyDictionary[nn.Module, _Loaded] = WeakKeyDictionary()
 
 @contextmanager
 def keeping(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], what: str, *, keep_base: bool | None
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    deltas: list[Delta],
+    *,
+    keep_base: bool | None,
 ) -> Iterator[None]:
     """Keep what the block is going to overwrite with deltas.
 
     Args:
         model: The model, with other deltas in it or none.
         trained: Name to parameter to overwrite.
-        what: The delta, for messages.
+        deltas: What it is overwritten with, for messages.
         keep_base: As `load_delta` takes it.
 
     Yields:
@@ -79,11 +86,11 @@ def keeping(
         keep_base = 2 * _nbytes(trained.values()) <= _nbytes(inner.parameters())
     base = None
     if keep_base and (earlier is None or earlier.base is not None):
-        base = _copies(trained) | ((earlier and earlier.base) or {})
+        base = copies(trained) | ((earlier and earlier.base) or {})
     yield
-    marks = {name: (p.dtype, mark) for name, p, mark in _marked(trained)}
-    marks = (earlier.marks if earlier else {}) | marks
-    _LOADED[inner] = _Loaded(what=what, base=base, marks=marks)
+    marks = (earlier.marks if earlier else {}) | _marks(trained)
+    deltas = [*(earlier.deltas if earlier else []), *deltas]
+    _LOADED[inner] = _Loaded(deltas=deltas, base=base, marks=marks)
 
 
 def unload_delta(model: nn.Module) -> None:
@@ -101,7 +108,7 @@ def unload_delta(model: nn.Module) -> None:
     """
     loaded, base = _in_use(model)
     _refuse_disabled(model, loaded)
-    _put(model, base)
+    put_values(model, base)
     del _LOADED[unwrap(model)]
 
 
@@ -116,7 +123,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: A model that `load_delta` or `Deltas` put deltas into, wrapped or not. Beside the
-            base's values, those of the block's end are held during it: twice the delta's bytes.
+            base's values, the trained ones are kept during the block: twice the delta's bytes.
 
     Yields:
         Nothing: use the model.
@@ -134,18 +141,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if loaded.disabled:
         yield
         return
-    parameters = _present(model, base)
-    own = _copies(parameters)
+    parameters = present(model, base)
+    own = copies(parameters)
     # Autograd sees other values inside and the same as before afterwards, which they are.
     counted = tuple(p for p in parameters.values() if not p.is_inference())
     with _unsafe_preserve_version_counter(counted):
         loaded.disabled = True
         try:
-            _put(model, base)
+            put_values(model, base)
             yield
         finally:
-            _put(model, own)
             loaded.disabled = False
+            put_values(model, own)
 
 
 class Deltas:
@@ -174,16 +181,16 @@ class Deltas:
         model: nn.Module,
         paths: Mapping[str, str | os.PathLike[str] | Iterable[str | os.PathLike[str]]],
     ) -> None:
-        refuse_in_use(model)
+        there = deltas_in(model)
         if not isinstance(paths, Mapping) or not paths or None in paths:
             raise DeltaError(
                 f"paths is {paths!r:.80}, expected a name for each delta: "
                 '{"a": "out/a", "b": "out/b"}'
             )
-        if unwrap(model) in _LOADED:
+        if there:
             raise DeltaError(
-                f"the delta at {_LOADED[unwrap(model)].what} is in this {_name(model)}, expected "
-                "the base alone: unload_delta(model) first"
+                f"the delta at {there[-1].path} is in this {_name(model)}, expected the base "
+                "alone: unload_delta(model) first"
             )
         self._model, self.current = model, None
         deltas = {name: read_deltas(each) for name, each in paths.items()}
@@ -193,12 +200,11 @@ class Deltas:
         for name, stack in deltas.items():
             trained, tensors = checked(model, stack, others=others)
             values = memory_form(model, trained, tensors)
-            self._values[name] = {n: _like(value, trained[n]) for n, value in values}
+            self._values[name] = {n: like(value, trained[n]) for n, value in values}
             touched |= trained
-        self._base = _copies(touched)
+        self._base = copies(touched)
         self._changed: set[str] = set()
-        what = ", ".join(str(delta.path) for delta in others)
-        self._loaded = _Loaded(what=what, base=self._base, marks={}, switching=True)
+        self._loaded = _Loaded(deltas=others, base=self._base, marks={}, switching=True)
         _LOADED[unwrap(model)] = self._loaded
 
     current: str | None
@@ -217,7 +223,7 @@ class Deltas:
             DeltaError: If there is none of this name, `unload_delta` took all of them out, or the
                 model is inside `disabled`.
         """
-        if name is not None and name not in self._values:
+        if name is not None and name not in [*self._values]:
             names = ", ".join(map(repr, self._values))
             raise DeltaError(f"no delta {name!r:.80} here, expected {names}, or None for the base")
         if _LOADED.get(unwrap(self._model)) is not self._loaded:
@@ -229,15 +235,25 @@ class Deltas:
         values = {} if name is None else self._values[name]
         back = self._base if name is None else {n: self._base[n] for n in self._changed}
         self._changed |= {*values}
-        _put(self._model, back | values)
+        put_values(self._model, back | values)
         self._changed, self.current = {*values}, name
 
     def __repr__(self) -> str:
         return f"Deltas({', '.join(map(repr, self._values))}; in use: {self.current!r})"
 
 
-def refuse_in_use(model: nn.Module) -> None:
-    """Nothing is loaded beside a `Deltas`, or while the deltas of a model are disabled."""
+def deltas_in(model: nn.Module) -> list[Delta]:
+    """The deltas in a model that others are to be loaded into.
+
+    Args:
+        model: Any.
+
+    Returns:
+        Them, in the order in which they were loaded; none if all of their tensors were replaced.
+
+    Raises:
+        DeltaError: If it is no model, a `Deltas` switches its deltas, or they are disabled.
+    """
     if not isinstance(model, nn.Module):
         raise DeltaError(
             f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
@@ -245,13 +261,14 @@ def refuse_in_use(model: nn.Module) -> None:
         )
     loaded = _LOADED.get(unwrap(model))
     if loaded is None:
-        return
+        return []
     _refuse_disabled(model, loaded)
     if loaded.switching:
         raise DeltaError(
             f"a Deltas switches the deltas of this {_name(model)}: unload_delta(model) first, or "
             "give it this one as well"
         )
+    return [] if _replaced_since(model, loaded) else loaded.deltas
 
 
 def _refuse_disabled(model: nn.Module, loaded: _Loaded) -> None:
@@ -279,8 +296,9 @@ def _in_use(model: nn.Module) -> tuple[_Loaded, dict[str, Tensor]]:
 
 def _not_kept(model: nn.Module, loaded: _Loaded) -> str:
     return (
-        f"what the delta at {loaded.what} replaced in this {_name(model)} was not kept (by itself "
-        "only up to half of the model is): load the base again, and every delta with keep_base=True"
+        f"what the delta at {loaded.deltas[-1].path} replaced in this {_name(model)} was not kept "
+        "(without keep_base, up to half of the model is): load the base again, and every delta "
+        "with keep_base=True"
     )
 
 
@@ -292,60 +310,16 @@ def _nbytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(shape(p).numel() * p.element_size() for p in parameters)
 
 
-def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parts(p).detach().clone() for name, p in parameters.items()}
-
-
-def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A value as the parameter keeps it, so that to switch to it is only to copy it."""
-    return sharded_like(value.to(parts(parameter).device, parameter.dtype), parameter)
-
-
-def _marked(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Parameter, str]]:
-    marks = fingerprints(parameters)
-    return ((name, p, marks[name]) for name, p in parameters.items())
+def _marks(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[torch.dtype, str]]:
+    """Dtype and fingerprint of values that can be compared later: not of shards."""
+    marks = fingerprints({name: p for name, p in parameters.items() if not is_sharded(p)})
+    return {name: (parameters[name].dtype, mark) for name, mark in marks.items()}
 
 
 def _replaced_since(model: nn.Module, loaded: _Loaded) -> bool:
-    """Whether nothing that deltas put into a model is there as they did, as far as can be told."""
-    named = _named(model)
-    there = {name: named[name] for name in loaded.marks if name in named}
-    return not any(
-        p.dtype != loaded.marks[name][0] or mark == loaded.marks[name][1]
-        for name, p, mark in _marked(there)
-    )
-
-
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by plain name; of those that PEFT has adapted since, too."""
-    named = unwrap(model).named_parameters(remove_duplicate=False)
-    return {plain_name(name).replace(".base_layer.", "."): p for name, p in named}
-
-
-def _present(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters to write to."""
-    named = _named(model)
-    for name in names:
-        if name not in named or named[name].is_meta:
-            why = "is not in it any more" if name not in named else "is on the meta device"
-            raise DeltaError(
-                f"the deltas of this {_name(model)} cannot be switched: {name!r} {why}. Keep the "
-                "model whole and in memory as it was when they were loaded."
-            )
-    return {name: named[name] for name in names}
-
-
-def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write values into a model in place, following it to another device or dtype."""
-    parameters = _present(model, values)
-    for name, value in values.items():
-        there = parts(parameters[name])
-        if value.shape not in (there.shape, shape(parameters[name])):
-            raise DeltaError(
-                f"the deltas of this {_name(model)} cannot be switched: {name!r} has shape "
-                f"{list(there.shape)}, when they were loaded it had {list(value.shape)}"
-            )
-        if (value.device, value.dtype) != (there.device, there.dtype):
-            value.data = value.data.to(there.device, there.dtype)
-    torch.clear_autocast_cache()  # inside a caller's autocast, casts of the values before
-    write(model, ((p, sharded_like(values[n], p)) for n, p in parameters.items()))
+    """Whether nothing that deltas put into a model is there any more, as far as can be told."""
+    named = named_parameters(model)
+    now = _marks({name: named[name] for name in loaded.marks if name in named})
+    pairs = [(mark, loaded.marks[name]) for name, mark in now.items()]
+    # What was cast since has other bits and may be the same.
+    return bool(pairs) and all(m != then and m[0] == then[0] for m, then in pairs)

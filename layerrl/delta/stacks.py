@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 def read_deltas(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Delta]:
     """The descriptions of one delta or several, in the order given."""
-    several = isinstance(path, Iterable) and not isinstance(path, str | Mapping)
-    paths = list(path) if several else [path]
-    if not all(isinstance(each, str | os.PathLike) for each in paths):
+    if isinstance(path, str | os.PathLike) or not isinstance(path, Iterable):
+        path = [path]
+    paths = [] if isinstance(path, Mapping) else [*path]
+    if isinstance(path, Mapping) or not all(isinstance(each, str | os.PathLike) for each in paths):
         raise DeltaError(f"path is {path!r:.80}, expected a delta's folder or a list of several")
     if not paths:
         raise DeltaError("no delta was given: expected a folder or several")
@@ -45,7 +46,14 @@ def refuse_overlap(delta: Delta, names: Iterable[str], above: Mapping[str, Delta
         )
 
 
-def hint(deltas: Sequence[Delta], index: int, *, union: bool, others: Sequence[Delta] = ()) -> str:
+def hint(
+    deltas: Sequence[Delta],
+    index: int,
+    *,
+    union: bool,
+    others: Sequence[Delta] = (),
+    there: Sequence[Delta] = (),
+) -> str:
     """What to do about a delta that was not made from what is below it.
 
     Args:
@@ -53,6 +61,7 @@ def hint(deltas: Sequence[Delta], index: int, *, union: bool, others: Sequence[D
         index: Of that delta.
         union: Whether each should have been made from the base.
         others: Further deltas that the caller gave, but not to go below this one.
+        there: Deltas that the caller loaded before.
 
     Returns:
         A sentence that begins with a space.
@@ -70,6 +79,13 @@ def hint(deltas: Sequence[Delta], index: int, *, union: bool, others: Sequence[D
             " The deltas were made side by side, from the same base: union=True takes those of "
             "different layers."
         )
+    for other in there:
+        if other.base_digest == delta.base_digest:
+            return (
+                f" The delta at {other.path} is in this model, and was made from the same base: "
+                "unload_delta(model) first. Deltas of different layers load together with "
+                "union=True; Deltas switches between any."
+            )
     if index:
         return f" A stage between {deltas[index - 1].path} and {delta.path} is missing." + STAGES
     return STAGES
