@@ -1,10 +1,11 @@
-"""What exactness costs on SmolLM2-135M: the key of a replayed pass, the record of the whole base.
+"""What exactness costs on SmolLM2-135M: a replayed pass's key, the base's record, a switched delta.
 
     python benchmarks/exactness.py
 
 The key is what is computed of everything that enters layer 0, to know a recording again. The record
 is a fingerprint of every tensor of the base, taken when a trainer is made and compared at saves.
-Shares are of the training pass and of the save timed beside them in the same round.
+Shares are of the training pass and of the save timed beside them in the same round. Two deltas of
+the layer are switched in place, 1000 times in all, and compared with the base afterwards.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from step_report import MODEL
 from train_step import ROOT, base
 from transformers import AutoModelForCausalLM
 
-from layerrl import select_layers
+from layerrl import LayerSelection, select_layers
 from layerrl.blocks import find_blocks
-from layerrl.delta import DeltaBase, save_delta
+from layerrl.delta import DeltaBase, Deltas, save_delta
 from layerrl.frozen import FrozenRecord
 from layerrl.replay.arguments import RowKeys
 from layerrl.replay.entering import entry_of
@@ -77,12 +78,34 @@ def main() -> None:
     print(f"record beside the check {spread([r['record'] for r in shares], 's')}")
     print(f"check of what is frozen {spread([r['check'] for r in shares], 's')}")
     print(f"saving the delta        {spread([r['save'] for r in shares], 's')}")
+    print(f"switching a delta       {spread(switches(model, selection, before), 'ms')}")
     key_bytes = 10 * tokens * HIDDEN * 2  # hidden states are passed over ten times
     of_pass = key_bytes / BANDWIDTH / (6 * PARAMETERS * tokens / COMPUTE)
     # Two bytes of each parameter are read, then eight are written, read, written and read.
     check = 34 * PARAMETERS / BANDWIDTH
     print(f"By arithmetic, 8 B parameters in bfloat16 on an H100: the key {of_pass:.1e} of a pass,")
     print(f"the check {check:.2f} s a save. Neither has been measured there.")
+
+
+def switches(model: Any, selection: LayerSelection, base: DeltaBase) -> list[float]:
+    """Milliseconds of each of 1000 switches between two deltas and the base."""
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / name for name in ("a", "b")}
+        for path in paths.values():
+            with torch.no_grad():
+                for parameter in selection.parameters(model).values():
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+            save_delta(model, path, selection=selection, base=base, check_frozen=False)
+        model.load_state_dict(original)
+        deltas = Deltas(model, paths)
+    names = ["a", "b", None, "b", "a", None]
+    times = [1000 * seconds(lambda i=i: deltas.use(names[i % 6])) for i in range(1000)]
+    deltas.use(None)
+    words = {name: tensor.view(torch.uint8) for name, tensor in original.items()}
+    same = all(torch.equal(t.view(torch.uint8), words[n]) for n, t in model.state_dict().items())
+    print(f"after {len(times)} switches the base is bit for bit the base: {same}")
+    return times
 
 
 def what_enters(model: Any, ids_BT: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

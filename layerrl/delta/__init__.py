@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +18,39 @@ from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
 from layerrl.delta.card import write_card
-from layerrl.delta.fitting import (
-    Comparison,
-    check_base,
-    check_model_type,
-    check_same_base,
-    check_settings,
-    described,
-    misfit,
+from layerrl.delta.fitting import Comparison, check_same_base, check_settings, described
+from layerrl.delta.folder import FORMAT_VERSION, META, TENSORS, Delta, difference, new_folder
+from layerrl.delta.in_memory import checked, compared
+from layerrl.delta.hub import push_delta
+from layerrl.delta.loaded import (
+    Deltas,
+    deltas_in,
+    disabled,
+    keeping,
+    unload_delta,
 )
-from layerrl.delta.fitting import origin as base_of  # a module here has the other name
-from layerrl.delta.folder import (
-    FORMAT_VERSION,
-    META,
-    TENSORS,
-    Delta,
-    difference,
-    new_folder,
-)
-from layerrl.delta.hub import delta_folder, push_delta
 from layerrl.delta.placing import put_tensors
 from layerrl.delta.processing import save_processing, sums_of
-from layerrl.delta.record import (
-    DeltaBase,
-    checkpoint_form,
-    checkpoint_names,
-    dtype_name,
-    in_checkpoint_form,
-    model_type,
-    stand_ins,
-)
+from layerrl.delta.record import DeltaBase, checkpoint_form, dtype_name, model_type
 from layerrl.delta.settings import computing_settings
+from layerrl.delta.stacks import read_deltas
 from layerrl.digests import json_digest
-from layerrl.errors import DeltaError, SelectionError
-from layerrl.frozen import fingerprints, fingerprints_of_rows, saved_tensors
+from layerrl.errors import DeltaError
+from layerrl.frozen import fingerprints, fingerprints_of_rows
 from layerrl.selection import LayerSelection
 from layerrl.shards import whole
 
 __all__ = [
     "DeltaBase",
+    "Deltas",
     "checkpoint_form",
+    "disabled",
     "load_delta",
     "push_delta",
     "put_tensors",
     "save_delta",
     "tensors_of_run",
+    "unload_delta",
 ]
 
 
@@ -106,7 +94,7 @@ def save_delta(
         raise DeltaError("the model is on the meta device: it has no weights to save")
     if isinstance(base, nn.Module):
         base = DeltaBase.of(base, selection)
-    found = _compared(model, base, leave_out={*tensors}) if check_frozen else None
+    found = compared(model, base, leave_out={*tensors}) if check_frozen else None
     if not is_main_process:
         return Path(path)
     _check_trained(model, tensors, base)
@@ -199,60 +187,46 @@ def _check_unchanged(base: DeltaBase, found: Comparison, rows: Mapping[str, str]
 
 def load_delta(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
-    revision: str | None = None,
+    union: bool = False,
+    keep_base: bool | None = None,
+    revision: str | Sequence[str | None] | None = None,
     token: str | bool | None = None,
 ) -> LayerSelection:
     """Put a delta's weights into the model it was made from.
 
-    Deltas on top of each other are loaded one after the other, in the order of their training.
+    Afterwards `layerrl.delta` has `disabled(model)`, in which the model is the base for a while,
+    and `unload_delta(model)`.
 
     Args:
         model: The base, in any floating-point dtype that holds what the delta was made from. Its
             selected tensors are overwritten (converted to its dtype), after every check passed.
-        path: A delta's folder, or `"user/name"` on the hub where there is no such folder.
-        revision: Branch, tag or commit of a delta on the hub; None: `main`.
-        token: For a private repository on the hub; None: of who is logged in.
+        path: A delta's folder, or `"user/name"` on the hub where there is no such folder; or several,
+            in the order in which they were trained on top of each other. Loading one after the other is the same.
+        union: The deltas were made side by side, from the same base, and train different tensors.
+        keep_base: Keep what is overwritten, where the model is: as many bytes as the delta's
+            tensors take in the model. None: if that is at most half of the model.
+        revision: Branch, tag or commit of a delta on the hub, or one of each; None: `main`.
+        token: For private repositories on the hub; None: of who is logged in.
 
     Returns:
-        The selection the delta was trained with.
+        The selection the delta was trained with; of several, the last one's.
 
     Raises:
-        DeltaError: If the folder is missing, damaged, or of a newer format; if a repository cannot
-            be read, or holds something else; if the model has
-            another architecture, vocabulary or config; or if any of its tensors, frozen ones too,
-            is not the one that the delta was made from. The model is then as it was.
+        DeltaError: If the folder is missing, damaged, or of a newer format; if a repository
+            cannot be read, or holds something else; if the model has
+            another architecture, vocabulary or config; if any of its tensors, frozen ones too,
+            is not the one that the delta was made from; if two of a union train the same tensor;
+            if deltas in the model are disabled or switched by a `Deltas`; or if `keep_base` is True
+            and an earlier delta's base was not kept. The model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise DeltaError(
-            f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
-            "checkpoint from folders, use merge_delta(base, path, out)."
-        )
-    path = delta_folder(path, revision=revision, token=token)
-    delta = Delta.read(path)
-    tensors = {name: delta.tensor(name) for name in delta.fingerprints}
-    check_model_type(delta, model_type(model))
-    try:
-        trained = delta.selection.parameters(model)
-    except SelectionError as error:
-        raise DeltaError(misfit(delta, "the model", error)) from error
-    current = set(checkpoint_form(model, stand_ins(trained)))
-    if current != set(tensors):
-        raise DeltaError(
-            f"the delta at {path} does not fit {type(unwrap(model)).__name__}: "
-            f"{difference(tensors, dict.fromkeys(current))}. Its base is {base_of(delta)}."
-        )
-    found = _compared(model, delta.base)
-    if found.extra and delta.version > 1:
-        raise DeltaError(
-            f"{type(unwrap(model)).__name__} has {len(found.extra)} tensors that the base of the "
-            f"delta at {path} had not: {described(found.extra)}. Load it into a model without."
-        )
-    config = getattr(unwrap(model), "config", None)
-    check_base(delta, found, config=None if config is None else computing_settings(config))
-    put_tensors(model, trained, tensors)
-    return delta.selection
+    there = deltas_in(model)
+    deltas = read_deltas(path, revision=revision, token=token)
+    trained, tensors = checked(model, deltas, union=union, there=there)
+    with keeping(model, trained, deltas, keep_base=keep_base):
+        put_tensors(model, trained, tensors)
+    return deltas[-1].selection
 
 
 def tensors_of_run(
@@ -281,22 +255,3 @@ def tensors_of_run(
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor).detach() for name, tensor in tensors.items()}
-
-
-def _compared(
-    model: nn.Module, base: DeltaBase, leave_out: Collection[str] = frozenset()
-) -> Comparison:
-    """Compare a model with a record, tensor by tensor. Collective where the model is sharded."""
-    found = Comparison(base)
-    tensors, tied = saved_tensors(model)
-    names: dict[str, list[str]] = {}
-    for alias, first in checkpoint_names(model, tensors, tied).items():
-        names.setdefault(first, []).append(alias)
-    for _, form in in_checkpoint_form(model, tensors):
-        for name, tensor in form.items():
-            recorded = {base.tied.get(n, n) for n in (name, *names.get(name, ()))}
-            for known in sorted(recorded & {*base.fingerprints} - {*leave_out}):
-                found.add(known, tensor)
-            if not recorded & {*base.fingerprints}:
-                found.extra.append(name)
-    return found

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _IN_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 STAGES = (
-    " If an earlier stage trained them, save that stage's delta and merge it first, or both in "
-    "order: merge_delta(base, [stage1, stage2], out)."
+    " If an earlier stage trained them, save that stage's delta and give both in order: "
+    "[stage1, stage2]."
 )
 
 

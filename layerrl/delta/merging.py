@@ -22,11 +22,12 @@ from layerrl.delta.checkpoint import (
     stored_names,
     tensors_of,
 )
-from layerrl.delta.fitting import STAGES, check_base, check_model_type, misfit, origin, place_of
+from layerrl.delta.fitting import check_base, check_model_type, misfit, origin, place_of
 from layerrl.delta.folder import Delta, new_folder, refuse_existing
 from layerrl.delta.hub import delta_folder
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
+from layerrl.delta.stacks import hint, read_deltas, refuse_overlap
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.quantisation import unpacked
 from layerrl.selection import LayerSelection
@@ -78,7 +79,7 @@ def merge_delta(
             be written. Nothing is left half-written.
     """
     refuse_existing(out)  # before anything is read
-    deltas = _deltas(path, revision, token)
+    deltas = read_deltas(path, revision=revision, token=token)
     checkpoint = Checkpoint(folder := _checkpoint_folder(base, deltas[0], token))
     for delta in deltas:
         check_model_type(delta, checkpoint.config.get("model_type"))
@@ -91,40 +92,15 @@ def merge_delta(
         stored = stored_names(checkpoint, delta.base, model)
         own = _replaced(base, delta, stored)
         _check_selection(delta, checkpoint, model, stored, set(own))
-        if union and (twice := sorted({*own} & {*above})):
-            raise DeltaError(
-                f"{twice[0]!r} is replaced by both {above[twice[0]].delta.path} and {delta.path} "
-                f"({len(twice)} tensors): a union takes deltas of different layers. If one was "
-                "trained on top of the other, merge them in that order without union=True."
-            )
+        if union:
+            refuse_overlap(delta, own, {name: above[name].delta for name in above})
         found = compared(checkpoint, delta.base, stored, {} if union else above)
-        check_base(delta, found, config=settings, hint=_hint(deltas, index, union=union))
+        check_base(delta, found, config=settings, hint=hint(deltas, index, union=union))
         above |= own
     _warn_of_rounding(checkpoint, above, out)
     _warn_of_other_files(deltas, union=union)
     _write(checkpoint, above, deltas, Path(out))
     return Path(out)
-
-
-def _deltas(
-    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    revision: str | Sequence[str | None] | None,
-    token: str | bool | None,
-) -> list[Delta]:
-    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
-    if not paths:
-        raise DeltaError("no delta was given to merge: expected a folder or several")
-    if revision is None or isinstance(revision, str):
-        revision = [revision] * len(paths)
-    if len(revision) != len(paths):
-        raise DeltaError(
-            f"revision has {len(revision)} entries for {len(paths)} deltas: expected one for each "
-            "(None for a folder), or one string"
-        )
-    return [
-        Delta.read(delta_folder(one, revision=its, token=token))
-        for one, its in zip(paths, revision, strict=True)
-    ]
 
 
 def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str, _Replaced]:
@@ -183,26 +159,6 @@ def _in_selected_layers(selection: LayerSelection, own: set[str]) -> set[str]:
     inside = {name: place for name in own if (place := place_of(name)) is not None}
     path = Counter(path for path, _ in inside.values()).most_common(1)
     return {name for name, (p, k) in inside.items() if p == path[0][0] and k in selection.layers}
-
-
-def _hint(deltas: list[Delta], index: int, *, union: bool) -> str:
-    """What to do about a delta that was not made from what is below it."""
-    delta, others = deltas[index], [d for d in deltas if d is not deltas[index]]
-    if delta.base_digest is None:
-        return STAGES
-    for other in others:
-        if other.result_digest == delta.base_digest:
-            return f" The delta at {delta.path} was made on top of the one at {other.path}: " + (
-                "merge them in that order, without union=True." if union else "give that first."
-            )
-    if not union and any(other.base_digest == delta.base_digest for other in deltas[:index]):
-        return (
-            " The deltas were made side by side, from the same base: union=True merges those of "
-            "different layers."
-        )
-    if index:
-        return f" A stage between {deltas[index - 1].path} and {delta.path} is missing." + STAGES
-    return STAGES
 
 
 def _refuse_quantised(base: object, config: Mapping[str, Any]) -> None:

@@ -1,17 +1,17 @@
-"""Values in the form of a checkpoint, put into a model in memory."""
+"""Values put into a model in memory, in the form of a checkpoint or by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import plain_name, unwrap
 from layerrl.delta.record import checkpoint_form, checkpoint_groups, stand_ins
 from layerrl.errors import DeltaError
-from layerrl.shards import shape, sharded_like, write
+from layerrl.shards import parts, shape, sharded_like, write
 
 
 def put_tensors(
@@ -27,6 +27,26 @@ def put_tensors(
     Raises:
         DeltaError: If the model drops or repeats elements when it is saved. It is then as it was.
     """
+    values = memory_form(model, trained, tensors)
+    write(model, ((trained[name], sharded_like(value, trained[name])) for name, value in values))
+
+
+def memory_form(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The opposite of `checkpoint_form`, a few tensors at a time.
+
+    Args:
+        model: As `put_tensors` takes it.
+        trained: As `put_tensors` takes it.
+        tensors: As `put_tensors` takes it.
+
+    Returns:
+        Names of `trained` and their full values.
+
+    Raises:
+        DeltaError: As `put_tensors`, when it is called.
+    """
     form = checkpoint_form(model, stand_ins(trained))
     num_elements = sum(shape(parameter).numel() for parameter in trained.values())
     if sum(tensor.numel() for tensor in form.values()) != num_elements:
@@ -34,17 +54,14 @@ def put_tensors(
             f"{type(unwrap(model)).__name__} drops or repeats elements of its layers when it is "
             "saved: a delta cannot be loaded into it. Use merge_delta and load the merged model."
         )
-    write(
-        model,
-        (
-            (trained[name], sharded_like(value, trained[name]))
-            for names, renamed in checkpoint_groups(model, trained)
-            for name, value in (
-                _in_memory(model, {name: trained[name] for name in names}, tensors).items()
-                if renamed is None
-                else [(names[0], tensors[renamed])]
-            )
-        ),
+    return (
+        (name, value)
+        for names, renamed in checkpoint_groups(model, trained)
+        for name, value in (
+            _in_memory(model, {name: trained[name] for name in names}, tensors).items()
+            if renamed is None
+            else [(names[0], tensors[renamed])]
+        )
     )
 
 
@@ -70,3 +87,57 @@ def _in_memory(
         name: values.view(shape(parameter))
         for (name, parameter), values in zip(trained.items(), flat.split(sizes), strict=True)
     }
+
+
+def copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of parameters' values; of sharded ones, of this process's part."""
+    return {name: parts(p).detach().clone() for name, p in parameters.items()}
+
+
+def like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A value as the parameter keeps it, so that to write it is only to copy it."""
+    return sharded_like(value.to(parts(parameter).device, parameter.dtype), parameter)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by plain name; those that PEFT has adapted, by the name that they had before."""
+    named = unwrap(model).named_parameters(remove_duplicate=False)
+    return {plain_name(name).replace(".base_layer.", "."): p for name, p in named}
+
+
+def present(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of these names, which must be there to write to."""
+    named = named_parameters(model)
+    for name in names:
+        if name not in named or named[name].is_meta:
+            why = "is not in it any more" if name not in named else "is on the meta device"
+            raise DeltaError(
+                f"the deltas of this {type(unwrap(model)).__name__} cannot be switched: {name!r} "
+                f"{why}. Keep the model whole and in memory as it was when they were loaded."
+            )
+    return {name: named[name] for name in names}
+
+
+def put_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write values into a model in place.
+
+    Args:
+        model: The model, wrapped or not.
+        values: Name in the model to a value as `copies` or `like` gave it. They follow the model to
+            another device or dtype, once.
+
+    Raises:
+        DeltaError: If a parameter is gone or has another shape. The model is then as it was.
+    """
+    parameters = present(model, values)
+    for name, value in values.items():
+        there = parts(parameters[name])
+        if value.shape not in (there.shape, shape(parameters[name])):
+            raise DeltaError(
+                f"the deltas of this {type(unwrap(model)).__name__} cannot be switched: {name!r} "
+                f"has shape {list(there.shape)}, when they were loaded it had {list(value.shape)}"
+            )
+        if (value.device, value.dtype) != (there.device, there.dtype):
+            value.data = value.data.to(there.device, there.dtype)
+    torch.clear_autocast_cache()  # inside a caller's autocast, casts of the values before
+    write(model, ((p, sharded_like(values[n], p)) for n, p in parameters.items()))

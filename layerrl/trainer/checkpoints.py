@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from layerrl.shards import shape, whole
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
+from layerrl.warning import warn
 from layerrl.trainer.run_summary import summary_of
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class Checkpoints:
                 with hub_errors("push to", self._trainer.hub_model_id):
                     raise failure
             except Exception as error:  # it ends no training that went well
-                warnings.warn(f"a checkpoint was not pushed: {error}", stacklevel=2)
+                warn(f"a checkpoint was not pushed: {error}")
 
 
 def is_complete(folder: Path) -> bool:

@@ -41,7 +41,7 @@ def run(example: Path, *options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-AGENT, NEW_TOKENS, PROBE, QUANTISED, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
+AGENT, COMPARE, NEW_TOKENS, PROBE, QUANTISED, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
 
 
 def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: Path) -> None:
@@ -98,6 +98,22 @@ def test_a_probe_and_the_layers_that_it_ranks(
     assert {"report.json", "scores.json", "settings.json"} <= {f.name for f in out.iterdir()}
 
 
+def test_base_and_trained_are_compared_in_one_model(
+    model_folder: Path, problems: Path, tmp_path: Path
+) -> None:
+    shared = ["--model", model_folder, "--data", problems, "--steps", 2, "--layers", 1]
+    out = tmp_path / "out"
+    delta = out / "delta"
+    for given in ([], [], [delta]):
+        ended = run(COMPARE, *given, *shared, "--output", out)
+        assert ended.returncode == 0, ended.stderr
+        names = [line.split()[0] for line in ended.stdout.splitlines()[-2:]]
+        assert names == ["base", str(delta)]
+    assert "training:" not in ended.stderr  # nothing is trained again
+    ended = run(COMPARE, tmp_path / "none", *shared, "--output", out)
+    assert "no delta at" in ended.stderr
+
+
 def test_layers_vote(model_folder: Path, problems: Path, tmp_path: Path) -> None:
     shared = ["--model", model_folder, "--data", problems, "--steps", 1, "--layers", "0,2"]
     ended = run(VOTE, *shared, "--output", tmp_path / "out")
@@ -149,7 +165,7 @@ def test_an_agent_learns_one_layer_and_all(tmp_path: Path) -> None:
     assert "seed 0:" not in ended.stderr  # nothing is trained again
 
 
-@pytest.mark.parametrize("example", [QUICKSTART, SWEEP, VOTE], ids=lambda file: file.stem)
+@pytest.mark.parametrize("example", [COMPARE, QUICKSTART, SWEEP, VOTE], ids=lambda file: file.stem)
 def test_example_shows_the_sentence_of_a_bad_selection(
     example: Path, model_folder: Path, tmp_path: Path
 ) -> None:

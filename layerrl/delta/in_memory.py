@@ -1,0 +1,136 @@
+"""A model in memory compared with what deltas were made from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from layerrl.adapters import adapter_tensors
+from layerrl.blocks import unwrap
+from layerrl.delta.fitting import (
+    Comparison,
+    check_base,
+    check_model_type,
+    described,
+    misfit,
+    origin,
+)
+from layerrl.delta.folder import difference
+from layerrl.delta.record import (
+    checkpoint_form,
+    checkpoint_names,
+    in_checkpoint_form,
+    model_type,
+    stand_ins,
+)
+from layerrl.delta.settings import computing_settings
+from layerrl.delta.stacks import hint, refuse_overlap
+from layerrl.errors import DeltaError, SelectionError
+from layerrl.frozen import saved_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from layerrl.delta.folder import Delta
+    from layerrl.delta.record import DeltaBase
+
+
+def checked(
+    model: nn.Module,
+    deltas: Sequence[Delta],
+    *,
+    union: bool = False,
+    others: Sequence[Delta] = (),
+    there: Sequence[Delta] = (),
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """What deltas put into a model, if it is what they were made from.
+
+    Args:
+        model: The base. Not changed. Collective where it is sharded.
+        deltas: In the order of their training on top of each other.
+        union: Whether each was made from the base, and they train different tensors.
+        others: Further deltas that the caller was given, for hints.
+        there: Deltas in the model, for hints.
+
+    Returns:
+        Name in the model to parameter, and name in a checkpoint to value, as `put_tensors` takes
+        them.
+
+    Raises:
+        DeltaError: As `load_delta`.
+    """
+    trained: dict[str, nn.Parameter] = {}
+    tensors: dict[str, Tensor] = {}
+    source: dict[str, Delta] = {}
+    config = getattr(unwrap(model), "config", None)
+    settings = None if config is None else computing_settings(config)
+    for index, delta in enumerate(deltas):
+        own = {name: delta.tensor(name) for name in delta.fingerprints}
+        trained |= _parameters(model, delta)
+        if union:
+            refuse_overlap(delta, own, source)
+        found = compared(model, delta.base, above={} if union else tensors)
+        if found.extra and delta.version > 1:
+            raise DeltaError(
+                f"{type(unwrap(model)).__name__} has {len(found.extra)} tensors that the base of "
+                f"the delta at {delta.path} had not: {described(found.extra)}. Load it into a "
+                "model without."
+            )
+        what = hint(deltas, index, union=union, others=others, there=there)
+        check_base(delta, found, config=settings, hint=what)
+        tensors |= own
+        source |= dict.fromkeys(own, delta)
+    return trained, tensors
+
+
+def _parameters(model: nn.Module, delta: Delta) -> dict[str, nn.Parameter]:
+    """What a delta trained, which must be saved under the names that it has."""
+    check_model_type(delta, model_type(model))
+    try:
+        trained = delta.selection.parameters(model)
+    except SelectionError as error:
+        raise DeltaError(misfit(delta, "the model", error)) from error
+    current = set(checkpoint_form(model, stand_ins(trained)))
+    if current != set(delta.fingerprints):
+        raise DeltaError(
+            f"the delta at {delta.path} does not fit {type(unwrap(model)).__name__}: "
+            f"{difference(delta.fingerprints, dict.fromkeys(current))}. Its base is {origin(delta)}."
+            + (" Load it before PEFT's adapters are added." if adapter_tensors(model) else "")
+        )
+    return trained
+
+
+def compared(
+    model: nn.Module,
+    base: DeltaBase,
+    *,
+    leave_out: Collection[str] = frozenset(),
+    above: Mapping[str, Tensor] | None = None,
+) -> Comparison:
+    """Compare a model with a record, tensor by tensor. Collective where the model is sharded.
+
+    Args:
+        model: Any.
+        base: The record.
+        leave_out: Recorded names not to compare.
+        above: Recorded name to what a delta puts in its place: it counts as it is, or as the
+            model's dtype rounds it.
+
+    Returns:
+        What differs.
+    """
+    found, above = Comparison(base), above or {}
+    tensors, tied = saved_tensors(model)
+    names: dict[str, list[str]] = {}
+    for alias, first in checkpoint_names(model, tensors, tied).items():
+        names.setdefault(first, []).append(alias)
+    for _, form in in_checkpoint_form(model, tensors):
+        for name, tensor in form.items():
+            recorded = {base.tied.get(n, n) for n in (name, *names.get(name, ()))}
+            for known in sorted(recorded & {*base.fingerprints} - {*leave_out}):
+                new = above.get(known)
+                found.add(known, *([tensor] if new is None else [new, new.to(tensor.dtype)]))
+            if not recorded & {*base.fingerprints}:
+                found.extra.append(name)
+    return found

@@ -1,0 +1,119 @@
+"""Several deltas at once: on top of each other, or side by side on one base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from layerrl.delta.fitting import STAGES
+from layerrl.delta.folder import Delta
+from layerrl.delta.hub import delta_folder
+from layerrl.errors import DeltaError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def read_deltas(
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    revision: str | Sequence[str | None] | None = None,
+    token: str | bool | None = None,
+) -> list[Delta]:
+    """The descriptions of one delta or several, in the order given.
+
+    Args:
+        path: Folders, or names on the hub.
+        revision: Of each delta on the hub, or of all.
+        token: For the hub.
+
+    Returns:
+        Them, read.
+
+    Raises:
+        DeltaError: If one cannot be read, or there are not as many revisions as deltas.
+    """
+    if isinstance(path, str | os.PathLike) or not isinstance(path, Iterable):
+        path = [path]
+    paths = [] if isinstance(path, Mapping) else [*path]
+    if isinstance(path, Mapping) or not all(isinstance(each, str | os.PathLike) for each in paths):
+        raise DeltaError(f"path is {path!r:.80}, expected a delta's folder or a list of several")
+    if not paths:
+        raise DeltaError("no delta was given: expected a folder or several")
+    if revision is None or isinstance(revision, str):
+        revision = [revision] * len(paths)
+    if len(revision) != len(paths):
+        raise DeltaError(
+            f"revision has {len(revision)} entries for {len(paths)} deltas: expected one for each "
+            "(None for a folder), or one string"
+        )
+    return [
+        Delta.read(delta_folder(one, revision=its, token=token))
+        for one, its in zip(paths, revision, strict=True)
+    ]
+
+
+def refuse_overlap(delta: Delta, names: Iterable[str], above: Mapping[str, Delta]) -> None:
+    """Deltas of a union must replace different tensors.
+
+    Args:
+        delta: One of them.
+        names: The tensors that it replaces.
+        above: Name to delta of the tensors that those before it replace.
+
+    Raises:
+        DeltaError: If one is among both.
+    """
+    if twice := sorted({*names} & {*above}):
+        raise DeltaError(
+            f"{twice[0]!r} is replaced by both {above[twice[0]].path} and {delta.path} "
+            f"({len(twice)} tensors): a union takes deltas of different layers. If one was trained "
+            "on top of the other, give them in that order without union=True; to compare them, "
+            'switch between them: Deltas(model, {"a": ..., "b": ...}).'
+        )
+
+
+def hint(
+    deltas: Sequence[Delta],
+    index: int,
+    *,
+    union: bool,
+    others: Sequence[Delta] = (),
+    there: Sequence[Delta] = (),
+) -> str:
+    """What to do about a delta that was not made from what is below it.
+
+    Args:
+        deltas: What is loaded or merged, in order.
+        index: Of that delta.
+        union: Whether each should have been made from the base.
+        others: Further deltas that the caller gave, but not to go below this one.
+        there: Deltas that the caller loaded before.
+
+    Returns:
+        A sentence that begins with a space.
+    """
+    delta = deltas[index]
+    if delta.base_digest is None:
+        return STAGES
+    for other in (*deltas, *others):
+        if other is not delta and other.result_digest == delta.base_digest:
+            return f" The delta at {delta.path} was made on top of the one at {other.path}: " + (
+                "give them in that order, without union=True." if union else "give that first."
+            )
+    if not union and any(other.base_digest == delta.base_digest for other in deltas[:index]):
+        return (
+            " The deltas were made side by side, from the same base: union=True takes those of "
+            "different layers."
+        )
+    for other in there:
+        if other.base_digest == delta.base_digest:
+            return (
+                f" The delta at {other.path} is in this model, and was made from the same base: "
+                "unload_delta(model) first. Deltas of different layers load together with "
+                "union=True; Deltas switches between any."
+            )
+    if index:
+        return f" A stage between {deltas[index - 1].path} and {delta.path} is missing." + STAGES
+    return STAGES
