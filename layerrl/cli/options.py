@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from layerrl.errors import LayerRLError, SelectionError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from collections.abc import Iterator
 
     from layerrl.selection import LayerSelection
 
@@ -111,6 +113,24 @@ def config_of(model: str, **options: Any) -> Any:
             f"no model {model!r}: it is no folder here with a config.json, and no model that the "
             f"hub or its cache gives. {first_line(error)}"
         ) from error
+
+
+@contextmanager
+def in_a_sentence() -> Iterator[None]:
+    """Inside, what another package says of what it was given is an error of layerrl.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        LayerRLError: For the others' ValueError, OSError and the like.
+    """
+    try:
+        yield
+    except LayerRLError:
+        raise
+    except (AttributeError, ImportError, OSError, ValueError) as error:
+        raise LayerRLError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

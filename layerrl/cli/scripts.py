@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from layerrl.cli.options import config_of, first_line
+from layerrl.cli.options import config_of, first_line, in_a_sentence
 from layerrl.errors import FrameworkError, LayerRLError
 from layerrl.replacing import replaced
 from layerrl.seams import imported
@@ -171,7 +171,7 @@ def trainer_arguments(options: Options) -> dict[str, Any]:
         raise _Made(arguments)
 
     try:
-        with replaced(trl, **{name: stand_in}):
+        with in_a_sentence(), replaced(trl, **{name: stand_in}):
             script.main(options.script, options.args, options.model, options.datasets)
     except _Made as made:
         return made.args[0]
@@ -180,8 +180,6 @@ def trainer_arguments(options: Options) -> dict[str, Any]:
             f"{options.script.dataset_name or 'the data'} has no split {error}: name those to use "
             "with --dataset_train_split and --dataset_test_split"
         ) from error
-    except Exception as error:  # of datasets, of the hub, of a module with rewards
-        raise LayerRLError(f"{type(error).__name__}: {first_line(error)}") from error
     raise FrameworkError(f"trl.scripts.{options.method} does not make a {name} from trl any more")
 
 

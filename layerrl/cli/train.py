@@ -6,7 +6,7 @@ import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from layerrl.cli.options import add_selection, selection_of
+from layerrl.cli.options import add_selection, in_a_sentence, selection_of
 from layerrl.cli.scripts import (
     METHODS,
     add_trl,
@@ -82,11 +82,9 @@ def run(argv: list[str]) -> None:
     refuse_existing(delta)  # before the training
     kind = getattr(masked, f"LayerMasked{trainer_name(options.method)}")
     arguments = trainer_arguments(options)
-    trainer = kind(
-        **arguments,
-        selection=selection,
-        **{name: value for name, value in vars(given).items() if name in KEYWORDS and value is not None},
-    )
+    own = {name: value for name in KEYWORDS if (value := getattr(given, name)) is not None}
+    with in_a_sentence():
+        trainer = kind(**arguments, selection=selection, **own)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if arguments.get("peft_config") is None:
         saved = trainer.save_delta(delta)
