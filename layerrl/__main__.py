@@ -1,4 +1,4 @@
-"""`python -m layerrl` is the command `layerrl`: `accelerate launch -m layerrl train ...` needs it."""
+"""The command `layerrl` as a module, for `accelerate launch -m layerrl train ...`."""
 
 import sys
 

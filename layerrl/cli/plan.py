@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import ArgumentParser
 from dataclasses import asdict
+from typing import Any
 
 from layerrl.cli.options import add_selection, config_of, selection_of
 
@@ -38,7 +39,7 @@ def run(argv: list[str]) -> None:
     print(json.dumps(asdict(plan), indent=1) if given.json else plan)
 
 
-def _dtype(name: str | None) -> object:
+def _dtype(name: str | None) -> Any:
     """A dtype of torch; of another name the name, which `plan` refuses."""
     import torch
 

@@ -68,7 +68,7 @@ def first_word(parser: ArgumentParser, argv: list[str], name: str) -> str:
     return word
 
 
-class _Made(Exception):  # noqa: N818 - no error: a script has come to where it makes its trainer
+class _Made(Exception):
     pass
 
 
@@ -123,7 +123,8 @@ def _unknown_keys(path: str, known: Collection[str], parser: ArgumentParser) -> 
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: {' '.join(str(error).split())}")
     if not isinstance(config, dict):
-        parser.error(f"--config {path}: expected a mapping of options to values, got {config!r:.80}")
+        wrong = f"expected a mapping of options to values, got {config!r:.80}"
+        parser.error(f"--config {path}: {wrong}")
     return [str(key) for key in config if key not in known and key != "env"]
 
 
