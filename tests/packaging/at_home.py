@@ -23,7 +23,7 @@ def command_line() -> None:
     for line, said in (
         ("train sft --help", "Train chosen layers with TRL's trainer and options"),
         ("plan base --layers 1", "LoRA+layerrl"),
-        (f"train sft {words}", "'loss'"),
+        (f"train sft {words}", "'train_loss'"),
         ("merge base out/delta merged", ""),
         ("show out/delta", "layer 1 of 2"),
     ):
