@@ -302,6 +302,18 @@ SEAMS: tuple[Seam, ...] = (
     *_seams(
         "accelerate.optimizer", {"AcceleratedOptimizer": "find the optimizer in its wrapper"}, None
     ),
+    *(
+        seam
+        for method in ("grpo", "rloo", "dpo", "kto", "sft")
+        for seam in _seams(
+            f"trl.scripts.{method}",
+            {
+                "make_parser(...)": "take the options of TRL's script",
+                "main(script_args, training_args, model_args, dataset_args)": "train with them",
+            },
+            None,
+        )
+    ),
     *_seams("transformers.pytorch_utils", {"Conv1D": "know GPT-2's linear layers"}, None),
     *_seams(
         "transformers.PreTrainedModel",

@@ -20,8 +20,8 @@ from layerrl.blocks import unwrap
 from layerrl.delta.card import write_card
 from layerrl.delta.fitting import Comparison, check_same_base, check_settings, described
 from layerrl.delta.folder import FORMAT_VERSION, META, TENSORS, Delta, difference, new_folder
-from layerrl.delta.in_memory import checked, compared
 from layerrl.delta.hub import push_delta
+from layerrl.delta.in_memory import checked, compared
 from layerrl.delta.loaded import (
     Deltas,
     deltas_in,

@@ -10,10 +10,11 @@ import shutil
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 
 from layerrl.delta.fitting import Comparison
 from layerrl.errors import DeltaError
@@ -21,13 +22,14 @@ from layerrl.frozen import saved_tensors
 from layerrl.seams import imported
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
     from layerrl.delta.record import DeltaBase
     from layerrl.selection import LayerSelection
 
+_T = TypeVar("_T")
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -125,7 +127,7 @@ class Checkpoint:
 
     def copy_to(self, made: Path) -> None:
         """Copy the shards, and an index that names the copies."""
-        for shard, source in self.sources.items():
+        for shard, source in _shown(self.sources.items(), "copying", len(self.sources)):
             (made / shard).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, made / shard)
         if self._index is not None:
@@ -139,6 +141,11 @@ class Checkpoint:
         """Overwrite a tensor in a copy, wherever it holds it, in the dtype that it has there."""
         for shard in self.shards_of[name]:
             _replace_bytes(made / shard, name, tensor)
+
+
+def _shown(items: Iterable[_T], doing: str, number: int) -> Iterable[_T]:
+    """The same, with a progress bar where a terminal shows it."""
+    return tqdm(items, desc=f"{doing} the base", total=number, leave=False, disable=None)
 
 
 def _plain(entry: str) -> str | None:
@@ -197,7 +204,7 @@ def compared(
         What differs.
     """
     found = Comparison(base)
-    for name, tensor in checkpoint.tensors(only=stored):
+    for name, tensor in _shown(checkpoint.tensors(only=stored), "comparing", len(stored)):
         new = above[name]() if name in above else None
         found.add(stored[name], *([tensor] if new is None else [new, new.to(tensor.dtype)]))
     return found

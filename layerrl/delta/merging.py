@@ -24,7 +24,6 @@ from layerrl.delta.checkpoint import (
 )
 from layerrl.delta.fitting import check_base, check_model_type, misfit, origin, place_of
 from layerrl.delta.folder import Delta, new_folder, refuse_existing
-from layerrl.delta.hub import delta_folder
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import hint, read_deltas, refuse_overlap

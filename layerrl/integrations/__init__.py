@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from layerrl.activations import backward_from_first_trained
 from layerrl.errors import FrameworkError, SelectionError
-from layerrl.selection import LayerSelection, select_layers
+from layerrl.selection import select_layers
+from layerrl.selection.select import layers_in
 from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from layerrl.selection import LayerSelection
+
 SELECTION = "LAYERRL_SELECTION"
-_INTEGERS = re.compile(r"\s*-?\d+\s*(?:,\s*-?\d+\s*)*")
 
 
 def require(framework: str, tested: str) -> None:
@@ -96,11 +97,7 @@ def read_selection(model: nn.Module, text: str) -> LayerSelection:
         >>> print(read_selection(model, "1,-1"))
         layers 1, 3 of 4
     """
-    if text.startswith("{"):
-        return select_layers(model, LayerSelection.from_json(text))
-    if _INTEGERS.fullmatch(text):
-        return select_layers(model, [int(layer) for layer in text.split(",")])
-    return select_layers(model, text)
+    return select_layers(model, layers_in(text))
 
 
 def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:

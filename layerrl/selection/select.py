@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from layerrl.selection.rates import nameable_parts, read_boost
 from layerrl.selection.rows import resolved
 from layerrl.selection.tensors import described
 from layerrl.selection.towers import STACKS, blocks_of
+
+_INTEGERS = re.compile(r"\s*-?\d+\s*(?:,\s*-?\d+\s*)*")
 
 
 # Over 60 lines: the docstring is the grammar of selections.
@@ -123,6 +126,26 @@ def select_layers(
     elif modules is not None or also or boosts:
         selection.parameters(meta_model(model))
     return selection
+
+
+def layers_in(text: str) -> LayerSelection | list[int] | str:
+    """Layers in their text form, for `select_layers`.
+
+    Args:
+        text: A layer or several with commas between (`"10"`, `"10,-1"`), a word that
+            `select_layers` takes, or `to_json()` of a selection.
+
+    Returns:
+        What `select_layers` takes. Any other word is left to it to refuse.
+
+    Raises:
+        SelectionError: If it begins like the JSON of a selection and is none.
+    """
+    if text.startswith("{"):
+        return LayerSelection.from_json(text)
+    if _INTEGERS.fullmatch(text):
+        return [int(layer) for layer in text.split(",")]
+    return text
 
 
 def _stack(layers: object, stack: object) -> str:

@@ -21,8 +21,8 @@ from layerrl.shards import shape, whole
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
-from layerrl.warning import warn
 from layerrl.trainer.run_summary import summary_of
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

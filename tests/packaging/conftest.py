@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-collect_ignore = ["alone.py", "run_pages.py"]  # run in environments of their own
+collect_ignore = ["alone.py", "at_home.py", "run_pages.py"]  # run in environments of their own
 # Neither a checkout on the path nor a configured index.
 BARE = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP"))}
 

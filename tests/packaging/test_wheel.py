@@ -14,7 +14,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.packaging.conftest import ROOT, output_of
+from tests.packaging.conftest import BARE, ROOT, output_of
 
 
 def own_files(wheel: Path) -> dict[str, bytes]:
@@ -95,6 +95,13 @@ def test_it_works_with_nothing_but_its_dependencies(
     program.write_bytes((Path(__file__).parent / "alone.py").read_bytes())
     printed = output_of(python, program, cwd=tmp_path)
     assert printed.splitlines()[-1] == "all of it"
+
+
+def test_a_user_is_at_home_with_it(install: Callable[..., Path], tmp_path: Path) -> None:
+    python, program = install(), Path(__file__).parent / "at_home.py"
+    environment = {**BARE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    printed = output_of(python, program, cwd=tmp_path, env=environment)
+    assert printed.splitlines()[-1] == "at home"
 
 
 @pytest.mark.slow

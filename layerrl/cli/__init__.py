@@ -1,0 +1,68 @@
+"""The command `layerrl`: a module a command, each a few lines on the public interface."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import layerrl
+from layerrl.errors import LayerRLError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = {
+    "plan": "what a run takes, before anything is loaded",
+    "train": "train chosen layers with a TRL trainer; save them as a delta",
+    "probe": "score the layers of a model",
+    "merge": "write the base with deltas in it: a whole model",
+    "show": "print a delta, a report or a selection",
+}
+"""Commands, each the module of that name here. A new one is a file and a line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Its words; None: those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error of layerrl, whose message is on stderr.
+
+    Raises:
+        SystemExit: After `--help` or `--version` (code 0), or words that make no sense (code 2).
+    """
+    parser = ArgumentParser(
+        prog="layerrl",
+        description=layerrl.__doc__.splitlines()[0],  # pyright: ignore[reportOptionalMemberAccess]
+        epilog="commands:\n"
+        + "\n".join(f"  {name:7}{does}" for name, does in COMMANDS.items())
+        + "\n\nlayerrl COMMAND --help says more.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    version = f"layerrl {layerrl.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument("arguments", nargs=REMAINDER, metavar="...", help="of the command")
+    given = parser.parse_args(argv)
+    try:
+        import_module(f"layerrl.cli.{given.command}").run(_joined(given.arguments))
+    except LayerRLError as error:
+        print(f"layerrl {given.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _joined(words: list[str]) -> list[str]:
+    """`--layers -1,2` in one word: argparse takes the second for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined[-1:] == ["--layers"] and re.match(r"-\d", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined

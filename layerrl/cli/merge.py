@@ -1,0 +1,33 @@
+"""`layerrl merge`: `merge_delta`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+
+_DOES = "Write the base with deltas in it: a whole model that plain transformers loads."
+
+
+def run(argv: list[str]) -> None:
+    """Write the base with deltas in it: a whole model that plain transformers loads.
+
+    Args:
+        argv: Words after the command.
+    """
+    parser = ArgumentParser(prog="layerrl merge", description=_DOES)
+    parser.add_argument("base", metavar="BASE", help="folder or hub id of the base")
+    parser.add_argument(
+        "deltas", metavar="DELTA", nargs="+", help="its folder; several in the order of training"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to make; it must not exist")
+    parser.add_argument(
+        "--union",
+        action="store_true",
+        help="the deltas were trained side by side, and train different layers",
+    )
+    given = parser.parse_args(argv)
+
+    from layerrl import merge_delta
+
+    made = merge_delta(given.base, given.deltas, given.out, union=given.union)
+    print(f"Wrote {made}: AutoModelForCausalLM.from_pretrained loads it.", file=sys.stderr)

@@ -1,0 +1,139 @@
+"""Options that several commands have: what trains."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from layerrl.errors import LayerRLError, SelectionError
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections.abc import Iterator
+
+    from layerrl.selection import LayerSelection
+
+_LAYERS = "such as 10, 3,-1, middle:5, last:2, 40%%:60%%, all, full, or a selection's JSON"
+
+
+def add_layers(parser: ArgumentParser, also: str = "") -> None:
+    """Add the options that name layers and parts of them.
+
+    Args:
+        parser: The command's.
+        also: What else may be written for layers.
+    """
+    parser.add_argument("--layers", help=_LAYERS + also)
+    parser.add_argument(
+        "--modules", nargs="+", metavar="GLOB", help="parts of each layer: 'self_attn.*'"
+    )
+
+
+def add_selection(parser: ArgumentParser, also: str = "") -> None:
+    """Add the options that `select_layers` has as arguments.
+
+    Args:
+        parser: The command's.
+        also: What else may be written for layers.
+    """
+    add_layers(parser, also)
+    parser.add_argument(
+        "--also", nargs="+", metavar="PART", help="parts outside the layers: head, embeddings, ..."
+    )
+    parser.add_argument(
+        "--boost", nargs="+", metavar="KEY=FACTOR", help="learning-rate factors: 10=2 'mlp.*=0.5'"
+    )
+    parser.add_argument("--stack", help="whose layers: text (default) or vision")
+
+
+def selection_of(config: Any, given: Namespace) -> LayerSelection:
+    """The selection that the options name.
+
+    Args:
+        config: A model's.
+        given: The options, or what a YAML file has for them.
+
+    Returns:
+        The selection.
+
+    Raises:
+        SelectionError: If they make no sense, or do not fit the model.
+    """
+    from layerrl.selection import select_layers
+    from layerrl.selection.select import layers_in
+
+    layers, boost = given.layers, given.boost
+    return select_layers(
+        config,
+        layers_in(layers) if isinstance(layers, str) else layers,
+        modules=given.modules,
+        also=given.also,
+        boost=_factors(boost) if isinstance(boost, list) else boost,
+        stack=given.stack,
+    )
+
+
+def _factors(words: list[str]) -> dict[int | str, float] | str:
+    """`["10=2", "mlp.*=0.5"]` as a mapping; `["decay:0.9"]` as it is."""
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    factors: dict[int | str, float] = {}
+    for word in words:
+        key, equals, factor = str(word).rpartition("=")
+        try:
+            factors[int(key) if key.lstrip("-").isdigit() else key] = float(factor)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise SelectionError(
+                f"--boost {word!r}: expected KEY=FACTOR, as in 10=2 or 'mlp.*=0.5', or decay:0.9"
+            )
+    return factors
+
+
+def config_of(model: str, **options: Any) -> Any:
+    """The config of a model, for which no weights are loaded.
+
+    Args:
+        model: Its folder, config file or hub id.
+        **options: For `AutoConfig.from_pretrained`.
+
+    Returns:
+        The config.
+
+    Raises:
+        LayerRLError: If there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, **options)
+    except Exception as error:  # whatever the hub client and remote code raise
+        raise LayerRLError(
+            f"no model {model!r}: it is no folder here with a config.json, and no model that the "
+            f"hub or its cache gives. {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def in_a_sentence() -> Iterator[None]:
+    """Inside, what another package says of what it was given is an error of layerrl.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        LayerRLError: For the others' ValueError, OSError and the like.
+    """
+    try:
+        yield
+    except LayerRLError:
+        raise
+    except (AttributeError, ImportError, OSError, ValueError) as error:
+        raise LayerRLError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in a line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

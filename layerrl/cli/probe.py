@@ -1,0 +1,106 @@
+"""`layerrl probe`: `contribution_probe`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerrl.cli.options import add_layers, config_of, in_a_sentence
+from layerrl.cli.scripts import add_trl, first_word, model_config, read_options, trainer_arguments
+from layerrl.errors import LayerRLError
+
+if TYPE_CHECKING:
+    from layerrl.cli.scripts import Options
+
+_DOES = "Score each layer of a model with TRL's GRPO options, and print the report."
+_MORE = """\
+All options of TRL's GRPO script, as those that it needs:
+  --dataset_name FOLDER|FILE|HUB_ID      --reward_funcs my_module.reward
+--method train measures exactly and takes hours. It continues in --output_dir,
+and scores on --dataset_test_split, which --eval_strategy steps loads."""
+
+
+def _parser() -> ArgumentParser:
+    """The parser of layerrl's own options, whose help fits a screen."""
+    parser = ArgumentParser(
+        prog="layerrl probe",
+        usage="layerrl probe MODEL [--out FILE] [--config FILE] [options of TRL]",
+        description=_DOES,
+        epilog=_MORE,
+        formatter_class=RawDescriptionHelpFormatter,
+        argument_default=SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    add_trl(parser)
+    _add(parser)
+    return parser
+
+
+def _add(parser: ArgumentParser) -> None:
+    parser.add_argument("--method", help="gradient (default), train, position, published")
+    parser.add_argument("--budget", type=int, metavar="N", help="prompts (default: 64)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="not --seed (default: 0)")
+    parser.add_argument("--out", metavar="FILE", help="write the report's JSON there, too")
+    add_layers(parser)
+
+
+def run(argv: list[str]) -> None:
+    """Score layers and print the report.
+
+    Args:
+        argv: Words after the command.
+
+    Raises:
+        LayerRLError: If the report has no place, or adapters are asked for.
+    """
+    parser = _parser()
+    model = first_word(parser, argv, "MODEL")
+    own, of_trl = parser.parse_known_args(argv)
+    options = None
+    if of_trl or "config" in own or "help_all" in own:  # not for methods that generate nothing
+        options = read_options("grpo", parser, [*argv, "--model_name_or_path", model], _add)
+        own = options.own
+    given = {name: value for name, value in vars(own).items() if value is not None}
+    out = Path(given["out"]) if "out" in given else None
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        problem = "it exists already" if out.exists() else f"there is no folder {out.parent}"
+        raise LayerRLError(f"--out {out}: {problem}. Name a new file for the report.")
+
+    from layerrl import contribution_probe
+    from layerrl.blocks import meta_model
+    from layerrl.files import written_whole
+    from layerrl.selection.select import layers_in
+
+    if isinstance(given.get("layers"), str):
+        given["layers"] = layers_in(given["layers"])
+    asked = {name: given[name] for name in _ASKED if name in given}
+    on = {"model": meta_model(config_of(model))} if options is None else _on(options)
+    report = contribution_probe(**on, **asked)
+    print(report)
+    if out is not None:
+        with written_whole(out) as file:
+            file.write_text(report.to_json(), encoding="utf-8")
+        print(f"Wrote {out}: layerrl show {out} --plot FILE draws it.", file=sys.stderr)
+
+
+_ASKED = ("method", "budget", "seeds", "layers", "modules")
+
+
+def _on(options: Options) -> dict[str, Any]:
+    """The model, loaded, and with what it generates."""
+    model_config(options)  # a sentence where there is no such model
+    given = trainer_arguments(options)
+    if given.pop("peft_config", None) is not None:
+        raise LayerRLError("--use_peft: a probe scores the layers themselves. Leave it out.")
+    args = given["args"]
+    loading, args.model_init_kwargs = args.model_init_kwargs, None
+    if (quantised := given.pop("quantization_config", None)) is not None:
+        loading["quantization_config"] = quantised
+    from trl.trainer.utils import create_model_from_path
+
+    with in_a_sentence():
+        model = create_model_from_path(given.pop("model"), **loading)
+    return {**given, "model": model, "output_dir": args.output_dir}

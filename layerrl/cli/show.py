@@ -1,0 +1,108 @@
+"""`layerrl show`: what a delta, a report or a selection holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerrl.errors import LayerRLError, ReportError
+
+if TYPE_CHECKING:
+    from layerrl.delta.folder import Delta
+
+_DOES = "Print a delta, a report or a selection; draw a report."
+_PATH = "folder of a delta or a sweep, or JSON of a report or a selection"
+
+
+def run(argv: list[str]) -> None:
+    """Print what a folder or file of layerrl holds.
+
+    Args:
+        argv: Words after the command.
+    """
+    parser = ArgumentParser(prog="layerrl show", description=_DOES)
+    parser.add_argument("path", metavar="PATH", type=Path, help=_PATH)
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a report: .png, .pdf, .svg")
+    parser.add_argument("--json", action="store_true", help="print its JSON, and no table")
+    given = parser.parse_args(argv)
+    file = _file_of(given.path)
+    if file.name == "delta.json":
+        from layerrl.delta.folder import Delta
+
+        held: Any = Delta.read(file.parent)
+        shown, text = _table(held), _text(file)
+    else:
+        text = _text(file)
+        held = shown = _read(file, text)
+    print(text.strip() if given.json else shown)
+    if given.plot:
+        _draw(held, given.plot)
+        print(f"Wrote {given.plot}", file=sys.stderr)
+
+
+def _file_of(path: Path) -> Path:
+    """The JSON of a folder, which is a delta's unless there is a report."""
+    if not path.is_dir():
+        return path
+    return next((f for f in (path / "report.json",) if f.is_file()), path / "delta.json")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayerRLError(
+            f"cannot read {file}: {error}. Expected the {_PATH}, as layerrl writes them."
+        ) from error
+
+
+def _read(file: Path, text: str) -> Any:
+    """The report or selection in a file."""
+    from layerrl import ContributionReport, LayerSelection
+
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LayerRLError(f"{file} is no JSON: {error}. Expected the {_PATH}.") from error
+    fields = {*data} if isinstance(data, dict) else set()
+    if "method" in fields:
+        return ContributionReport.from_json(text)
+    if "num_layers" in fields:
+        return LayerSelection.from_json(text)
+    raise LayerRLError(
+        f"{file} holds neither a report nor a selection: it has {sorted(fields)!r:.100}. Expected "
+        f"the {_PATH}."
+    )
+
+
+def _table(delta: Delta) -> str:
+    """A delta in lines."""
+    from layerrl.plan import in_units
+
+    base = delta.base
+    size = (delta.path / "delta.safetensors").stat().st_size
+    lines = {
+        "trained": delta.selection,
+        "base": base.name or "not known",
+        "revision": base.revision or "not known",
+        "model": base.model_type or "not known",
+        "tensors": f"{len(delta.dtypes)} in {', '.join(sorted({*delta.dtypes.values()}))}",
+        "size": in_units(size),
+        "files": ", ".join(sorted(delta.files)) or "none",
+    }
+    return "\n".join(f"{name:10}{value}" for name, value in lines.items())
+
+
+def _draw(held: Any, file: Path) -> None:
+    from layerrl import ContributionReport
+
+    if not isinstance(held, ContributionReport):
+        raise ReportError(f"--plot {file}: only a report is drawn, and this is none")
+    axes = held.plot()
+    try:
+        axes.figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"cannot write {file}: {error}") from error
