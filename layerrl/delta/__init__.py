@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
 from layerrl.delta.card import write_card
+from layerrl.delta.description import FORMAT_VERSION
 from layerrl.delta.fitting import (
     Comparison,
     check_base,
@@ -26,9 +27,9 @@ from layerrl.delta.fitting import (
     check_settings,
     described,
     misfit,
+    warn_of_nonfinite,
 )
 from layerrl.delta.folder import (
-    FORMAT_VERSION,
     META,
     TENSORS,
     Delta,
@@ -112,6 +113,7 @@ def save_delta(
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
+    warn_of_nonfinite(tensors.items(), "the model to save")
     meta = _description(selection, tensors, base)  # before the copy, so on the tensors' device
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with new_folder(path) as folder:
@@ -238,6 +240,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> LayerSelection
         )
     config = getattr(unwrap(model), "config", None)
     check_base(delta, found, config=None if config is None else computing_settings(config))
+    warn_of_nonfinite(tensors.items(), f"the delta at {path}")
     put_tensors(model, trained, tensors)
     return delta.selection
 

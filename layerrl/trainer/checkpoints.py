@@ -13,10 +13,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layerrl.delta.card import CARD, write_card
+from layerrl.delta.description import read
 from layerrl.errors import SelectionError
 from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
+from layerrl.schema import Misfit
 from layerrl.shards import shape, whole
+from layerrl.stored import bytes_of, decoded
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
@@ -228,7 +231,7 @@ class Checkpoints:
         if not trainer.is_world_process_zero() or not (folder / _DELTA[-1]).is_file():
             return
         self._beside = beside or self._beside
-        meta = json.loads((folder / _DELTA[-1]).read_text(encoding="utf-8"))
+        _, _, meta = read(folder / _DELTA[-1])
         hub_id = getattr(trainer, "hub_model_id", None)
         write_card(folder, meta, beside=self._beside, hub_id=hub_id)
 
@@ -236,6 +239,6 @@ class Checkpoints:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has what transformers writes last."""
     try:
-        return bool(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return bool(decoded(bytes_of(folder / TRAINER_STATE_NAME)))
+    except (OSError, Misfit):
         return False
