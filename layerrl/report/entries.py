@@ -81,11 +81,9 @@ def check_together(
         settings: Of the runs.
 
     Raises:
-        ReportError: If there is no layer, runs were scored on different numbers of prompts, or a
-            setting that a report reads is no such setting.
+        ReportError: If runs were scored on different numbers of prompts, or a setting that a
+            report reads is no such setting.
     """
-    if not layers:
-        raise ReportError("layers is empty, expected a score for each layer of a model")
     runs = [run for run in (*layers, *ends) if run is not None]
     sizes = {len(row) for run in runs for row in run.scores or ()}
     if len(sizes) > 1:
