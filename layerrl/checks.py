@@ -56,10 +56,10 @@ def shown(value: object, *, most: int = 80) -> str:
         most: Characters to show.
 
     Returns:
-        The beginning of its `repr`, or its type where it has none, as an int of 5000 digits.
+        The beginning of its `repr`, or its type where that fails, as of an int of 5000 digits.
     """
     try:
         text = repr(value)
     except Exception:  # code of the value's own
-        return f"a {type(value).__name__} that cannot be shown"
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."

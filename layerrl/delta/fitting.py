@@ -90,12 +90,15 @@ def is_packed(tensor: Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) and is_quantised(tensor)
 
 
-def warn_of_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+def warn_of_nonfinite(
+    tensors: Iterable[tuple[str, Tensor]], what: str, *, stacklevel: int = 3
+) -> None:
     """Warn of trained values that no model computes with.
 
     Args:
         tensors: Names and trained tensors.
         what: What holds them, in a clause.
+        stacklevel: As of `warnings.warn`.
     """
     found = {}
     for name, tensor in tensors:
@@ -106,7 +109,7 @@ def warn_of_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
             f"{what} has NaN or infinite values in {described(found)}: {next(iter(found.values()))}"
             f" ({len(found)} such tensors). A model computes nothing with them. Go back to an "
             "earlier checkpoint, and train on with a lower learning rate or in float32.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

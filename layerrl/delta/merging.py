@@ -121,7 +121,7 @@ def _deltas(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> 
 def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str, _Replaced]:
     """Name in the checkpoint to what a delta puts there; every one of its tensors is read once."""
     read = ((name, delta.tensor(name)) for name in delta.fingerprints)
-    warn_of_nonfinite(read, f"the delta at {delta.path}")
+    warn_of_nonfinite(read, f"the delta at {delta.path}", stacklevel=4)
     there = {*stored.values()}
     absent = sorted(name for name in delta.fingerprints if name not in there)
     if absent:

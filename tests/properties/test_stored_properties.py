@@ -4,6 +4,7 @@ Each example is one file that the library wrote, with any value in it replaced, 
 nested, or any of its bytes changed. `LAYERRL_FILES=10000` tries as many instead of 500, in all.
 """
 
+import copy
 import json
 import os
 import warnings
@@ -72,7 +73,7 @@ def changed(data: Any, draw: Callable[..., Any], reseal: Callable[[Any], Any] | 
         upper = spots[: draw(st.sampled_from([12, len(spots)]))]
         part, key = draw(st.sampled_from(upper))
         kind = draw(st.sampled_from(["replace", "replace", "remove", "double", "swap", "nest"]))
-        odd = draw(st.sampled_from(ODD))
+        odd = copy.deepcopy(draw(st.sampled_from(ODD)))  # it may be changed in its turn
         if kind == "replace":
             part[key] = odd
         elif kind == "remove":
