@@ -113,7 +113,6 @@ def save_delta(
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
-    warn_of_nonfinite(tensors.items(), "the model to save")
     meta = _description(selection, tensors, base)  # before the copy, so on the tensors' device
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with new_folder(path) as folder:
@@ -181,6 +180,7 @@ def _check_trained(model: nn.Module, tensors: Mapping[str, Tensor], base: DeltaB
         raise DeltaError(
             f"the base is of type {base.model_type!r}, the model to save of {model_type(model)!r}"
         )
+    warn_of_nonfinite(tensors.items(), "the model to save", stacklevel=4)
 
 
 def _check_unchanged(base: DeltaBase, found: Comparison, rows: Mapping[str, str]) -> None:
