@@ -16,14 +16,15 @@ def whole_number(value: Any, *, least: int | None = None) -> int | None:
         least: The smallest that makes sense.
 
     Returns:
-        The number; None if it is too small, no whole number, or True or False.
+        The number; None if it is too small, of more than 64 bits, no whole number, or True or
+        False.
     """
     try:
         plain = value.tolist() if hasattr(value, "tolist") else value
         number = operator.index(plain)
     except (TypeError, NotImplementedError):  # torch's of a tensor without values
         return None
-    if isinstance(plain, bool):
+    if isinstance(plain, bool) or number.bit_length() > 64:
         return None
     return None if least is not None and number < least else number
 
@@ -45,3 +46,20 @@ def finite_number(value: Any, *, least: float | None = None) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) and (least is None or number >= least) else None
+
+
+def shown(value: object, *, most: int = 80) -> str:
+    """A value in a message, whatever it is.
+
+    Args:
+        value: Any.
+        most: Characters to show.
+
+    Returns:
+        The beginning of its `repr`, or its type where that fails, as of an int of 5000 digits.
+    """
+    try:
+        text = repr(value)
+    except Exception:  # code of the value's own
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."

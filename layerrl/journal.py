@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from filelock import lock_descriptor
 
+from layerrl.checks import shown
 from layerrl.errors import JournalError
 from layerrl.files import written_whole
+from layerrl.schema import Misfit, Rule, fitted
+from layerrl.stored import MOST_BYTES, parsed, refuse_unusual, refused_as
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -18,6 +23,12 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _ABSENT = object()
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    version: Annotated[int, Rule(str(_VERSION), _VERSION.__eq__)]
+    settings: dict[str, Any]
 
 
 class Journal:
@@ -29,24 +40,30 @@ class Journal:
     Args:
         folder: Where it lies; made if missing.
         settings: What every run in it has in common. JSON values.
+        kind: Type of an entry.
 
     Raises:
         JournalError: If the folder holds a journal of other settings, of a newer layerrl or one
             that was edited, if another process has it open, or if it cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-        self.path = Path(folder) / "journal.jsonl"
-        self._settings = json.loads(json.dumps(settings))
-        self.entries: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        settings: dict[str, Any],
+        kind: Any = dict[str, Any],  # a type, as `schema.fitted` takes it
+    ) -> None:
+        self.path, self._kind = Path(folder) / "journal.jsonl", kind
+        with refused_as(JournalError, "the settings of a journal"):
+            self._settings = parsed(json.dumps(settings))
+        self.entries: list[Any] = []
         """What was recorded, oldest first."""
 
     def __enter__(self) -> Self:
-        try:
+        with refused_as(JournalError, f"cannot use {self.path}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_unusual(self.path, most=MOST_BYTES)
             self._file = self.path.open("a+b", buffering=0)
-        except OSError as error:
-            raise JournalError(f"cannot use {self.path}: {error.strerror}") from error
         try:
             self._lock()
             self._read()
@@ -70,10 +87,13 @@ class Journal:
             entry: JSON values.
 
         Raises:
-            JournalError: If it cannot be written; what was there before is unharmed.
+            JournalError: If it is no entry of this journal, or cannot be written; what was there
+                before is unharmed.
         """
+        with refused_as(JournalError, "an entry of a journal"):
+            made = fitted(self._kind, parsed(json.dumps(entry)))
         self._write(entry)
-        self.entries.append(json.loads(json.dumps(entry)))
+        self.entries.append(made)
 
     def _lock(self) -> None:
         # The journal itself is locked, no file beside it: nothing stays behind, and the lock ends
@@ -100,32 +120,33 @@ class Journal:
             # The head alone was cut off, or this is no journal.
             head = json.dumps({"version": _VERSION, "settings": self._settings}).encode()
             if not head.startswith(text):
-                self._check(text.decode(errors="replace"))
+                self._check(text[:80].decode(errors="replace"))
             self._file.truncate(0)
             self._write({"version": _VERSION, "settings": self._settings})
             return
-        parsed = []
         for number, line in enumerate(lines, 1):
-            try:
-                parsed.append(json.loads(line))
-            except ValueError as error:
-                raise JournalError(
-                    f"line {number} of {self.path} is not JSON ({error}): somebody edited it. "
-                    "Repair the line, delete it to run it again, or give another folder."
-                ) from error
-        head, *self.entries = parsed
-        self._check(head)
+            with self._repairable(number):
+                value = parsed(line)
+            if number == 1:
+                self._check(value)
+                continue
+            with self._repairable(number):
+                self.entries.append(fitted(self._kind, value))
         self._file.truncate(len(whole))
 
+    def _repairable(self, number: int) -> AbstractContextManager[None]:
+        do = "repair it, delete it to run it again, or give another folder"
+        return refused_as(JournalError, f"line {number} of {self.path} is no line of it ({do})")
+
     def _check(self, head: Any) -> None:
-        version = head.get("version") if isinstance(head, dict) else None
-        if version != _VERSION or "settings" not in head:
+        try:
+            found = fitted(_Head, head).settings
+        except Misfit as error:
             raise JournalError(
-                f"{self.path} starts with {head!r:.80}, expected a journal of version {_VERSION}. "
+                f"{self.path} starts with {shown(head)}, expected a journal of version {_VERSION}. "
                 "It is something else's, or a newer layerrl's: update layerrl, or give another "
                 "folder."
-            )
-        found = head["settings"]
+            ) from error
         differing = _differences(found, self._settings)
         if differing:
             raise JournalError(

@@ -112,6 +112,8 @@ SEAMS: tuple[Seam, ...] = (
             "create_scheduler(...)": "follow the tensors when the model has been sharded",
             "compute_loss(model, inputs, ...)": "end the backward at the first trained layer",
             "log(logs, ...)": "log the layers' metrics",
+            "evaluate(...)": "check frozen tensors before an evaluation shards the model",
+            "predict(...)": "check frozen tensors before a prediction shards the model",
             "add_callback(callback)": "refuse callbacks that take a delta for a model",
             "save_model(output_dir, _internal_call)": "write deltas and check what is frozen",
             "create_model_card(...)": "say how to load a delta",

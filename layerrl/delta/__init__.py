@@ -18,8 +18,15 @@ from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
 from layerrl.delta.card import write_card
-from layerrl.delta.fitting import Comparison, check_same_base, check_settings, described
-from layerrl.delta.folder import FORMAT_VERSION, META, TENSORS, Delta, difference, new_folder
+from layerrl.delta.description import FORMAT_VERSION
+from layerrl.delta.fitting import (
+    Comparison,
+    check_same_base,
+    check_settings,
+    described,
+    warn_of_nonfinite,
+)
+from layerrl.delta.folder import META, TENSORS, Delta, difference, new_folder
 from layerrl.delta.hub import push_delta
 from layerrl.delta.in_memory import checked, compared
 from layerrl.delta.loaded import (
@@ -170,6 +177,7 @@ def _check_trained(model: nn.Module, tensors: Mapping[str, Tensor], base: DeltaB
         raise DeltaError(
             f"the base is of type {base.model_type!r}, the model to save of {model_type(model)!r}"
         )
+    warn_of_nonfinite(tensors.items(), "the model to save")
 
 
 def _check_unchanged(base: DeltaBase, found: Comparison, rows: Mapping[str, str]) -> None:
@@ -202,8 +210,9 @@ def load_delta(
     Args:
         model: The base, in any floating-point dtype that holds what the delta was made from. Its
             selected tensors are overwritten (converted to its dtype), after every check passed.
-        path: A delta's folder, or `"user/name"` on the hub where there is no such folder; or several,
-            in the order in which they were trained on top of each other. Loading one after the other is the same.
+        path: A delta's folder, or `"user/name"` on the hub where there is no such folder; or
+            several, in the order in which they were trained on top of each other. Loading one after
+            the other is the same.
         union: The deltas were made side by side, from the same base, and train different tensors.
         keep_base: Keep what is overwritten, where the model is: as many bytes as the delta's
             tensors take in the model. None: if that is at most half of the model.

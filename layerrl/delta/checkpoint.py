@@ -13,13 +13,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from layerrl.delta.fitting import Comparison
 from layerrl.errors import DeltaError
 from layerrl.frozen import saved_tensors
+from layerrl.schema import fitted
 from layerrl.seams import imported
+from layerrl.stored import bytes_of, decoded, refused_as, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -267,26 +269,17 @@ def tensors_of(
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """What a JSON file of a model holds."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DeltaError(f"no transformers model at {file.parent}: {file.name}: {error}") from error
-    if not isinstance(data, dict):
-        raise DeltaError(f"{file} is damaged: expected a JSON object, got {data!r:.80}")
-    return data
+    """What a JSON file of a model holds, whoever wrote it."""
+    with refused_as(DeltaError, f"no transformers model at {file.parent}: {file.name}"):
+        return fitted(dict[str, Any], decoded(bytes_of(file)))
 
 
 @contextmanager
 def readable(file: Path) -> Iterator[Any]:
     """A base's safetensors file, open."""
-    try:
-        with safe_open(file, framework="pt") as shard:
-            yield shard
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, DeltaError):
-            raise
-        raise DeltaError(f"the base's {file} is missing or damaged: {error}") from error
+    said = f"the base's {file} is missing or damaged"
+    with refused_as(DeltaError, said), tensors_in(file) as shard:
+        yield shard
 
 
 def _replace_bytes(file: Path, name: str, tensor: Tensor) -> None:

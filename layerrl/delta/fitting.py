@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from layerrl.errors import SelectionError
 
 _IN_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+_COMPUTING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 STAGES = (
     " If an earlier stage trained them, save that stage's delta and give both in order: "
     "[stage1, stage2]."
@@ -87,6 +88,25 @@ class Comparison:
 def is_packed(tensor: Tensor) -> bool:
     """Whether a parameter is what a quantisation stores; buffers of integers are not."""
     return isinstance(tensor, torch.nn.Parameter) and is_quantised(tensor)
+
+
+def warn_of_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Warn of trained values that no model computes with.
+
+    Args:
+        tensors: Names and trained tensors.
+        what: What holds them, in a clause.
+    """
+    found = {}
+    for name, tensor in tensors:
+        if tensor.dtype in _COMPUTING and not (finite := tensor.isfinite()).all():
+            found[name] = f"{int((~finite).sum())} of {tensor.numel()} elements of {name!r}"
+    if found:
+        warn(
+            f"{what} has NaN or infinite values in {described(found)}: {next(iter(found.values()))}"
+            f" ({len(found)} such tensors). A model computes nothing with them. Go back to an "
+            "earlier checkpoint, and train on with a lower learning rate or in float32."
+        )
 
 
 def check_model_type(delta: Delta, found: str | None) -> None:

@@ -13,6 +13,7 @@ from layerrl.delta.fitting import (
     described,
     misfit,
     origin,
+    warn_of_nonfinite,
 )
 from layerrl.delta.folder import difference
 from layerrl.delta.record import (
@@ -67,6 +68,7 @@ def checked(
     settings = None if config is None else computing_settings(config)
     for index, delta in enumerate(deltas):
         own = {name: delta.tensor(name) for name in delta.fingerprints}
+        warn_of_nonfinite(own.items(), f"the delta at {delta.path}")
         trained |= _parameters(model, delta)
         if union:
             refuse_overlap(delta, own, source)
@@ -95,7 +97,8 @@ def _parameters(model: nn.Module, delta: Delta) -> dict[str, nn.Parameter]:
     if current != set(delta.fingerprints):
         raise DeltaError(
             f"the delta at {delta.path} does not fit {type(unwrap(model)).__name__}: "
-            f"{difference(delta.fingerprints, dict.fromkeys(current))}. Its base is {origin(delta)}."
+            f"{difference(delta.fingerprints, dict.fromkeys(current))}. "
+            f"Its base is {origin(delta)}."
             + (" Load it before PEFT's adapters are added." if adapter_tensors(model) else "")
         )
     return trained

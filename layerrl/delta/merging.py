@@ -22,7 +22,14 @@ from layerrl.delta.checkpoint import (
     stored_names,
     tensors_of,
 )
-from layerrl.delta.fitting import check_base, check_model_type, misfit, origin, place_of
+from layerrl.delta.fitting import (
+    check_base,
+    check_model_type,
+    misfit,
+    origin,
+    place_of,
+    warn_of_nonfinite,
+)
 from layerrl.delta.folder import Delta, new_folder, refuse_existing
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
@@ -104,8 +111,8 @@ def merge_delta(
 
 def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str, _Replaced]:
     """Name in the checkpoint to what a delta puts there; every one of its tensors is read once."""
-    for name in delta.fingerprints:
-        delta.tensor(name)
+    read = ((name, delta.tensor(name)) for name in delta.fingerprints)
+    warn_of_nonfinite(read, f"the delta at {delta.path}")
     there = {*stored.values()}
     absent = sorted(name for name in delta.fingerprints if name not in there)
     if absent:

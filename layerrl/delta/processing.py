@@ -100,20 +100,11 @@ def sums_of(folder: Path) -> dict[str, str]:
     """Every file in a folder that is neither a delta's nor a model's, with its SHA-256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: _sha256(path) for name, path in names.items() if not _is_refused(name)}
+    return {name: _sha256(path) for name, path in names.items() if not is_refused(name)}
 
 
-def refuse_file_name(name: str) -> None:
-    """A name in a description must be that of a file inside the folder, and of no model's.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if _is_refused(name):
-        raise ValueError(f"{name!r} is no file of a tokenizer, processor or generation config")
-
-
-def _is_refused(name: str) -> bool:
+def is_refused(name: str) -> bool:
+    """Whether a name in a description is that of a model's file, or leads out of the folder."""
     path = PurePosixPath(name)
     # A backslash or a drive leads out of the folder on Windows.
     odd = {"\0", "\\", ":"} & {*name} or path.is_absolute() or ".." in path.parts

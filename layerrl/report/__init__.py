@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ from layerrl.checks import whole_number
 from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
-from layerrl.report.entries import Cost, Score
+from layerrl.report.entries import Cost, Score, check_together
 from layerrl.report.ranking import Ranking
-from layerrl.report.stored import arguments_of, as_json
+from layerrl.report.stored import as_json, report_in
 from layerrl.report.table import cells, remarks
 from layerrl.selection import LayerSelection
 from layerrl.statistics import Interval, bootstrap, contribution, contribution_draws, interval_of
@@ -49,6 +49,9 @@ class ContributionReport:
     """Whose numbers these are, if not measured here."""
     cost: Cost | None = None
     """What it took; None where nobody knows."""
+
+    def __post_init__(self) -> None:
+        check_together(self.layers, (self.base, self.full), self.settings)
 
     @property
     def num_layers(self) -> int:
@@ -272,11 +275,11 @@ class ContributionReport:
         return as_json(self)
 
     @classmethod
-    def from_json(cls, text: str) -> ContributionReport:
+    def from_json(cls, text: str | bytes) -> ContributionReport:
         """The report that `to_json` wrote.
 
         Args:
-            text: What `to_json` returned.
+            text: What `to_json` returned, or that in UTF-8.
 
         Returns:
             An equal report.
@@ -284,7 +287,7 @@ class ContributionReport:
         Raises:
             ReportError: If it is no report, or one of a version that this layerrl does not know.
         """
-        return cls(**arguments_of(text, [f.name for f in fields(cls)]))
+        return report_in(cls, text)
 
     def _defined(self) -> dict[int, float]:
         try:

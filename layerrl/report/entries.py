@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from layerrl.checks import finite_number, shown
 from layerrl.errors import ReportError
+from layerrl.schema import Rule, fitted
+from layerrl.stored import refused_as
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
 Status = Literal["done", "dropped", "missing"]
+_LARGEST = 1e150
+"""Of a score: squares of larger ones are infinite."""
+Scores = Annotated[
+    tuple[float, ...],
+    Rule("one or more scores below 1e150", lambda row: row and max(map(abs, row)) < _LARGEST),
+]
+_READ: dict[str, Any] = {
+    **dict.fromkeys(("seeds", "layers", "chosen"), list[int]),
+    "modules": list[str] | None,
+}
+"""Settings of a report that are read again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +49,18 @@ class Score:
     """Why it was dropped, or what else there is to know."""
 
     def __post_init__(self) -> None:
+        for name in ("score", "contribution", "seconds", "steps"):
+            least = 0 if name in ("seconds", "steps") else None
+            value = getattr(self, name)
+            if finite_number(value, least=least) is None and (least == 0 or value is not None):
+                raise ReportError(
+                    f"{name} of a run is {shown(value)}, expected a finite number"
+                    f"{'' if least is None else ' from 0 up'}"
+                )
+        if self.status not in get_args(Status):
+            raise ReportError(
+                f"status of a run is {shown(self.status)}, expected one of {get_args(Status)}"
+            )
         curve = tuple((step, _rows(scores)) for step, scores in self.curve)
         object.__setattr__(self, "curve", curve)
         if self.scores is None:
@@ -45,10 +70,38 @@ class Score:
         object.__setattr__(self, "score", sum(map(sum, rows)) / (len(rows) * len(rows[0])))
 
 
+def check_together(
+    layers: Sequence[Score], ends: Sequence[Score | None], settings: Mapping[str, Any]
+) -> None:
+    """Refuse runs and settings that no report can be of.
+
+    Args:
+        layers: A run for each layer.
+        ends: The base and the full run.
+        settings: Of the runs.
+
+    Raises:
+        ReportError: If runs were scored on different numbers of prompts, or a setting that a
+            report reads is no such setting.
+    """
+    runs = [run for run in (*layers, *ends) if run is not None]
+    sizes = {len(row) for run in runs for row in run.scores or ()}
+    if len(sizes) > 1:
+        raise ReportError(
+            f"the runs have scores of {sorted(sizes)} prompts, expected the same prompts for all"
+        )
+    # What was made in memory has tuples where JSON has lists.
+    known = {n: [*v] if isinstance(v, tuple | range) else v for n, v in settings.items()}
+    for name, kind in _READ.items():
+        if name in known:
+            with refused_as(ReportError, "settings of a report"):
+                fitted(kind, known[name], name)
+
+
 def _rows(scores: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
     rows = tuple(tuple(map(float, row)) for row in scores)
     sizes = {len(row) for row in rows}
-    if len(sizes) != 1 or 0 in sizes or not all(math.isfinite(v) for row in rows for v in row):
+    if len(sizes) != 1 or 0 in sizes or not all(abs(v) < _LARGEST for row in rows for v in row):
         raise ReportError(
             f"scores of {sorted(sizes)} prompts: expected, for every seed, one finite number "
             "for each of the same prompts"

@@ -14,7 +14,7 @@ from layerrl.errors import ReportError
 from layerrl.statistics import Interval, interval_of, spearman
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -61,10 +61,10 @@ class Ranking:
         ).item()
         if not few.draws and not many.draws:
             return correlation, None
-        few_DK = torch.stack([few._draws_of(k) for k in shared], dim=-1)
+        few_DK = _stacked([few._draws_of(k) for k in shared])
         nothing = torch.zeros((), device="cpu")
-        many_DK = torch.stack(
-            [sum((w * many._draws_of(n) for n, w in aligned[k]), nothing) for k in shared], dim=-1
+        many_DK = _stacked(
+            [sum((w * many._draws_of(n) for n, w in aligned[k]), nothing) for k in shared]
         )
         few_DK, many_DK = torch.broadcast_tensors(few_DK, many_DK)
         draws_D = spearman(few_DK, many_DK)
@@ -84,3 +84,8 @@ class Ranking:
         above = position - below
         mix = [(below, 1 - above), (min(below + 1, self.num_layers - 1), above)]
         return [(layer, weight) for layer, weight in mix if weight > 0]
+
+
+def _stacked(draws: Sequence[Tensor]) -> Tensor:
+    """Draws of layers side by side, shape (D, K); of one that has only a mean, always that."""
+    return torch.stack(torch.broadcast_tensors(*draws), dim=-1)

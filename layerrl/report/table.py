@@ -72,9 +72,10 @@ def remarks(report: ContributionReport, runs: Mapping[str, Score], missing: str)
         seeds = "One seed a run" if report.method == "train" else "One seed"
         found.append(f"{seeds}: the intervals say nothing about another seed.")
     rates = [
-        args.get("learning_rate")
+        rate
         for name in ("args", "full_args")
         if isinstance(args := report.settings.get(name), dict)
+        and isinstance(rate := args.get("learning_rate"), int | float)
     ]
     if len({*rates}) > 1:
         found.append(f"Learning rate {rates[0]:g} for a layer, {rates[1]:g} for all of it.")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from layerrl.checks import whole_number
 from layerrl.errors import SelectionError
+from layerrl.schema import fitted
 from layerrl.selection.parsing import are_globs, integer
 from layerrl.selection.rates import check_boosts, is_scale
 from layerrl.selection.rows import with_named_rows
 from layerrl.selection.towers import STACKS
+from layerrl.stored import version_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +48,8 @@ def checked(selection: LayerSelection) -> tuple[tuple[str, ...], tuple[float, ..
     if selection.stack not in [*STACKS]:
         raise SelectionError(f'stack is "text" or "vision", got {selection.stack!r}')
     also = with_named_rows(selection.also)
-    last = integer(selection.num_layers) - 1
+    if (last := integer(selection.num_layers) - 1) < 0:
+        raise SelectionError(f"num_layers is {selection.num_layers}, expected 1 or more")
     given = [integer(layer) for layer in selection.layers]
     if not given and selection.also:
         if selection.modules is not None:
@@ -83,38 +85,21 @@ def as_json(values: Mapping[str, Any]) -> str:
     return json.dumps(used | version)
 
 
-def fields_in(text: str, names: set[str]) -> dict[str, Any]:
-    """The fields that `as_json` wrote.
+def selection_in(kind: type[LayerSelection], data: Any) -> LayerSelection:
+    """The selection that `as_json` wrote.
 
     Args:
-        text: The JSON.
-        names: All fields of a selection.
+        kind: The class.
+        data: What the JSON holds.
 
     Returns:
-        Name to value, lists as tuples.
+        The selection.
 
     Raises:
-        SelectionError: If the text is not JSON, of a newer version, or has other fields.
+        SelectionError: If it is of a newer version, or says something impossible.
+        Misfit: If it has other fields, or of other types.
     """
-    try:
-        data = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SelectionError(f"not the JSON of a LayerSelection: {error}") from error
-    version = data.pop("format_version", 1) if isinstance(data, dict) else 1
-    if whole_number(version) is None or not 1 <= version <= _VERSION:
-        raise SelectionError(
-            f"the JSON of a LayerSelection has format version {version!r}; this layerrl reads "
-            f"1 to {_VERSION}. A newer one may have written it."
-        )
-    if not isinstance(data, dict) or not {*_OF_VERSION_1} <= {*data} <= names:
-        raise SelectionError(
-            f"not the JSON of a LayerSelection: expected the fields {sorted(_OF_VERSION_1)}, "
-            f"perhaps {sorted(names - {*_OF_VERSION_1})}, got "
-            f"{sorted(data) if isinstance(data, dict) else data!r}"
-        )
-    return {
-        name: tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        if isinstance(value, list)
-        else value
-        for name, value in data.items()
-    }
+    of = "the JSON of a LayerSelection"
+    version_of(data, "format_version", _VERSION, SelectionError, of, default=1)
+    values = {name: value for name, value in data.items() if name != "format_version"}
+    return fitted(kind, values, required=_OF_VERSION_1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, skipped_by_default
 from layerrl.selection.exports import config_for
-from layerrl.selection.fields import as_json, checked, fields_in
+from layerrl.selection.fields import as_json, checked, selection_in
 from layerrl.selection.masked import Masked
 from layerrl.selection.parsing import ranges
 from layerrl.selection.parts import ABOVE
@@ -26,6 +26,7 @@ from layerrl.selection.rates import Boost, shown
 from layerrl.selection.rows import NEW_TOKENS, names_rows, rows_of
 from layerrl.selection.tensors import trained_tensors
 from layerrl.selection.towers import STACKS, blocks_of
+from layerrl.stored import parsed, refused_as
 from layerrl.tables import as_html
 
 if TYPE_CHECKING:
@@ -305,11 +306,11 @@ class LayerSelection:
         return as_json(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> LayerSelection:
+    def from_json(cls, text: str | bytes) -> LayerSelection:
         """The selection that `to_json` wrote.
 
         Args:
-            text: What `to_json` returned.
+            text: What `to_json` returned, or that in UTF-8.
 
         Returns:
             A selection equal to the one that was written.
@@ -317,7 +318,8 @@ class LayerSelection:
         Raises:
             SelectionError: If the text is not JSON, has other fields, or says something impossible.
         """
-        return cls(**fields_in(text, {field.name for field in fields(cls)}))
+        with refused_as(SelectionError, "not the JSON of a LayerSelection"):
+            return selection_in(cls, parsed(text))
 
     def check_num_layers(self, num_layers: int, of: str) -> None:
         """Refuse a model with another number of layers.

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
-from layerrl.checks import whole_number
+from layerrl.checks import shown, whole_number
 from layerrl.errors import SelectionError
 from layerrl.selection.towers import STACKS
 
@@ -56,7 +56,7 @@ def resolve(
 def _resolve_word(word: str, num_layers: int, described: str) -> range:
     if word in ("all", "full"):
         return range(num_layers)
-    if match := re.fullmatch(r"(middle|first|last)(?::(-?\d+))?", word):
+    if match := re.fullmatch(r"(middle|first|last)(?::(-?\d{1,18}))?", word):
         kind, count = match[1], match[2]
         if count is not None or kind == "middle":
             k = int(count or 1)
@@ -66,7 +66,7 @@ def _resolve_word(word: str, num_layers: int, described: str) -> range:
                 )
             start = {"first": 0, "last": num_layers - k, "middle": (num_layers - k) // 2}[kind]
             return range(start, start + k)
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%:(\d+(?:\.\d+)?)%", word):
+    if match := re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)%:(\d{1,18}(?:\.\d{1,18})?)%", word):
         low, high = (Fraction(percent) / 100 for percent in match.groups())
         chosen = range(math.ceil(low * num_layers), math.ceil(high * num_layers))
         if not 0 <= low < high <= 1:
@@ -82,7 +82,8 @@ def _resolve_word(word: str, num_layers: int, described: str) -> range:
             "trainer's selection, or take contribution_probe(...).top(1)"
         )
     raise SelectionError(
-        f"{word!r} does not name layers. Expected integers, a range or slice, or one of {_WORDS}."
+        f"{shown(word)} does not name layers. Expected integers, a range or slice, or one of "
+        f"{_WORDS}."
     )
 
 
@@ -108,7 +109,7 @@ def integer(layer: object) -> int:
         return number
     plain = _plain(layer)
     raise SelectionError(
-        f"{plain!r} is no layer: expected an integer, got {type(plain).__name__}. "
+        f"{shown(plain)} is no layer: expected an integer, got {type(plain).__name__}. "
         f"Otherwise use a range or slice, or one of {_WORDS}."
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from layerrl.blocks import embedding_of, head_of, plain_name, unwrap
+from layerrl.checks import shown
 from layerrl.errors import SelectionError
 from layerrl.selection.parsing import ranges
 from layerrl.shards import shape
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
 NEW_TOKENS = "new_tokens"
-_ROWS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_ROWS = re.compile(r"\d{1,18}(-\d{1,18})?(,\d{1,18}(-\d{1,18})?)*", re.ASCII)
+_MOST_ROWS = 1 << 24
+"""More than any vocabulary has: a typing error is found before so many numbers are listed."""
 
 
 def names_rows(part: str) -> bool:
@@ -43,19 +47,22 @@ def rows_of(part: str) -> tuple[int, ...]:
     text = part.partition(":")[2].replace(" ", "")
     if part == NEW_TOKENS:
         return ()
-    rows: list[int] = []
-    for run in text.split(",") if _ROWS.fullmatch(text) else ():
-        first, _, last = run.partition("-")
-        rows += range(int(first), int(last or first) + 1) or [-1]
-    if not rows or min(rows) < 0:
+    pairs = [run.partition("-") for run in text.split(",") if _ROWS.fullmatch(text)]
+    runs = [range(int(first), int(last or first) + 1) for first, _, last in pairs]
+    if not runs or not all(runs):
         raise SelectionError(
-            f"also={part!r} does not name rows of the embedding: expected ids and ranges of ids, "
-            f'as "{NEW_TOKENS}:49152-49153,49160", or "{NEW_TOKENS}" for those that were added'
+            f"also={shown(part)} does not name rows of the embedding: expected ids and ranges of "
+            f'ids, as "{NEW_TOKENS}:49152-49153,49160", or "{NEW_TOKENS}" for those that were added'
         )
-    if len({*rows}) < len(rows):
-        twice = sorted({row for row in rows if rows.count(row) > 1})
-        raise SelectionError(f"also={part!r} names rows {twice[:5]} twice. Give each once.")
-    return tuple(sorted(rows))
+    if (number := sum(map(len, runs))) > _MOST_ROWS:
+        raise SelectionError(
+            f"also={shown(part)} names {number} rows of the embedding, expected at most "
+            f"{_MOST_ROWS}"
+        )
+    rows = sorted(chain.from_iterable(runs))
+    if twice := sorted({row for row, after in pairwise(rows) if row == after}):
+        raise SelectionError(f"also={shown(part)} names rows {twice[:5]} twice. Give each once.")
+    return tuple(rows)
 
 
 def part_of(rows: Iterable[int]) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tqdm.auto import tqdm
 
+from layerrl.errors import JournalError
 from layerrl.journal import Journal, write_beside
 from layerrl.report import ContributionReport, Cost, Score
+from layerrl.report.entries import Scores
+from layerrl.schema import Amount, Count, Rule
 from layerrl.sweep.executors import executor
 from layerrl.sweep.halving import below_the_cut, rungs
 from layerrl.sweep.harness import Run
@@ -20,7 +25,30 @@ if TYPE_CHECKING:
 
     from layerrl.sweep.harness import Harness
 
+_NAMES = re.compile("base|full|0|[1-9][0-9]*")
 _BAR = "{l_bar}{bar}| {n:.2f}/{total:.0f} runs, {elapsed} so far, {remaining} left{postfix}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A finished run, or one that stopped on its way, as the journal has it."""
+
+    name: Annotated[str, Rule('"base", "full" or a layer', _NAMES.fullmatch)]
+    """As that of a `Run`."""
+    seed: int | None
+    """The same."""
+    stop: Count | None
+    """The same."""
+    scores: Scores
+    """Of each evaluation prompt."""
+    curve: tuple[tuple[Count, Scores], ...]
+    """The same on the way, by step."""
+    steps: Count
+    """Optimizer steps that it took."""
+    seconds: Amount
+    """Time that it took."""
+    harness_seconds: float = 0.0
+    """Of these, what went neither into training nor evaluation."""
 
 
 class Sweep:
@@ -66,7 +94,8 @@ class Sweep:
         Returns:
             The report.
         """
-        with Journal(self._folder, self._settings) as journal, ExitStack() as stack:
+        with Journal(self._folder, self._settings, Entry) as journal, ExitStack() as stack:
+            self._check_prompts(journal)
             measure_all = None
             bar = self._bar(journal.entries)
             stack.callback(bar.close)
@@ -85,7 +114,15 @@ class Sweep:
                         self._update(bar, run, journal.entries)
             return self._update(bar, None, journal.entries)
 
-    def report(self, entries: Sequence[dict[str, Any]]) -> ContributionReport:
+    def _check_prompts(self, journal: Journal) -> None:
+        rows = [row for e in journal.entries for row in (e.scores, *(row for _, row in e.curve))]
+        if len(sizes := {len(row) for row in rows}) > 1:
+            raise JournalError(
+                f"{journal.path} has scores of {sorted(sizes)} prompts, expected the same prompts "
+                "for every run: it was edited or damaged. Delete the wrong lines to run them again."
+            )
+
+    def report(self, entries: Sequence[Entry]) -> ContributionReport:
         """The report of what a journal holds.
 
         Args:
@@ -96,10 +133,10 @@ class Sweep:
         """
         records = _Records(entries)
         _, dropped = self._standing(records)
-        known = {entry["seed"] for entry in entries} - {None}
+        known = {entry.seed for entry in entries if entry.seed is not None}
         seeds = (*self._seeds, *sorted(known - {*self._seeds}))
         full = records.score("full", seeds)
-        seconds = math.fsum(entry["seconds"] for entry in entries)
+        seconds = math.fsum(entry.seconds for entry in entries)
         of_one = full.seconds / len(full.scores) if full.scores else 0.0
         return ContributionReport(
             method="train",
@@ -156,30 +193,30 @@ class Sweep:
                     alive.remove(layer)
         return alive, dropped
 
-    def _bar(self, entries: Sequence[dict[str, Any]]) -> tqdm:
+    def _bar(self, entries: Sequence[Entry]) -> tqdm:
         done, total = self._progress(entries)
         return tqdm(
             desc="contribution", total=total, initial=done, bar_format=_BAR, disable=done >= total
         )
 
-    def _progress(self, entries: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    def _progress(self, entries: Sequence[Entry]) -> tuple[float, float]:
         """Whole runs done, and how many there will be if nothing more is dropped."""
         alive, dropped = self._standing(_Records(entries))
-        come = {(n, s): 0.0 for n in ("full", *map(str, (*alive, *dropped))) for s in self._seeds}
+        come: dict[tuple[str, int | None], float] = {
+            (n, s): 0.0 for n in ("full", *map(str, (*alive, *dropped))) for s in self._seeds
+        }
         for entry in entries:
-            if (run := (entry["name"], entry["seed"])) in come:
-                share = 1 if entry["stop"] is None else entry["stop"] / self._steps
+            if (run := (entry.name, entry.seed)) in come:
+                share = 1 if entry.stop is None else entry.stop / self._steps
                 come[run] = max(come[run], share)
         gone = sum(share for (name, _), share in come.items() if name in map(str, dropped))
         return sum(come.values()), len(self._seeds) * (1 + len(alive)) + gone
 
-    def _update(
-        self, bar: tqdm, run: Run | None, entries: Sequence[dict[str, Any]]
-    ) -> ContributionReport:
+    def _update(self, bar: tqdm, run: Run | None, entries: Sequence[Entry]) -> ContributionReport:
         report = self.report(entries)
         write_beside(self._folder / "report.json", report.to_json())
         if run is not None:
-            mean = math.fsum(entries[-1]["scores"]) / len(entries[-1]["scores"])
+            mean = math.fsum(entries[-1].scores) / len(entries[-1].scores)
             shown = run.name if run.name in ("base", "full") else f"layer {run.name}"
             bar.set_postfix_str(f"{shown}: {mean:.3f}", refresh=False)
             done, bar.total = self._progress(entries)
@@ -190,21 +227,23 @@ class Sweep:
 class _Records:
     """A journal's entries, by run."""
 
-    def __init__(self, entries: Sequence[dict[str, Any]]) -> None:
-        self._entries: dict[Run, dict[str, Any]] = {}
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._entries: dict[Run, Entry] = {}
         for entry in entries:
-            self._entries[Run(entry["name"], entry["seed"], entry["stop"])] = entry
+            self._entries[Run(entry.name, entry.seed, entry.stop)] = entry
 
-    def at(self, run: Run) -> list[float] | None:
+    def at(self, run: Run) -> tuple[float, ...] | None:
         """The prompts' scores when a run was where this one stops; None where nobody knows."""
         if run in self._entries:
-            return self._entries[run]["scores"]
-        along = {step: scores for e in self._of(run) for step, scores in e["curve"]}
+            return self._entries[run].scores
+        along: dict[int | None, tuple[float, ...]] = {
+            step: scores for e in self._of(run) for step, scores in e.curve
+        }
         return along.get(run.stop)
 
     def all_at(
         self, name: str, seeds: Sequence[int | None], stop: int | None
-    ) -> list[list[float]] | None:
+    ) -> list[tuple[float, ...]] | None:
         """The same of several seeds, shape (S, P)."""
         found = [self.at(Run(name, seed, stop)) for seed in seeds]
         known = [scores for scores in found if scores is not None]
@@ -212,7 +251,7 @@ class _Records:
 
     def brought_to(self, run: Run) -> int:
         """The step at which a run stopped last, 0 if it never ran."""
-        return max((e["stop"] for e in self._of(run) if e["stop"] is not None), default=0)
+        return max((e.stop for e in self._of(run) if e.stop is not None), default=0)
 
     def score(self, name: str, seeds: Sequence[int | None]) -> Score:
         """What a layer, base or full scored at the end, with the seeds that are done."""
@@ -226,23 +265,22 @@ class _Records:
         """A layer that was not trained to the end."""
         return Score(status="dropped", note=why, **self._spent(name, seeds))
 
-    def _of(self, run: Run) -> list[dict[str, Any]]:
+    def _of(self, run: Run) -> list[Entry]:
         return [e for key, e in self._entries.items() if key[:2] == run[:2]]
 
     def _spent(self, name: str, seeds: Sequence[int | None]) -> dict[str, Any]:
         started = [seed for seed in seeds if self._of(Run(name, seed))]
         entries = [e for seed in started for e in self._of(Run(name, seed))]
-        on_the_way = {e["stop"] for e in entries} | {
-            step for e in entries for step, _ in e["curve"]
-        }
+        stops = {e.stop for e in entries if e.stop is not None}
+        on_the_way = stops | {step for e in entries for step, _ in e.curve}
         curve = [
             (step, tuple(map(tuple, scores)))
-            for step in sorted(on_the_way - {None})
+            for step in sorted(on_the_way)
             if (scores := self.all_at(name, started, step)) is not None
         ]
         return {
-            "seconds": sum(e["seconds"] for e in entries),
-            "steps": sum(e["steps"] for e in entries),
+            "seconds": sum(e.seconds for e in entries),
+            "steps": sum(e.steps for e in entries),
             "curve": tuple(curve),
         }
 

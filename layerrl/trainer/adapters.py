@@ -7,14 +7,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from layerrl.adapters import adapted_modules, adapter_tensors, described_adapters
 from layerrl.blocks import is_peft, meta_model
-from layerrl.delta.checkpoint import json_object
 from layerrl.errors import SelectionError, TrainerError
+from layerrl.schema import fitted
 from layerrl.selection import LayerSelection
+from layerrl.stored import bytes_of, decoded, refused_as, tensors_in
 from layerrl.trainer.whole_models import CheckpointError
 
 if TYPE_CHECKING:
@@ -103,15 +103,12 @@ def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None
     import peft
 
     file, known = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    try:
-        with safe_open(file, framework="pt") as stored:
+    said = f"{folder} holds no readable adapters, and here adapters train"
+    do = "Resume it as the run that wrote it was made, or start a new run from its weights"
+    with refused_as(CheckpointError, f"{said}. {do}"):
+        with tensors_in(file) as stored:
             found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-        then = json.loads(known.read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} holds no readable adapters, and here adapters train ({error}). Resume it "
-            "as the run that wrote it was made, or start a new run from its weights."
-        ) from error
+        then = fitted(dict[str, Any], decoded(bytes_of(known)))
     [active] = {name for m in adapted_modules(model).values() for name in m.active_adapters}
     own = peft.get_peft_model_state_dict(model, adapter_name=active)  # pyright: ignore[reportArgumentType]
     expected = {name: tuple(value.shape) for name, value in own.items()}
@@ -125,8 +122,11 @@ def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None
             "wrote it."
         )
     base = folder / ADAPTED  # a checkpoint of plain TRL has none
-    noted = json_object(base).get("frozen") if base.exists() else None
-    if None not in (noted, digest) and noted != digest:
+    noted = ""
+    if base.exists():
+        with refused_as(CheckpointError, f"{base} is damaged"):
+            noted = fitted(dict[str, str], decoded(bytes_of(base))).get("frozen", "")
+    if noted and digest and noted != digest:
         raise CheckpointError(
             f"the adapters in {folder} were trained on another base: the frozen tensors of this "
             "run have other bits. Nothing was loaded. Resume with the model, revision and dtype "

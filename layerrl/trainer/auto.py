@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerrl.blocks import unwrap
-from layerrl.errors import ProbeError, SelectionError
+from layerrl.errors import ProbeError, ReportError, SelectionError
 from layerrl.randomness import random_state, set_random_state
 from layerrl.report import ContributionReport
 from layerrl.scores.evaluation import random_state_kept
 from layerrl.scores.gradient import check_trainer, gradient_report
 from layerrl.scores.rollouts import Rollouts
+from layerrl.stored import bytes_of, refused_as
 from layerrl.trainer.schedule import LayerSchedule
 
 if TYPE_CHECKING:
@@ -211,13 +212,16 @@ class AutoSelection:
             (folder / REPORT).write_text(self.report.to_json() + "\n", encoding="utf-8")
 
     def _read(self, folder: Path) -> ContributionReport:
+        said = (
+            f"the checkpoint {folder} has no readable {REPORT}, as that of a run without "
+            'selection="auto". Pass the selection that it was trained with'
+        )
+        with refused_as(ProbeError, said):
+            text = bytes_of(folder / REPORT)
         try:
-            return ContributionReport.from_json((folder / REPORT).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ProbeError(
-                f'the checkpoint {folder} has no {REPORT}: it is of a run without selection="auto"'
-                f" ({error}). Pass the selection that it was trained with."
-            ) from error
+            return ContributionReport.from_json(text)
+        except ReportError as error:
+            raise ReportError(f"{folder / REPORT}: {error}") from error
 
     def _probed(self, trainer: Any) -> ContributionReport:
         started, args = time.perf_counter(), trainer.args

@@ -13,11 +13,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from layerrl.delta.card import CARD, write_card
+from layerrl.delta.description import read
 from layerrl.delta.hub import hub_errors
 from layerrl.errors import SelectionError
 from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
+from layerrl.schema import Misfit
 from layerrl.shards import shape, whole
+from layerrl.stored import bytes_of, decoded
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
@@ -234,7 +237,7 @@ class Checkpoints:
             return
         if folder == top:
             self._beside = beside = beside or self._beside
-        meta = json.loads((folder / _DELTA[-1]).read_text(encoding="utf-8"))
+        _, _, meta = read(folder / _DELTA[-1])
         hub_id = getattr(trainer, "hub_model_id", None) if folder == top else None
         write_card(folder, meta, beside=beside or "nothing", hub_id=hub_id, run=summary_of(trainer))
 
@@ -256,6 +259,6 @@ class Checkpoints:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has what transformers writes last."""
     try:
-        return bool(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return bool(decoded(bytes_of(folder / TRAINER_STATE_NAME)))
+    except (OSError, Misfit):
         return False

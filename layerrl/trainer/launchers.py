@@ -13,6 +13,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 
 from layerrl.errors import DeltaError, FrozenTensorError, LauncherError
 from layerrl.shards import sharded_state, whole_state
+from layerrl.stored import bytes_of, refused_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -244,7 +245,9 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
             f"{' (load_delta)' if has_delta else ''}."
         )
     if by_deepspeed:
-        states = folder / (folder / _DEEPSPEED).read_text(encoding="utf-8").strip()
+        with refused_as(DeltaError, f"{folder / _DEEPSPEED} is damaged"):
+            name = bytes_of(folder / _DEEPSPEED).decode(errors="replace").strip()
+        states = folder / name.replace("\0", "")
         by_zero3 = any(states.glob(_ZERO3_MODEL))
         if by_zero3 != uses_zero3(accelerator):
             wrote, runs = ("with", "without") if by_zero3 else ("without", "with")

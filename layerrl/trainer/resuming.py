@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
 from layerrl.delta import put_tensors, tensors_of_run
+from layerrl.delta.description import Fingerprint
 from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints
+from layerrl.schema import Count, Misfit, fitted
 from layerrl.shards import shape
+from layerrl.stored import bytes_of, decoded, parsed, refuse_unusual, refused_as, tensors_in
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import check_checkpoint
 from layerrl.trainer.arguments import with_argument
@@ -156,10 +157,9 @@ class CheckpointReader:
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""
         try:
-            state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-                raise ValueError(f"expected the trainer's state, got {state!r:.80}")
-        except (OSError, ValueError, RecursionError) as error:
+            state = fitted(dict[str, Any], decoded(bytes_of(folder / TRAINER_STATE_NAME)))
+            fitted(Count, state.get("global_step"), "global_step")
+        except (OSError, Misfit) as error:
             raise DeltaError(
                 f"{folder} is no checkpoint to resume from: its {TRAINER_STATE_NAME} is missing or "
                 f"damaged ({error}). It was not written to its end, or is "
@@ -213,16 +213,15 @@ def _reference_in(
     if reference is None:
         return {}
     file = folder / REFERENCE
-    try:
-        with safe_open(file, framework="pt") as stored:
-            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            known = json.loads((stored.metadata() or {}).get(FINGERPRINTS, "null"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DeltaError(
-            f"the checkpoint {folder} holds no readable reference, which beta={beta} needs "
-            f"({error}). Was it written with beta=0, a ref_model or precomputed "
-            "log-probabilities?"
-        ) from error
+    said = (
+        f"the checkpoint {folder} holds no readable reference, which beta={beta} needs. Was it "
+        "written with beta=0, a ref_model or precomputed log-probabilities?"
+    )
+    with refused_as(DeltaError, said), tensors_in(file) as stored:
+        found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        text = (stored.metadata() or {}).get(FINGERPRINTS, "null")
+    with refused_as(DeltaError, f"{file} is damaged: the text of its fingerprints"):
+        known = fitted(dict[str, Fingerprint] | None, parsed(text))
     expected = {
         name: (str(value.dtype), tuple(shape(reference.trained[name])))
         for name, value in reference.tensors.items()
@@ -240,8 +239,6 @@ def _reference_in(
             f"{file} was written without fingerprints: only the names, shapes and dtypes in it "
             "could be checked",
         )
-    elif not isinstance(known, dict):
-        raise DeltaError(f"{file} is damaged: its fingerprints are {known!r:.80}")
     elif wrong := sorted(n for n, value in fingerprints(found).items() if known.get(n) != value):
         raise DeltaError(
             f"{file} is damaged: the fingerprint of {wrong[0]!r} is another than was written "
@@ -255,6 +252,7 @@ def _state(file: Path) -> Any:
     if not file.exists():
         return None
     try:
+        refuse_unusual(file)
         with safe_globals():
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, LookupError, RuntimeError, ValueError, UnpicklingError) as error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack, contextmanager
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -20,6 +19,8 @@ from layerrl.blocks import plain_name, unwrap
 from layerrl.delta import checkpoint_form
 from layerrl.errors import DeltaError, FrozenTensorError
 from layerrl.frozen import fingerprints, frozen_rows, frozen_tensors
+from layerrl.schema import fitted
+from layerrl.stored import bytes_of, decoded, refuse_unusual, refused_as, tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,11 +138,15 @@ def _stored(folder: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
             if (folder / single).is_file():
                 return _tensors(folder / single, files)
             if (folder / index).is_file():
-                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+                with refused_as(DeltaError, f"{folder / index} is damaged"):
+                    data = fitted(dict[str, Any], decoded(bytes_of(folder / index)))
+                    weight_map = fitted(dict[str, str], data.get("weight_map"), "weight_map")
                 found: dict[str, Callable[[], Tensor]] = {}
                 for shard in sorted({*weight_map.values()}):
                     found |= _tensors(folder / shard, files)
                 return found
+    except DeltaError:
+        raise
     except (
         *(AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError),
         UnpicklingError,
@@ -156,11 +161,12 @@ def _stored(folder: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
 
 
 def _tensors(file: Path, files: ExitStack) -> dict[str, Callable[[], Tensor]]:
+    refuse_unusual(file)
     if file.suffix == ".bin":
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         for name, value in values.items():
             if not isinstance(value, torch.Tensor):
                 raise ValueError(f"{name!r} in {file.name} is {value!r:.80}, expected a tensor")
         return {name: lambda value=value: value for name, value in values.items()}
-    opened: Any = files.enter_context(safe_open(file, framework="pt"))
+    opened: Any = files.enter_context(tensors_in(file))
     return {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -901,3 +901,19 @@ def test_merge_of_a_base_with_a_single_file_and_an_index_follows_transformers(tm
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
     merged = reload(tmp_path / "out", model)
     assert_close(dict(merged.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_weights_that_are_no_numbers_are_warned_of_at_every_door(tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "base")
+    selection = select_layers(model, 1)
+    base = DeltaBase.of(model, selection)
+    with torch.no_grad():
+        selection.parameters(model)[WEIGHT][0, 0] = float("nan")
+    said = rf"has NaN or infinite values in layer 1 .*: 1 of 512 elements of '{WEIGHT}'"
+    with pytest.warns(UserWarning, match=f"the model to save {said}"):
+        save_delta(model, tmp_path / "delta", selection=selection, base=base)
+    with pytest.warns(UserWarning, match=f"the delta at .*delta {said}"):
+        load_delta(tiny("llama"), tmp_path / "delta")
+    with pytest.warns(UserWarning, match=f"the delta at .*delta {said}"):
+        merge_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "out")

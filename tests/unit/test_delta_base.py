@@ -89,6 +89,11 @@ def rewrite(delta: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     meta = json.loads((delta / "delta.json").read_text())
     del meta["sha256"]
     edit(meta)
+    with suppress(KeyError, TypeError, AttributeError):  # an edit may leave nothing to sum
+        tensors, frozen = meta["tensors"], meta["base"]["frozen"]
+        marks = {n: v["base_fingerprint"] for n, v in tensors.items()}
+        marks |= {n: v["fingerprint"] for n, v in frozen.items()}
+        meta["result"] = json_digest(marks | {n: v["fingerprint"] for n, v in tensors.items()})
     meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     (delta / "delta.json").write_text(json.dumps(meta))
 
@@ -606,7 +611,7 @@ class TestFiles:
     )
     def test_of_no_tokenizer_are_refused(self, with_files, tmp_path, name):
         rewrite(tmp_path / "delta", lambda meta: meta["files"].update({name: "0" * 64}))
-        with refused("is no file of a tokenizer"):
+        with refused("files has a key that is ", "expected a "):
             merge_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
 
     def test_of_a_tokenizer_that_does_not_fit(self, tmp_path):
@@ -928,7 +933,7 @@ class TestCrafted:
     def test_what_is_no_size_is_refused_as_one(self, delta, wrong):
         rewrite(delta, lambda meta: meta["base"]["frozen"][HEAD].update(shape=[64, wrong]))
         model = tiny("llama")
-        with refused("shape of", HEAD, repr(wrong), model=model):
+        with refused("shape[1]", HEAD, repr(wrong), model=model):
             load_delta(model, delta)
 
 

@@ -245,9 +245,9 @@ class TestJson:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"version": 99}, "version 99; this layerrl reads up to 1: update"),
-            ({"version": None}, "expected the fields"),
-            ({"other": 1}, "expected the fields"),
+            ({"version": 99}, "version 99; this layerrl reads up to 1. Upgrade"),
+            ({"version": None}, "version is None, expected a whole number"),
+            ({"other": 1}, r"has the fields .*'other'.*, expected \['base'"),
             ({"layers": [{"other": 1}]}, "not the JSON of a ContributionReport"),
         ],
     )

@@ -773,11 +773,11 @@ VALID = {
     [
         ("", "not the JSON of a LayerSelection"),
         ("{", "not the JSON of a LayerSelection"),
-        ("3", "got 3"),
-        ("null", "got None"),
-        ('"layers"', "got 'layers'"),
-        ("[1, 2]", "got [1, 2]"),
-        ("{}", "expected the fields ['full', 'layers', "),
+        ("3", "is 3"),
+        ("null", "is None"),
+        ('"layers"', "is 'layers'"),
+        ("[1, 2]", "is [1, 2]"),
+        ("{}", "has the fields [], expected ['full', 'layers', "),
     ],
 )
 def test_text_that_is_no_selection_is_refused(text, message):
@@ -792,18 +792,21 @@ def test_text_that_is_no_selection_is_refused(text, message):
         ({"layers": [2, 1]}, "layers=(2, 1)"),
         ({"layers": []}, "layers=()"),
         ({"layers": [1, 4]}, "layers=(1, 4)"),
-        ({"layers": [1, "2"]}, "'2' is no layer"),
-        ({"layers": "12"}, "layers of a selection is a tuple, got '12'"),
-        ({"layers": None}, "layers of a selection is a tuple, got None"),
-        ({"layers": 1}, "layers of a selection is a tuple, got 1"),
-        ({"num_layers": "4"}, "'4' is no layer"),
+        ({"layers": [1, "2"]}, "layers[1] is '2'"),
+        ({"layers": "12"}, "layers is '12', expected a list"),
+        ({"layers": None}, "layers is None"),
+        ({"layers": 1}, "layers is 1"),
+        ({"num_layers": "4"}, "num_layers is '4'"),
         ({"learning_rate_scale": [1.0]}, "got (1.0,)"),
         ({"learning_rate_scale": [1.0, -2.0]}, "got (1.0, -2.0)"),
-        ({"learning_rate_scale": [1.0, math.nan]}, "got (1.0, nan)"),
-        ({"learning_rate_scale": [1.0, "2"]}, "got (1.0, '2')"),
-        ({"learning_rate_scale": [1.0, 10**400]}, "10000"),
-        ({"learning_rate_scale": 2.0}, "got 2.0"),
-        ({"modules": "mlp"}, "modules is None or a tuple of globs, got 'mlp'"),
+        ({"learning_rate_scale": [1.0, math.nan]}, "learning_rate_scale[1] is nan"),
+        (
+            {"learning_rate_scale": [1.0, "2"]},
+            "learning_rate_scale[1] is '2', expected a finite number",
+        ),
+        ({"learning_rate_scale": [1.0, 10**400]}, "a number of 401 digits"),
+        ({"learning_rate_scale": 2.0}, "learning_rate_scale is 2.0"),
+        ({"modules": "mlp"}, "modules is 'mlp', expected a list"),
         ({"modules": ""}, "modules"),
         ({"modules": [5]}, "5"),
         ({"modules": []}, "modules"),
@@ -831,7 +834,7 @@ def test_json_of_impossible_boosts_is_refused_by_value(boosts):
         (None, "mlp", 2.0),
         (1, "mlp", 3),
     )
-    with pytest.raises(SelectionError, match=r"boosts of a selection are tuples .* got "):
+    with pytest.raises(SelectionError, match=r"boosts.* expected|boosts of a selection are tuples"):
         LayerSelection.from_json(json.dumps(possible | {"boosts": boosts}))
 
 

@@ -1,0 +1,216 @@
+"""Files that others may have written: JSON within limits, safetensors, and what refuses them."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from layerrl.checks import shown
+from layerrl.schema import Misfit, fitted, is_not
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from layerrl.errors import LayerRLError
+
+MOST_BYTES = 1 << 29
+"""Of a file that is read whole."""
+_DEEPEST = 60
+_MOST_DIGITS = 40
+
+
+@contextmanager
+def refused_as(error: type[LayerRLError], said: object) -> Iterator[None]:
+    """Inside, what is wrong with a file is an error of layerrl.
+
+    Args:
+        error: Its class.
+        said: What its text begins with.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, Misfit) as cause:
+        text = cause.strerror if isinstance(cause, OSError) and cause.strerror else cause
+        raise error(f"{said}: {text}") from cause
+
+
+def bytes_of(file: Path) -> bytes:
+    """All of a file that is none of a device, a pipe or a folder.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        OSError: If it cannot be read.
+        Misfit: If it is no file, or too large.
+    """
+    refuse_unusual(file, most=MOST_BYTES)
+    return file.read_bytes()
+
+
+def refuse_unusual(file: Path, *, most: float = math.inf) -> None:
+    """Refuse what opening might wait for, or what is too large.
+
+    Args:
+        file: The file; it may be missing.
+        most: Bytes that it may have.
+
+    Raises:
+        Misfit: If it is no file, or has more.
+    """
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return
+    except ValueError as error:  # a NUL in its name
+        raise Misfit(f": {error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise Misfit(" is no regular file")
+    if found.st_size > most:
+        raise Misfit(f" has {found.st_size} bytes, expected at most {most}")
+
+
+def parsed(text: str | bytes) -> Any:
+    """The value of a JSON text that layerrl wrote.
+
+    Args:
+        text: UTF-8.
+
+    Returns:
+        Its value, free of what no other part has to expect: nesting without end, two values of one
+        name, numbers of hundreds of digits, and text that has no UTF-8. NaN and infinity, which a
+        model's config may hold, are left to the types.
+
+    Raises:
+        Misfit: If it is no such text.
+    """
+    value = decoded(text, object_pairs_hook=_object, parse_int=_integer)
+    level = [each for each in [value] if isinstance(each, str | dict | list)]
+    for _ in range(_DEEPEST):
+        texts = [each for each in level if isinstance(each, str)]
+        nested = [each for each in level if not isinstance(each, str)]
+        keys = [key for each in nested if isinstance(each, dict) for key in each]
+        _refuse_surrogates("".join([*texts, *keys]))
+        level = [
+            each
+            for part in nested
+            if {*map(type, part)} != {float}  # as are most, long, lists of a report
+            for each in (part.values() if isinstance(part, dict) else part)
+            if isinstance(each, str | dict | list)
+        ]
+        if not level:
+            return value
+    raise Misfit(f" is nested more than {_DEEPEST} deep")
+
+
+def decoded(text: str | bytes, **hooks: Any) -> Any:
+    """The value of a JSON text of whoever wrote it.
+
+    Args:
+        text: UTF-8.
+        **hooks: Of `json.loads`.
+
+    Returns:
+        Its value.
+
+    Raises:
+        Misfit: If it is no JSON.
+    """
+    if not isinstance(text, str | bytes | bytearray):
+        raise Misfit(is_not("the text of JSON", text))
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), **hooks)
+    except Misfit:
+        raise
+    except UnicodeDecodeError as error:
+        raise Misfit(f" is no UTF-8 text (byte {error.start})") from error
+    except RecursionError as error:
+        raise Misfit(" is nested too deep") from error
+    except ValueError as error:
+        raise Misfit(f" is no JSON: {error}") from error
+
+
+def version_of(
+    value: Any, key: str, latest: int, error: type[LayerRLError], said: str, *, default: Any = None
+) -> int:
+    """The version of the format that a file has.
+
+    Args:
+        value: What the file holds.
+        key: Where the version is in it.
+        latest: The latest that is known.
+        error: Of a later one.
+        said: What has it, in a clause.
+        default: The version of a file that says none.
+
+    Returns:
+        The version, from 1 up.
+
+    Raises:
+        LayerRLError: As `error`, if it is later than the latest.
+        Misfit: If it is none, or the value no object.
+    """
+    version = fitted(int, fitted(dict[str, Any], value).get(key, default), key)
+    if version > latest:
+        raise error(
+            f"{said} has format version {version}; this layerrl reads up to {latest}. Upgrade "
+            "layerrl."
+        )
+    if version < 1:
+        raise Misfit(f" is {version}, expected 1{f' to {latest}' if latest > 1 else ''}", key)
+    return version
+
+
+@contextmanager
+def tensors_in(file: Path) -> Iterator[Any]:
+    """A safetensors file, open.
+
+    Args:
+        file: The file.
+
+    Yields:
+        What `safe_open` returns.
+
+    Raises:
+        OSError: If it cannot be read.
+        SafetensorError: If its header is damaged.
+        Misfit: If it is no file.
+    """
+    refuse_unusual(file)
+    with safe_open(file, framework="pt") as opened:
+        yield opened
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Misfit(f" has two values of {shown(twice)}, expected one")
+    return values
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise Misfit(f" has a number of {len(digits)} digits, expected at most {_MOST_DIGITS}")
+    return int(digits)
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[error.start : error.end]
+        raise Misfit(f" has the text {bad!r:.20}, half of a character") from error
