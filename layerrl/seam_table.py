@@ -316,6 +316,16 @@ SEAMS: tuple[Seam, ...] = (
             None,
         )
     ),
+    *_seams(
+        "trl.trainer.utils",
+        {"create_model_from_path(path, ...)": "probe as TRL's scripts load"},
+        None,
+    ),
+    *_seams(
+        "torch.autograd.grad_mode",
+        {"_unsafe_preserve_version_counter(tensors)": "show the base's values for a while"},
+        None,
+    ),
     *_seams("transformers.pytorch_utils", {"Conv1D": "know GPT-2's linear layers"}, None),
     *_seams(
         "transformers.PreTrainedModel",

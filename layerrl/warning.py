@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
+from typing import Any
 
 _BETWEEN = {
     *("layerrl", "trl", "transformers", "accelerate", "torch", "peft", "datasets"),
@@ -20,7 +21,7 @@ def warn(message: str) -> None:
     Args:
         message: What the user has to know. Where no line is the user's, the outermost is shown.
     """
-    frame = sys._getframe(1)
+    frame: Any = inspect.currentframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame = frame.f_back
     warnings.warn_explicit(

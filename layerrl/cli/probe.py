@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from layerrl.cli.options import add_layers, config_of, in_a_sentence
 from layerrl.cli.scripts import add_trl, first_word, model_config, read_options, trainer_arguments
 from layerrl.errors import LayerRLError
+from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from layerrl.cli.scripts import Options
@@ -99,7 +100,8 @@ def _on(options: Options) -> dict[str, Any]:
     loading, args.model_init_kwargs = args.model_init_kwargs, None
     if (quantised := given.pop("quantization_config", None)) is not None:
         loading["quantization_config"] = quantised
-    from trl.trainer.utils import create_model_from_path
+    with imported():
+        from trl.trainer.utils import create_model_from_path
 
     with in_a_sentence():
         model = create_model_from_path(given.pop("model"), **loading)

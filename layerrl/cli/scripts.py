@@ -97,7 +97,7 @@ def read_options(
         kinds = script.make_parser().dataclass_types
     parser = TrlParser(kinds, prog=short.prog, usage=short.usage, allow_abbrev=False)
     add(parser)
-    if getattr(given, "help_all", False):
+    if vars(given).get("help_all"):
         parser.print_help()
         raise SystemExit(0)
     known = {*vars(parser.parse_args([]))}
