@@ -101,6 +101,12 @@ def _of_generating_trainers() -> Iterator[Seam]:
     )
 
 
+_SCRIPTS = ("grpo", "rloo", "dpo", "kto", "sft")
+_OF_A_SCRIPT = {
+    "make_parser(...)": "take the options of TRL's script",
+    "main(script_args, training_args, model_args, dataset_args)": "train with them",
+}
+
 SEAMS: tuple[Seam, ...] = (
     # Overridden in every trainer.
     *_seams(
@@ -304,18 +310,7 @@ SEAMS: tuple[Seam, ...] = (
     *_seams(
         "accelerate.optimizer", {"AcceleratedOptimizer": "find the optimizer in its wrapper"}, None
     ),
-    *(
-        seam
-        for method in ("grpo", "rloo", "dpo", "kto", "sft")
-        for seam in _seams(
-            f"trl.scripts.{method}",
-            {
-                "make_parser(...)": "take the options of TRL's script",
-                "main(script_args, training_args, model_args, dataset_args)": "train with them",
-            },
-            None,
-        )
-    ),
+    *(s for method in _SCRIPTS for s in _seams(f"trl.scripts.{method}", _OF_A_SCRIPT, None)),
     *_seams(
         "trl.trainer.utils",
         {"create_model_from_path(path, ...)": "probe as TRL's scripts load"},
