@@ -274,7 +274,10 @@ class TestTrain:
         trainer.train()
         same_delta(tmp_path / "out" / "delta", trainer.save_delta(tmp_path / "delta"))
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize(
+        "method",
+        [pytest.param(m, marks=pytest.mark.slow if m in ("rloo", "kto") else ()) for m in METHODS],
+    )
     def test_every_method(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path, method: str
     ) -> None:
@@ -314,6 +317,7 @@ class TestTrain:
         assert main([*words, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")]) == 0
         same_delta(tmp_path / "delta", here / "out-sft" / "delta")
 
+    @pytest.mark.slow
     def test_under_accelerate_launch(self, tmp_path: Path) -> None:
         launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
         words = ["--config", "sft.yaml", "--output_dir", tmp_path, "--ddp_backend", "gloo"]

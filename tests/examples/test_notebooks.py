@@ -62,7 +62,15 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return FEWER | {name: str(path) for name, path in paths.items()}
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+# All of them take minutes: one in every run, the others with `make test-slow`.
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=() if file.stem == "quickstart" else pytest.mark.slow)
+        for file in NOTEBOOKS
+    ],
+    ids=lambda file: file.stem,
+)
 def test_runs(file: Path, changes: dict[str, Any]) -> None:
     ended = executed(file, **changes)
     assert shown(ended, "image/png")

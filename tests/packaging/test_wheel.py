@@ -97,6 +97,7 @@ def test_it_works_with_nothing_but_its_dependencies(
     assert printed.splitlines()[-1] == "all of it"
 
 
+@pytest.mark.slow
 def test_a_user_is_at_home_with_it(install: Callable[..., Path], tmp_path: Path) -> None:
     python, program = install(), Path(__file__).parent / "at_home.py"
     environment = {**BARE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
