@@ -1,4 +1,4 @@
-"""What a user does first, where only the wheel and its dependencies are: the command line.
+"""What a user does first, where only the wheel and what a notebook needs are.
 
     python at_home.py
 
@@ -10,9 +10,11 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 MOST_SECONDS = 180
+ROOT = Path(__file__).parents[2]
 
 
 def command_line() -> None:
@@ -34,7 +36,45 @@ def command_line() -> None:
         assert said in ended.stdout, ended.stdout
 
 
-STAGES = (command_line,)
+def hub() -> None:
+    """The delta goes to a hub and comes back."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from layerrl import load_delta
+    from layerrl.delta import push_delta
+
+    spec = spec_from_file_location("hub", ROOT / "tests" / "hub.py")
+    sys.modules["hub"] = hubs = module_from_spec(spec)
+    spec.loader.exec_module(hubs)
+    with hubs.served() as there, hubs.at(there.url, Path("cache"), token=hubs.WRITES):
+        push_delta("out/delta", "me/delta")
+        model = AutoModelForCausalLM.from_pretrained("base")
+        load_delta(model, "me/delta")
+    merged = AutoModelForCausalLM.from_pretrained("merged").state_dict()
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
+
+
+def notebook() -> None:
+    """The quickstart, on the small model."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    file = ROOT / "examples" / "notebooks" / "quickstart.ipynb"
+    quickstart = nbformat.read(file, as_version=4)
+    problems = [{"prompt": a + b, "answer": 1} for a in "abcdef" for b in "abcdef"]
+    Path("problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in problems))
+    here = Path.cwd()
+    changes = {"MODEL": f"{here}/base", "DATA": f"{here}/problems.jsonl", "LAYER": 1, "STEPS": 1}
+    [cell] = [c for c in quickstart.cells if "parameters" in c.metadata.get("tags", ())]
+    lines = [f"{name} = {value!r}" for name, value in (changes | {"OUTPUT": f"{here}/nb"}).items()]
+    cell.source = "\n".join([cell.source, *lines])
+    resources = {"metadata": {"path": str(file.parent)}}
+    NotebookClient(quickstart, timeout=MOST_SECONDS, resources=resources).execute()
+    assert (here / "nb" / "merged" / "model.safetensors").is_file()
+
+
+STAGES = (command_line, hub, notebook)
 """One after the other, in a folder with `base`, `text.jsonl` and what stages before have made."""
 
 

@@ -99,7 +99,8 @@ def test_it_works_with_nothing_but_its_dependencies(
 
 @pytest.mark.slow
 def test_a_user_is_at_home_with_it(install: Callable[..., Path], tmp_path: Path) -> None:
-    python, program = install(), Path(__file__).parent / "at_home.py"
+    python = install("nbclient", "ipykernel", "matplotlib", "reasoning-gym")
+    program = Path(__file__).parent / "at_home.py"
     environment = {**BARE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     printed = output_of(python, program, cwd=tmp_path, env=environment)
     assert printed.splitlines()[-1] == "at home"
