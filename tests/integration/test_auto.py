@@ -165,7 +165,7 @@ def test_resume_trains_the_same_layers_without_probing_again(tmp_path, checkpoin
 
 def test_a_checkpoint_of_another_selection_is_refused(tmp_path):
     trainer(tmp_path, 1, max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ProbeError, match=r"checkpoint-1 has no contributions.json.*Pass the sel"):
+    with pytest.raises(ProbeError, match=r"checkpoint-1 has no readable contributions.json.*Pass the sel"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -277,7 +277,7 @@ class TestRefused:
         saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
         trainer(tmp_path, **saving).train()
         trainer(tmp_path, 1, **saving).train()
-        with pytest.raises(ProbeError, match=r"has no contributions\.json"):
+        with pytest.raises(ProbeError, match=r"has no readable contributions\.json"):
             trainer(tmp_path).train(resume_from_checkpoint=True)
 
     @pytest.mark.parametrize("selection", ["auto:0", "auto:", "auto:x", "auto:-1"])
