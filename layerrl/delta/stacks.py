@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerrl.delta.fitting import STAGES
 from layerrl.delta.folder import Delta
@@ -34,11 +34,13 @@ def read_deltas(
     Raises:
         DeltaError: If one cannot be read, or there are not as many revisions as deltas.
     """
-    if isinstance(path, str | os.PathLike) or not isinstance(path, Iterable):
-        path = [path]
-    paths = [] if isinstance(path, Mapping) else [*path]
-    if isinstance(path, Mapping) or not all(isinstance(each, str | os.PathLike) for each in paths):
-        raise DeltaError(f"path is {path!r:.80}, expected a delta's folder or a list of several")
+    several = isinstance(path, Iterable) and not isinstance(path, str | os.PathLike | Mapping)
+    paths: list[Any] = [*path] if several else [path]
+    if not all(isinstance(each, str | os.PathLike) for each in paths):
+        raise DeltaError(
+            f"path is {path!r:.80}, expected a delta's folder or 'user/name' on the hub, or a list "
+            "of several"
+        )
     if not paths:
         raise DeltaError("no delta was given: expected a folder or several")
     if revision is None or isinstance(revision, str):

@@ -459,7 +459,7 @@ class TestSeveral:
             lambda: load_delta(made.model(), path),
             lambda: merge_delta(made["base"], path, tmp_path / "out"),
         ):
-            with refused("expected a delta's folder or a list of several"):
+            with refused("expected a delta's folder or 'user/name' on the hub, or a list"):
                 act()
 
 
