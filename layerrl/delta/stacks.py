@@ -34,8 +34,9 @@ def read_deltas(
     Raises:
         DeltaError: If one cannot be read, or there are not as many revisions as deltas.
     """
-    several = isinstance(path, Iterable) and not isinstance(path, str | os.PathLike | Mapping)
-    paths: list[Any] = [*path] if several else [path]
+    paths: list[Any] = [path]
+    if isinstance(path, Iterable) and not isinstance(path, str | os.PathLike | Mapping):
+        paths = [*path]
     if not all(isinstance(each, str | os.PathLike) for each in paths):
         raise DeltaError(
             f"path is {path!r:.80}, expected a delta's folder or 'user/name' on the hub, or a list "
