@@ -58,6 +58,7 @@ def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: 
     assert left == {"delta", "merged", "reward.png", "summary.json", "trainer"}
 
 
+@pytest.mark.slow
 def test_a_sweep_and_the_strategies_that_follow_from_it(
     model_folder: Path, problems: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_two_new_tokens_are_taught(tmp_path: Path) -> None:
     assert rows.endswith("also new_tokens:18-19")
 
 
+@pytest.mark.slow
 def test_an_agent_learns_one_layer_and_all(tmp_path: Path) -> None:
     few = ["--steps", 1, "--seeds", 0, "--layers", 1, "--imitation-steps", 1]
     few += ["--shown-maps", 8, "--held-out", 8, "--output", tmp_path / "out"]

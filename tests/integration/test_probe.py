@@ -326,6 +326,7 @@ class TestHalving:
                 probe(model, tmp_path / "stopped", **stopped)
         assert numbers(probe(model, tmp_path / "stopped", **stopped)) == numbers(undisturbed)
 
+    @pytest.mark.slow
     def test_lost_checkpoints_cost_steps_but_no_result(self, model, tmp_path, dropping):
         changes = self.eight(tmp_path)
         dropping.on = False

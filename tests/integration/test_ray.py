@@ -27,6 +27,7 @@ def cluster():
 
 
 class TestRay:
+    @pytest.mark.slow
     def test_is_the_serial_sweep_though_a_worker_is_killed(self, tmp_path):
         killed = tmp_path / "killed"
         calls: list[int] = []

@@ -265,7 +265,11 @@ class TestReference:
         on(base, tmp_path / "out", beta=0.04).train()
         file = tmp_path / "out" / "checkpoint-1" / "reference.safetensors"
         save_file(load_file(file), file, metadata={"layerrl_fingerprints": known})
-        refused(on(base, tmp_path / "new", beta=0.04), file.parent, "fingerprints are")
+        refused(
+            on(base, tmp_path / "new", beta=0.04),
+            file.parent,
+            "the text of its fingerprints: it is",
+        )
 
     @pytest.mark.parametrize("keep", [0, 100, -10])
     def test_that_was_cut_is_refused(self, base, tmp_path, keep):
