@@ -158,7 +158,7 @@ def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[st
 def _parent(name: str) -> str:
     """What holds a parameter's module; for anything of an expert, the experts of its layer."""
     parts = name.split(".")
-    if "experts" in parts:
+    if "experts" in parts:  # an engine fuses all experts of a layer into one tensor
         return ".".join(parts[: parts.index("experts") + 1])
     # Outside all lists of layers, an engine fuses nothing: a module travels alone.
     end = len(parts) - (2 if any(part.isdigit() for part in parts) else 1)

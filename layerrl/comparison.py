@@ -41,7 +41,7 @@ class Comparison:
         return rows
 
     def _remarks(self) -> list[str]:
-        """What stands above the table, and below it."""
+        """The sentences printed with the table: correlation, range, differences."""
         shown = "" if self.interval is None else f" {self.interval:.2f}"
         remarks = [f"Rank correlation (Spearman) {self.correlation:.2f}{shown}"]
         intervals = [found for found in self.differences.values() if found is not None]

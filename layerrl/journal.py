@@ -135,8 +135,8 @@ class Journal:
         self._file.truncate(len(whole))
 
     def _repairable(self, number: int) -> AbstractContextManager[None]:
-        do = "repair it, delete it to run it again, or give another folder"
-        return refused_as(JournalError, f"line {number} of {self.path} is no line of it ({do})")
+        advice = "Repair it, delete it to run it again, or give another folder."
+        return refused_as(JournalError, f"line {number} of {self.path} is no line of it", advice)
 
     def _check(self, head: Any) -> None:
         try:

@@ -26,12 +26,13 @@ _MOST_DIGITS = 40
 
 
 @contextmanager
-def refused_as(error: type[LayerRLError], said: object) -> Iterator[None]:
+def refused_as(error: type[LayerRLError], said: object, advice: str = "") -> Iterator[None]:
     """Inside, what is wrong with a file is an error of layerrl.
 
     Args:
         error: Its class.
-        said: What its text begins with.
+        said: What its text begins with; the cause follows.
+        advice: What to do, a sentence or more.
 
     Yields:
         Nothing.
@@ -40,7 +41,7 @@ def refused_as(error: type[LayerRLError], said: object) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, Misfit) as cause:
         text = cause.strerror if isinstance(cause, OSError) and cause.strerror else cause
-        raise error(f"{said}: {text}") from cause
+        raise error(f"{said}: {text}{f'. {advice}' if advice else ''}") from cause
 
 
 def bytes_of(file: Path) -> bytes:

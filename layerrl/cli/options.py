@@ -134,6 +134,6 @@ def in_a_sentence() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another package says, in a line."""
+    """The first line of an error's message, or its class where it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

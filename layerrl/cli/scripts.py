@@ -151,7 +151,7 @@ def model_config(options: Options) -> Any:
 
 
 def trainer_arguments(options: Options) -> dict[str, Any]:
-    """What TRL's script gives its trainer: model, data, rewards and the rest.
+    """The arguments with which TRL's script makes its trainer: model, data, rewards and the rest.
 
     Args:
         options: The script's.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -47,26 +46,24 @@ def _file_of(path: Path) -> Path:
     """The JSON of a folder, which is a delta's unless there is a report."""
     if not path.is_dir():
         return path
-    return next((f for f in (path / "report.json",) if f.is_file()), path / "delta.json")
+    report = path / "report.json"
+    return report if report.is_file() else path / "delta.json"
 
 
 def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LayerRLError(
-            f"cannot read {file}: {error}. Expected the {_PATH}, as layerrl writes them."
-        ) from error
+    from layerrl.stored import bytes_of, refused_as
+
+    with refused_as(LayerRLError, f"cannot read {file}", f"Expected the {_PATH}."):
+        return bytes_of(file).decode(errors="replace")
 
 
 def _read(file: Path, text: str) -> Any:
     """The report or selection in a file."""
     from layerrl import ContributionReport, LayerSelection
+    from layerrl.stored import parsed, refused_as
 
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LayerRLError(f"{file} is no JSON: {error}. Expected the {_PATH}.") from error
+    with refused_as(LayerRLError, f"cannot read {file}", f"Expected the {_PATH}."):
+        data = parsed(text)
     fields = {*data} if isinstance(data, dict) else set()
     if "method" in fields:
         return ContributionReport.from_json(text)
@@ -80,7 +77,7 @@ def _read(file: Path, text: str) -> Any:
 
 def _table(delta: Delta) -> str:
     """A delta in lines."""
-    from layerrl.plan import in_units
+    from layerrl.tables import in_units
 
     base = delta.base
     size = (delta.path / "delta.safetensors").stat().st_size

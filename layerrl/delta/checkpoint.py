@@ -269,7 +269,7 @@ def tensors_of(
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """What a JSON file of a model holds, whoever wrote it."""
+    """The object in a JSON file of a model, as transformers or another tool wrote it."""
     with refused_as(DeltaError, f"no transformers model at {file.parent}: {file.name}"):
         return fitted(dict[str, Any], decoded(bytes_of(file)))
 

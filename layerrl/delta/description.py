@@ -1,4 +1,4 @@
-"""What `delta.json` holds, in each version of the format."""
+"""The fields of `delta.json`, in each version of the format, and their checks."""
 
 from __future__ import annotations
 

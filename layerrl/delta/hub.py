@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerrl.delta.card import CARD, card_of
+from layerrl.delta.description import Version2, read
 from layerrl.delta.folder import META, TENSORS, Delta
 from layerrl.errors import DeltaError
 from layerrl.seams import installed_version
@@ -79,7 +79,7 @@ def _additions(delta: Delta, repo_id: str, *, beside: Any) -> list[Any]:
     """The files of a delta, with a card that names the repository."""
     from huggingface_hub import CommitOperationAdd
 
-    file, meta = delta.path / CARD, json.loads((delta.path / META).read_text(encoding="utf-8"))
+    file, (_, _, meta) = delta.path / CARD, read(delta.path / META)
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     card = card_of(text, meta, beside=beside, hub_id=repo_id)
     names = [META, TENSORS, *delta.files]
@@ -140,16 +140,11 @@ def delta_folder(
         folder = Path(api.snapshot_download(path, revision=revision, allow_patterns=[META]))
         if not (folder / META).is_file():
             raise DeltaError(_no_delta(api, path, folder.name))
-        names = [glob.escape(name) for name in (META, TENSORS, *_files(folder / META))]
+        found, _, _ = read(folder / META)
+        files = found.files if isinstance(found, Version2) else ()
+        names = [glob.escape(name) for name in (META, TENSORS, *files)]
         commit = folder.name  # both times the same one, whatever is pushed meanwhile
         return Path(api.snapshot_download(path, revision=commit, allow_patterns=names))
-
-
-def _files(meta: Path) -> list[str]:
-    """The tokenizer's files that a description names; what is wrong with it, `Delta.read` says."""
-    with suppress(ValueError, TypeError, KeyError):
-        return [name for name in json.loads(meta.read_text(encoding="utf-8"))["files"] if name]
-    return []
 
 
 def _no_delta(api: HfApi, repo_id: str, commit: str) -> str:
@@ -274,8 +269,8 @@ def _reason(
         return f"{who}. {_LOG_IN}"
     if status == 403 and not reads:
         return (
-            "the token may not write there. It needs the role `write`, and the right to write to "
-            f"{repo_id.partition('/')[0]!r} ({_line(error)})."
+            "the token is not allowed to write there. It needs the role `write`, and the right to "
+            f"write to {repo_id.partition('/')[0]!r} ({_line(error)})."
         )
     if status is None:
         kind = type(error)

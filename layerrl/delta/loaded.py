@@ -76,6 +76,8 @@ def keeping(
     Raises:
         DeltaError: If the base below an earlier delta is to be kept, which was not.
     """
+    if keep_base not in (None, True, False):
+        raise DeltaError(f"keep_base is {keep_base!r:.80}, expected True, False or None")
     inner = unwrap(model)
     earlier = _LOADED.get(inner)
     if earlier is not None and _replaced_since(model, earlier):

@@ -104,8 +104,8 @@ def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None
 
     file, known = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     said = f"{folder} holds no readable adapters, and here adapters train"
-    do = "Resume it as the run that wrote it was made, or start a new run from its weights"
-    with refused_as(CheckpointError, f"{said}. {do}"):
+    advice = "Resume it as the run that wrote it was made, or start a new run from its weights."
+    with refused_as(CheckpointError, said, advice):
         with tensors_in(file) as stored:
             found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
         then = fitted(dict[str, Any], decoded(bytes_of(known)))

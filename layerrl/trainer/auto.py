@@ -212,11 +212,12 @@ class AutoSelection:
             (folder / REPORT).write_text(self.report.to_json() + "\n", encoding="utf-8")
 
     def _read(self, folder: Path) -> ContributionReport:
-        said = (
-            f"the checkpoint {folder} has no readable {REPORT}, as that of a run without "
-            'selection="auto". Pass the selection that it was trained with'
+        said = f"the checkpoint {folder} has no readable {REPORT}"
+        advice = (
+            'A run without selection="auto" writes none: pass the selection that it was trained '
+            "with."
         )
-        with refused_as(ProbeError, said):
+        with refused_as(ProbeError, said, advice):
             text = bytes_of(folder / REPORT)
         try:
             return ContributionReport.from_json(text)

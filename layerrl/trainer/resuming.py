@@ -213,11 +213,9 @@ def _reference_in(
     if reference is None:
         return {}
     file = folder / REFERENCE
-    said = (
-        f"the checkpoint {folder} holds no readable reference, which beta={beta} needs. Was it "
-        "written with beta=0, a ref_model or precomputed log-probabilities?"
-    )
-    with refused_as(DeltaError, said), tensors_in(file) as stored:
+    said = f"the checkpoint {folder} holds no readable reference, which beta={beta} needs"
+    advice = "Was it written with beta=0, a ref_model or precomputed log-probabilities?"
+    with refused_as(DeltaError, said, advice), tensors_in(file) as stored:
         found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         text = (stored.metadata() or {}).get(FINGERPRINTS, "null")
     with refused_as(DeltaError, f"{file} is damaged: the text of its fingerprints"):

@@ -165,7 +165,7 @@ def test_resume_trains_the_same_layers_without_probing_again(tmp_path, checkpoin
 
 def test_a_checkpoint_of_another_selection_is_refused(tmp_path):
     trainer(tmp_path, 1, max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ProbeError, match=r"-1 has no readable contributions.json.*Pass the sel"):
+    with pytest.raises(ProbeError, match=r"-1 has no readable contributions.json.*pass the sel"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -122,7 +122,7 @@ class TestATrainer:
         assert_round_trip(base, trainer.model, tmp_path / "merged", "me/delta")
 
     def test_says_that_it_may_not_write_before_it_trains(self, hub, base, tmp_path):
-        with pytest.raises(DeltaError, match=r"cannot push to 'you/x': the token may not write"):
+        with pytest.raises(DeltaError, match=r"cannot push to 'you/x': the token is not"):
             make(load(base), tmp_path, selection=2, push_to_hub=True, hub_model_id="you/x")
 
     def test_says_what_became_of_a_push_that_failed(self, hub, base, tmp_path):
@@ -185,8 +185,8 @@ class TestPushing:
     @pytest.mark.parametrize(
         ("name", "token", "message"),
         [
-            ("you/delta", WRITES, r"may not write there.*right to write to 'you'"),
-            ("me/delta", READS, r"may not write there"),
+            ("you/delta", WRITES, r"not allowed to write there.*right to write to 'you'"),
+            ("me/delta", READS, r"not allowed to write there"),
             ("me/delta", "hf_wrong", r"the token is not valid\. Log in"),
             ("me/delta", False, r"no token was given\. Log in"),
             ("a/b/c", WRITES, r"no name of a repository, expected 'user/name'"),
@@ -201,7 +201,7 @@ class TestPushing:
     def test_a_repository_of_somebody_else(self, hub, base, tmp_path):
         made(base, tmp_path / "delta")
         push_delta(tmp_path / "delta", "me/delta")
-        with pytest.raises(DeltaError, match=r"may not write there"):
+        with pytest.raises(DeltaError, match=r"not allowed to write there"):
             push_delta(tmp_path / "delta", "me/delta", token=OTHER)
 
     def test_no_delta_is_no_push(self, hub, base, tmp_path):
@@ -258,8 +258,12 @@ class TestWhatIsNoDelta:
         with pytest.raises(DeltaError, match=message):
             load_delta(load(base), "me/x")
 
-    def test_half_a_delta(self, hub, base):
-        self.repository("delta.json")
+    def test_half_a_delta(self, hub, base, tmp_path):
+        made(base, tmp_path / "delta")
+        HfApi().create_repo("me/x")
+        HfApi().upload_folder(
+            repo_id="me/x", folder_path=tmp_path / "delta", ignore_patterns="*.safetensors"
+        )
         with pytest.raises(DeltaError, match=r"no delta at .*: delta\.safetensors is missing"):
             load_delta(load(base), "me/x")
 
@@ -285,6 +289,15 @@ class TestWhatIsNoDelta:
             assert name in str(raised.value)
         with pytest.raises(DeltaError, match="is already in this model"):
             load_delta(model, "me/delta")
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, '{"files": 5}', "{", "null"])
+    def test_a_damaged_description(self, hub, base, tmp_path, text):
+        made(base, tmp_path / "delta")
+        (tmp_path / "delta" / "delta.json").write_text(text)
+        HfApi().create_repo("me/delta")
+        HfApi().upload_folder(repo_id="me/delta", folder_path=tmp_path / "delta")
+        with pytest.raises(DeltaError, match=r"delta\.json is damaged"):
+            load_delta(load(base), "me/delta")
 
     @pytest.mark.parametrize("given", [None, 3, [None]])
     def test_no_path(self, given):

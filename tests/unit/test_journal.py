@@ -82,7 +82,7 @@ def test_an_edited_line_is_named(tmp_path):
     lines[1] = "{nonsense"
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(
-        JournalError, match=r"line 2 of .*journal\.jsonl is no line of it .*: it is no JSON"
+        JournalError, match=r"line 2 of .*journal\.jsonl is no line of it: it is no JSON"
     ):
         read(tmp_path)
 

@@ -462,6 +462,12 @@ class TestSeveral:
             with refused("expected a delta's folder or 'user/name' on the hub, or a list"):
                 act()
 
+    @pytest.mark.parametrize("keep", ["no", 2, []], ids=str)
+    def test_no_answer_whether_to_keep_the_base(self, made, keep):
+        model = made.model()
+        with refused(f"keep_base is {keep!r}, expected True, False or None", model=model):
+            load_delta(model, made["a"], keep_base=keep)
+
 
 class TestDeltas:
     @pytest.fixture
