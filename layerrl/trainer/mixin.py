@@ -235,12 +235,12 @@ class LayerMaskedMixin(_Wrapped):
             self._reader.load_reference()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; the first evaluation may shard the model."""
+        """Evaluate; before training, ZeRO-3 shards the model for it."""
         self.masked_run.check_whole()
         return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict; the first prediction may shard the model."""
+        """Predict; before training, ZeRO-3 shards the model for it."""
         self.masked_run.check_whole()
         return super().predict(*args, **kwargs)
 

@@ -18,7 +18,7 @@ from layerrl.trainer import LayerSchedule
 from tests.grpo import PROMPTS
 from tests.launchers.launch import launch
 from tests.launchers.test_launchers import CONFIGS, LAYER, SAVING, distance
-from tests.launchers.worker import rollout
+from tests.launchers.worker import FROZEN, rollout
 from tests.models import tiny
 from tests.runs import in_layers, saved
 
@@ -34,6 +34,11 @@ BEST = {  # by what does not depend on the number of processes, as a mean of los
     "save_steps": 2,
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_reward",
+    "arguments": {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS})},
+}
+EVALUATED = {
+    "evaluates_changed": True,
+    "per_device_eval_batch_size": 4,
     "arguments": {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS})},
 }
 # Tensors as small as these would otherwise stay gathered after they were first needed.
@@ -157,6 +162,7 @@ def found(folder: Path, one: Any) -> dict[str, list[Any]]:
         "zero3-auto": {**three, "selection": "auto"},
         "zero3-generated": {**three, "arguments": {"rollout_func": None}, "max_steps": 2},
         "zero3-changed": {**three, "arguments": changed},
+        "zero3-evaluated": {**three, **EVALUATED},
         "zero3-to-zero1": {**zero(1), "resume": by_zero3},
         "zero1-bf16": {**zero(1), "bf16": True},
         "zero3-bf16": {**three, "bf16": True},
@@ -206,6 +212,12 @@ def test_does_not_take_a_checkpoint_written_without_it(found):
 def test_does_not_let_deepspeed_round_what_is_frozen(found, name):
     for error in found[name]:
         assert "DeepSpeed would cast the model from torch.float32 to torch.bfloat16" in error
+
+
+def test_an_evaluation_that_shards_the_model_looks_at_it_before(found):
+    for error in found["zero3-evaluated"]:
+        assert "frozen tensors are not what they were" in error
+        assert FROZEN in error
 
 
 def test_an_optimizer_of_deepspeed_s_own_is_refused(found):

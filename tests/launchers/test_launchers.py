@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +25,7 @@ from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
-from tests.grpo import PROMPTS, config, make
+from tests.grpo import config, make
 from tests.launchers.launch import launch
 from tests.launchers.worker import FROZEN, held
 from tests.models import tiny, tiny_config
@@ -94,11 +93,6 @@ class FrozenChanges(TrainerCallback):
 # In the second of two processes alone, and while all save a checkpoint.
 CHANGED = [{}, {"arguments": {"callbacks": [FrozenChanges()]}}]
 CHANGED = [{"max_steps": 2, "save_strategy": "steps", "save_steps": 2, **c} for c in CHANGED]
-EVALUATED = {
-    "evaluates_changed": True,
-    "per_device_eval_batch_size": 4,
-    "arguments": {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS})},
-}
 
 
 def straying(step: int) -> list[dict[str, Any]]:
@@ -146,7 +140,7 @@ class Runs:
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
-            rows=ROWS, changed=CHANGED, evaluated=EVALUATED,
+            rows=ROWS, changed=CHANGED,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
         )  # fmt: skip
@@ -320,12 +314,6 @@ def test_a_frozen_tensor_that_changes_in_one_process_is_an_error_in_all(runs, la
         assert "frozen tensors are not what they were" in error
         assert FROZEN in error
     assert errors[0].startswith("FrozenTensorError: process 1 found: 1 of")
-
-
-def test_an_evaluation_that_shards_the_model_looks_at_it_before(runs):
-    for error in runs.fsdp2["evaluated"]:
-        assert "frozen tensors are not what they were" in error
-        assert FROZEN in error
 
 
 @LAUNCHED
