@@ -1,11 +1,22 @@
-"""Checks of arguments that many functions take."""
+"""Checks of arguments that many functions take.
+
+`whole_number` and `finite_number` return None for what is none, where the caller has more to say;
+`check_...` raise the caller's error with a sentence that names the argument.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
+import os
 from numbers import Real
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+T = TypeVar("T")
 
 
 def whole_number(value: Any, *, least: int | None = None) -> int | None:
@@ -19,10 +30,10 @@ def whole_number(value: Any, *, least: int | None = None) -> int | None:
         The number; None if it is too small, of more than 64 bits, no whole number, or True or
         False.
     """
+    plain = _plain(value)
     try:
-        plain = value.tolist() if hasattr(value, "tolist") else value
         number = operator.index(plain)
-    except (TypeError, NotImplementedError):  # torch's of a tensor without values
+    except Exception:  # code of the value's own
         return None
     if isinstance(plain, bool) or number.bit_length() > 64:
         return None
@@ -63,3 +74,135 @@ def shown(value: object, *, most: int = 80) -> str:
     except Exception:  # code of the value's own
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def check_count(
+    name: str, value: object, error: type[Exception], *, least: int | None = 1, of: str = ""
+) -> int:
+    """An argument that is a number of things, as Python's own int.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        error: What to raise.
+        least: The smallest that makes sense; None: any.
+        of: What it counts, after "expected".
+
+    Returns:
+        The number.
+
+    Raises:
+        Exception: As `error`, if it is no such number.
+    """
+    number = whole_number(value, least=least)
+    if number is None:
+        above = "" if least is None else f" from {least} up"
+        raise error(f"{name} is {shown(value)}, expected {of}an int{above}")
+    return number
+
+
+def check_switch(name: str, value: object, error: type[Exception]) -> bool:
+    """An argument that is True or False, as Python's own.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        error: What to raise.
+
+    Returns:
+        It.
+
+    Raises:
+        Exception: As `error`, if it is neither. A text such as "no" would count as True.
+    """
+    plain = _plain(value)
+    if not isinstance(plain, bool):
+        raise error(f"{name} is {shown(value)}, expected True or False")
+    return plain
+
+
+def check_choice(name: str, value: object, choices: Iterable[str], error: type[Exception]) -> str:
+    """An argument that is one of a few words.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        choices: The words.
+        error: What to raise.
+
+    Returns:
+        It.
+
+    Raises:
+        Exception: As `error`, if it is none of them.
+    """
+    words = [*choices]
+    if not isinstance(value, str) or value not in words:
+        listed = ", ".join(f'"{word}"' for word in words)
+        raise error(f"{name} is {shown(value)}, expected one of {listed}")
+    return value
+
+
+def check_path(name: str, value: object, error: type[Exception]) -> Path:
+    """An argument that names a file or folder, there or not.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        error: What to raise.
+
+    Returns:
+        The path.
+
+    Raises:
+        Exception: As `error`, if no file system could have it: no text or `os.PathLike` of one,
+            an empty one, or one with a NUL or half of a character in it.
+    """
+    given = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(given, str):
+        raise error(f"{name} is {shown(value)}, expected a path")
+    try:
+        possible = bool(given.strip()) and b"\0" not in os.fsencode(given)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise error(
+            f"{name} is {shown(given)}, expected a path: it is empty, or has a NUL or half of a "
+            "character"
+        )
+    return Path(given)
+
+
+def check_kind(
+    name: str,
+    value: object,
+    kinds: type[T] | tuple[type[T], ...],
+    expected: str,
+    error: type[Exception],
+) -> T:
+    """An argument that is an instance of a class.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        kinds: The class, or several.
+        expected: It in words, and what to do where that is not plain.
+        error: What to raise.
+
+    Returns:
+        It.
+
+    Raises:
+        Exception: As `error`, if it is none.
+    """
+    if not isinstance(value, kinds):
+        raise error(f"{name} is {shown(value)}, expected {expected}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number or list for that of numpy or torch."""
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except Exception:  # torch's of a tensor without values, or code of the value's own
+        return value
