@@ -30,33 +30,39 @@ def whole_number(value: Any, *, least: int | None = None) -> int | None:
         The number; None if it is too small, of more than 64 bits, no whole number, or True or
         False.
     """
-    plain = _plain(value)
+    own = plain(value)
     try:
-        number = operator.index(plain)
+        number = operator.index(own)
     except Exception:  # code of the value's own
         return None
-    if isinstance(plain, bool) or number.bit_length() > 64:
+    if isinstance(own, bool) or number.bit_length() > 64:
         return None
     return None if least is not None and number < least else number
 
 
-def finite_number(value: Any, *, least: float | None = None) -> float | None:
+def finite_number(
+    value: Any, *, least: float | None = None, most: float | None = None
+) -> float | None:
     """A quantity, as Python's own float.
 
     Args:
-        value: What was given: an int or float, or one of numpy.
+        value: What was given: an int or float, or one of numpy or torch.
         least: The smallest that makes sense.
+        most: The largest.
 
     Returns:
-        The number; None if it is too small, infinite, NaN, no number, or True or False.
+        The number; None if it is too small, too large, infinite, NaN, no number, or True or False.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
         number = float(value)
-    except OverflowError:
+    except Exception:  # too large, or code of the value's own
         return None
-    return number if math.isfinite(number) and (least is None or number >= least) else None
+    if not math.isfinite(number) or (least is not None and number < least):
+        return None
+    return None if most is not None and number > most else number
 
 
 def shown(value: object, *, most: int = 80) -> str:
@@ -73,6 +79,7 @@ def shown(value: object, *, most: int = 80) -> str:
         text = repr(value)
     except Exception:  # code of the value's own
         return f"a value of type {type(value).__name__}"
+    text = " ".join(text.split()) if "\n" in text else text  # as of a model
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -101,6 +108,36 @@ def check_count(
     return number
 
 
+def check_number(
+    name: str,
+    value: object,
+    error: type[Exception],
+    *,
+    least: float | None = None,
+    most: float | None = None,
+) -> float:
+    """An argument that is a quantity, as Python's own float.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        error: What to raise.
+        least: The smallest that makes sense; None: any.
+        most: The largest; None: any.
+
+    Returns:
+        The number.
+
+    Raises:
+        Exception: As `error`, if it is no such number.
+    """
+    number = finite_number(value, least=least, most=most)
+    if number is None:
+        above = "" if least is None else f" from {least} {'up' if most is None else f'to {most}'}"
+        raise error(f"{name} is {shown(value)}, expected a finite number{above}")
+    return number
+
+
 def check_switch(name: str, value: object, error: type[Exception]) -> bool:
     """An argument that is True or False, as Python's own.
 
@@ -115,10 +152,10 @@ def check_switch(name: str, value: object, error: type[Exception]) -> bool:
     Raises:
         Exception: As `error`, if it is neither. A text such as "no" would count as True.
     """
-    plain = _plain(value)
-    if not isinstance(plain, bool):
+    own = plain(value)
+    if not isinstance(own, bool):
         raise error(f"{name} is {shown(value)}, expected True or False")
-    return plain
+    return own
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], error: type[Exception]) -> str:
@@ -200,8 +237,8 @@ def check_kind(
     return value
 
 
-def _plain(value: Any) -> Any:
-    """Python's own number or list for that of numpy or torch."""
+def plain(value: Any) -> Any:
+    """Python's own number or list for that of numpy or torch; anything else as it is."""
     try:
         return value.tolist() if hasattr(value, "tolist") else value
     except Exception:  # torch's of a tensor without values, or code of the value's own

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from layerrl.blocks import plain_name
+from layerrl.checks import shown
 from layerrl.errors import SelectionError
 from layerrl.replacing import replaced
 from layerrl.seams import imported
@@ -79,7 +80,7 @@ def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:
         config = BitsAndBytesConfig.from_dict(config)
     if not isinstance(config, BitsAndBytesConfig) or not config.is_quantizable():
         raise SelectionError(
-            f"quantization_config is {config!r:.80}, expected transformers' BitsAndBytesConfig "
+            f"quantization_config is {shown(config)}, expected transformers' BitsAndBytesConfig "
             "with load_in_4bit or load_in_8bit: bytes of other methods are not known here"
         )
     kept = not_converted(

@@ -13,6 +13,7 @@ from layerrl.blocks import (
     meta_model,
     unwrap,
 )
+from layerrl.checks import check_choice
 from layerrl.errors import SelectionError
 from layerrl.selection.layer_selection import LayerSelection
 from layerrl.selection.parsing import (
@@ -151,9 +152,7 @@ def layers_in(text: str) -> LayerSelection | list[int] | str:
 def _stack(layers: object, stack: object) -> str:
     """Whose layers are meant: those of a selection that is given, unless others are named."""
     own = layers.stack if isinstance(layers, LayerSelection) else None
-    given = own or "text" if stack is None else stack
-    if not isinstance(given, str) or given not in STACKS:
-        raise SelectionError(f'stack is {stack!r}, expected "text" or "vision"')
+    given = own or "text" if stack is None else check_choice("stack", stack, STACKS, SelectionError)
     if own not in (None, given):
         raise SelectionError(
             f"stack is {stack!r}, but layers is {layers!s}: its numbers are those of the "

@@ -42,7 +42,7 @@ from layerrl.cli import main
 from layerrl.delta import DeltaBase, Deltas, disabled, push_delta, unload_delta
 from layerrl.report import Cost, Score
 from layerrl.trainer import GiGPOConfig, LayerSchedule, TextRollout
-from tests.grpo import PROMPTS, config, reward, tokenizer
+from tests.grpo import PROMPTS, QUIETLY, config, reward, tokenizer
 from tests.models import tiny
 
 
@@ -303,8 +303,8 @@ ARGS = Kind(
     lambda v: v is None,
     (
         SFTConfig,
-        DPOConfig(output_dir="x", report_to="none"),
-        RLOOConfig(output_dir="x", report_to="none"),
+        DPOConfig("x", **QUIETLY),
+        config("x", kind=RLOOConfig),
     ),
 )
 DATA = Kind(more=(["a"], Dataset.from_dict({"text": ["a"]}), Dataset.from_dict({"prompt": []})))
@@ -609,7 +609,7 @@ DOORS |= {
     ),
     "GiGPOConfig": Door(
         GiGPOConfig,
-        lambda w: {"output_dir": str(w.out), "report_to": "none"},
+        lambda w: {"output_dir": str(w.out), **QUIETLY},
         {
             "omega": AMOUNT,
             "gamma": Kind(lambda v: is_float(v, 0, 1)),
