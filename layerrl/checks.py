@@ -175,8 +175,9 @@ def check_choice(name: str, value: object, choices: Iterable[str], error: type[E
     """
     words = [*choices]
     if not isinstance(value, str) or value not in words:
-        listed = ", ".join(f'"{word}"' for word in words)
-        raise error(f"{name} is {shown(value)}, expected one of {listed}")
+        quoted = [f'"{word}"' for word in words]
+        expected = " or ".join(quoted) if len(words) < 3 else f"one of {', '.join(quoted)}"
+        raise error(f"{name} is {shown(value)}, expected {expected}")
     return value
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from layerrl.checks import shown
 from layerrl.delta.fitting import STAGES
 from layerrl.delta.folder import Delta
 from layerrl.delta.hub import delta_folder
@@ -39,13 +40,20 @@ def read_deltas(
         paths = [*path]
     if not all(isinstance(each, str | os.PathLike) for each in paths):
         raise DeltaError(
-            f"path is {path!r:.80}, expected a delta's folder or 'user/name' on the hub, or a list "
+            f"path is {shown(path)}, expected a delta's folder or 'user/name' on the hub, or a list "
             "of several"
         )
     if not paths:
-        raise DeltaError("no delta was given: expected a folder or several")
+        raise DeltaError("path names no delta: expected a folder or several")
     if revision is None or isinstance(revision, str):
         revision = [revision] * len(paths)
+    texts = isinstance(revision, list | tuple) and all(
+        each is None or isinstance(each, str) for each in revision
+    )
+    if not texts:
+        raise DeltaError(
+            f"revision is {shown(revision)}, expected a branch, tag or commit, or a list of them"
+        )
     if len(revision) != len(paths):
         raise DeltaError(
             f"revision has {len(revision)} entries for {len(paths)} deltas: expected one for each "

@@ -185,7 +185,8 @@ class ContributionReport:
         number = whole_number(k, least=1)
         if number is None or number > len(values):
             raise ReportError(
-                f"top({shown(k)}): expected a number from 1 to {len(values)}, the layers with a score"
+                f"top({shown(k)}): expected a number from 1 to {len(values)}, the layers with a "
+                "score"
             )
         ordered = sorted(values, key=lambda layer: (-values[layer], layer))
         if number < len(ordered):

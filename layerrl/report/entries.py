@@ -93,8 +93,6 @@ def check_report(report: ContributionReport) -> None:
     for name in ("method", "source"):
         check_kind(f"{name} of a report", getattr(report, name), str, "text", ReportError)
     check_kind("layers of a report", layers, tuple | list, "a tuple of Score", ReportError)
-    if not layers:
-        raise ReportError("layers of a report is empty, expected a Score for each layer")
     for layer in layers:
         check_kind("an entry of layers", layer, Score, "a Score", ReportError)
     for name, kind in (("base", Score), ("full", Score), ("cost", Cost)):

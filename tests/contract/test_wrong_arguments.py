@@ -461,7 +461,7 @@ DOORS |= {
         lambda w: {"method": "train", "layers": w.report.layers},
         {
             "method": TEXT,
-            "layers": Kind(more=((), (Score(), None))),
+            "layers": Kind(more=((Score(), None),)),
             "base": Kind(lambda v: v is None),
             "full": Kind(lambda v: v is None),
             "settings": Kind(lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v)),

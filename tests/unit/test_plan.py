@@ -238,7 +238,7 @@ def test_impossible_settings_are_refused(options, expected):
     [(name, value)] = options.items()
     with pytest.raises(SelectionError) as raised:
         select_layers(CONFIG, 1).plan(CONFIG, **options)
-    assert str(raised.value) == f"{name}={value!r}: expected {expected}"
+    assert str(raised.value) == f"{name} is {value!r}, expected {expected}"
 
 
 def test_numbers_of_numpy_are_numbers():
