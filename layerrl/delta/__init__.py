@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from layerrl.delta.fitting import (
 )
 from layerrl.delta.folder import META, TENSORS, Delta, difference, new_folder
 from layerrl.delta.hub import push_delta
-from layerrl.delta.in_memory import checked, compared
+from layerrl.delta.in_memory import checked, compared, names_by_rows, whole_tensors
 from layerrl.delta.loaded import (
     Deltas,
     deltas_in,
@@ -80,16 +80,14 @@ def save_delta(
         selection: What was trained.
         base: The model before training: `DeltaBase.of(model, selection)` taken then, or another
             instance that still is what `model` was.
-        processing_class: Tokenizer or processor of the run: it is saved with the model's generation
-            config, and both take the place of the base's in a merged folder.
-        is_main_process: Whether this process writes. Collective where the model is sharded: call on
-            every rank, of which one writes.
-        check_frozen: Compare the frozen tensors with the base's. False where the caller just did,
-            as the trainers do.
+        processing_class: Tokenizer or processor of the run, saved with the model's generation
+            config. Both take the place of the base's in a merged folder.
+        is_main_process: Whether this process writes. Collective where the model is sharded.
+        check_frozen: Compare the frozen tensors with the base's: False where the caller just did.
 
     Returns:
-        The folder: `delta.safetensors` (the tensors, in the model's dtype), `delta.json`, and the
-        files of `processing_class`.
+        The folder: `delta.safetensors` (tensors, in the model's dtype; of `also="new_tokens"` the
+        new rows), `delta.json`, and the files of `processing_class`.
 
     Raises:
         DeltaError: If the folder exists or cannot be written, `base` is a different model, a frozen
@@ -116,8 +114,10 @@ def save_delta(
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
-    meta = _description(selection, tensors, base)  # before the copy, so on the tensors' device
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    rows, by_rows = list(selection.token_rows), names_by_rows(model, selection)
+    meta = _description(selection, tensors, base, by_rows)  # before the copy, so on their device
+    for name, tensor in tensors.items():
+        tensors[name] = (tensor[rows] if name in by_rows else tensor).detach().cpu().contiguous()
     with new_folder(path) as folder:
         if processing_class is not None:
             save_processing(processing_class, model, folder)
@@ -141,12 +141,16 @@ def _check_arguments(model: object, selection: object, base: object) -> None:
 
 
 def _description(
-    selection: LayerSelection, tensors: Mapping[str, Tensor], base: DeltaBase
+    selection: LayerSelection,
+    tensors: Mapping[str, Tensor],
+    base: DeltaBase,
+    by_rows: Collection[str],
 ) -> dict[str, Any]:
     """The content of `delta.json`, without its checksum and those of the files beside it."""
     now = fingerprints(tensors)
+    rows = {"rows": len(selection.token_rows)}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if by_rows else 2,
         "base_model": base.name,
         "base_revision": base.revision,
         "model_type": base.model_type,
@@ -158,6 +162,7 @@ def _description(
                 "fingerprint": now[name],
                 "base_dtype": base.dtypes[name],
                 "base_fingerprint": base.fingerprints[name],
+                **(rows if name in by_rows else {}),
             }
             for name, tensor in tensors.items()
         },
@@ -247,7 +252,7 @@ def load_delta(
 
 
 def tensors_of_run(
-    path: str | os.PathLike[str], selection: LayerSelection, base: DeltaBase
+    path: str | os.PathLike[str], selection: LayerSelection, base: DeltaBase, model: nn.Module
 ) -> dict[str, Tensor]:
     """A delta's tensors, if it is of this run.
 
@@ -255,6 +260,7 @@ def tensors_of_run(
         path: A delta's folder.
         selection: What the run trains; the delta must have trained the same.
         base: The model before training.
+        model: The model now. Collective where it is sharded.
 
     Returns:
         Name in a checkpoint to tensor.
@@ -263,11 +269,10 @@ def tensors_of_run(
         DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
     """
     delta = Delta.read(path)
-    tensors = {name: delta.tensor(name) for name in delta.fingerprints}
     if delta.selection != selection:
         raise DeltaError(f"{path} trained {delta.selection}; this run trains {selection}")
     check_same_base(delta, base)
-    return tensors
+    return whole_tensors(delta, model, {})
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

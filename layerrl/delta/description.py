@@ -19,8 +19,9 @@ from layerrl.stored import bytes_of, parsed, refused_as, version_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMAT_VERSION = 2
-"""Version 1 knew of the base only the tensors that the delta replaces."""
+FORMAT_VERSION = 3
+"""Version 1 knew of the base only the tensors that the delta replaces, version 2 held every trained
+tensor whole. A delta is written in the oldest version that can hold it, not below 2."""
 _DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 Fingerprint = Annotated[str, Rule("16 hexadecimal digits", re.compile(r"[0-9a-f]{16}").fullmatch)]
@@ -45,6 +46,8 @@ class Replaced(Described):
 
     base_dtype: _Dtype
     base_fingerprint: Fingerprint
+    rows: Count | None = None
+    """How many rows the file has of it, those of the new tokens alone; None: all. Version 3."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +104,7 @@ def read(file: Path) -> tuple[Version1 | Version2, LayerSelection, dict[str, Any
         selection = _selection_in(found.selection)
         if checksum != json_digest(meta):
             raise DeltaError(f"{file} was changed after it was written: checksum differs")
-        _check_sense(found)
+        _check_sense(found, selection)
     return found, selection, meta
 
 
@@ -112,10 +115,14 @@ def _selection_in(data: dict[str, Any]) -> LayerSelection:
         raise Misfit(f": {error}", "selection") from error
 
 
-def _check_sense(found: Version1 | Version2) -> None:
+def _check_sense(found: Version1 | Version2, selection: LayerSelection) -> None:
     if not isinstance(found, Version2):
         return
     base, tensors = found.base, found.tensors
+    for name, each in tensors.items():
+        there = sum(row < (*each.shape, 0)[0] for row in selection.token_rows)
+        if each.rows is not None and not each.rows == there == len(selection.token_rows) > 0:
+            raise Misfit(f" are {each.rows}, and {selection} trains others", f"rows of {name!r}")
     if both := {*base.frozen} & {*tensors}:
         raise Misfit(f": {min(both)!r} is both trained and frozen")
     marks = {name: each.base_fingerprint for name, each in tensors.items()}

@@ -20,7 +20,7 @@ from layerrl.frozen import fingerprints
 from layerrl.stored import refused_as, tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -49,17 +49,20 @@ class Delta:
     """`DeltaBase.digest` of the base."""
     result_digest: str | None
     """The same of what training made of it: the base of a delta on top of this one."""
+    by_rows: frozenset[str]
+    """Those of the trained tensors whose rows of new tokens alone are in the folder."""
     files: dict[str, str]
     """Tokenizer, processor and generation settings in the folder: name to SHA-256."""
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, below: Callable[[str], Tensor]) -> Tensor:
         """One of the trained tensors, checked against the description.
 
         Args:
             name: Its name in a checkpoint.
+            below: By that name, the tensor that it replaces: the rows that did not train are of it.
 
         Returns:
-            The tensor, as it was written.
+            The whole tensor, as it was when the delta was written.
 
         Raises:
             DeltaError: If it is not the one that was written.
@@ -67,6 +70,8 @@ class Delta:
         said = f"{self.path / TENSORS} is damaged"
         with refused_as(DeltaError, said), tensors_in(self.path / TENSORS) as stored:
             tensor = stored.get_tensor(name)
+        if name in self.by_rows:
+            tensor = self._with_other_rows(name, tensor, below(name))
         checks = {
             "dtype": (dtype_name(tensor), self.dtypes[name]),
             "shape": (list(tensor.shape), self.base.shapes[name]),
@@ -78,6 +83,18 @@ class Delta:
                     f"{self.path / TENSORS} is damaged: {what} of {name!r} is {found}, written was "
                     f"{written}"
                 )
+        return tensor
+
+    def _with_other_rows(self, name: str, rows: Tensor, below: Tensor) -> Tensor:
+        """A tensor of which the folder has some rows, the others being the base's."""
+        if list(below.shape) != self.base.shapes[name]:  # not compared: it is packed
+            raise DeltaError(
+                f"the delta at {self.path} holds the new tokens' rows of {name!r}, and this base "
+                f"has it packed in shape {list(below.shape)}, expected {self.base.shapes[name]}: "
+                "load the base with its embedding and head in full precision"
+            )
+        tensor = below.detach().to(rows.dtype, copy=True)
+        tensor[list(self.selection.token_rows)] = rows.to(tensor.device)
         return tensor
 
     @classmethod
@@ -131,6 +148,7 @@ class Delta:
             fingerprints={name: each.fingerprint for name, each in found.tensors.items()},
             base_digest=None if rest is None else rest.digest,
             result_digest=found.result if isinstance(found, Version2) else None,
+            by_rows=frozenset(n for n, each in found.tensors.items() if each.rows is not None),
             files=found.files if isinstance(found, Version2) else {},
         )
 

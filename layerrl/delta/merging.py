@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,9 +48,10 @@ class _Replaced:
 
     delta: Delta
     name: str
+    below: Callable[[], Tensor]
 
     def __call__(self) -> Tensor:
-        return self.delta.tensor(self.name)
+        return self.delta.tensor(self.name, lambda _: self.below())
 
 
 def merge_delta(
@@ -101,12 +102,14 @@ def merge_delta(
     above: dict[str, _Replaced] = {}
     for index, delta in enumerate(deltas):
         stored = stored_names(checkpoint, delta.base, model)
-        own = _replaced(base, delta, stored)
+        own = _replaced(checkpoint, delta, stored, {} if union else above)
         _check_selection(delta, checkpoint, model, stored, set(own))
         if union:
             refuse_overlap(delta, own, {name: above[name].delta for name in above})
         found = compared(checkpoint, delta.base, stored, {} if union else above)
         check_base(delta, found, config=settings, hint=hint(deltas, index, union=union))
+        read = ((each.name, each()) for each in own.values())
+        warn_of_nonfinite(read, f"the delta at {delta.path}")
         above |= own
     _warn_of_rounding(checkpoint, above, out)
     _warn_of_other_files(deltas, union=union)
@@ -114,20 +117,27 @@ def merge_delta(
     return Path(out)
 
 
-def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str, _Replaced]:
-    """Name in the checkpoint to what a delta puts there; every one of its tensors is read once."""
-    read = ((name, delta.tensor(name)) for name in delta.fingerprints)
-    warn_of_nonfinite(read, f"the delta at {delta.path}")
+def _replaced(
+    checkpoint: Checkpoint,
+    delta: Delta,
+    stored: Mapping[str, str],
+    above: Mapping[str, _Replaced],
+) -> dict[str, _Replaced]:
+    """Name in the checkpoint to what a delta puts there."""
     there = {*stored.values()}
     absent = sorted(name for name in delta.fingerprints if name not in there)
     if absent:
         raise DeltaError(
-            f"the base {base} has no tensor {absent[0]!r}, which the delta at {delta.path} "
-            f"replaces ({len(absent)} of {len(delta.fingerprints)} are missing). Is it the model "
-            "it was made from?"
+            f"the base at {checkpoint.folder} has no tensor {absent[0]!r}, which the delta at "
+            f"{delta.path} replaces ({len(absent)} of {len(delta.fingerprints)} are missing). Is "
+            "it the model it was made from?"
         )
     return {
-        name: _Replaced(delta=delta, name=recorded)
+        name: _Replaced(
+            delta=delta,
+            name=recorded,
+            below=above.get(name) or partial(checkpoint.tensor, name),
+        )
         for name, recorded in stored.items()
         if recorded in delta.fingerprints
     }

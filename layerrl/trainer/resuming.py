@@ -125,7 +125,7 @@ class CheckpointReader:
         if delta is None:
             tensors, reference = trained_tensors(trainer.model, folder, run.selection), {}
         else:
-            tensors = tensors_of_run(delta, run.selection, run.base)
+            tensors = tensors_of_run(delta, run.selection, run.base, trainer.model)
             reference = _reference_in(folder, run.reference, getattr(trainer, "beta", 0.0))
         run.find_trained()
         if resumes:
@@ -150,7 +150,7 @@ class CheckpointReader:
         launchers.refuse_checkpoint(self.folder, accelerator, has_delta=delta is not None)
         if delta is None:
             return
-        tensors_of_run(delta, run.selection, run.base)
+        tensors_of_run(delta, run.selection, run.base, self._trainer.model)
         if reference := _reference_in(self.folder, run.reference, beta):
             run.reference.load_tensors(reference)
 
