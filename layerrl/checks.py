@@ -11,7 +11,7 @@ import operator
 import os
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -138,13 +138,22 @@ def check_number(
     return number
 
 
-def check_switch(name: str, value: object, error: type[Exception]) -> bool:
+@overload
+def check_switch(name: str, value: object, error: type[Exception]) -> bool: ...
+@overload
+def check_switch(
+    name: str, value: object, error: type[Exception], *, or_none: bool
+) -> bool | None: ...
+def check_switch(
+    name: str, value: object, error: type[Exception], *, or_none: bool = False
+) -> bool | None:
     """An argument that is True or False, as Python's own.
 
     Args:
         name: The argument's.
         value: What was given for it.
         error: What to raise.
+        or_none: None will do.
 
     Returns:
         It.
@@ -153,8 +162,11 @@ def check_switch(name: str, value: object, error: type[Exception]) -> bool:
         Exception: As `error`, if it is neither. A text such as "no" would count as True.
     """
     own = plain(value)
+    if own is None and or_none:
+        return None
     if not isinstance(own, bool):
-        raise error(f"{name} is {shown(value)}, expected True or False")
+        expected = "True, False or None" if or_none else "True or False"
+        raise error(f"{name} is {shown(value)}, expected {expected}")
     return own
 
 

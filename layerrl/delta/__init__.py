@@ -242,8 +242,7 @@ def load_delta(
             and an earlier delta's base was not kept. The model is then as it was.
     """
     there, union = deltas_in(model), check_switch("union", union, DeltaError)
-    if keep_base is not None:
-        keep_base = check_switch("keep_base", keep_base, DeltaError)
+    keep_base = check_switch("keep_base", keep_base, DeltaError, or_none=True)
     deltas = read_deltas(path, revision=revision, token=token)
     trained, tensors = checked(model, deltas, union=union, there=there)
     with keeping(model, trained, deltas, keep_base=keep_base):

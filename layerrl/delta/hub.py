@@ -59,7 +59,7 @@ def push_delta(
     """
     check_path("folder", folder, DeltaError)
     check_kind("repo_id", repo_id, str, "a repository, 'user/name'", DeltaError)
-    private = None if private is None else check_switch("private", private, DeltaError)
+    private = check_switch("private", private, DeltaError, or_none=True)
     for name, value in (("revision", revision), ("commit_message", commit_message)):
         if value is not None:
             check_kind(name, value, str, "text or None", DeltaError)

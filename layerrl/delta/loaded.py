@@ -227,9 +227,7 @@ class Deltas:
         """
         if name is not None and not (isinstance(name, str) and name in self._values):
             names = ", ".join(map(repr, self._values))
-            raise DeltaError(
-                f"name is {shown(name)}, which no delta has here, expected {names}, or None for the base"
-            )
+            raise DeltaError(f"no delta {shown(name)} here, expected {names}, or None for the base")
         if _LOADED.get(unwrap(self._model)) is not self._loaded:
             raise DeltaError(
                 f"unload_delta took these deltas out of the {_name(self._model)}: make another "

@@ -40,11 +40,11 @@ def read_deltas(
         paths = [*path]
     if not all(isinstance(each, str | os.PathLike) for each in paths):
         raise DeltaError(
-            f"path is {shown(path)}, expected a delta's folder or 'user/name' on the hub, or a list "
-            "of several"
+            f"path is {shown(path)}, expected a delta's folder or 'user/name' on the hub, or a "
+            "list of several"
         )
     if not paths:
-        raise DeltaError("path names no delta: expected a folder or several")
+        raise DeltaError("path is empty, no delta was given: expected a folder or several")
     if revision is None or isinstance(revision, str):
         revision = [revision] * len(paths)
     texts = isinstance(revision, list | tuple) and all(

@@ -27,7 +27,7 @@ from layerrl.selection.rows import resolved
 from layerrl.selection.tensors import described
 from layerrl.selection.towers import STACKS, blocks_of
 
-_INTEGERS = re.compile(r"\s*-?\d+\s*(?:,\s*-?\d+\s*)*")
+_INTEGERS = re.compile(r"\s*-?\d{1,18}\s*(?:,\s*-?\d{1,18}\s*)*")
 
 
 # Over 60 lines: the docstring is the grammar of selections.

@@ -11,6 +11,7 @@ from torch import nn
 
 from layerrl.adapters import adapted_modules, adapter_tensors, described_adapters
 from layerrl.blocks import is_peft, meta_model
+from layerrl.checks import check_kind
 from layerrl.errors import SelectionError, TrainerError
 from layerrl.schema import fitted
 from layerrl.selection import LayerSelection
@@ -170,8 +171,9 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
     """
     import peft
 
-    if not isinstance(config, peft.PeftConfig):
-        return config  # the trainer says what it expects
+    check_kind(
+        "peft_config", config, peft.PeftConfig, "PEFT's, such as a LoraConfig", SelectionError
+    )
     if not isinstance(selection, LayerSelection):
         raise SelectionError(
             "the config of the model could not be read, which peft_config needs to be restricted "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerrl.blocks import unwrap
+from layerrl.checks import shown
 from layerrl.errors import ProbeError, ReportError, SelectionError
 from layerrl.randomness import random_state, set_random_state
 from layerrl.report import ContributionReport
@@ -60,10 +61,10 @@ class AutoSelection:
         """
         if not isinstance(selection, str) or selection.partition(":")[0] != "auto":
             return None
-        found = re.fullmatch(r"auto(?::(\d+))?", selection)
-        if found is None or found[1] == "0":
+        found = re.fullmatch(r"auto(?::(\d{1,9}))?", selection)
+        if found is None or int(found[1] or 1) == 0:
             raise SelectionError(
-                f'{selection!r} does not say how many layers to choose: expected "auto" (one) or '
+                f'selection={shown(selection)} does not say how many layers to choose: expected "auto" (one) or '
                 '"auto:K", as "auto:3"'
             )
         return cls(int(found[1] or 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from layerrl.blocks import find_blocks
-from layerrl.checks import whole_number
+from layerrl.checks import check_choice, check_count, finite_number, shown, whole_number
 from layerrl.errors import SelectionError
 from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
@@ -69,24 +68,21 @@ class LayerSchedule(TrainerCallback, ExportableState):
             listed = [[*k] if isinstance(k, Iterable) else [k] for k in layers]
         except TypeError:
             listed = []
+        if isinstance(layers, str | bytes | Mapping):
+            listed = []
         numbers = [[whole_number(layer) for layer in chosen] for chosen in listed]
         found = [layer for chosen in numbers for layer in chosen if layer is not None]
         if not found or not all(listed) or len(found) < sum(map(len, listed)):
             raise SelectionError(
-                f"layers is {layers!r}, expected layers or lists of layers, at least one"
+                f"layers is {shown(layers)}, expected layers or lists of layers, at least one"
             )
         self._sets = [
             tuple(sorted({layer for layer in chosen if layer is not None})) for chosen in numbers
         ]
         self._layers = {*found}
-        turn = whole_number(every, least=1)
-        if turn is None:
-            raise SelectionError(f"every is {every!r}, expected a number of steps, an int above 0")
-        number = whole_number(seed)
-        if number is None:
-            raise SelectionError(f"seed is {seed!r}, expected an int")
-        if order not in ("rotate", "random"):
-            raise SelectionError(f'order is {order!r}, expected "rotate" or "random"')
+        turn = check_count("every", every, SelectionError, of="a number of steps, ")
+        number = check_count("seed", seed, SelectionError, least=None)
+        check_choice("order", order, ("rotate", "random"), SelectionError)
         self._weights = None if weights is None else self._of_sets(weights, order)
         self._every, self._order, self._seed = turn, order, number
         self._active: tuple[int, ...] | None = None
@@ -99,13 +95,13 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 found = [sum(weights[k] for k in chosen) / len(chosen) for chosen in self._sets]
             else:
                 found = [*weights]
-            good = all(math.isfinite(weight) and weight > 0 for weight in found)
-        except (TypeError, KeyError):
+            good = all((finite_number(weight) or 0) > 0 for weight in found)
+        except (TypeError, KeyError, OverflowError):
             good = False
         if order != "random" or not good or len(found) != len(self._sets):
             raise SelectionError(
-                f'weights is {weights!r}, expected, with order="random", a finite number above 0 '
-                f"for each of {len(self._sets)} sets or for each of the layers "
+                f'weights is {shown(weights)}, expected, with order="random", a finite number '
+                f"above 0 for each of {len(self._sets)} sets or for each of the layers "
                 f"{sorted(self._layers)}: one that is never likely never trains"
             )
         return found
