@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -248,6 +247,14 @@ def check_kind(
     if not isinstance(value, kinds):
         raise error(f"{name} is {shown(value)}, expected {expected}")
     return value
+
+
+def listed(value: object) -> tuple[Any, ...]:
+    """One thing or several as a tuple: what cannot be walked through, text and mappings are one."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | os.PathLike):
+        with suppress(TypeError):  # arrays without dimensions say that they can be
+            return tuple(value)
+    return (value,)
 
 
 def plain(value: Any) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from layerrl.checks import shown
+from layerrl.checks import listed, shown
 from layerrl.delta.fitting import STAGES
 from layerrl.delta.folder import Delta
 from layerrl.delta.hub import delta_folder
@@ -35,9 +35,7 @@ def read_deltas(
     Raises:
         DeltaError: If one cannot be read, or there are not as many revisions as deltas.
     """
-    paths: list[Any] = [path]
-    if isinstance(path, Iterable) and not isinstance(path, str | os.PathLike | Mapping):
-        paths = [*path]
+    paths = listed(path)
     if not all(isinstance(each, str | os.PathLike) for each in paths):
         raise DeltaError(
             f"path is {shown(path)}, expected a delta's folder or 'user/name' on the hub, or a "

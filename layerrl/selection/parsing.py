@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
-from layerrl.checks import plain, shown, whole_number
+from layerrl.checks import listed, plain, shown, whole_number
 from layerrl.errors import SelectionError
 from layerrl.selection.towers import STACKS
 
@@ -118,7 +117,7 @@ def globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]
         raise SelectionError(
             '"full" trains every parameter: use "all" to give modules inside blocks'
         )
-    given = _listed(modules)
+    given = listed(modules)
     if not are_globs(given):
         raise SelectionError(
             f"modules are globs inside the block, such as 'self_attn.*'; got {shown(modules)}"
@@ -128,7 +127,7 @@ def globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]
 
 def parts(also: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]:
     """Parts outside the layers, one or several, as a tuple without repetitions."""
-    given = () if also is None else _listed(also)
+    given = () if also is None else listed(also)
     if not given:
         return ()
     if full:
@@ -140,14 +139,6 @@ def parts(also: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]:
             f"or globs of full names, such as 'model.norm.*'; got {shown(also)}"
         )
     return tuple(dict.fromkeys(given))
-
-
-def _listed(given: object) -> tuple[Any, ...]:
-    """One thing or several as a tuple; what is neither text nor iterable is one."""
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        with suppress(TypeError):  # arrays without dimensions say that they are iterable
-            return tuple(given)
-    return (given,)
 
 
 def matches(name: str, glob: str) -> bool:

@@ -104,8 +104,9 @@ def select_layers(
         also = layers.also if also is None else also
         scale, boosts = layers.learning_rate_scale, layers.boosts
     else:
-        chosen = resolve(layers, num_layers, text, or_none=bool(also))
         full = isinstance(layers, str) and layers == "full"
+        also = parts(also, full=full)
+        chosen = resolve(layers, num_layers, text, or_none=bool(also))
         scale, boosts = (), ()
     also = parts(also, full=full)
     if boost is not None:

@@ -64,8 +64,8 @@ class AutoSelection:
         found = re.fullmatch(r"auto(?::(\d{1,9}))?", selection)
         if found is None or int(found[1] or 1) == 0:
             raise SelectionError(
-                f'selection={shown(selection)} does not say how many layers to choose: expected "auto" (one) or '
-                '"auto:K", as "auto:3"'
+                f"selection={shown(selection)} does not say how many layers to choose: "
+                'expected "auto" (one) or "auto:K", as "auto:3"'
             )
         return cls(int(found[1] or 1))
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from layerrl.blocks import find_blocks
-from layerrl.checks import check_choice, check_count, finite_number, shown, whole_number
+from layerrl.checks import check_choice, check_count, finite_number, listed, shown, whole_number
 from layerrl.errors import SelectionError
 from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from torch import nn
 
@@ -64,15 +64,10 @@ class LayerSchedule(TrainerCallback, ExportableState):
         weights: Sequence[float] | Mapping[int, float] | None = None,
         seed: int = 0,
     ) -> None:
-        try:
-            listed = [[*k] if isinstance(k, Iterable) else [k] for k in layers]
-        except TypeError:
-            listed = []
-        if isinstance(layers, str | bytes | Mapping):
-            listed = []
-        numbers = [[whole_number(layer) for layer in chosen] for chosen in listed]
+        sets = [listed(chosen) for chosen in listed(layers)]
+        numbers = [[whole_number(layer, least=0) for layer in chosen] for chosen in sets]
         found = [layer for chosen in numbers for layer in chosen if layer is not None]
-        if not found or not all(listed) or len(found) < sum(map(len, listed)):
+        if not found or not all(sets) or len(found) < sum(map(len, sets)):
             raise SelectionError(
                 f"layers is {shown(layers)}, expected layers or lists of layers, at least one"
             )
@@ -89,15 +84,13 @@ class LayerSchedule(TrainerCallback, ExportableState):
 
     def _of_sets(self, weights: Any, order: str) -> list[float]:
         """One weight for each set."""
-        found: list[Any] = []
-        try:
-            if isinstance(weights, Mapping):
-                found = [sum(weights[k] for k in chosen) / len(chosen) for chosen in self._sets]
-            else:
-                found = [*weights]
-            good = all((finite_number(weight) or 0) > 0 for weight in found)
-        except (TypeError, KeyError, OverflowError):
-            good = False
+        if isinstance(weights, Mapping):
+            rows = [[weights.get(layer) for layer in chosen] for chosen in self._sets]
+        else:
+            rows = [[weight] for weight in listed(weights)]
+        numbers = [[finite_number(weight) or 0.0 for weight in row] for row in rows]
+        found = [sum(row) / len(row) for row in numbers]
+        good = min(min(row) for row in numbers) > 0 if numbers else False
         if order != "random" or not good or len(found) != len(self._sets):
             raise SelectionError(
                 f'weights is {shown(weights)}, expected, with order="random", a finite number '

