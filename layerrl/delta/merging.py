@@ -257,7 +257,7 @@ def _checkpoint_folder(
     base: str | os.PathLike[str], delta: Delta, token: str | bool | None
 ) -> Path:
     folder = Path(base)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # of any text, while is_dir() raises for one that is too long
         return folder
     from huggingface_hub import snapshot_download
 

@@ -76,6 +76,8 @@ def check_prompts(name: str, dataset: Any) -> Dataset:
         )
     if "prompt" not in dataset.column_names:
         raise ProbeError(f'{name} has the columns {dataset.column_names}, expected a "prompt"')
+    if len(dataset) == 0:
+        raise ProbeError(f"{name} has no rows, expected prompts")
     return dataset
 
 

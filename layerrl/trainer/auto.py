@@ -69,6 +69,21 @@ class AutoSelection:
             )
         return cls(int(found[1] or 1))
 
+    def check_number(self, num_layers: int) -> None:
+        """Refuse to choose more layers than there are.
+
+        Args:
+            num_layers: Decoder layers of the model.
+
+        Raises:
+            SelectionError: If it has fewer.
+        """
+        if self.num_chosen > num_layers:
+            raise SelectionError(
+                f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
+                f"{num_layers}"
+            )
+
     def check(self, trainer: Any, num_layers: int) -> None:
         """Refuse what could not be chosen, before anything is generated for it.
 
@@ -81,11 +96,7 @@ class AutoSelection:
             SelectionError: If it has fewer layers, or what depends on them is made already.
         """
         check_trainer(trainer, 'selection="auto"')
-        if self.num_chosen > num_layers:
-            raise SelectionError(
-                f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
-                f"{num_layers}"
-            )
+        self.check_number(num_layers)
         if getattr(unwrap(trainer.model), "is_quantized", False):
             raise SelectionError(
                 'selection="auto" needs gradients of every layer, and layers of this base are '

@@ -73,6 +73,8 @@ class TrainerCall:
             described = getattr(model, "config", None)  # its own tensors may be packed: they stay
         if described is not None:
             chosen = arguments.chosen_early(described, self._choice)
+        if self.auto is not None and isinstance(chosen, LayerSelection):
+            self.auto.check_number(chosen.num_layers)
         full = isinstance(chosen, str) and chosen == "full"
         full = full or (isinstance(chosen, LayerSelection) and chosen.full)
         self._full = full

@@ -6,7 +6,7 @@ flag changes. Arguments are found by `inspect.signature`: a new one without a ki
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -19,10 +19,9 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, GRPOTrainer, RLOOConfig, SFTConfig
 
-import layerrl
 from layerrl import (
     ContributionReport,
     LayerMaskedGRPOTrainer,
@@ -40,10 +39,12 @@ from layerrl import (
 )
 from layerrl.cli import main
 from layerrl.delta import DeltaBase, Deltas, disabled, push_delta, unload_delta
+from layerrl.errors import ProbeError, TrainerError
 from layerrl.report import Cost, Score
 from layerrl.trainer import GiGPOConfig, LayerSchedule, TextRollout
-from tests.grpo import PROMPTS, QUIETLY, config, reward, tokenizer
+from tests.grpo import PROMPTS, QUIETLY, config, make, reward, tokenizer
 from tests.models import tiny
+from tests.signatures import masked_trainers
 
 
 class Odd:
@@ -181,6 +182,7 @@ class World:
     """What right calls take, made once: a base, a trained copy, a delta, data; and a folder."""
 
     folder: Path
+    num_outs: int = 0
     base: Any = field(default_factory=lambda: tiny("llama", 4))
     model: Any = field(default_factory=lambda: tiny("llama", 4))
     loaded: Any = field(default_factory=lambda: tiny("llama", 4))
@@ -200,10 +202,13 @@ class World:
         self.data = Dataset.from_dict({"prompt": PROMPTS})
         self.eval_data = Dataset.from_dict({"prompt": ["no", "pq"]})
         self.report = report(4)
+        self.trainer = make(tiny("llama", 4), self.folder / "unused", selection=1)
 
     @property
     def out(self) -> Path:
-        return self.folder / "out"
+        """A folder that is not there yet, another one each time."""
+        self.num_outs += 1
+        return self.folder / f"out-{self.num_outs}"
 
     def state(self) -> dict[str, Any]:
         """What no refused call may change."""
@@ -241,20 +246,21 @@ class Door:
     """Arguments that it takes."""
     kinds: dict[str, Kind]
     """What each of its arguments takes."""
-    signature: Any = None
-    """Whose arguments are its; None: `call`'s."""
+    left_out: Collection[str] = ()
+    """Arguments that another door has, or that are TRL's."""
     called: dict[str, str] = field(default_factory=dict)
     """Argument to a pattern of what else messages call it."""
 
     @property
     def arguments(self) -> list[str]:
-        parameters = inspect.signature(self.signature or self.call).parameters.values()
-        left_out = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        return [p.name for p in parameters if p.name != "self" and p.kind not in left_out]
+        named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        parameters = inspect.signature(self.call).parameters.values()
+        names = [p.name for p in parameters if p.kind in named]
+        return [name for name in names if name not in ("self", *self.left_out)]
 
-
-def of(method: Callable[..., Any]) -> Callable[[World], dict[str, Any]]:
-    return lambda w: {"self": method(w)}
+    def named(self, argument: str) -> str:
+        """A pattern of what a message calls an argument."""
+        return "|".join([rf"\b{argument}\b", *filter(None, [self.called.get(argument)])])
 
 
 MODEL = Kind(more=(tokenizer,))
@@ -287,7 +293,9 @@ BOOST = Kind(
     ({1: 0}, {1: -1}, {9: 2.0}, {1: "2"}, {1: True}, "decay:2", "decay:nan", {(1,): 2.0}),
 )
 STACK = Kind(lambda v: v is None, ("vision", "audio"))
-REVISION = Kind(lambda v: v is None or v == "", (["main", "main"], "main", 5))
+REVISION = Kind(
+    lambda v: v is None or (isinstance(v, list) and v == [None]), (["main", "main"], "main", 5)
+)
 TOKEN = Kind(lambda v: v is None or isinstance(v, bool) or (isinstance(v, str) and v.isprintable()))
 DELTA = Kind(lambda v: False, ("no/such/folder", "/", ["/nowhere"], []))
 NEW_PATH = Kind(is_path, ("/dev/null/x",))
@@ -452,7 +460,7 @@ DOORS |= {
             | {"method": "gradient"}
         ),
         {"budget": Kind(lambda v: is_int(v, 8))},
-        signature=lambda budget: None,
+        left_out={*inspect.signature(contribution_probe).parameters} - {"budget"},
     ),
     "published_contributions": Door(
         published_contributions,
@@ -535,6 +543,12 @@ DOORS |= {
         },
         called={"path": "/dev/null"},
     ),
+    "LayerMaskedMixin.save_delta": Door(
+        LayerMaskedMixin.save_delta,
+        lambda w: {"self": w.trainer},
+        {"path": NEW_PATH},
+        called={"path": "/dev/null"},
+    ),
     "DeltaBase.of": Door(
         DeltaBase.of,
         lambda w: {"model": w.base, "selection": w.selection},
@@ -576,13 +590,13 @@ DOORS |= {
         lambda w: {"folder": w.delta, "repo_id": "me/x"},
         {
             "folder": DELTA,
-            "repo_id": Kind(more=("a/b/c", "-x", "a b")),
+            "repo_id": Kind(lambda v: isinstance(v, str) and v == "no", ("a/b/c", "-x", "a b")),
             "private": Kind(lambda v: v is None or SWITCH.right(v)),
             "token": TOKEN,
-            "revision": TEXT,
+            "revision": optional(TEXT),
             "commit_message": optional(TEXT),
         },
-        called={"folder": "delta"},
+        called={"folder": "delta", "repo_id": "name of a repository"},
     ),
     "disabled": Door(
         lambda model: disabled(model).__enter__(), lambda w: {"model": w.loaded}, {"model": MODEL}
@@ -592,7 +606,7 @@ DOORS |= {
         Deltas,
         lambda w: {"model": w.base, "paths": {"a": w.delta}},
         {"model": MODEL, "paths": Kind(more=({"a": 5}, {5: "x"}, {"a": []}, {"a": "no/such"}))},
-        called={"paths": "delta"},
+        called={"paths": "delta|no such folder"},
     ),
     "Deltas.use": Door(
         Deltas.use,
@@ -609,15 +623,21 @@ DOORS |= {
                     is_int(v, 0)
                     or (isinstance(v, list) and v in ([1], [[1]]))
                     or (isinstance(v, tuple) and v == (0, 0))
-                    or isinstance(v, np.ndarray)
-                    and v.size > 0
+                    or (isinstance(v, np.ndarray) and v.size > 0)
                 ),
                 ([-1], [1.0], "12", {"x"}, [[]], [True]),
             ),
             "every": COUNT,
             "order": Kind(),
             "weights": Kind(
-                lambda v: v is None,
+                lambda v: (
+                    v is None
+                    or (
+                        isinstance(v, np.ndarray | torch.Tensor)
+                        and len(v) == 2
+                        and not getattr(v, "is_meta", False)
+                    )
+                ),
                 ([1], [1, 0], [1, "2"], [1, True], {1: 1}, {1: 1, 2: 0}, (1, 10**400)),
             ),
             "seed": INTEGER,
@@ -651,7 +671,7 @@ DOORS |= {
             "gamma": Kind(lambda v: is_float(v, 0, 1)),
             "invalid_action_penalty": AMOUNT,
         },
-        signature=lambda omega, gamma, invalid_action_penalty: None,
+        left_out={*inspect.signature(GRPOConfig).parameters},
     ),
     "the mixin": Door(
         LayerMaskedGRPOTrainer,
@@ -660,17 +680,15 @@ DOORS |= {
             "model": Kind(lambda v: isinstance(v, str | Path)),
             "args": ARGS,
             "selection": Kind(
-                lambda v: is_int(v, -4) and not is_int(v, 4), ("auto:0", "auto:9", *LAYERS.more)
+                are_layers, ("auto:0", "auto:9", "auto:" + "9" * 5000, *LAYERS.more[1:])
             ),
             "prefix_cache_bytes": NATURAL,
             "master_weights": SWITCH,
             "checkpoint_format": Kind(),
             "peft_config": Kind(lambda v: v is None),
         },
-        signature=lambda model, args, selection, prefix_cache_bytes, master_weights, checkpoint_format, peft_config: (
-            None
-        ),
-        called={"selection": r"layers?\b|slice|selection"},
+        left_out={*inspect.signature(GRPOTrainer).parameters} - {"model", "args", "peft_config"},
+        called={"selection": r"layers?\b|slice|depth|auto:"},
     ),
 }
 
@@ -720,16 +738,101 @@ def test_wrong_values_are_refused_by_name_and_change_nothing(
     world: World, door: Door, argument: str
 ) -> None:
     kind, before = door.kinds[argument], world.state()
-    named = rf"\b{argument}\b" + "".join(
-        f"|{other}" for other in [door.called.get(argument)] if other
-    )
     wrongs = {}
     for name, value in wrong(kind):
         arguments = {**door.right(world), argument: value}
-        if said := complaint(door.call, arguments, named):
+        if said := complaint(door.call, arguments, door.named(argument)):
             wrongs[name] = said
         now = world.state()
         if changed := [what for what in before if before[what] != now[what]]:
             wrongs[name] = f"{wrongs.get(name, '')} changed {changed}"
             before = now
     assert not wrongs, "\n" + "\n".join(f"{name}: {said[:400]}" for name, said in wrongs.items())
+
+
+@pytest.mark.parametrize("cls", masked_trainers(), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("args", [{}, TrainingArguments, Odd()], ids=["dict", "class", "odd"])
+def test_no_masked_trainer_takes_other_args(cls: type, args: Any, world: World) -> None:
+    before = world.state()
+    with pytest.raises(TrainerError, match="^args is .*, an instance of .* takes a"):
+        cls(model=world.base, args=args, selection=1)
+    assert world.state() == before
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"seeds": np.array([0, 1])},
+        {"seeds": [np.int64(3)], "greedy": np.True_, "halving": np.False_},
+        {"resources": {"num_cpus": np.float64(1)}},
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_pass_the_probes_checks(argument: dict[str, Any], world: World) -> None:
+    # What comes after all checks of values is refused: prompts that are trained on.
+    arguments = probing(world) | argument | {"eval_dataset": world.data}
+    with pytest.raises(ProbeError, match="evaluation prompts are trained on"):
+        contribution_probe(**arguments)
+
+
+def factory(selection: Any, **arguments: Any) -> GRPOTrainer:
+    return GRPOTrainer(**arguments)
+
+
+def test_a_factory_of_plain_trainers_is_found_before_anything_is_measured(world: World) -> None:
+    asked: list[str] = []
+
+    def noted(completions: list[str], **_: Any) -> list[float]:
+        asked.extend(completions)
+        return [0.0] * len(completions)
+
+    for method in ("train", "gradient"):
+        arguments = probing(world) | {"reward_funcs": noted, "trainer_class": factory}
+        with pytest.raises(ProbeError, match="trainer_class made <trl.*GRPOTrainer"):
+            contribution_probe(**arguments | {"method": method})
+    assert asked == []
+
+
+WORDS = ["", "no", "a\0b", "-1", "nan", "1e400", "9" * 5000, "[1]", "{", "/dev/null/x", "\ud800"]
+OPTIONS = {
+    "plan": ["", "--layers", "--modules", "--also", "--boost", "--stack", "--dtype", "--beta"]
+    + ["--num_iterations"],
+    "probe": ["", "--layers", "--modules", "--method", "--budget", "--seeds", "--out", "--config"],
+    "merge": ["BASE", "DELTA", "OUT", "--revision"],
+    "show": ["", "--revision", "--plot"],
+    "train": ["--layers", "--modules", "--also", "--boost", "--stack", "--prefix_cache_bytes"]
+    + ["--checkpoint_format", "--model_name_or_path", "--config"],
+}
+RIGHT_WORDS = {"--layers": ["-1"], "--beta": [], "--seeds": [], "--out": ["no"], "--budget": []}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, o) for command, options in OPTIONS.items() for o in options]
+)
+def test_wrong_words_on_the_command_line_are_a_sentence(
+    world: World, command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, delta = str(world.folder / "base"), str(world.delta)
+    right = {
+        "plan": [base, "--layers", "1"],
+        "probe": [base, "--method", "position"],
+        "merge": [base, delta, str(world.out)],
+        "show": [delta],
+        "train": ["grpo", "--model_name_or_path", base, "--layers", "1"],
+    }[command]
+    before = world.state()
+    for word in WORDS:
+        if word in RIGHT_WORDS.get(option, []):
+            continue
+        words = [*right]
+        if option.startswith("-"):
+            words += [option, word]
+        else:
+            words[["BASE", "DELTA", "OUT"].index(option) if option else 0] = word
+        try:
+            assert main([command, *words]) == 1, word[:20]
+        except SystemExit as stop:
+            assert stop.code == 2, word[:20]
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+    assert world.state() == before
