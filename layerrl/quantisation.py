@@ -6,7 +6,7 @@ import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from layerrl.blocks import plain_name
+from layerrl.blocks import plain_name, unwrap
 from layerrl.checks import shown
 from layerrl.errors import SelectionError
 from layerrl.replacing import replaced
@@ -162,7 +162,11 @@ def keep_layout(model: nn.Module) -> None:
 
     Args:
         model: The model. What is packed is unpacked, and nothing will be packed again.
+
+    Raises:
+        ModelError: If it is no model.
     """
+    unwrap(model)  # refuses what is none
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.state_dict()  # unpacks
