@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
+from layerrl.checks import check_kind, shown
 from layerrl.delta.in_memory import checked
 from layerrl.delta.placing import copies, like, memory_form, named_parameters, present, put_values
 from layerrl.delta.stacks import read_deltas
@@ -76,8 +77,6 @@ def keeping(
     Raises:
         DeltaError: If the base below an earlier delta is to be kept, which was not.
     """
-    if keep_base not in (None, True, False):
-        raise DeltaError(f"keep_base is {keep_base!r:.80}, expected True, False or None")
     inner = unwrap(model)
     earlier = _LOADED.get(inner)
     if earlier is not None and _replaced_since(model, earlier):
@@ -184,9 +183,10 @@ class Deltas:
         paths: Mapping[str, str | os.PathLike[str] | Iterable[str | os.PathLike[str]]],
     ) -> None:
         there = deltas_in(model)
-        if not isinstance(paths, Mapping) or not paths or None in paths:
+        named = isinstance(paths, Mapping) and all(isinstance(name, str) for name in paths)
+        if not named or not paths:
             raise DeltaError(
-                f"paths is {paths!r:.80}, expected a name for each delta: "
+                f"paths is {shown(paths)}, expected a name for each delta: "
                 '{"a": "out/a", "b": "out/b"}'
             )
         if there:
@@ -225,9 +225,9 @@ class Deltas:
             DeltaError: If there is none of this name, `unload_delta` took all of them out, or the
                 model is inside `disabled`.
         """
-        if name is not None and name not in [*self._values]:
+        if name is not None and not (isinstance(name, str) and name in self._values):
             names = ", ".join(map(repr, self._values))
-            raise DeltaError(f"no delta {name!r:.80} here, expected {names}, or None for the base")
+            raise DeltaError(f"no delta {shown(name)} here, expected {names}, or None for the base")
         if _LOADED.get(unwrap(self._model)) is not self._loaded:
             raise DeltaError(
                 f"unload_delta took these deltas out of the {_name(self._model)}: make another "
@@ -256,11 +256,11 @@ def deltas_in(model: nn.Module) -> list[Delta]:
     Raises:
         DeltaError: If it is no model, a `Deltas` switches its deltas, or they are disabled.
     """
-    if not isinstance(model, nn.Module):
-        raise DeltaError(
-            f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
-            "checkpoint from folders, use merge_delta(base, path, out)."
-        )
+    expected = (
+        "a model to load the delta into. To write a merged checkpoint from folders, use "
+        "merge_delta(base, path, out)."
+    )
+    check_kind("model", model, nn.Module, expected, DeltaError)
     loaded = _LOADED.get(unwrap(model))
     if loaded is None:
         return []
@@ -283,8 +283,7 @@ def _refuse_disabled(model: nn.Module, loaded: _Loaded) -> None:
 
 def _in_use(model: nn.Module) -> tuple[_Loaded, dict[str, Tensor]]:
     """What is kept for a model, and the base's values."""
-    if not isinstance(model, nn.Module):
-        raise DeltaError(f"expected the model with the delta in it, got {model!r:.80}")
+    check_kind("model", model, nn.Module, "the model with the delta in it", DeltaError)
     loaded = _LOADED.get(unwrap(model))
     if loaded is None:
         raise DeltaError(

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, set_seed
 
-from layerrl.checks import whole_number
+from layerrl.checks import shown, whole_number
 from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport, Cost, Score
-from layerrl.scores.evaluation import random_state_kept
+from layerrl.scores.evaluation import all_rewarded, random_state_kept
 from layerrl.scores.gains import held_out_gains
 from layerrl.scores.method import ROLLOUTS, Method
 from layerrl.scores.restoring import as_found
 from layerrl.scores.rollouts import Rollouts
-from layerrl.scores.runs import Runs, only_training
+from layerrl.scores.runs import Runs, made, only_training
 from layerrl.trained import TrainedLayers
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
     seed, num_prompts = runs.seeds[0], whole_number(request.budget, least=FEWEST_PROMPTS)
     if num_prompts is None:
         raise ProbeError(
-            f"budget is {request.budget!r} prompts; method='gradient' needs at least "
+            f"budget is {shown(request.budget)} prompts; method='gradient' needs at least "
             f"{FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 64 or more "
             "to tell layers apart"
         )
@@ -209,12 +209,13 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
             parameter.grad = None
         set_seed(seed)
         args = _of_one_pass(request.args, seed)
-        trainer = runs.make_trainer(model=model, args=args, selection=selection)
+        trainer = made(runs.make_trainer, model=model, args=args, selection=selection)
         trainer.remove_callback(PrinterCallback)
         trainer.masked_run.initial = {}  # what a training's changes are measured against
         rollouts = Rollouts(trainer, num_prompts)
         settings = {**runs.settings, "seed": seed}
-        return gradient_report(rollouts, selection, request.args, settings, started)
+        with all_rewarded(trainer):
+            return gradient_report(rollouts, selection, request.args, settings, started)
 
 
 def _of_one_pass(args: Any, seed: int) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerrl.blocks import unwrap
+from layerrl.checks import shown
 from layerrl.errors import ProbeError, ReportError, SelectionError
 from layerrl.randomness import random_state, set_random_state
 from layerrl.report import ContributionReport
@@ -60,13 +61,28 @@ class AutoSelection:
         """
         if not isinstance(selection, str) or selection.partition(":")[0] != "auto":
             return None
-        found = re.fullmatch(r"auto(?::(\d+))?", selection)
-        if found is None or found[1] == "0":
+        found = re.fullmatch(r"auto(?::(\d{1,9}))?", selection)
+        if found is None or int(found[1] or 1) == 0:
             raise SelectionError(
-                f'{selection!r} does not say how many layers to choose: expected "auto" (one) or '
-                '"auto:K", as "auto:3"'
+                f"selection={shown(selection)} does not say how many layers to choose: "
+                'expected "auto" (one) or "auto:K", as "auto:3"'
             )
         return cls(int(found[1] or 1))
+
+    def check_number(self, num_layers: int) -> None:
+        """Refuse to choose more layers than there are.
+
+        Args:
+            num_layers: Decoder layers of the model.
+
+        Raises:
+            SelectionError: If it has fewer.
+        """
+        if self.num_chosen > num_layers:
+            raise SelectionError(
+                f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
+                f"{num_layers}"
+            )
 
     def check(self, trainer: Any, num_layers: int) -> None:
         """Refuse what could not be chosen, before anything is generated for it.
@@ -80,11 +96,7 @@ class AutoSelection:
             SelectionError: If it has fewer layers, or what depends on them is made already.
         """
         check_trainer(trainer, 'selection="auto"')
-        if self.num_chosen > num_layers:
-            raise SelectionError(
-                f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
-                f"{num_layers}"
-            )
+        self.check_number(num_layers)
         if getattr(unwrap(trainer.model), "is_quantized", False):
             raise SelectionError(
                 'selection="auto" needs gradients of every layer, and layers of this base are '

@@ -382,7 +382,7 @@ class TestUnload:
         "act", [unload_delta, enter, lambda model: Deltas(model, {})], ids=["un", "dis", "switch"]
     )
     def test_no_model(self, act):
-        with refused("expected ", "got 'model'"):
+        with refused("model is 'model', expected "):
             act("model")
 
     def test_inside_disabled(self, made, model):
