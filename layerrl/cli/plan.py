@@ -43,4 +43,5 @@ def _dtype(name: str | None) -> Any:
     """A dtype of torch; of another name the name, which `plan` refuses."""
     import torch
 
-    return None if name is None else getattr(torch, name, name)
+    found = None if name is None else getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else name
