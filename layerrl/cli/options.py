@@ -94,8 +94,8 @@ def _boosts(given: Any) -> Any:
             value = None
         if value is None or key == "":
             raise SelectionError(
-                f"--boost {f'{key}={factor}'!r}: expected KEY=FACTOR, as in 10=2 or 'mlp.*=0.5', or "
-                "decay:0.9 alone"
+                f"--boost {f'{key}={factor}'!r}: expected KEY=FACTOR, as in 10=2 or "
+                "'mlp.*=0.5', or decay:0.9 alone"
             )
         if name in factors:
             raise SelectionError(f"--boost has {key!r} twice: give each layer or glob one factor")
