@@ -57,6 +57,7 @@ def push_delta(
             was asked for.
     """
     delta = Delta.read(folder)
+    _check_texts(repo_id=repo_id or "", revision=revision, commit_message=commit_message)
     api = _api(token)
     with hub_errors("push to", repo_id, token=token, revision=revision):
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -135,6 +136,7 @@ def delta_folder(
                 "repository on the hub has revisions"
             )
         return Path(path)
+    _check_texts(revision=revision)
     api = _api(token)
     with hub_errors("read", path, token=token, revision=revision):
         folder = Path(api.snapshot_download(path, revision=revision, allow_patterns=[META]))
@@ -177,9 +179,19 @@ def _whole_model(names: set[str]) -> bool:
     return bool(at_top - {TENSORS, "training_args.bin", "adapter_model.safetensors"})
 
 
+def _check_texts(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            raise DeltaError(f"{name} is {value!r:.80}, expected a text, or None")
+
+
 def _api(token: str | bool | None) -> HfApi:
     from huggingface_hub import HfApi
 
+    if not isinstance(token, bool):
+        _check_texts(token=token)
+    if isinstance(token, str) and not (token.isascii() and token.isprintable()):
+        raise DeltaError("token holds characters that no token of the hub has: copy it again")
     return HfApi(token=token, library_name="layerrl", library_version=installed_version("layerrl"))
 
 

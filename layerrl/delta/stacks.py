@@ -46,10 +46,10 @@ def read_deltas(
         raise DeltaError("no delta was given: expected a folder or several")
     if revision is None or isinstance(revision, str):
         revision = [revision] * len(paths)
-    if len(revision) != len(paths):
+    if not isinstance(revision, list | tuple) or len(revision) != len(paths):
         raise DeltaError(
-            f"revision has {len(revision)} entries for {len(paths)} deltas: expected one for each "
-            "(None for a folder), or one string"
+            f"revision is {revision!r:.80} for {len(paths)} deltas: expected one for each (None "
+            "for a folder), or one string"
         )
     return [
         Delta.read(delta_folder(one, revision=its, token=token))
