@@ -179,7 +179,8 @@ class Checkpoints:
         A hub may have an older delta: what is pushed always has a new one.
         """
         trainer = self._trainer
-        known = trainer.checkpoint_format == "delta" and trainer.masked_run.base is not None
+        known = trainer.masked_run.base is not None
+        pushes = pushes and trainer.checkpoint_format == "delta"
         there = (folder / _DELTA[-1]).exists()
         if launchers.shards_model(trainer.accelerator):  # else one process may save alone
             there = launchers.agree(trainer.accelerator, there)

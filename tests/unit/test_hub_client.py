@@ -329,7 +329,7 @@ class TestWhatIsNoDelta:
     @pytest.mark.parametrize("given", [{"repo_id": None}, {"commit_message": 5}])
     def test_no_names_to_push_with(self, base, tmp_path, given):
         made(base, tmp_path / "delta")
-        with pytest.raises(DeltaError, match=f"{[*given][0]} is .*, expected a text"):
+        with pytest.raises(DeltaError, match=f"{next(iter(given))} is .*, expected a text"):
             push_delta(tmp_path / "delta", **{"repo_id": "me/delta", **given})
 
 
