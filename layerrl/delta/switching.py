@@ -74,7 +74,8 @@ class Deltas:
             self._values[name] = {n: like(value, trained[n]) for n, value in values}
             touched |= trained
         self._base = copies(touched)
-        self._changed: set[str] = set()
+        # A dict: sharded values are sent in its order, which every process must have the same.
+        self._changed: dict[str, Tensor] = {}
         around = surroundings(model, touched)
         self._loaded = Loaded(
             deltas=others, base=self._base, marks={}, around=around, switching=True
@@ -109,9 +110,9 @@ class Deltas:
         refuse_another(self._model, self._loaded, self._base)
         values = {} if name is None else self._values[name]
         back = self._base if name is None else {n: self._base[n] for n in self._changed}
-        self._changed |= {*values}
+        self._changed = self._changed | values  # until all are written
         put_values(self._model, back | values)
-        self._changed, self.current = {*values}, name
+        self._changed, self.current = values, name
 
     def __repr__(self) -> str:
         return f"Deltas({', '.join(map(repr, self._values))}; in use: {self.current!r})"

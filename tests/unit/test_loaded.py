@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
 from layerrl.delta import DeltaBase, Deltas, disabled, unload_delta
+from layerrl.delta.placing import put_values
 from layerrl.errors import DeltaError
 from tests.devices import on_any_device
 from tests.grpo import make
@@ -557,6 +558,20 @@ class TestDeltas:
         deltas.use("b")
         written = {n for n, p in model.named_parameters() if p._version != versions[n]}
         assert written == {*select_layers(model, 1).parameters(model)}
+
+    def test_writes_in_one_order_in_every_process(self, switch, monkeypatch):
+        """What is sharded is sent tensor by tensor."""
+        written: list[list[str]] = []
+
+        def noted(model: nn.Module, values: State) -> None:
+            written.append([*values])
+            put_values(model, values)
+
+        monkeypatch.setattr("layerrl.delta.switching.put_values", noted)
+        for name in ("a", "c", "a"):
+            switch.use(name)
+        assert written[1][:9] == written[0]
+        assert written[2] == written[1][9:] + written[0]
 
     def test_says_what_is_in_use(self, switch):
         _, deltas = switch
