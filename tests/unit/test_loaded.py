@@ -569,7 +569,7 @@ class TestDeltas:
 
         monkeypatch.setattr("layerrl.delta.switching.put_values", noted)
         for name in ("a", "c", "a"):
-            switch.use(name)
+            switch[1].use(name)
         assert written[1][:9] == written[0]
         assert written[2] == written[1][9:] + written[0]
 
