@@ -18,12 +18,7 @@ _LAYERS = "such as 10, 3,-1, middle:5, last:2, 40%%:60%%, all, full, or a select
 
 
 def add_layers(parser: ArgumentParser, also: str = "") -> None:
-    """Add the options that name layers and parts of them.
-
-    Args:
-        parser: The command's.
-        also: What else may be written for layers.
-    """
+    """Add the options that name layers and parts of them."""
     parser.add_argument("--layers", help=_LAYERS + also)
     parser.add_argument(
         "--modules", nargs="+", metavar="GLOB", help="parts of each layer: 'self_attn.*'"
@@ -31,12 +26,7 @@ def add_layers(parser: ArgumentParser, also: str = "") -> None:
 
 
 def add_selection(parser: ArgumentParser, also: str = "") -> None:
-    """Add the options that `select_layers` has as arguments.
-
-    Args:
-        parser: The command's.
-        also: What else may be written for layers.
-    """
+    """Add the options that `select_layers` has as arguments."""
     add_layers(parser, also)
     parser.add_argument(
         "--also", nargs="+", metavar="PART", help="parts outside the layers: head, embeddings, ..."

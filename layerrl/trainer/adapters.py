@@ -78,12 +78,7 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def note_base(folder: Path, digest: str | None) -> None:
-    """Write beside adapters what base they were trained on.
-
-    Args:
-        folder: A checkpoint.
-        digest: Of the frozen tensors; None where it is not known.
-    """
+    """Write beside adapters what base they were trained on."""
     if digest is not None:
         (folder / ADAPTED).write_text(json.dumps({"frozen": digest}) + "\n", encoding="utf-8")
 

@@ -88,14 +88,7 @@ class Checkpoints:
 
     @contextmanager
     def all_or_nothing(self, folder: Path) -> Iterator[None]:
-        """Inside, a checkpoint is written; if that fails, the folder is what it was before.
-
-        Args:
-            folder: The checkpoint's.
-
-        Yields:
-            Nothing.
-        """
+        """Inside, a checkpoint is written; if that fails, the folder is what it was before."""
         trainer, replaced = self._trainer, folder.with_name(f"_{folder.name}.replaced")
         if trainer.args.should_save:
             shutil.rmtree(replaced, ignore_errors=True)

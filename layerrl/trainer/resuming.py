@@ -34,11 +34,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointReader:
-    """Loads a trainer's checkpoints, each whole or not at all.
-
-    Args:
-        trainer: The masked trainer.
-    """
+    """Loads a trainer's checkpoints, each whole or not at all."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
