@@ -118,8 +118,8 @@ def unload_delta(model: nn.Module) -> None:
             parameters stay the same objects. Collective where it is sharded.
 
     Raises:
-        DeltaError: If no delta is in the model, what it replaced was not kept, or the model is
-            inside `disabled`.
+        DeltaError: If no delta is in the model, what it replaced was not kept, the model is inside
+            `disabled`, has other weights everywhere, or has adapters merged into the tensors.
     """
     _, base = _in_use(model)
     refuse_disabled(model)
@@ -144,7 +144,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
         Nothing: use the model.
 
     Raises:
-        DeltaError: If no delta is in the model, or what it replaced was not kept.
+        DeltaError: If no delta is in the model, what it replaced was not kept, or the model has
+            other weights everywhere, or adapters merged into the tensors.
 
     Example:
         load_delta(model, "out/layer-10")

@@ -114,14 +114,16 @@ def surroundings(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         names: Parameters to leave out, as `named_parameters` gives them.
 
     Returns:
-        Name to row. Shards and norms, which many models have in common, are not looked at.
+        Name to row. Norms, which many models have in common, are not looked at, nor is what is
+        sharded or packed.
     """
     named = named_parameters(model)
     out = {id(named[name]) for name in names if name in named}
     matrices = {
         name: p
         for name, p in named.items()
-        if id(p) not in out and p.dim() > 1 and not (is_sharded(p) or p.is_meta)
+        if id(p) not in out and p.dim() > 1 and type(p) is nn.Parameter
+        if not (is_sharded(p) or p.is_meta)
     }
     few = [*matrices][:: max(1, len(matrices) // 8)]
     # The second: tokens are appended, and the first one is often the padding.

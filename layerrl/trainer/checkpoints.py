@@ -180,7 +180,7 @@ class Checkpoints:
         if known and (pushes or there):
             self._put_delta(folder, card=False)
             self.describe(folder, beside="same")
-        elif trainer.args.should_save:
+        elif trainer.args.should_save and not trainer.masked_run.adapts:  # whose files are no model
             for stale in _DELTA:
                 (folder / stale).unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from peft import (
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, set_seed
 
-from layerrl import contribution_probe, select_layers
+from layerrl import contribution_probe, load_delta, select_layers
 from layerrl.errors import DeltaError, LayerRLError, SelectionError
 from layerrl.replay.state import state_of
 from tests import trainers
@@ -314,6 +314,14 @@ class TestCheckpoints:
         rest = trainer_of(folder, "rest", 2, LoraConfig(r=2), **settings)
         train(rest, resume_from_checkpoint=str(folder.parent / "whole" / "checkpoint-2"))
         assert_close(bits(rest.model), bits(whole.model), rtol=0, atol=0)
+
+    def test_lie_beside_a_delta_of_another_run(self, folder):
+        ours = trainer_of(folder, "ours", 2, LoraConfig(r=2), max_steps=1)
+        out = folder.parent / "out"
+        make(load(folder), folder.parent / "whole", selection=1).save_delta(out)
+        ours.save_model(str(out))
+        assert load_delta(load(folder), out).layers == (1,)
+        assert (out / "adapter_model.safetensors").is_file()
 
     @pytest.mark.parametrize(("names", "beta"), [(["mine"], 0.0), (["default", "second"], 0.04)])
     def test_of_adapters_of_any_name_are_resumed(self, folder, names, beta):
