@@ -32,13 +32,7 @@ _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class Request:
-    """A call of the model: what it asks for, and of which rows.
-
-    Args:
-        model: The model.
-        args: The call's positional arguments.
-        kwargs: The call's keyword arguments.
-    """
+    """A call of the model: what it asks for, and of which rows."""
 
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         base = unwrap(model)

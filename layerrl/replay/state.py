@@ -192,11 +192,7 @@ def _unfit(module: nn.Module) -> str | None:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Let no hook of the user's see what is computed inside.
-
-    Args:
-        model: The model. Its modules' hooks are put back in their order.
-    """
+    """Let no hook of the user's see what is computed inside."""
     found = [hooks for module in model.modules() for hooks in _foreign_hooks(module)]
     before = [hooks.copy() for hooks, _ in found]
     try:
@@ -212,11 +208,7 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unmoved(model: nn.Module) -> Iterator[None]:
-    """Put back what modules count or collect in buffers and plain attributes while they run.
-
-    Args:
-        model: The model.
-    """
+    """Put back what modules count or collect in buffers and plain attributes while they run."""
     modules = [*model.modules()]
     numbers = [
         {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}

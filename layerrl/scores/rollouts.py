@@ -140,14 +140,7 @@ class Rollouts:
 
 @contextmanager
 def in_its_precision(trainer: Any) -> Iterator[None]:
-    """Run the model as its training does: in mixed precision, where the arguments ask for it.
-
-    Args:
-        trainer: A trainer that may have trained or not.
-
-    Yields:
-        Nothing.
-    """
+    """Run the model as its training does: in mixed precision, where the arguments ask for it."""
     model, accelerator = unwrap(trainer.model), trainer.accelerator
 
     def prepared(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,11 +33,7 @@ REPORT = "contributions.json"
 
 
 class AutoSelection:
-    """The choice of `selection="auto:K"`, made at train start.
-
-    Args:
-        num_chosen: How many layers to choose.
-    """
+    """The choice of `selection="auto:K"`, made at train start."""
 
     def __init__(self, num_chosen: int) -> None:
         self.num_chosen = num_chosen
@@ -215,11 +211,7 @@ class AutoSelection:
         self._batches = []
 
     def save(self, folder: Path) -> None:
-        """Write into a checkpoint what was chosen by.
-
-        Args:
-            folder: The checkpoint's.
-        """
+        """Write into a checkpoint what was chosen by."""
         if self.report is not None:
             (folder / REPORT).write_text(self.report.to_json() + "\n", encoding="utf-8")
 

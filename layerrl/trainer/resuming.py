@@ -21,7 +21,7 @@ from layerrl.schema import Count, Misfit, fitted
 from layerrl.shards import shape
 from layerrl.stored import bytes_of, decoded, parsed, refuse_unusual, refused_as, tensors_in
 from layerrl.trainer import launchers
-from layerrl.trainer.adapters import check_checkpoint
+from layerrl.trainer.adapters import active_in, check_checkpoint
 from layerrl.trainer.arguments import with_argument
 from layerrl.trainer.checkpoints import FINGERPRINTS, REFERENCE, delta_in, is_complete
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
@@ -34,11 +34,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointReader:
-    """Loads a trainer's checkpoints, each whole or not at all.
-
-    Args:
-        trainer: The masked trainer.
-    """
+    """Loads a trainer's checkpoints, each whole or not at all."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -113,7 +109,11 @@ class CheckpointReader:
             check_checkpoint(trainer.model, folder, run.adapted)
             if resumes and not in_parts:
                 self._check_state(folder, of_delta=True)
-            return False
+            active, place = active_in(trainer.model, folder)
+            if resumes or place == folder or in_parts:
+                return False
+            trainer.model.load_adapter(place, active, is_trainable=True)  # as transformers resumes
+            return True
         if delta is None and (run.adapts or run.selection.full or in_parts or quantised):
             return False
         if run.adapts:

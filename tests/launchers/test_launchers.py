@@ -17,10 +17,12 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layerrl import LayerSelection, load_delta, select_layers
 from layerrl.blocks import unwrap
+from layerrl.delta import unload_delta
 from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
@@ -29,7 +31,7 @@ from tests.grpo import config, make
 from tests.launchers.launch import launch
 from tests.launchers.worker import FROZEN, held
 from tests.models import tiny, tiny_config
-from tests.runs import in_layers, saved
+from tests.runs import bits, in_layers, load, saved
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 SAVING = {"save_strategy": "steps", "save_steps": 3}
@@ -143,6 +145,7 @@ class Runs:
             rows=ROWS, changed=CHANGED,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
+            deltas={"deltas": self.deltas},
         )  # fmt: skip
 
     @cached_property
@@ -167,6 +170,11 @@ class Runs:
             "again", 1, resumed={"resume": self.checkpoint("fsdp2")},
             half={"dtype": "bfloat16", "max_steps": 2},
         )  # fmt: skip
+
+    @property
+    def deltas(self) -> list[str]:
+        """Of one layer, and of two."""
+        return [str(self.folder / "one" / job / "delta") for job in ("layer", "boosted")]
 
     def checkpoint(self, launched: str, job: str = "layer") -> str:
         return str(self.folder / launched / job / "checkpoint-3")
@@ -281,6 +289,25 @@ def test_new_tokens_alone_move_in_two_processes(runs):
     for error in runs.fsdp2["rows"]:
         assert "LauncherError" in error
         assert "also new_tokens:8-15 under FSDP or DeepSpeed" in error
+
+
+def test_deltas_are_switched_in_a_model_that_fsdp2_shards(runs):
+    for found in runs.fsdp2["deltas"]:
+        assert not isinstance(found, str), found
+        model = load(runs.folder / "base", torch.float64)
+        for delta, names in (
+            (None, ["use None", "after Deltas", "disabled", "unloaded"]),
+            (runs.deltas[0], ["use first", "loaded", "after disabled"]),
+            (runs.deltas[1], ["use second"]),
+        ):
+            if delta is not None:
+                load_delta(model, delta)
+            with torch.no_grad():
+                logits = model(torch.arange(4, 12)[None]).logits
+            for name in names:
+                assert_close(found[name], {"logits": logits, **bits(model)}, rtol=0, atol=0)
+            if delta is not None:
+                unload_delta(model)
 
 
 def test_fsdp2_leaves_each_process_half_of_the_model(runs):

@@ -17,13 +17,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from layerrl import load_delta
 from layerrl.blocks import is_peft, unwrap
+from layerrl.delta import Deltas, disabled, unload_delta
 from layerrl.errors import LayerRLError
 from tests.grpo import make
 
@@ -191,6 +194,35 @@ def run_asynchronous(base: str, output: str, *, selection: Any, **_: Any) -> dic
     return found
 
 
+def run_with_deltas(base: str, *, deltas: list[str], **_: Any) -> dict[str, dict[str, Tensor]]:
+    """Weights of a model that is sharded while deltas can be switched in it, or is one."""
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def note(name: str) -> None:
+        with torch.no_grad():  # gathers what the next write must not leave gathered
+            logits = model(torch.arange(4, 12)[None]).logits
+        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        found[name] = {"logits": whole(logits), **weights}
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    switch = Deltas(model, {"first": deltas[0], "second": deltas[1]})
+    for part in (*model.model.layers, model):
+        fully_shard(part)
+    for name in ("first", "second", None, "first"):
+        switch.use(name)
+        note(f"use {name}")
+    unload_delta(model)
+    note("after Deltas")
+    load_delta(model, deltas[0])
+    note("loaded")
+    with disabled(model):
+        note("disabled")
+    note("after disabled")
+    unload_delta(model)
+    note("unloaded")
+    return found
+
+
 def let_accelerate_shard_on_a_cpu() -> None:
     """It takes FSDP's settings for any device but this, where it would quietly use DDP."""
     PartialState(cpu=True)
@@ -215,7 +247,15 @@ def main(folder: Path, jobs: dict[str, dict[str, Any]], environment: dict[str, s
             let_deepspeed_compile_nothing()
         for name, job in jobs.items():
             try:
-                found: Any = (run_asynchronous if job.pop("asynchronous", 0) else run)(**job)
+                asynchronous = job.pop("asynchronous", False)
+                do = (
+                    run_asynchronous
+                    if asynchronous
+                    else run_with_deltas
+                    if "deltas" in job
+                    else run
+                )
+                found: Any = do(**job)
             except (ImportError, LayerRLError, RuntimeError, ValueError) as error:
                 traceback.print_exc()
                 found = f"{type(error).__name__}: {error}"
