@@ -87,7 +87,7 @@ def soaked(name: str, steps: int) -> dict[str, Any]:
     before = {"fds": descriptors(), "hooks": hooks(model)}
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(
-            model, folder, **kind, **evaluated, arguments=both, max_steps=steps, beta=0.04,
+            model, folder, **kind, **evaluated, arguments=both, max_steps=steps, beta=0.0 if name == "plain" else 0.04,
             num_iterations=2, learning_rate=1e-4, save_strategy="steps", save_steps=50,
             save_total_limit=2, logging_steps=100,
         )  # fmt: skip

@@ -69,7 +69,8 @@ class TestFolder:
         (checkpoint / "delta").mkdir()
         for name in ("delta.json", "delta.safetensors"):
             (checkpoint / name).rename(checkpoint / "delta" / name)
-        (checkpoint / "README.md").unlink()
+        for name in ("README.md", "checksums.json"):
+            (checkpoint / name).unlink()
         save_file(load_file(checkpoint / "reference.safetensors"), checkpoint / "r")  # no metadata
         (checkpoint / "r").replace(checkpoint / "reference.safetensors")
         resumed = on(base, tmp_path / "again", beta=0.04)
