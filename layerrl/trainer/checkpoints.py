@@ -124,8 +124,12 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
                 if is_complete(replaced):
                     replaced.rename(folder)
-                if _is_of_a_disk(error):
-                    raise CheckpointWriteError(_unwritten(folder, error)) from error
+                if reason := _reason_of_disk(error):
+                    last = last_complete(folder.parent)
+                    goes_on = f"a run resumes from {last}" if last else "there is no earlier one"
+                    raise CheckpointWriteError(
+                        f"cannot write {folder}: {reason}. Nothing of it is left; {goes_on}."
+                    ) from error
             raise
         finally:
             self._written = None
@@ -274,20 +278,15 @@ class Checkpoints:
                 warn(f"a checkpoint was not pushed: {error}")
 
 
-def _is_of_a_disk(error: BaseException) -> bool:
-    # torch's writer says RuntimeError, and no reason.
-    streams = isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error))
-    return isinstance(error, OSError | SafetensorError) or bool(streams)
-
-
-def _unwritten(folder: Path, error: BaseException) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, RuntimeError):
-        free = shutil.disk_usage(folder.parent).free
-        reason = f"{reason.splitlines()[0]:.200} ({free} bytes are free)"
-    last = last_complete(folder.parent)
-    goes_on = f"a run resumes from {last}" if last else "there is no earlier one to resume from"
-    return f"cannot write {folder}: {reason}. Nothing of it is left; {goes_on}."
+def _reason_of_disk(error: BaseException | None) -> str:
+    """Why something could not be written; empty of errors of another kind."""
+    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):  # it gives no reason
+        return "torch could not write one of its files. Is the disk full?"
+    if isinstance(error, DeltaError):
+        return _reason_of_disk(error.__cause__)
+    if isinstance(error, OSError | SafetensorError):
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def last_complete(output_dir: Path) -> Path | None:
