@@ -56,8 +56,9 @@ def soaked(name: str, steps: int) -> dict[str, Any]:
     every = max(1, steps // 200)
 
     class Watch(TrainerCallback):
-        samples: list[tuple[int, int, int, int, int]] = []
-        times = [time.process_time()]
+        def __init__(self) -> None:
+            self.samples: list[tuple[int, int, int, int, int]] = []
+            self.times = [time.process_time()]
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.times.append(time.process_time())
@@ -87,7 +88,8 @@ def soaked(name: str, steps: int) -> dict[str, Any]:
     before = {"fds": descriptors(), "hooks": hooks(model)}
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(
-            model, folder, **kind, **evaluated, arguments=both, max_steps=steps, beta=0.0 if name == "plain" else 0.04,
+            model, folder, **kind, **evaluated, arguments=both, max_steps=steps,
+            beta=0.0 if name == "plain" else 0.04,  # plain TRL would load the reference by name
             num_iterations=2, learning_rate=1e-4, save_strategy="steps", save_steps=50,
             save_total_limit=2, logging_steps=100,
         )  # fmt: skip
