@@ -17,6 +17,8 @@ from layerrl.stored import bytes_of, parsed, refused_as
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from layerrl.errors import LayerRLError
+
 CHECKSUMS = "checksums.json"
 _VERSION = 1
 
@@ -44,7 +46,7 @@ def write_checksums(folder: Path) -> None:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
     """Compare a checkpoint's files with their record; without one, all is taken as it is.
 
     A file that is missing is for those to judge who would load it: a run can go on without the
@@ -52,6 +54,7 @@ def check_files(folder: Path) -> None:
 
     Args:
         folder: The checkpoint's.
+        because: What was found wrong with it already, which a damaged file may explain.
 
     Raises:
         DeltaError: If a file, or the record, is not what was written.
@@ -63,7 +66,7 @@ def check_files(folder: Path) -> None:
     with refused_as(DeltaError, f"{record} is damaged", advice):
         written = fitted(_Checksums, parsed(bytes_of(record)))
     if json_digest(written.files) != written.sha256:
-        raise DeltaError(f"{record} is damaged: its own checksum differs. {advice}")
+        raise DeltaError(f"{record} is damaged: its own checksum differs. {advice}") from because
     with refused_as(DeltaError, f"a file of {folder} cannot be read", advice):
         changed = [
             file
@@ -74,7 +77,8 @@ def check_files(folder: Path) -> None:
         raise DeltaError(
             f"{changed[0]} is damaged or was changed after it was written: its SHA-256 is another "
             f"({len(changed)} of {len(written.files)} files differ). Nothing was loaded. {advice}"
-        )
+            f"{f' What it holds: {because}' if because else ''}"
+        ) from because
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from layerrl.delta import put_tensors, tensors_of_run
 from layerrl.delta.description import Fingerprint
-from layerrl.errors import DeltaError
+from layerrl.errors import DeltaError, LayerRLError
 from layerrl.frozen import fingerprints
 from layerrl.schema import Count, Misfit, fitted
 from layerrl.shards import shape
@@ -108,10 +108,16 @@ class CheckpointReader:
             CheckpointError: If it holds a whole model that is not of this run.
             DeltaError: If it is damaged or incomplete, a file of it is not what was written, or its
                 delta is not of this run.
+            LayerRLError: Of another kind, where it is of another run.
         """
         run, folder = self._trainer.masked_run, Path(checkpoint)
-        values = self._checked(folder, resumes=resumes)
-        if resumes:  # the last check, as those of what a file holds say more
+        try:
+            values = self._checked(folder, resumes=resumes)
+        except LayerRLError as error:
+            if resumes:  # a damaged file may look like one of another run
+                check_files(folder, because=error)
+            raise
+        if resumes:
             check_files(folder)
         if values is None:
             return False
