@@ -161,7 +161,10 @@ class Checkpoints(Operation):
     def run(self, folder: Path) -> None:
         from layerrl.trainer.checkpoints import last_complete
 
-        resume = {"resume_from_checkpoint": True} if last_complete(folder / "out") else {}
+        last = last_complete(folder / "out")
+        if last is not None and last.name == "checkpoint-4":
+            return  # it was killed after its last save: transformers would train a step more
+        resume = {} if last is None else {"resume_from_checkpoint": True}
         trainer = make(
             load(self.given / "base"), folder / "out", selection=2, max_steps=4, beta=0.04,
             save_strategy="steps", save_steps=1, save_total_limit=2,
