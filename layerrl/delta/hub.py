@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerrl.checks import check_path, check_switch
+from layerrl.checks import check_path, check_switch, shown
 from layerrl.delta.card import CARD, card_of
 from layerrl.delta.description import Version2, read
 from layerrl.delta.folder import META, TENSORS, Delta
