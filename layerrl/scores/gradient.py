@@ -18,7 +18,7 @@ from layerrl.report import ContributionReport, Cost, Score
 from layerrl.scores.evaluation import random_state_kept
 from layerrl.scores.gains import held_out_gains
 from layerrl.scores.method import ROLLOUTS, Method
-from layerrl.scores.processes import add_up, refuse_sharded, whole_model
+from layerrl.scores.processes import add_up, loss_alone, refuse_sharded, whole_model
 from layerrl.scores.restoring import as_found
 from layerrl.scores.rollouts import Rollouts
 from layerrl.scores.runs import Runs, only_training
@@ -69,10 +69,7 @@ def gradient_report(
     with whole_model(trainer):
         gains_PL = held_out_gains(
             TrainedLayers(trainer.model, selection).by_layer,
-            (
-                [partial(trainer.compute_loss, trainer.model, part) for part in parts]
-                for parts in rollouts
-            ),
+            ([partial(loss_alone, trainer, part) for part in parts] for parts in rollouts),
             epsilon=args.adam_epsilon,
             add_up=add_up if together else None,
         )

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate import PartialState
+from accelerate.utils import DistributedType, broadcast
 
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
+from layerrl.replacing import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,6 +74,23 @@ def whole_model(trainer: Any) -> Iterator[None]:
     finally:
         if launched:
             model.to(before)
+
+
+def loss_alone(trainer: Any, inputs: Any) -> Tensor:
+    """The loss of rows that the other processes may have none of.
+
+    Args:
+        trainer: A trainer that has not started.
+        inputs: What its `compute_loss` takes.
+
+    Returns:
+        The loss. What TRL gathers beside it for its metrics is this process's alone: the others
+        would not answer.
+    """
+    alone = {"distributed_type": DistributedType.NO}
+    # Both, as each accelerator's state takes over what the process's says whenever it is asked for.
+    with replaced(trainer.accelerator.state, **alone), replaced(PartialState(), **alone):
+        return trainer.compute_loss(trainer.model, inputs)
 
 
 def add_up(gradient: Tensor) -> None:

@@ -44,6 +44,10 @@ BOOSTED = {
 # Any rows will do for new ones.
 ROWS = {"selection": LayerSelection(num_layers=4, layers=(LAYER,), also=("new_tokens:8-15",))}
 ROWS |= {"weight_decay": 0.1}
+# Three prompts a batch, the second of which lies in both processes.
+AUTO = {"selection": "auto", "num_generations": 2, "max_steps": 3}
+AUTO |= {"per_device_train_batch_size": 6}
+AUTO2 = {**AUTO, "per_device_train_batch_size": 3}
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
 LORA = {"arguments": LORA, **SAVING}
 
@@ -112,7 +116,7 @@ class Runs:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
-            lora=LORA,
+            lora=LORA, auto=AUTO,
         )  # fmt: skip
 
     @cached_property
@@ -127,7 +131,7 @@ class Runs:
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
-            changed=CHANGED, disagree=[{"selection": layer} for layer in (1, 2)],
+            auto=AUTO2, changed=CHANGED, disagree=[{"selection": layer} for layer in (1, 2)],
         )  # fmt: skip
 
     @cached_property
@@ -140,7 +144,7 @@ class Runs:
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
-            rows=ROWS, changed=CHANGED,
+            rows=ROWS, changed=CHANGED, auto=AUTO2,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
         )  # fmt: skip
@@ -264,6 +268,22 @@ def test_only_gradients_of_trained_tensors_travel(runs, launched, job):
         traffic = found["traffic"]
         reduced = traffic["allreduce_"] + traffic.get("_reduce_scatter_base_", 0)
         assert steps * found["trained_bytes"] <= reduced <= 1.05 * steps * found["trained_bytes"]
+
+
+@LAUNCHED
+def test_layers_are_chosen_as_in_one_process(runs, launched):
+    """A middle prompt's completions lie in both: three a process, two a prompt."""
+    found, [expected] = getattr(runs, launched)["auto"], runs.one["auto"]
+    assert_same(found, [expected], 1e-6)
+    assert [process["wrapper"] for process in found] == [WRAPPERS[launched]] * 2
+    report = expected["report"]
+    assert report.method == "gradient"
+    for process in found:
+        scores = process["report"].layers
+        for now, before in zip(scores, report.layers, strict=True):
+            assert now.scores[0] == pytest.approx(before.scores[0], rel=1e-6, abs=1e-9)
+        assert process["report"].settings == report.settings
+        assert process["report"] == found[0]["report"]
 
 
 def test_new_tokens_alone_move_in_two_processes(runs):

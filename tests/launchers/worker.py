@@ -154,6 +154,7 @@ def run(
         "local_bytes": local_bytes,
         "trained_bytes": trained_bytes,
         "made_in_parts": made_in_parts,
+        "report": trainer.masked_run.auto and trainer.masked_run.auto.report,
         "replays": bool(trainer.masked_run.replay.num_replayed),
         "wrapper": type(trainer.model_wrapped).__name__,
     }
