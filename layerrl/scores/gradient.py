@@ -54,28 +54,18 @@ def gradient_report(
         selection: Layers to score; what they hold of the model requires gradients.
         args: Arguments of the run that the scores are for.
         settings: What to keep in the report.
-        started: When the work for it began, as `time.perf_counter` has it.
+        started: `time.perf_counter()` when the work for it began.
 
     Returns:
         The report. A score of 1 is that of the average layer.
 
     Raises:
-        TooLittleSignalError: If there is nothing to score.
-        ProbeError: If the trainer cannot be probed, or a gradient is not finite.
+        ProbeError: If the trainer cannot be probed, or a gradient is not finite; as a
+            `TooLittleSignalError` if there is nothing to score.
     """
     trainer = rollouts.trainer
     check_trainer(trainer, "method='gradient'")
-    together = trainer.accelerator.num_processes > 1
-    with whole_model(trainer):
-        gains_PL = held_out_gains(
-            TrainedLayers(trainer.model, selection).by_layer,
-            ([partial(loss_alone, trainer, part) for part in parts] for parts in rollouts),
-            epsilon=args.adam_epsilon,
-            add_up=add_up if together else None,
-        )
-    seconds = time.perf_counter() - started
-    if together:  # or the last bit of a sum could make them choose differently
-        gains_PL, seconds = broadcast_object_list([gains_PL, seconds])
+    gains_PL = _gains(rollouts, selection, args.adam_epsilon)
     check_signal(rollouts)
     rows = _against_average(gains_PL[int(len(gains_PL) * _UNSCORED) :], rollouts)
     size = trainer.num_generations
@@ -94,13 +84,29 @@ def gradient_report(
             "reward_noise": rollouts.reward_noise,
         },
         cost=Cost(
-            seconds=seconds,
+            seconds=time.perf_counter() - started,
             tokens=rollouts.num_tokens,
             forwards=units[1],
             backwards=units[1],
             fraction=(units[0] + units[1] * units_of_a_pass(args)) / run_units(args, trainer),
         ),
     )
+
+
+def _gains(rollouts: Rollouts, selection: LayerSelection, epsilon: float) -> Tensor:
+    """What `held_out_gains` finds, the same in all processes."""
+    trainer = rollouts.trainer
+    together = trainer.accelerator.num_processes > 1
+    with whole_model(trainer):
+        gains_PL = held_out_gains(
+            TrainedLayers(trainer.model, selection).by_layer,
+            ([partial(loss_alone, trainer, part) for part in parts] for parts in rollouts),
+            epsilon=epsilon,
+            add_up=add_up if together else None,
+        )
+    if together:  # or the last bit of a sum could make them choose differently
+        [gains_PL] = broadcast_object_list([gains_PL])
+    return gains_PL
 
 
 def _against_average(gains_PL: Tensor, rollouts: Rollouts) -> list[list[float]]:

@@ -254,7 +254,7 @@ class TestBadInput:
 
     def test_completions_that_are_all_cut_off(self, model, tmp_path):
         arguments = {"max_completion_length": 1, "mask_truncated_completions": True}
-        arguments["generation_kwargs"] = {"suppress_tokens": [tokenizer().eos_token_id]}
+        arguments["generation_kwargs"] = {"suppress_tokens": [0, 2]}  # padding and end
         with pytest.raises(
             ProbeError, match=r"all \d+ completions were cut off at max_completion_l"
         ):
