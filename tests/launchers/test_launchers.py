@@ -48,6 +48,7 @@ ROWS |= {"weight_decay": 0.1}
 AUTO = {"selection": "auto", "num_generations": 2, "max_steps": 3}
 AUTO |= {"per_device_train_batch_size": 6}
 AUTO2 = {**AUTO, "per_device_train_batch_size": 3}
+DPO, SFT = ({"case": case, "max_steps": 3} for case in ("DPO", "SFT"))
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
 LORA = {"arguments": LORA, **SAVING}
 
@@ -116,7 +117,7 @@ class Runs:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
-            lora=LORA, auto=AUTO,
+            lora=LORA, auto=AUTO, dpo=DPO, sft=SFT,
         )  # fmt: skip
 
     @cached_property
@@ -131,7 +132,8 @@ class Runs:
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
-            auto=AUTO2, changed=CHANGED, disagree=[{"selection": layer} for layer in (1, 2)],
+            auto=AUTO2, dpo=DPO, sft=SFT, changed=CHANGED,
+            disagree=[{"selection": layer} for layer in (1, 2)],
         )  # fmt: skip
 
     @cached_property
@@ -144,7 +146,7 @@ class Runs:
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
-            rows=ROWS, changed=CHANGED, auto=AUTO2,
+            rows=ROWS, changed=CHANGED, auto=AUTO2, dpo=DPO, sft=SFT,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
         )  # fmt: skip
@@ -284,6 +286,15 @@ def test_layers_are_chosen_as_in_one_process(runs, launched):
             assert now.scores[0] == pytest.approx(before.scores[0], rel=1e-6, abs=1e-9)
         assert process["report"].settings == report.settings
         assert scores == found[0]["report"].layers
+
+
+@LAUNCHED
+@pytest.mark.parametrize(("job", "tolerance"), [("dpo", 1e-6), ("sft", 1e-12)])
+def test_trainers_that_do_not_generate_end_where_one_process_does(runs, launched, job, tolerance):
+    """DPO pads a batch's pairs, and angles of positions are in float32."""
+    found = getattr(runs, launched)[job]
+    assert_same(found, runs.one[job], tolerance)
+    assert [process["replays"] for process in found] == [job == "dpo"] * 2
 
 
 def test_new_tokens_alone_move_in_two_processes(runs):
