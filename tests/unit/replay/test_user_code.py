@@ -104,6 +104,15 @@ def in_place_between(model: Any, index: int, hidden: Tensor) -> Tensor:
     return hidden.mul_(1.5) if index == 1 else hidden
 
 
+def in_place_on_another_view(model: Any, index: int, hidden: Tensor) -> Tensor:
+    return hidden.detach().mul_(1.5) if index == 1 else hidden
+
+
+def turned(model: Any, index: int, hidden: Tensor) -> Tensor:
+    """The same memory, in another order."""
+    return hidden.as_strided(hidden.shape, (H, len(hidden) * H, 1)) if index == 1 else hidden
+
+
 def skipping(model: Any, index: int, hidden: Tensor) -> Tensor:
     """Layer 1's input reaches the last trained layer."""
     if index == 1:
@@ -127,6 +136,8 @@ class TestModels:
             ({"act": appending, "arguments": lambda _: {"sums": []}}, "writes into its arguments"),
             ({"between": scaling}, "computes something between its layers"),
             ({"between": in_place_between}, "computes something between its layers"),
+            ({"between": in_place_on_another_view}, "computes something between its layers"),
+            ({"between": turned}, "computes something between its layers"),
             ({"between": skipping}, "results differ by"),
             ({"act": lambda _, __, output, x: output, "arguments": lambda _: {"x": object()}},
              "layers are called with x, a object"),
@@ -144,6 +155,13 @@ class TestModels:
     @pytest.mark.parametrize("act", [None, lambda _, __, output: (output, None)])
     def test_of_ones_own_are_replayed(self, act):
         pair = Pair(Own(act))
+        with pair.batch():
+            assert pair.replays(own, own, own) == [0, 1, 1]
+            assert pair.replays(own, own, grad=True) == [1, 1]
+
+    def test_whose_layers_hand_on_other_tensors_over_the_same_memory_are_replayed(self):
+        """As ZeRO-3's hooks have them do."""
+        pair = Pair(Own(between=lambda _, index, hidden: hidden.detach() if index < 2 else hidden))
         with pair.batch():
             assert pair.replays(own, own, own) == [0, 1, 1]
             assert pair.replays(own, own, grad=True) == [1, 1]
