@@ -24,10 +24,13 @@ SELECTIONS = ("full", "all", "last")
 # Which trainings end at the same bits as which.
 SAME = {"full": PLAIN, "last": BY_HAND}
 FILES = (
-    *(f"tests/test_{name}_trainer.py" for name in ("grpo", "rloo", "dpo", "kto", "sft", "reward")),
+    *(
+        f"tests/test_{name}_trainer.py"
+        for name in ("grpo", "rloo", "dpo", "kto", "sft", "reward", "distillation")
+    ),
     *(
         f"tests/experimental/test_{name}_trainer.py"
-        for name in ("cpo", "distillation", "gkd", "gmpo", "online_dpo", "orpo", "tpo")
+        for name in ("cpo", "gkd", "gmpo", "online_dpo", "orpo", "tpo")
     ),
 )
 
@@ -64,6 +67,8 @@ def run(mode: str, checkout: Path, options: list[str]) -> None:
     }
     command = [sys.executable, "-m", "pytest", "-p", "peer_plugin", "-p", "no:cacheprovider"]
     command += ["-c", os.devnull, f"--rootdir={checkout}", "-q", "-W", "ignore", "--tb=short"]
+    # A file that cannot be imported is one of tests that fail on TRL's trainers.
+    command.append("--continue-on-collection-errors")
     files = [name for name in FILES if (checkout / name).exists()]
     with (CACHE / f"{mode}.log").open("w") as log:
         subprocess.run(

@@ -27,9 +27,8 @@ import transformers
 from layerrl import LayerMaskedMixin, select_layers
 
 TRAINERS = {
-    "trl": ("DPO", "GRPO", "KTO", "RLOO", "Reward", "SFT"),
+    "trl": ("DPO", "Distillation", "GRPO", "KTO", "RLOO", "Reward", "SFT"),
     "trl.experimental.cpo": ("CPO",),
-    "trl.experimental.distillation": ("Distillation",),
     "trl.experimental.gkd": ("GKD",),
     "trl.experimental.gmpo": ("GMPO",),
     "trl.experimental.online_dpo": ("OnlineDPO",),
@@ -77,26 +76,29 @@ def _noting(train: Any) -> Any:
     return noted
 
 
-def _no_such_package(name: str) -> Any:
-    if not re.fullmatch(r"is_\w+_available", name):
+def _missing(name: str) -> Any:
+    """In place of what the installed TRL does not have, and tests of another version import."""
+    if re.fullmatch(r"is_\w+_available", name):
+        return lambda: False
+    if name.startswith("__"):
         raise AttributeError(name)
-    return lambda: False
+    return lambda *_, **__: pytest.fail(f"the installed TRL has no {name}")
 
 
 def pytest_configure() -> None:
     """Put everything in place before a test file is imported."""
     os.chdir(os.environ["LAYERRL_PEER_HUB"])
     torch.set_num_threads(1)
-    # Tests of another version may ask for an optional package that this one knows nothing of.
-    import_utils: Any = importlib.import_module("trl.import_utils")
-    import_utils.__getattr__ = _no_such_package
+    for name in ("trl.import_utils", "trl.trainer.sft_trainer"):
+        module: Any = importlib.import_module(name)
+        module.__getattr__ = _missing
     transformers.Trainer.train = _noting(transformers.Trainer.train)
     if MASKED:
         for name, kinds in TRAINERS.items():
             module = importlib.import_module(name)
             for kind in kinds:
-                plain = getattr(module, f"{kind}Trainer")
-                setattr(module, f"{kind}Trainer", masked(plain))
+                if plain := getattr(module, f"{kind}Trainer", None):  # an old TRL has not all
+                    setattr(module, f"{kind}Trainer", masked(plain))
     gc.collect()
     gc.freeze()  # or each of the many collections would look through all that was imported
 
