@@ -48,7 +48,7 @@ def known(path: Path, selection: str) -> set[str]:
     Returns:
         Those listed for this selection, or for any.
     """
-    listed = tomllib.loads(path.read_text())["difference"]
+    listed = tomllib.loads(path.read_text()).get("difference", [])
     groups = [group for group in listed if selection in group.get("selections", [selection])]
     return {test for group in groups for test in group["tests"]}
 

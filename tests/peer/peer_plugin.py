@@ -132,9 +132,7 @@ def frozen_as_selected(error: pytest.ExceptionInfo[BaseException]) -> bool:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[Any]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     """Write what came of a test, before a `conftest.py` clears the failure's frames."""
     as_selected = call.excinfo is not None and frozen_as_selected(call.excinfo)
     report = yield

@@ -163,7 +163,9 @@ def make_models(folder: Path, checkout: Path) -> dict[str, str]:
     for name in ("check_transformers_version", "check_dtype_pattern", "print_config_diff"):
         setattr(common, name, lambda *_, **__: None)
     root = checkout / "scripts" / "generate_tiny_models"
-    names = [f"{part}.{path.stem}" for part in SCRIPTS for path in sorted((root / part).glob("*_*.py"))]
+    names = [
+        f"{part}.{path.stem}" for part in SCRIPTS for path in sorted((root / part).glob("*_*.py"))
+    ]
     failed = {}
     for name in [*names, *OTHER_SCRIPTS]:
         if name.endswith("__init__"):
@@ -189,7 +191,9 @@ def make_data(folder: Path) -> None:
             rows.to_parquet(str(home / path))
             files.append({"split": str(split), "path": path})
         listed = home / "README.md"
-        card = yaml.safe_load(listed.read_text().strip("-\n")) if listed.exists() else {"configs": []}
+        card = (
+            yaml.safe_load(listed.read_text().strip("-\n")) if listed.exists() else {"configs": []}
+        )
         card["configs"].append({"config_name": config_name, "data_files": files})
         listed.write_text(f"---\n{yaml.safe_dump(card, sort_keys=False)}---\n")
 
