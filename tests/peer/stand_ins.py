@@ -46,9 +46,9 @@ _S = {"bos": "<s>", "eos": "</s>", "pad": None}
 _GEMMA = {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>"}
 _COHERE = {"bos": "<BOS_TOKEN>", "eos": "<|END_OF_TURN_TOKEN|>", "pad": "<PAD>"}
 _DEEPSEEK = {
-    "bos": "<｜begin▁of▁sentence｜>",
-    "eos": "<｜end▁of▁sentence｜>",
-    "pad": "<｜end▁of▁sentence｜>",
+    "bos": "<begin_of_sentence>",
+    "eos": "<end_of_sentence>",
+    "pad": "<end_of_sentence>",
 }
 _LFM = {"bos": "<|startoftext|>", "eos": "<|im_end|>", "pad": "<|pad|>"}
 _NEMOTRON = {"bos": "<s>", "eos": "<|im_end|>", "pad": "<|im_end|>"}
