@@ -128,7 +128,9 @@ def frozen_as_selected(error: pytest.ExceptionInfo[BaseException]) -> bool:
     chosen = {id(value) for value in trainer.selection.parameters(trainer.model).values()}
     trained = {name for name, value in trainer.model.named_parameters() if id(value) in chosen}
     models = {"previous_trainable_params": "model", "previous_ref_params": "ref_model"}
-    snapshots = [(values[name], getattr(trainer, models[name])) for name in models if name in values]
+    snapshots = [
+        (values[name], getattr(trainer, models[name])) for name in models if name in values
+    ]
     return all(
         {*before} <= {*(now := dict(model.named_parameters()))}
         and {n for n in before if not torch.equal(before[n], now[n])} == trained & {*before}
