@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from layerrl.reference import ReferenceModel
+from layerrl.replay.recordings import Recording, gathered
 from tests.devices import DEVICE, on_any_device
 from tests.devices import generator as draws
 from tests.models import tiny, tiny_config
@@ -614,6 +615,29 @@ def test_one_autocast_around_policy_and_reference():
                     logits = reference(input_ids=ids(), use_cache=False).logits
                     assert torch.equal(logits, before)
     assert pair.replay.num_replayed
+
+
+@pytest.mark.parametrize(
+    ("weights", "computes"),
+    [
+        pytest.param(torch.float16, torch.bfloat16, id="float16 under bfloat16"),
+        pytest.param(torch.bfloat16, torch.float16, id="bfloat16 under float16"),
+    ],
+)
+def test_an_autocast_to_another_16_bit_dtype_than_that_of_the_weights(weights, computes):
+    pair = Pair(llama().to(weights))
+    with pair.batch(), torch.autocast(DEVICE.type, computes):
+        assert pair.replays(call(), call(), call(ids().flip(0))) == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rows_are_gathered_whatever_autocast_computes_in(dtype):
+    rows = Recording(torch.rand(4, 2, 3, device=DEVICE).to(dtype), (), (), b"", ())
+    for computes in (torch.float16, torch.bfloat16):
+        with torch.autocast(DEVICE.type, computes):
+            found = gathered([(rows, 2), (rows, 0)])
+        assert found.dtype == dtype
+        assert torch.equal(found, rows.hidden_BTH[[2, 0]])
 
 
 def eager(
