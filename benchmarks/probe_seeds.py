@@ -10,7 +10,7 @@ lines to measure them again.
 
 import argparse
 import json
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -24,8 +24,6 @@ from layerrl.report import Score
 
 STORE = Path(__file__).with_suffix(".jsonl")
 SEEDS = [0, 1, 2, 3, 4]
-MEASURED_BEFORE = {("smollm2-chain_sum", 0): 0.56, ("smollm2-products", 0): 0.50}
-"""Spearman of probes by `probe_fidelity.py` whose scores were not kept, until they are stored."""
 GAP = ("<!-- probe_seeds: written by benchmarks/probe_seeds.py -->", "<!-- probe_seeds: end -->")
 """Where the table is in `results.md`."""
 
@@ -81,40 +79,38 @@ def measured(suite: str, seed: int) -> Row:
 def table(rows: list[Row], suites: list[str], seeds: list[int]) -> str:
     """Spearman with C by suite and seed, beside what needs no probe and another seed's sweep.
 
-    In medians over suites, one that lacks a seed counts with the first seed. The other rows are of
-    the suites that have all seeds.
+    The last rows are of the suites that have all seeds.
     """
     truths = {
         name: ContributionReport.from_json((TRUTHS / f"{name}.json").read_text(encoding="utf-8"))
         for name in sorted(SUITES)
     }
     found = {(row["suite"], row["seed"]): fidelity_of(row, truths[row["suite"]]) for row in rows}
-    spearman = MEASURED_BEFORE | {key: one.spearman for key, one in found.items()}
     fitted = {suite: fidelity(truths[suite], fitted_prior(suite, truths)) for suite in suites}
     ceilings = {suite: ceiling(truths[suite]) for suite in suites}
     lines = [
-        f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | fitted position | another sweep |",
-        f"|---|{'---|' * (len(seeds) + 2)}",
+        f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | median [range] | fitted position "
+        "| another sweep |",
+        f"|---|{'---|' * (len(seeds) + 3)}",
     ]
     for suite in suites:
-        values = [spearman.get((suite, seed)) for seed in seeds]
-        lines.append(row_of(f"`{suite}`", *values, fitted[suite].spearman, ceilings[suite]))
-    at_first = {suite: spearman.get((suite, seeds[0]), math.nan) for suite in suites}
-    medians = (
-        median(spearman.get((suite, seed), at_first[suite]) for suite in suites) for seed in seeds
-    )
-    prior = median(one.spearman for one in fitted.values())
-    lines.append(row_of("median", *medians, prior, median(ceilings.values())))
+        values = [found[suite, seed].spearman if (suite, seed) in found else None for seed in seeds]
+        lines.append(row_of(f"`{suite}`", values, fitted[suite].spearman, ceilings[suite]))
     whole = [suite for suite in suites if all((suite, seed) in found for seed in seeds)]
+    if not whole:
+        return "\n".join(lines)
+    medians = [median(found[suite, seed].spearman for suite in whole) for seed in seeds]
+    prior = median(fitted[suite].spearman for suite in whole)
+    label = f"median of the {len(whole)} suites with all seeds"
+    lines.append(row_of(label, medians, prior, median(ceilings[suite] for suite in whole)))
     for name, label in (
         ("regret", "mean regret"),
         ("top3", "best three found"),
         ("avoided", "worst third avoided"),
     ):
-        columns = [[found[suite, seed] for suite in whole] for seed in seeds]
-        columns.append([fitted[suite] for suite in whole])
-        means = (fmean(getattr(one, name) for one in column) for column in columns if whole)
-        lines.append(row_of(f"{label}, {len(whole)} suites", *means, None))
+        means = [fmean(getattr(found[suite, seed], name) for suite in whole) for seed in seeds]
+        prior = fmean(getattr(fitted[suite], name) for suite in whole)
+        lines.append(row_of(f"{label}, the same", means, prior, None))
     return "\n".join(lines)
 
 
@@ -133,10 +129,15 @@ def fidelity_of(row: Row, truth: ContributionReport) -> Fidelity:
     return fidelity(truth, ContributionReport(method="gradient", layers=layers))
 
 
-def row_of(label: str, *values: float | None) -> str:
+def row_of(label: str, by_seed: Sequence[float | None], *others: float | None) -> str:
     """One row of the table."""
-    cells = ("-" if value is None else f"{value:.2f}" for value in values)
-    return f"| {' | '.join((label, *cells))} |"
+    by_seed_cells, cells = (
+        ["-" if value is None else f"{value:.2f}" for value in values]
+        for values in (by_seed, others)
+    )
+    known = [value for value in by_seed if value is not None]
+    over = f"{median(known):.2f} [{min(known):.2f}, {max(known):.2f}]" if known else "-"
+    return f"| {' | '.join((label, *by_seed_cells, over, *cells))} |"
 
 
 if __name__ == "__main__":

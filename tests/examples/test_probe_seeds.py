@@ -44,23 +44,23 @@ def test_a_probe_is_compared_with_the_truth_of_its_base(seeds: Any) -> None:
 def test_the_table_by_hand(seeds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeds, "TRUTHS", tmp_path)
     monkeypatch.setattr(seeds, "SUITES", {"x": None, "y": None})
-    monkeypatch.setattr(seeds, "MEASURED_BEFORE", {("x", 0): -0.3, ("y", 0): 0.4})
     for name in "xy":
         (tmp_path / f"{name}.json").write_text(truth().to_json())
     rows = [row(0, 1.0, 2.0, 3.0, 4.0), row(1, 4.0, 3.0, 2.0, 1.0), row(2, 1.0, 3.0, 2.0, 4.0)]
+    rows.append(row(0, 1.0, 3.0, 2.0, 4.0) | {"suite": "y"})
     assert seeds.table(rows, ["x", "y"], [0, 1, 2]).splitlines() == [
-        "| | seed 0 | seed 1 | seed 2 | fitted position | another sweep |",
-        "|---|---|---|---|---|---|",
-        # The last layer is the best one of the other suite, too, and another seed agrees. What is
-        # stored counts, not what was measured before.
-        "| `x` | 1.00 | -1.00 | 0.80 | 1.00 | 1.00 |",
-        "| `y` | 0.40 | - | - | 1.00 | 1.00 |",
-        # Seed 0 of y stands for its other seeds: (1 + 0.4) / 2, (-1 + 0.4) / 2, (0.8 + 0.4) / 2.
-        "| median | 0.70 | -0.30 | 0.60 | 1.00 | 1.00 |",
-        # Of x alone. Seed 1 chooses layer 0: of a gain of 0.5 it loses 0.3.
-        "| mean regret, 1 suites | 0.00 | 0.60 | 0.00 | 0.00 | - |",
-        "| best three found, 1 suites | 1.00 | 0.67 | 1.00 | 1.00 | - |",
-        "| worst third avoided, 1 suites | 1.00 | 0.00 | 1.00 | 1.00 | - |",
+        "| | seed 0 | seed 1 | seed 2 | median [range] | fitted position | another sweep |",
+        "|---|---|---|---|---|---|---|",
+        # The last layer is the best one of the other suite, too, and another seed agrees.
+        "| `x` | 1.00 | -1.00 | 0.80 | 0.80 [-1.00, 1.00] | 1.00 | 1.00 |",
+        "| `y` | 0.80 | - | - | 0.80 [0.80, 0.80] | 1.00 | 1.00 |",
+        # Of x alone, which has all seeds.
+        "| median of the 1 suites with all seeds | 1.00 | -1.00 | 0.80 | 0.80 [-1.00, 1.00] "
+        "| 1.00 | 1.00 |",
+        # Seed 1 chooses layer 0: of a gain of 0.5 it loses 0.3.
+        "| mean regret, the same | 0.00 | 0.60 | 0.00 | 0.00 [0.00, 0.60] | 0.00 | - |",
+        "| best three found, the same | 1.00 | 0.67 | 1.00 | 1.00 [0.67, 1.00] | 1.00 | - |",
+        "| worst third avoided, the same | 1.00 | 0.00 | 1.00 | 1.00 [0.00, 1.00] | 1.00 | - |",
     ]
 
 
@@ -111,16 +111,16 @@ def test_the_docs_say_what_was_measured(seeds: Any) -> None:
     at_first = {name: cells.split(" | ")[1] for name, cells in suites}
     [of_all_probes] = (line for line in page.splitlines() if line.startswith('| `"gradient"`, 128'))
     assert of_all_probes.split(" | ")[1:6] == [at_first[suite] for suite in columns.split()]
-    [medians] = (line for line in text.splitlines() if line.startswith("| median |"))
-    *by_seed, fitted, sweep = map(float, medians.strip("| ").split(" | ")[1:])
-    low, high = f"{min(by_seed):.2f}", f"{max(by_seed):.2f}"
+    [medians] = (line for line in text.splitlines() if line.startswith("| median of"))
+    *by_seed, _, fitted, sweep = medians.strip("| ").split(" | ")[1:]
+    low, high = min(by_seed), max(by_seed)
     docstring = ROOT / "layerrl" / "probe.py"
     for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "docs" / "guide.md", docstring):
         said = " ".join(path.read_text().split())
-        for number in (f"{low} to {high}", f"{sweep:.2f}"):
+        for number in (f"{low} to {high}", sweep):
             assert number in said, f"{path} does not say {number}"
     in_short = " ".join(page[page.index("## Scores without a sweep") : before].split())
-    for number in (f"{low} to {high}", f"{fitted:.2f}", f"{sweep:.2f}"):
+    for number in (f"{low} to {high}", fitted, sweep):
         assert number in in_short, f"the summary in results.md does not say {number}"
 
 
