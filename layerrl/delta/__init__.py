@@ -94,12 +94,7 @@ def save_delta(
             tensor or the config changed since, or the tokenizer has ids beyond the vocabulary.
         SelectionError: If the selection does not fit the model.
     """
-    _check_arguments(model, selection, base)
-    check_path("path", path, DeltaError)
-    is_main_process = check_switch("is_main_process", is_main_process, DeltaError)
-    check_frozen = check_switch("check_frozen", check_frozen, DeltaError)
-    if processing_class is not None:
-        check_processing(processing_class)
+    _check_arguments(model, path, selection, base, processing_class, is_main_process, check_frozen)
     tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
@@ -129,7 +124,20 @@ def save_delta(
     return Path(path)
 
 
-def _check_arguments(model: object, selection: object, base: object) -> None:
+def _check_arguments(
+    model: object,
+    path: object,
+    selection: object,
+    base: object,
+    processing_class: object,
+    is_main_process: object,
+    check_frozen: object,
+) -> None:
+    check_path("path", path, DeltaError)
+    check_switch("is_main_process", is_main_process, DeltaError)
+    check_switch("check_frozen", check_frozen, DeltaError)
+    if processing_class is not None:
+        check_processing(processing_class)
     check_kind("model", model, nn.Module, "the trained model", DeltaError)
     check_kind("selection", selection, LayerSelection, "what select_layers returns", DeltaError)
     if base is model or not isinstance(base, DeltaBase | nn.Module):

@@ -770,7 +770,7 @@ def test_no_masked_trainer_takes_other_args(cls: type, args: Any, world: World) 
 )
 def test_numbers_of_numpy_pass_the_probes_checks(argument: dict[str, Any], world: World) -> None:
     # What comes after all checks of values is refused: prompts that are trained on.
-    arguments = probing(world) | argument | {"eval_dataset": world.data}
+    arguments: Any = probing(world) | argument | {"eval_dataset": world.data}
     with pytest.raises(ProbeError, match="evaluation prompts are trained on"):
         contribution_probe(**arguments)
 
@@ -787,7 +787,7 @@ def test_a_factory_of_plain_trainers_is_found_before_anything_is_measured(world:
         return [0.0] * len(completions)
 
     for method in ("train", "gradient"):
-        arguments = probing(world) | {"reward_funcs": noted, "trainer_class": factory}
+        arguments: Any = probing(world) | {"reward_funcs": noted, "trainer_class": factory}
         with pytest.raises(ProbeError, match=r"trainer_class made <trl.*GRPOTrainer"):
             contribution_probe(**arguments | {"method": method})
     assert asked == []
