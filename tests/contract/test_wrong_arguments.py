@@ -44,6 +44,7 @@ from layerrl import delta as layerrl_delta
 from layerrl.cli import main
 from layerrl.delta import DeltaBase, Deltas, disabled, push_delta, unload_delta
 from layerrl.errors import ProbeError, TrainerError
+from layerrl.quantisation import keep_layout
 from layerrl.report import Cost, Score
 from layerrl.trainer import GiGPOConfig, LayerSchedule, TextRollout
 from tests.grpo import PROMPTS, QUIETLY, config, make, reward, tokenizer
@@ -618,6 +619,7 @@ DOORS |= {
         {"name": Kind(lambda v: v is None)},
         called={"name": "delta"},
     ),
+    "keep_layout": Door(keep_layout, lambda w: {"model": w.base}, {"model": MODEL}),
     "LayerSchedule": Door(
         LayerSchedule,
         lambda w: {"layers": [1, 2], "every": 1, "order": "random"},
