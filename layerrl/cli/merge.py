@@ -11,11 +11,7 @@ _DOES = "Write the base with deltas in it: a whole model that plain transformers
 
 
 def run(argv: list[str]) -> None:
-    """Write the base with deltas in it: a whole model that plain transformers loads.
-
-    Args:
-        argv: Words after the command.
-    """
+    """Write the base with deltas in it: a whole model that plain transformers loads."""
     parser = ArgumentParser(prog="layerrl merge", description=_DOES)
     parser.add_argument("base", metavar="BASE", help="folder or hub id of the base")
     parser.add_argument(

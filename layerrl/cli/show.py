@@ -18,11 +18,7 @@ _PATH = "folder of a delta or a sweep, delta on the hub, or JSON of a report or 
 
 
 def run(argv: list[str]) -> None:
-    """Print what a folder or file of layerrl holds.
-
-    Args:
-        argv: Words after the command.
-    """
+    """Print what a folder or file of layerrl holds."""
     parser = ArgumentParser(prog="layerrl show", description=_DOES)
     parser.add_argument("path", metavar="PATH", help=_PATH)
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a report: .png, .pdf, .svg")

@@ -30,18 +30,13 @@ from layerrl.delta.fitting import (
 from layerrl.delta.folder import META, TENSORS, Delta, difference, new_folder
 from layerrl.delta.hub import push_delta
 from layerrl.delta.in_memory import checked, compared, names_by_rows, whole_tensors
-from layerrl.delta.loaded import (
-    Deltas,
-    deltas_in,
-    disabled,
-    keeping,
-    unload_delta,
-)
+from layerrl.delta.loaded import deltas_in, disabled, keeping, refuse_disabled, unload_delta
 from layerrl.delta.placing import put_tensors
 from layerrl.delta.processing import check_processing, save_processing, sums_of
 from layerrl.delta.record import DeltaBase, checkpoint_form, dtype_name, model_type
 from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import read_deltas
+from layerrl.delta.switching import Deltas
 from layerrl.digests import json_digest
 from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints, fingerprints_of_rows
@@ -91,7 +86,8 @@ def save_delta(
 
     Raises:
         DeltaError: If the folder exists or cannot be written, `base` is a different model, a frozen
-            tensor or the config changed since, or the tokenizer has ids beyond the vocabulary.
+            tensor or the config changed since, the tokenizer has ids beyond the vocabulary, or the
+            model is inside `disabled`.
         SelectionError: If the selection does not fit the model.
     """
     _check_arguments(model, path, selection, base, processing_class, is_main_process, check_frozen)
@@ -138,7 +134,7 @@ def _check_arguments(
     check_switch("check_frozen", check_frozen, DeltaError)
     if processing_class is not None:
         check_processing(processing_class)
-    check_kind("model", model, nn.Module, "the trained model", DeltaError)
+    refuse_disabled(check_kind("model", model, nn.Module, "the trained model", DeltaError))
     check_kind("selection", selection, LayerSelection, "what select_layers returns", DeltaError)
     if base is model or not isinstance(base, DeltaBase | nn.Module):
         given = "the trained model itself" if base is model else shown(base)

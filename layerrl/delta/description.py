@@ -25,7 +25,7 @@ tensor whole. A delta is written in the oldest version that can hold it, not bel
 _DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 Fingerprint = Annotated[str, Rule("16 hexadecimal digits", re.compile(r"[0-9a-f]{16}").fullmatch)]
-_Sha256 = Annotated[str, Rule("a SHA-256", re.compile(r"[0-9a-f]{64}").fullmatch)]
+Sha256 = Annotated[str, Rule("a SHA-256", re.compile(r"[0-9a-f]{64}").fullmatch)]
 _Dtype = Annotated[str, Rule("a torch dtype's name", lambda name: f"torch.{name}" in _DTYPES)]
 _File = Annotated[str, Rule("a file of a tokenizer, processor or generation config",
                              lambda name: not is_refused(name))]  # fmt: skip
@@ -54,7 +54,7 @@ class Replaced(Described):
 class Rest:
     """What a delta knows of its base beside the tensors that it replaces."""
 
-    digest: _Sha256
+    digest: Sha256
     vocabulary: Count | None = None
     config: dict[str, Any] | None = None
     tied: dict[str, str]
@@ -79,8 +79,8 @@ class Version2(Version1):
     """The same of format version 2."""
 
     base: Rest
-    result: _Sha256
-    files: dict[_File, _Sha256]
+    result: Sha256
+    files: dict[_File, Sha256]
 
 
 def read(file: Path) -> tuple[Version1 | Version2, LayerSelection, dict[str, Any]]:
@@ -99,7 +99,7 @@ def read(file: Path) -> tuple[Version1 | Version2, LayerSelection, dict[str, Any
         meta = parsed(bytes_of(file))
         said = f"the delta at {file.parent}"
         version = version_of(meta, "format_version", FORMAT_VERSION, DeltaError, said)
-        checksum = fitted(_Sha256, meta.pop("sha256", None), "sha256")
+        checksum = fitted(Sha256, meta.pop("sha256", None), "sha256")
         found = fitted(Version2 if version > 1 else Version1, meta)
         selection = _selection_in(found.selection)
         if checksum != json_digest(meta):

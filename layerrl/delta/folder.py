@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from layerrl.checks import check_path
 from layerrl.delta.description import Version2, read
 from layerrl.delta.record import DeltaBase, dtype_name
 from layerrl.errors import DeltaError
+from layerrl.files import made_whole
 from layerrl.frozen import fingerprints
 from layerrl.stored import refused_as, tensors_in
 
@@ -172,13 +171,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name only when the block ended well."""
     refuse_existing(path)
     path = Path(path).absolute()
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
+        with made_whole(path) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
         raise DeltaError(f"cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerrl.checks import check_kind, check_path, check_switch
+from layerrl.checks import check_path, check_switch, shown
 from layerrl.delta.card import CARD, card_of
 from layerrl.delta.description import Version2, read
 from layerrl.delta.folder import META, TENSORS, Delta
@@ -58,11 +58,8 @@ def push_delta(
             was asked for.
     """
     check_path("folder", folder, DeltaError)
-    check_kind("repo_id", repo_id, str, "a repository, 'user/name'", DeltaError)
     private = check_switch("private", private, DeltaError, or_none=True)
-    for name, value in (("revision", revision), ("commit_message", commit_message)):
-        if value is not None:
-            check_kind(name, value, str, "text or None", DeltaError)
+    _check_texts(repo_id=repo_id or "", revision=revision, commit_message=commit_message)
     delta, api = Delta.read(folder), _api(token)
     with hub_errors("push to", repo_id, token=token, revision=revision):
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -141,6 +138,7 @@ def delta_folder(
                 "repository on the hub has revisions"
             )
         return Path(path)
+    _check_texts(revision=revision)
     api = _api(token)
     with hub_errors("read", path, token=token, revision=revision):
         folder = Path(api.snapshot_download(path, revision=revision, allow_patterns=[META]))
@@ -185,12 +183,18 @@ def _whole_model(names: set[str]) -> bool:
 
 def check_token(token: object) -> None:
     """Refuse a token that no request could carry; it is not shown."""
-    printable = isinstance(token, str) and token.isascii() and token.isprintable()
+    printable = isinstance(token, str) and token.isascii() and token.isprintable() and token.strip()
     if not printable and token is not None and not isinstance(token, bool):
         raise DeltaError(
             f"token is no text of ASCII letters but a {type(token).__name__}, expected a token of "
             "the hub, True, False or None"
         )
+
+
+def _check_texts(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            raise DeltaError(f"{name} is {shown(value)}, expected a text, or None")
 
 
 def _api(token: str | bool | None) -> HfApi:

@@ -54,8 +54,8 @@ def read_deltas(
         )
     if len(revision) != len(paths):
         raise DeltaError(
-            f"revision has {len(revision)} entries for {len(paths)} deltas: expected one for each "
-            "(None for a folder), or one string"
+            f"revision is {revision!r:.80} for {len(paths)} deltas: expected one for each (None "
+            "for a folder), or one string"
         )
     return [
         Delta.read(delta_folder(one, revision=its, token=token))

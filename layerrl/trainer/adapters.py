@@ -81,14 +81,15 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def note_base(folder: Path, digest: str | None) -> None:
-    """Write beside adapters what base they were trained on.
-
-    Args:
-        folder: A checkpoint.
-        digest: Of the frozen tensors; None where it is not known.
-    """
+    """Write beside adapters what base they were trained on."""
     if digest is not None:
         (folder / ADAPTED).write_text(json.dumps({"frozen": digest}) + "\n", encoding="utf-8")
+
+
+def active_in(model: nn.Module, checkpoint: Path) -> tuple[str, Path]:
+    """The adapter that trains, and where PEFT writes it: one that is not "default" further down."""
+    [active] = {name for m in adapted_modules(model).values() for name in m.active_adapters}
+    return active, checkpoint if active == "default" else checkpoint / active
 
 
 def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None:
@@ -105,14 +106,14 @@ def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None
     """
     import peft
 
-    file, known = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    active, place = active_in(model, folder)
+    file, known = place / "adapter_model.safetensors", place / "adapter_config.json"
     said = f"{folder} holds no readable adapters, and here adapters train"
     advice = "Resume it as the run that wrote it was made, or start a new run from its weights."
     with refused_as(CheckpointError, said, advice):
         with tensors_in(file) as stored:
             found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
         then = fitted(dict[str, Any], decoded(bytes_of(known)))
-    [active] = {name for m in adapted_modules(model).values() for name in m.active_adapters}
     own = peft.get_peft_model_state_dict(model, adapter_name=active)  # pyright: ignore[reportArgumentType]
     expected = {name: tuple(value.shape) for name, value in own.items()}
     now = model.peft_config[active].to_dict()  # pyright: ignore[reportIndexIssue, reportCallIssue, reportAttributeAccessIssue]

@@ -123,11 +123,7 @@ class TrainerCall:
 
     @contextmanager
     def making(self) -> Iterator[None]:
-        """Inside, the wrapped trainer is made.
-
-        Yields:
-            Nothing.
-        """
+        """Inside, the wrapped trainer is made."""
         with (
             arguments.without_reference_model(self._trainer_args, self.reference),
             nullcontext() if self._full or self.adapts else quantised_base(self._trainer_args),
@@ -156,14 +152,7 @@ class TrainerCall:
         return self._choice
 
     def undecide(self, model: nn.Module) -> LayerSelection:
-        """Take back `decide`, whose selection the trainer could not go on with.
-
-        Args:
-            model: The trainer's.
-
-        Returns:
-            All layers, among which the next training chooses.
-        """
+        """Take back `decide`, whose selection the trainer could not go on with."""
         assert self.auto is not None
         self._choice, self.auto.report = "all", None
         return select_layers(model, self._choice)

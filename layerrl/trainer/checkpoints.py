@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -15,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from layerrl.delta.card import CARD, write_card
 from layerrl.delta.description import read
 from layerrl.delta.hub import hub_errors
-from layerrl.errors import SelectionError
+from layerrl.errors import DeltaError, SelectionError
 from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
 from layerrl.schema import Misfit
@@ -24,6 +26,7 @@ from layerrl.stored import bytes_of, decoded
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
+from layerrl.trainer.checksums import CHECKSUMS, write_checksums
 from layerrl.trainer.run_summary import summary_of
 from layerrl.warning import warn
 
@@ -37,6 +40,7 @@ _DELTA = ("delta.safetensors", "delta.json")  # the description last: it vouches
 _OLD_DELTA = "delta"  # the sub-folder that had them once
 FINGERPRINTS = "layerrl_fingerprints"
 _READERS = {"MergeModelCallback"}  # TRL's; others upload the folder and load nothing
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|write failed|unexpected pos")
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 
@@ -68,6 +72,10 @@ def refuse_readers(callbacks: Iterable[Any], checkpoint_format: str) -> None:
             )
 
 
+class CheckpointWriteError(DeltaError, OSError):
+    """A checkpoint that cannot be written: the disk is full, say."""
+
+
 class Checkpoints:
     """A trainer's checkpoints, each written to its end or not at all.
 
@@ -88,14 +96,7 @@ class Checkpoints:
 
     @contextmanager
     def all_or_nothing(self, folder: Path) -> Iterator[None]:
-        """Inside, a checkpoint is written; if that fails, the folder is what it was before.
-
-        Args:
-            folder: The checkpoint's.
-
-        Yields:
-            Nothing.
-        """
+        """Inside, a checkpoint is written; if that fails, the folder is what it was before."""
         trainer, replaced = self._trainer, folder.with_name(f"_{folder.name}.replaced")
         if trainer.args.should_save:
             shutil.rmtree(replaced, ignore_errors=True)
@@ -105,11 +106,20 @@ class Checkpoints:
         self._written = folder
         try:
             yield
-        except BaseException:
+            trainer.accelerator.wait_for_everyone()  # every process has written its files
+            if trainer.args.should_save:
+                write_checksums(folder)
+        except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 if is_complete(replaced):
                     replaced.rename(folder)
+                if reason := _reason_of_disk(error):
+                    last = last_complete(folder.parent)
+                    goes_on = f"a run resumes from {last}" if last else "there is no earlier one"
+                    raise CheckpointWriteError(
+                        f"cannot write {folder}: {reason}. Nothing of it is left; {goes_on}."
+                    ) from error
             raise
         finally:
             self._written = None
@@ -131,6 +141,8 @@ class Checkpoints:
         """
         # Pushing to the hub is an internal call too, but names no folder and wants a whole model.
         folder = Path(output_dir or self._trainer.args.output_dir)
+        if self._trainer.args.should_save:  # what they vouch for will be written over
+            (folder / CHECKSUMS).unlink(missing_ok=True)
         if not is_internal or output_dir is None:
             save_model(output_dir, is_internal)
             self._refresh(folder, pushes=is_internal)
@@ -179,14 +191,15 @@ class Checkpoints:
         A hub may have an older delta: what is pushed always has a new one.
         """
         trainer = self._trainer
-        known = trainer.checkpoint_format == "delta" and trainer.masked_run.base is not None
+        known = trainer.masked_run.base is not None
+        pushes = pushes and trainer.checkpoint_format == "delta"
         there = (folder / _DELTA[-1]).exists()
         if launchers.shards_model(trainer.accelerator):  # else one process may save alone
             there = launchers.agree(trainer.accelerator, there)
         if known and (pushes or there):
             self._put_delta(folder, card=False)
             self.describe(folder, beside="same")
-        elif trainer.args.should_save:
+        elif trainer.args.should_save and not trainer.masked_run.adapts:  # whose files are no model
             for stale in _DELTA:
                 (folder / stale).unlink(missing_ok=True)
 
@@ -254,6 +267,27 @@ class Checkpoints:
                     raise failure
             except Exception as error:  # it ends no training that went well
                 warn(f"a checkpoint was not pushed: {error}")
+
+
+def _reason_of_disk(error: BaseException | None) -> str:
+    """Why something could not be written; empty of errors of another kind."""
+    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):  # it gives no reason
+        return "torch could not write one of its files. Is the disk full?"
+    if isinstance(error, DeltaError):
+        return _reason_of_disk(error.__cause__)
+    if isinstance(error, OSError | SafetensorError):
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+def last_complete(output_dir: Path) -> Path | None:
+    """The checkpoint of the latest step among those that were written to their end."""
+    numbers = {
+        int(number): path
+        for path in output_dir.glob("checkpoint-*")
+        if (number := path.name.removeprefix("checkpoint-")).isdecimal() and is_complete(path)
+    }
+    return numbers[max(numbers)] if numbers else None
 
 
 def is_complete(folder: Path) -> bool:
