@@ -602,7 +602,7 @@ class TestBadInput:
             probe(model, tmp_path, method="magic")
         with pytest.raises(ProbeError, match="expected different ints"):
             probe(model, tmp_path, seeds=(1, 1))
-        with pytest.raises(ProbeError, match="executor is .slurm., expected "serial" or "ray""):
+        with pytest.raises(ProbeError, match="executor is 'slurm', expected \"serial\" or"):
             probe(model, tmp_path, executor="slurm")
         args = config(tmp_path, max_steps=-1, num_train_epochs=1)
         with pytest.raises(ProbeError, match="max_steps is -1, expected a number above 0"):
