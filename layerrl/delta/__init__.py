@@ -94,8 +94,7 @@ def save_delta(
     tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
-    if isinstance(base, nn.Module):
-        base = DeltaBase.of(base, selection)
+    base = DeltaBase.of(base, selection) if isinstance(base, nn.Module) else base
     found = compared(model, base, leave_out={*tensors}) if check_frozen else None
     if not is_main_process:
         return Path(path)

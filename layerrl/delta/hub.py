@@ -59,7 +59,9 @@ def push_delta(
     """
     check_path("folder", folder, DeltaError)
     private = check_switch("private", private, DeltaError, or_none=True)
-    _check_texts(repo_id=repo_id or "", revision=revision, commit_message=commit_message)
+    _check_texts(
+        repo_id="" if repo_id is None else repo_id, revision=revision, commit_message=commit_message
+    )
     delta, api = Delta.read(folder), _api(token)
     with hub_errors("push to", repo_id, token=token, revision=revision):
         api.create_repo(repo_id, private=private, exist_ok=True)

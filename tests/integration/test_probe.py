@@ -507,7 +507,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("seeds", [3, [], [1, 1], [True], ["a"]])
     def test_seeds_that_are_none(self, model, tmp_path, seeds):
-        with pytest.raises(ProbeError, match=r"seeds is .*, expected different ints, at least one"):
+        with pytest.raises(ProbeError, match=r"seeds is .*, expected different ints from 0 "):
             probe(model, tmp_path, seeds=seeds)
 
     def test_a_boost_is_refused(self, model, tmp_path):
@@ -517,7 +517,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("prompts", [[], ["mno"], ["mno", "mno"]])
     def test_too_few_prompts_are_refused(self, model, tmp_path, prompts):
-        with pytest.raises(ProbeError, match="expected at least 2"):
+        with pytest.raises(ProbeError, match="expected at least 2|eval_dataset has no rows"):
             probe(model, tmp_path, eval_dataset=Dataset.from_dict({"prompt": prompts}))
 
     def test_prompts_that_nothing_rewards_are_refused(self, model, tmp_path):
