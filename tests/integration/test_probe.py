@@ -517,7 +517,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("prompts", [[], ["mno"], ["mno", "mno"]])
     def test_too_few_prompts_are_refused(self, model, tmp_path, prompts):
-        with pytest.raises(ProbeError, match="expected at least 2|eval_dataset has no rows"):
+        with pytest.raises(ProbeError, match=r"expected at least 2|eval_dataset has no rows"):
             probe(model, tmp_path, eval_dataset=Dataset.from_dict({"prompt": prompts}))
 
     def test_prompts_that_nothing_rewards_are_refused(self, model, tmp_path):
