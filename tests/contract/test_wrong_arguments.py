@@ -626,7 +626,7 @@ DOORS |= {
         {
             "layers": Kind(
                 lambda v: (
-                    is_int(v, 0)
+                    (isinstance(v, torch.Tensor) and is_int(v, 0))
                     or (isinstance(v, list) and v in ([1], [[1]]))
                     or (isinstance(v, tuple) and v == (0, 0))
                     or (isinstance(v, np.ndarray) and v.size > 0)
