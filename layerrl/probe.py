@@ -161,23 +161,22 @@ def contribution_probe(
 
 def _check_trainer_class(trainer_class: Any, args: Any, full_args: Any) -> None:
     """Refuse what makes no masked trainer with rewards, and arguments of another trainer."""
-    made_by = trainer_class
+    made_by: Any = trainer_class
     while isinstance(made_by, partial):
         made_by = made_by.func
     is_class = isinstance(made_by, type)
-    masked = is_class and issubclass(made_by, LayerMaskedMixin)
-    if not callable(made_by) or (is_class and not masked):
+    if not callable(made_by) or (is_class and not issubclass(made_by, LayerMaskedMixin)):
         raise ProbeError(
             f"trainer_class is {shown(trainer_class)}, expected a masked trainer class, such as "
             "LayerMaskedGRPOTrainer, or a function that makes such a trainer"
         )
-    if masked and "reward_funcs" not in names(made_by, LayerMaskedMixin):
+    if is_class and "reward_funcs" not in names(made_by, LayerMaskedMixin):
         raise ProbeError(
             f"trainer_class is {made_by.__name__}, expected one that generates and rewards, such "
             "as LayerMaskedGRPOTrainer"
         )
     for name, given in (("args", args), ("full_args", full_args)):
-        if masked:
+        if is_class:
             check_args(made_by, LayerMaskedMixin, given, name)
         elif given is not None:
             check_kind(name, given, TrainingArguments, "the trainer's arguments", ProbeError)

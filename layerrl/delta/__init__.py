@@ -90,18 +90,11 @@ def save_delta(
             model is inside `disabled`.
         SelectionError: If the selection does not fit the model.
     """
-    _check_arguments(model, selection, base)
-    check_path("path", path, DeltaError)
-    is_main_process = check_switch("is_main_process", is_main_process, DeltaError)
-    check_frozen = check_switch("check_frozen", check_frozen, DeltaError)
-    if processing_class is not None:
-        check_processing(processing_class)
-    refuse_disabled(model)
+    _check_arguments(model, path, selection, base, processing_class, is_main_process, check_frozen)
     tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
-    if isinstance(base, nn.Module):
-        base = DeltaBase.of(base, selection)
+    base = DeltaBase.of(base, selection) if isinstance(base, nn.Module) else base
     found = compared(model, base, leave_out={*tensors}) if check_frozen else None
     if not is_main_process:
         return Path(path)
@@ -126,8 +119,21 @@ def save_delta(
     return Path(path)
 
 
-def _check_arguments(model: object, selection: object, base: object) -> None:
-    check_kind("model", model, nn.Module, "the trained model", DeltaError)
+def _check_arguments(
+    model: object,
+    path: object,
+    selection: object,
+    base: object,
+    processing_class: object,
+    is_main_process: object,
+    check_frozen: object,
+) -> None:
+    check_path("path", path, DeltaError)
+    check_switch("is_main_process", is_main_process, DeltaError)
+    check_switch("check_frozen", check_frozen, DeltaError)
+    if processing_class is not None:
+        check_processing(processing_class)
+    refuse_disabled(check_kind("model", model, nn.Module, "the trained model", DeltaError))
     check_kind("selection", selection, LayerSelection, "what select_layers returns", DeltaError)
     if base is model or not isinstance(base, DeltaBase | nn.Module):
         given = "the trained model itself" if base is model else shown(base)

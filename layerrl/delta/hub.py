@@ -59,7 +59,9 @@ def push_delta(
     """
     check_path("folder", folder, DeltaError)
     private = check_switch("private", private, DeltaError, or_none=True)
-    _check_texts(repo_id=repo_id or "", revision=revision, commit_message=commit_message)
+    _check_texts(
+        repo_id="" if repo_id is None else repo_id, revision=revision, commit_message=commit_message
+    )
     delta, api = Delta.read(folder), _api(token)
     with hub_errors("push to", repo_id, token=token, revision=revision):
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -182,13 +184,13 @@ def _whole_model(names: set[str]) -> bool:
 
 
 def check_token(token: object) -> None:
-    """Refuse a token that no request could carry; it is not shown."""
-    printable = isinstance(token, str) and token.isascii() and token.isprintable() and token.strip()
-    if not printable and token is not None and not isinstance(token, bool):
-        raise DeltaError(
-            f"token is no text of ASCII letters but a {type(token).__name__}, expected a token of "
-            "the hub, True, False or None"
-        )
+    """Refuse a token that no request could carry; a text is not shown."""
+    if token is None or isinstance(token, bool):
+        return
+    if not isinstance(token, str) or not token.strip():
+        raise DeltaError(f"token is {shown(token)}, expected a text, True, False or None")
+    if not (token.isascii() and token.isprintable()):
+        raise DeltaError("token holds characters that no token of the hub has: copy it again")
 
 
 def _check_texts(**options: object) -> None:

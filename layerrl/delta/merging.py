@@ -87,10 +87,7 @@ def merge_delta(
             from what is below it, two of a union train the same tensor, or `out` exists or cannot
             be written. Nothing is left half-written.
     """
-    check_path("base", base, DeltaError)
-    refuse_existing(check_path("out", out, DeltaError))  # before anything is read
-    union = check_switch("union", union, DeltaError)
-    check_token(token)
+    union = _check_arguments(base, out, union, token)  # before anything is read
     deltas = read_deltas(path, revision=revision, token=token)
     checkpoint = Checkpoint(folder := _checkpoint_folder(base, deltas[0], token))
     for delta in deltas:
@@ -115,6 +112,14 @@ def merge_delta(
     _warn_of_other_files(deltas, union=union)
     _write(checkpoint, above, deltas, Path(out))
     return Path(out)
+
+
+def _check_arguments(base: object, out: object, union: object, token: object) -> bool:
+    """Refuse what is no argument of `merge_delta`, and return `union` as a plain bool."""
+    check_path("base", base, DeltaError)
+    refuse_existing(check_path("out", out, DeltaError))
+    check_token(token)
+    return check_switch("union", union, DeltaError)
 
 
 def _replaced(

@@ -87,13 +87,7 @@ class DeltaBase:
             DeltaError: If an argument is of another type.
             SelectionError: If the selection does not fit the model.
         """
-        check_kind("model", model, nn.Module, "a model", DeltaError)
-        expected = "what select_layers returns"
-        check_kind("selection", selection, LayerSelection, expected, DeltaError)
-        if frozen is not None:
-            check_kind("frozen", frozen, Mapping, "fingerprints by name, or None", DeltaError)
-        if device is not None:
-            check_kind("device", device, torch.device, "a torch.device or None", DeltaError)
+        _check_arguments(model, selection, frozen, device)
         trained = checkpoint_form(model, stand_ins(selection.parameters(model)))
         tensors, tied = saved_tensors(model)
         dtypes, shapes, marks, packed = {}, {}, {}, []
@@ -151,6 +145,17 @@ class DeltaBase:
                 if name not in set(self.trained)
             },
         }
+
+
+def _check_arguments(model: object, selection: object, frozen: object, device: object) -> None:
+    """Refuse what is no argument of `DeltaBase.of`."""
+    check_kind("model", model, nn.Module, "a model", DeltaError)
+    selected = "what select_layers returns"
+    check_kind("selection", selection, LayerSelection, selected, DeltaError)
+    if frozen is not None:
+        check_kind("frozen", frozen, Mapping, "fingerprints by name, or None", DeltaError)
+    if device is not None:
+        check_kind("device", device, torch.device, "a torch.device or None", DeltaError)
 
 
 def dtype_name(tensor: Tensor) -> str:

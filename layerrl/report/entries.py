@@ -92,7 +92,7 @@ def check_report(report: ContributionReport) -> None:
     layers, settings, ends = report.layers, report.settings, (report.base, report.full)
     for name in ("method", "source"):
         check_kind(f"{name} of a report", getattr(report, name), str, "text", ReportError)
-    check_kind("layers of a report", layers, tuple | list, "a tuple of Score", ReportError)
+    check_kind("layers of a report", layers, (tuple, list), "a tuple of Score", ReportError)
     for layer in layers:
         check_kind("an entry of layers", layer, Score, "a Score", ReportError)
     for name, kind in (("base", Score), ("full", Score), ("cost", Cost)):

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def is_full(selection: object) -> bool:
+    """Whether a selection, resolved or as it was given, is of every parameter."""
+    if isinstance(selection, LayerSelection):
+        return selection.full
+    return isinstance(selection, str) and selection == "full"
+
+
 class TrainerCall:
     """The arguments of one masked trainer: checked, before weights are loaded where possible.
 
@@ -71,13 +78,8 @@ class TrainerCall:
         described = model if is_model else arguments.config_at(model, self._trainer_args)
         if self.adapts and is_model and not is_peft(model):
             described = getattr(model, "config", None)  # its own tensors may be packed: they stay
-        if described is not None:
-            chosen = arguments.chosen_early(described, self._choice)
-        if self.auto is not None and isinstance(chosen, LayerSelection):
-            self.auto.check_number(chosen.num_layers)
-        full = isinstance(chosen, str) and chosen == "full"
-        full = full or (isinstance(chosen, LayerSelection) and chosen.full)
-        self._full = full
+        chosen = self._choice if described is None else self._early(described)
+        self._full = full = is_full(chosen)
         if full and self.adapts:
             adapters.refuse_full(selection)
         if self.adapts and not (is_model and is_peft(model)):
@@ -111,6 +113,13 @@ class TrainerCall:
             args, kwargs = arguments.with_argument(known, args, kwargs, "ref_model", stand_in)
         self.args, self.kwargs = args, kwargs
         """What the wrapped trainer is given."""
+
+    def _early(self, described: Any) -> Any:
+        """What trains of a model that is not loaded yet, as far as its config can tell."""
+        chosen = arguments.chosen_early(described, self._choice)
+        if self.auto is not None and isinstance(chosen, LayerSelection):
+            self.auto.check_number(chosen.num_layers)
+        return chosen
 
     @contextmanager
     def making(self) -> Iterator[None]:

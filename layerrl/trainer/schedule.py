@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
@@ -16,7 +16,7 @@ from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import nn
 
@@ -64,7 +64,8 @@ class LayerSchedule(TrainerCallback, ExportableState):
         weights: Sequence[float] | Mapping[int, float] | None = None,
         seed: int = 0,
     ) -> None:
-        sets = [listed(chosen) for chosen in listed(layers)]
+        several = listed(layers) if isinstance(layers, Iterable) else ()
+        sets = [listed(chosen) for chosen in several]
         numbers = [[whole_number(layer, least=0) for layer in chosen] for chosen in sets]
         found = [layer for chosen in numbers for layer in chosen if layer is not None]
         if not found or not all(sets) or len(found) < sum(map(len, sets)):

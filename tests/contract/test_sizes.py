@@ -10,7 +10,7 @@ PACKAGE = Path(layerrl.__file__).parent
 FILE, FUNCTION = 350, 60
 WHY = f"# Over {FUNCTION} lines: "
 # What was longer when this rule came. A number may fall, and goes when it is no longer needed.
-LONGER_FUNCTIONS = {"trainer/call.py:__init__": 68}
+LONGER_FUNCTIONS = {"trainer/call.py:__init__": 67}
 
 
 def files() -> Iterator[tuple[str, str]]:

@@ -44,6 +44,7 @@ from layerrl import delta as layerrl_delta
 from layerrl.cli import main
 from layerrl.delta import DeltaBase, Deltas, disabled, push_delta, unload_delta
 from layerrl.errors import ProbeError, TrainerError
+from layerrl.quantisation import keep_layout
 from layerrl.report import Cost, Score
 from layerrl.trainer import GiGPOConfig, LayerSchedule, TextRollout
 from tests.grpo import PROMPTS, QUIETLY, config, make, reward, tokenizer
@@ -618,13 +619,14 @@ DOORS |= {
         {"name": Kind(lambda v: v is None)},
         called={"name": "delta"},
     ),
+    "keep_layout": Door(keep_layout, lambda w: {"model": w.base}, {"model": MODEL}),
     "LayerSchedule": Door(
         LayerSchedule,
         lambda w: {"layers": [1, 2], "every": 1, "order": "random"},
         {
             "layers": Kind(
                 lambda v: (
-                    is_int(v, 0)
+                    (isinstance(v, torch.Tensor) and is_int(v, 0))
                     or (isinstance(v, list) and v in ([1], [[1]]))
                     or (isinstance(v, tuple) and v == (0, 0))
                     or (isinstance(v, np.ndarray) and v.size > 0)
@@ -770,7 +772,7 @@ def test_no_masked_trainer_takes_other_args(cls: type, args: Any, world: World) 
 )
 def test_numbers_of_numpy_pass_the_probes_checks(argument: dict[str, Any], world: World) -> None:
     # What comes after all checks of values is refused: prompts that are trained on.
-    arguments = probing(world) | argument | {"eval_dataset": world.data}
+    arguments: Any = probing(world) | argument | {"eval_dataset": world.data}
     with pytest.raises(ProbeError, match="evaluation prompts are trained on"):
         contribution_probe(**arguments)
 
@@ -787,7 +789,7 @@ def test_a_factory_of_plain_trainers_is_found_before_anything_is_measured(world:
         return [0.0] * len(completions)
 
     for method in ("train", "gradient"):
-        arguments = probing(world) | {"reward_funcs": noted, "trainer_class": factory}
+        arguments: Any = probing(world) | {"reward_funcs": noted, "trainer_class": factory}
         with pytest.raises(ProbeError, match=r"trainer_class made <trl.*GRPOTrainer"):
             contribution_probe(**arguments | {"method": method})
     assert asked == []
