@@ -223,7 +223,8 @@ def load_delta(
         DeltaError: If the folder is missing, damaged, or of a newer format; if a repository
             cannot be read, or holds something else; if the model has
             another architecture, vocabulary or config; if any of its tensors, frozen ones too,
-            is not the one that the delta was made from; if two of a union train the same tensor;
+            is not the one that the delta was made from, or its dtype would make a trained value
+            infinite; if two of a union train the same tensor;
             if deltas in the model are disabled or switched by a `Deltas`; or if `keep_base` is True
             and an earlier delta's base was not kept. The model is then as it was.
     """
