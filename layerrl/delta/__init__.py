@@ -86,13 +86,11 @@ def save_delta(
         files of `processing_class`.
 
     Raises:
-        DeltaError: If the folder exists or cannot be written, `base` is a different model, a frozen
-            tensor or the config changed since, the tokenizer has ids beyond the vocabulary, or the
-            model is inside `disabled`.
+        DeltaError: Inside `disabled`; if the folder exists or cannot be written, `base` is another
+            model, what is frozen changed since, or the tokenizer has ids beyond the vocabulary.
         SelectionError: If the selection does not fit the model.
     """
     _check_arguments(model, selection, base)
-    refuse_disabled(model)
     tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
@@ -120,7 +118,7 @@ def save_delta(
     return Path(path)
 
 
-def _check_arguments(model: object, selection: object, base: object) -> None:
+def _check_arguments(model: nn.Module, selection: object, base: object) -> None:
     if not isinstance(selection, LayerSelection):
         raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
     if base is model or not isinstance(base, DeltaBase | nn.Module):
@@ -129,6 +127,7 @@ def _check_arguments(model: object, selection: object, base: object) -> None:
             f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
             "taken then, or another instance that was not trained"
         )
+    refuse_disabled(model)
 
 
 def _description(
