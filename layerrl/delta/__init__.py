@@ -118,7 +118,7 @@ def save_delta(
     return Path(path)
 
 
-def _check_arguments(model: nn.Module, selection: object, base: object) -> None:
+def _check_arguments(model: object, selection: object, base: object) -> None:
     if not isinstance(selection, LayerSelection):
         raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
     if base is model or not isinstance(base, DeltaBase | nn.Module):
@@ -127,6 +127,8 @@ def _check_arguments(model: nn.Module, selection: object, base: object) -> None:
             f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
             "taken then, or another instance that was not trained"
         )
+    if not isinstance(model, nn.Module):
+        raise DeltaError(f"model is {model!r:.80}, expected the trained model to save a delta of")
     refuse_disabled(model)
 
 
