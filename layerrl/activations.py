@@ -46,14 +46,14 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
             tower leaves the text's hook: rows without an image have no other gradient.
     """
     base = unwrap(model)
+    _drop_forgotten(base)
     if selection.trains_below or base in _checkpointed_around:
         yield
         return
     blocks = selection.blocks(model)
     layers = blocks.modules
     below, first = layers[: selection.first], layers[selection.first : selection.first + 1]
-    # Not base.disable_input_require_grads(): each time checkpointing is enabled anew, as TRL does
-    # after every generation, transformers adds a hook and forgets the one before.
+    # Not base.disable_input_require_grads(): PEFT has a hook of its own.
     hooked = [
         (module, module._forward_hooks.copy())
         for module in blocks.part.modules()
@@ -82,6 +82,22 @@ def backward_from_first_trained(model: nn.Module, selection: LayerSelection) -> 
             yield
     finally:
         put_back()
+
+
+def _drop_forgotten(base: nn.Module) -> None:
+    """Leave one of the embedding's hooks of each kind, the newest.
+
+    Each time checkpointing is enabled anew, as TRL does after every generation, transformers adds
+    one and forgets the one before, which every later pass would call.
+    """
+    for module in base.modules():
+        kinds = set()
+        for key, function in reversed([*module._forward_hooks.items()]):
+            if _requires_input_grad(function):
+                kind = getattr(function, "__code__", function)
+                if kind in kinds:
+                    del module._forward_hooks[key]
+                kinds.add(kind)
 
 
 # Models that checkpoint reentrantly around their layers: all that is above the embedding.

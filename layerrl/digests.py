@@ -1,10 +1,13 @@
-"""Digests of JSON values, which are stored and compared with later ones."""
+"""Digests of JSON values and files, which are stored and compared with later ones."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def json_digest(*values: Any, sort_keys: bool = True) -> str:
@@ -21,3 +24,19 @@ def json_digest(*values: Any, sort_keys: bool = True) -> str:
     for value in values:
         hashed.update(json.dumps(value, sort_keys=sort_keys, default=str).encode())
     return hashed.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

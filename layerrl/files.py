@@ -1,13 +1,21 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import glob
+import os
+import shutil
+import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
+
+from filelock import lock_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+_HEX = "[0-9a-f]" * 32
 
 
 @contextmanager
@@ -30,3 +38,58 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """Make a folder that others find only when it is complete.
+
+    Several processes may make it at once, of which one succeeds. What one that was killed has left
+    beside it is deleted: a living one holds a lock on its own, which ends with the process.
+
+    Args:
+        path: The folder, absolute, that is not there yet. Those above it are made if missing.
+
+    Yields:
+        Where to write. It gets the folder's name when the block has ended well, and is gone
+        otherwise.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_HEX}"):
+        with _lock(left) as is_ours:
+            if is_ours:
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        temporary.mkdir()
+        try:
+            # Without a lock nobody can tell that it is left over: it stays.
+            with _lock(temporary) as is_ours:
+                if is_ours is False or not temporary.exists():  # another has just swept it
+                    continue
+                yield temporary
+                temporary.rename(path)
+                return
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool | None]:
+    """Whether this process has it locked now; None where folders cannot be locked."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    except OSError:  # Windows opens no folders
+        yield None
+        return
+    try:
+        try:
+            is_ours = lock_descriptor(descriptor, blocking=False)
+        except OSError:
+            is_ours = None
+        yield is_ours
+    finally:
+        os.close(descriptor)

@@ -4,14 +4,17 @@ hypothesis examples in each run, and a device."""
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
-from tests import devices
+from tests import devices, workers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # for the processes that tests start
 torch.set_num_threads(1)
 
 settings.register_profile(
@@ -20,10 +23,38 @@ settings.register_profile(
 settings.load_profile("layerrl")
 
 
+LOGS = Path(".cache") / "workers"
+
+
+@pytest.hookimpl(trylast=True)  # pytest turns its own faulthandler on
 def pytest_configure(config: pytest.Config) -> None:
     """With `-m cuda`, before any test file asks where to train."""
     if config.option.markexpr == "cuda" and torch.cuda.is_available():
         devices.choose("cuda")
+    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(config, "workerinput"):
+        workers.start(config.rootpath / LOGS)
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No more workers than memory is enough for: the machine would kill one of them."""
+    fit = workers.as_many_as_fit()
+    cores = (os.cpu_count() or 1) if config.option.numprocesses == "logical" else None
+    return None if fit is None or cores is None else min(fit, cores)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Keep what a worker left that died."""
+    if error is not None:
+        workers.end(Path(node.config.rootpath) / LOGS, node)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say why workers died."""
+    for text in workers.ended:
+        terminalreporter.section("a worker died")
+        terminalreporter.write_line(text)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not name
@@ -37,6 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """No GPU, no test of one."""
+    workers.begin(item.nodeid)
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch finds none")
 

@@ -39,7 +39,7 @@ def restore_delta(
     model: PreTrainedModel, path: Path, *, selection: LayerSelection, base: DeltaBase
 ) -> None:
     """Put a delta back as a trainer does that resumes, whatever the model holds now."""
-    put_tensors(model, selection.parameters(model), tensors_of_run(path, selection, base))
+    put_tensors(model, selection.parameters(model), tensors_of_run(path, selection, base, model))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

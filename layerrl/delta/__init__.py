@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
+from layerrl.checks import check_kind, check_path, check_switch, shown
 from layerrl.delta.card import write_card
 from layerrl.delta.description import FORMAT_VERSION
 from layerrl.delta.fitting import (
@@ -28,10 +29,10 @@ from layerrl.delta.fitting import (
 )
 from layerrl.delta.folder import META, TENSORS, Delta, difference, new_folder
 from layerrl.delta.hub import push_delta
-from layerrl.delta.in_memory import checked, compared
+from layerrl.delta.in_memory import checked, compared, names_by_rows, whole_tensors
 from layerrl.delta.loaded import deltas_in, disabled, keeping, refuse_disabled, unload_delta
 from layerrl.delta.placing import put_tensors
-from layerrl.delta.processing import save_processing, sums_of
+from layerrl.delta.processing import check_processing, save_processing, sums_of
 from layerrl.delta.record import DeltaBase, checkpoint_form, dtype_name, model_type
 from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import read_deltas
@@ -74,16 +75,14 @@ def save_delta(
         selection: What was trained.
         base: The model before training: `DeltaBase.of(model, selection)` taken then, or another
             instance that still is what `model` was.
-        processing_class: Tokenizer or processor of the run: it is saved with the model's generation
-            config, and both take the place of the base's in a merged folder.
-        is_main_process: Whether this process writes. Collective where the model is sharded: call on
-            every rank, of which one writes.
-        check_frozen: Compare the frozen tensors with the base's. False where the caller just did,
-            as the trainers do.
+        processing_class: Tokenizer or processor of the run, saved with the model's generation
+            config. Both take the place of the base's in a merged folder.
+        is_main_process: Whether this process writes. Collective where the model is sharded.
+        check_frozen: Compare the frozen tensors with the base's: False where the caller just did.
 
     Returns:
-        The folder: `delta.safetensors` (the tensors, in the model's dtype), `delta.json`, and the
-        files of `processing_class`.
+        The folder: `delta.safetensors` (tensors, in the model's dtype; of `also="new_tokens"` the
+        new rows), `delta.json`, and the files of `processing_class`.
 
     Raises:
         DeltaError: Inside `disabled`; if the folder exists or cannot be written, `base` is another
@@ -91,6 +90,11 @@ def save_delta(
         SelectionError: If the selection does not fit the model.
     """
     _check_arguments(model, selection, base)
+    check_path("path", path, DeltaError)
+    is_main_process = check_switch("is_main_process", is_main_process, DeltaError)
+    check_frozen = check_switch("check_frozen", check_frozen, DeltaError)
+    if processing_class is not None:
+        check_processing(processing_class)
     tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
@@ -105,8 +109,10 @@ def save_delta(
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
-    meta = _description(selection, tensors, base)  # before the copy, so on the tensors' device
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    rows, by_rows = list(selection.token_rows), names_by_rows(model, selection)
+    meta = _description(selection, tensors, base, by_rows)  # before the copy, so on their device
+    for name, tensor in tensors.items():
+        tensors[name] = (tensor[rows] if name in by_rows else tensor).detach().cpu().contiguous()
     with new_folder(path) as folder:
         if processing_class is not None:
             save_processing(processing_class, model, folder)
@@ -118,27 +124,29 @@ def save_delta(
     return Path(path)
 
 
-def _check_arguments(model: object, selection: object, base: object) -> None:
-    if not isinstance(selection, LayerSelection):
-        raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
+def _check_arguments(model: nn.Module, selection: object, base: object) -> None:
+    check_kind("model", model, nn.Module, "the trained model", DeltaError)
+    check_kind("selection", selection, LayerSelection, "what select_layers returns", DeltaError)
     if base is model or not isinstance(base, DeltaBase | nn.Module):
-        given = "the trained model itself" if base is model else repr(base)
+        given = "the trained model itself" if base is model else shown(base)
         raise DeltaError(
             f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
             "taken then, or another instance that was not trained"
         )
-    if not isinstance(model, nn.Module):
-        raise DeltaError(f"model is {model!r:.80}, expected the trained model to save a delta of")
     refuse_disabled(model)
 
 
 def _description(
-    selection: LayerSelection, tensors: Mapping[str, Tensor], base: DeltaBase
+    selection: LayerSelection,
+    tensors: Mapping[str, Tensor],
+    base: DeltaBase,
+    by_rows: Collection[str],
 ) -> dict[str, Any]:
     """The content of `delta.json`, without its checksum and those of the files beside it."""
     now = fingerprints(tensors)
+    rows = {"rows": len(selection.token_rows)}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if by_rows else 2,
         "base_model": base.name,
         "base_revision": base.revision,
         "model_type": base.model_type,
@@ -150,6 +158,7 @@ def _description(
                 "fingerprint": now[name],
                 "base_dtype": base.dtypes[name],
                 "base_fingerprint": base.fingerprints[name],
+                **(rows if name in by_rows else {}),
             }
             for name, tensor in tensors.items()
         },
@@ -229,7 +238,8 @@ def load_delta(
             if deltas in the model are disabled or switched by a `Deltas`; or if `keep_base` is True
             and an earlier delta's base was not kept. The model is then as it was.
     """
-    there = deltas_in(model)
+    there, union = deltas_in(model), check_switch("union", union, DeltaError)
+    keep_base = check_switch("keep_base", keep_base, DeltaError, or_none=True)
     deltas = read_deltas(path, revision=revision, token=token)
     trained, tensors = checked(model, deltas, union=union, there=there)
     with keeping(model, trained, deltas, keep_base=keep_base):
@@ -238,7 +248,7 @@ def load_delta(
 
 
 def tensors_of_run(
-    path: str | os.PathLike[str], selection: LayerSelection, base: DeltaBase
+    path: str | os.PathLike[str], selection: LayerSelection, base: DeltaBase, model: nn.Module
 ) -> dict[str, Tensor]:
     """A delta's tensors, if it is of this run.
 
@@ -246,6 +256,7 @@ def tensors_of_run(
         path: A delta's folder.
         selection: What the run trains; the delta must have trained the same.
         base: The model before training.
+        model: The model now. Collective where it is sharded.
 
     Returns:
         Name in a checkpoint to tensor.
@@ -254,11 +265,10 @@ def tensors_of_run(
         DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
     """
     delta = Delta.read(path)
-    tensors = {name: delta.tensor(name) for name in delta.fingerprints}
     if delta.selection != selection:
         raise DeltaError(f"{path} trained {delta.selection}; this run trains {selection}")
     check_same_base(delta, base)
-    return tensors
+    return whole_tensors(delta, model, {})
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -172,7 +172,10 @@ def _share(meta: Mapping[str, Any]) -> str:
     if not frozen:
         return ""
     trained, others = (
-        sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+        sum(
+            math.prod(tensor["shape"][1:]) * (tensor.get("rows") or math.prod(tensor["shape"][:1]))
+            for tensor in tensors.values()
+        )
         for tensors in (meta["tensors"], frozen)
     )
     return f" ({trained:,} of {trained + others:,} parameters, {trained / (trained + others):.1%})"

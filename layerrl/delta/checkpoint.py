@@ -127,6 +127,10 @@ class Checkpoint:
                 for name in [name for name in opened.keys() if name in only]:  # noqa: SIM118
                     yield name, opened.get_tensor(name)
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor that it holds."""
+        return next(tensor for _, tensor in self.tensors(only={name}))
+
     def copy_to(self, made: Path) -> None:
         """Copy the shards, and an index that names the copies."""
         for shard, source in _shown(self.sources.items(), "copying", len(self.sources)):

@@ -19,12 +19,13 @@ from layerrl.stored import bytes_of, parsed, refused_as, version_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMAT_VERSION = 2
-"""Version 1 knew of the base only the tensors that the delta replaces."""
+FORMAT_VERSION = 3
+"""Version 1 knew of the base only the tensors that the delta replaces, version 2 held every trained
+tensor whole. A delta is written in the oldest version that can hold it, not below 2."""
 _DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 Fingerprint = Annotated[str, Rule("16 hexadecimal digits", re.compile(r"[0-9a-f]{16}").fullmatch)]
-_Sha256 = Annotated[str, Rule("a SHA-256", re.compile(r"[0-9a-f]{64}").fullmatch)]
+Sha256 = Annotated[str, Rule("a SHA-256", re.compile(r"[0-9a-f]{64}").fullmatch)]
 _Dtype = Annotated[str, Rule("a torch dtype's name", lambda name: f"torch.{name}" in _DTYPES)]
 _File = Annotated[str, Rule("a file of a tokenizer, processor or generation config",
                              lambda name: not is_refused(name))]  # fmt: skip
@@ -45,13 +46,15 @@ class Replaced(Described):
 
     base_dtype: _Dtype
     base_fingerprint: Fingerprint
+    rows: Count | None = None
+    """How many rows the file has of it, those of the new tokens alone; None: all. Version 3."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rest:
     """What a delta knows of its base beside the tensors that it replaces."""
 
-    digest: _Sha256
+    digest: Sha256
     vocabulary: Count | None = None
     config: dict[str, Any] | None = None
     tied: dict[str, str]
@@ -76,8 +79,8 @@ class Version2(Version1):
     """The same of format version 2."""
 
     base: Rest
-    result: _Sha256
-    files: dict[_File, _Sha256]
+    result: Sha256
+    files: dict[_File, Sha256]
 
 
 def read(file: Path) -> tuple[Version1 | Version2, LayerSelection, dict[str, Any]]:
@@ -96,12 +99,12 @@ def read(file: Path) -> tuple[Version1 | Version2, LayerSelection, dict[str, Any
         meta = parsed(bytes_of(file))
         said = f"the delta at {file.parent}"
         version = version_of(meta, "format_version", FORMAT_VERSION, DeltaError, said)
-        checksum = fitted(_Sha256, meta.pop("sha256", None), "sha256")
+        checksum = fitted(Sha256, meta.pop("sha256", None), "sha256")
         found = fitted(Version2 if version > 1 else Version1, meta)
         selection = _selection_in(found.selection)
         if checksum != json_digest(meta):
             raise DeltaError(f"{file} was changed after it was written: checksum differs")
-        _check_sense(found)
+        _check_sense(found, selection)
     return found, selection, meta
 
 
@@ -112,10 +115,14 @@ def _selection_in(data: dict[str, Any]) -> LayerSelection:
         raise Misfit(f": {error}", "selection") from error
 
 
-def _check_sense(found: Version1 | Version2) -> None:
+def _check_sense(found: Version1 | Version2, selection: LayerSelection) -> None:
     if not isinstance(found, Version2):
         return
     base, tensors = found.base, found.tensors
+    for name, each in tensors.items():
+        there = sum(row < (*each.shape, 0)[0] for row in selection.token_rows)
+        if each.rows is not None and not each.rows == there == len(selection.token_rows) > 0:
+            raise Misfit(f" are {each.rows}, and {selection} trains others", f"rows of {name!r}")
     if both := {*base.frozen} & {*tensors}:
         raise Misfit(f": {min(both)!r} is both trained and frozen")
     marks = {name: each.base_fingerprint for name, each in tensors.items()}

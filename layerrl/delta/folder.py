@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from layerrl.checks import check_path
 from layerrl.delta.description import Version2, read
 from layerrl.delta.record import DeltaBase, dtype_name
 from layerrl.errors import DeltaError
+from layerrl.files import made_whole
 from layerrl.frozen import fingerprints
 from layerrl.stored import refused_as, tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -48,17 +48,20 @@ class Delta:
     """`DeltaBase.digest` of the base."""
     result_digest: str | None
     """The same of what training made of it: the base of a delta on top of this one."""
+    by_rows: frozenset[str]
+    """Those of the trained tensors whose rows of new tokens alone are in the folder."""
     files: dict[str, str]
     """Tokenizer, processor and generation settings in the folder: name to SHA-256."""
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, below: Callable[[str], Tensor]) -> Tensor:
         """One of the trained tensors, checked against the description.
 
         Args:
             name: Its name in a checkpoint.
+            below: By that name, the tensor that it replaces: the rows that did not train are of it.
 
         Returns:
-            The tensor, as it was written.
+            The whole tensor, as it was when the delta was written.
 
         Raises:
             DeltaError: If it is not the one that was written.
@@ -66,6 +69,8 @@ class Delta:
         said = f"{self.path / TENSORS} is damaged"
         with refused_as(DeltaError, said), tensors_in(self.path / TENSORS) as stored:
             tensor = stored.get_tensor(name)
+        if name in self.by_rows:
+            tensor = self._with_other_rows(name, tensor, below(name))
         checks = {
             "dtype": (dtype_name(tensor), self.dtypes[name]),
             "shape": (list(tensor.shape), self.base.shapes[name]),
@@ -77,6 +82,18 @@ class Delta:
                     f"{self.path / TENSORS} is damaged: {what} of {name!r} is {found}, written was "
                     f"{written}"
                 )
+        return tensor
+
+    def _with_other_rows(self, name: str, rows: Tensor, below: Tensor) -> Tensor:
+        """A tensor of which the folder has some rows, the others being the base's."""
+        if list(below.shape) != self.base.shapes[name]:  # not compared: it is packed
+            raise DeltaError(
+                f"the delta at {self.path} holds the new tokens' rows of {name!r}, and this base "
+                f"has it packed in shape {list(below.shape)}, expected {self.base.shapes[name]}: "
+                "load the base with its embedding and head in full precision"
+            )
+        tensor = below.detach().to(rows.dtype, copy=True)
+        tensor[list(self.selection.token_rows)] = rows.to(tensor.device)
         return tensor
 
     @classmethod
@@ -92,7 +109,7 @@ class Delta:
         Raises:
             DeltaError: If a file is missing or damaged, or of a newer format.
         """
-        path = Path(path)
+        path = check_path("path", path, DeltaError)
         for file in (path / META, path / TENSORS):
             if not os.path.isfile(file):
                 raise DeltaError(
@@ -130,6 +147,7 @@ class Delta:
             fingerprints={name: each.fingerprint for name, each in found.tensors.items()},
             base_digest=None if rest is None else rest.digest,
             result_digest=found.result if isinstance(found, Version2) else None,
+            by_rows=frozenset(n for n, each in found.tensors.items() if each.rows is not None),
             files=found.files if isinstance(found, Version2) else {},
         )
 
@@ -144,9 +162,7 @@ def difference(given: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:
     """A folder to make must not be there yet."""
-    if "\0" in os.fspath(path):
-        raise DeltaError(f"{os.fspath(path)!r:.80} is no path: it holds a NUL")
-    if os.path.lexists(Path(path)):
+    if os.path.lexists(check_path("path", path, DeltaError)):
         raise DeltaError(f"{path} exists already: choose another folder or remove it")
 
 
@@ -155,13 +171,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that appears under its name only when the block ended well."""
     refuse_existing(path)
     path = Path(path).absolute()
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
+        with made_whole(path) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
         raise DeltaError(f"cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -28,6 +28,7 @@ from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import hint, refuse_overlap
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import saved_tensors
+from layerrl.selection.parts import rows_kept
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from layerrl.delta.folder import Delta
     from layerrl.delta.record import DeltaBase
+    from layerrl.selection import LayerSelection
 
 
 def checked(
@@ -68,11 +70,9 @@ def checked(
     config = getattr(unwrap(model), "config", None)
     settings = None if config is None else computing_settings(config)
     for index, delta in enumerate(deltas):
-        own = {name: delta.tensor(name) for name in delta.fingerprints}
-        warn_of_nonfinite(own.items(), f"the delta at {delta.path}")
         trained |= _parameters(model, delta)
         if union:
-            refuse_overlap(delta, own, source)
+            refuse_overlap(delta, delta.fingerprints, source)
         found = compared(model, delta.base, above={} if union else tensors)
         if found.extra and delta.version > 1:
             raise DeltaError(
@@ -82,6 +82,8 @@ def checked(
             )
         what = hint(deltas, index, union=union, others=others, there=there)
         check_base(delta, found, config=settings, hint=what)
+        own = whole_tensors(delta, model, {} if union else tensors)
+        warn_of_nonfinite(own.items(), f"the delta at {delta.path}")
         tensors |= own
         source |= dict.fromkeys(own, delta)
     pairs = (
@@ -91,6 +93,38 @@ def checked(
     )
     check_rounding(pairs, f"this {type(unwrap(model)).__name__}", "Load the base in float32")
     return trained, tensors
+
+
+def names_by_rows(model: nn.Module, selection: LayerSelection) -> set[str]:
+    """Names in a checkpoint of the tensors of which some rows train; mostly none."""
+    return set(checkpoint_form(model, stand_ins(_by_rows(model, selection))))
+
+
+def _by_rows(model: nn.Module, selection: LayerSelection) -> dict[str, nn.Parameter]:
+    kept = rows_kept(selection, unwrap(model))
+    return {name: p for name, p in selection.parameters(model).items() if name in kept}
+
+
+def whole_tensors(delta: Delta, model: nn.Module, above: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A delta's tensors, those that it holds by rows with the model's other rows.
+
+    Args:
+        delta: One that was made from the model, and from what is above it.
+        model: The model. Collective where it is sharded.
+        above: Name in a checkpoint to what earlier deltas put there.
+
+    Returns:
+        Name in a checkpoint to tensor.
+
+    Raises:
+        DeltaError: If the delta is damaged.
+    """
+    below: dict[str, Tensor] = {}
+    if delta.by_rows:
+        for _, form in in_checkpoint_form(model, _by_rows(model, delta.selection)):
+            below |= form
+    below |= above
+    return {name: delta.tensor(name, below.__getitem__) for name in delta.fingerprints}
 
 
 def _parameters(model: nn.Module, delta: Delta) -> dict[str, nn.Parameter]:

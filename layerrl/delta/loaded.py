@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
+from layerrl.checks import check_kind
 from layerrl.delta.placing import (
     all_differ,
     copies,
@@ -88,8 +89,6 @@ def keeping(
     Raises:
         DeltaError: If the base below an earlier delta is to be kept, which was not.
     """
-    if keep_base not in (None, True, False):
-        raise DeltaError(f"keep_base is {keep_base!r:.80}, expected True, False or None")
     inner = unwrap(model)
     earlier = LOADED.get(inner)
     if earlier is not None and _replaced_since(model, earlier):
@@ -201,11 +200,11 @@ def deltas_in(model: nn.Module) -> list[Delta]:
     Raises:
         DeltaError: If it is no model, a `Deltas` switches its deltas, or they are disabled.
     """
-    if not isinstance(model, nn.Module):
-        raise DeltaError(
-            f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
-            "checkpoint from folders, use merge_delta(base, path, out)."
-        )
+    expected = (
+        "a model to load the delta into. To write a merged checkpoint from folders, use "
+        "merge_delta(base, path, out)."
+    )
+    check_kind("model", model, nn.Module, expected, DeltaError)
     loaded = LOADED.get(unwrap(model))
     if loaded is None:
         return []
@@ -230,8 +229,7 @@ def refuse_disabled(model: nn.Module) -> None:
 
 def _in_use(model: nn.Module) -> tuple[Loaded, dict[str, Tensor]]:
     """What is kept for a model, and the base's values."""
-    if not isinstance(model, nn.Module):
-        raise DeltaError(f"expected the model with the delta in it, got {model!r:.80}")
+    check_kind("model", model, nn.Module, "the model with the delta in it", DeltaError)
     loaded = LOADED.get(unwrap(model))
     if loaded is None:
         raise DeltaError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from layerrl.checks import check_path, check_switch
 from layerrl.delta.checkpoint import (
     INDEX,
     Checkpoint,
@@ -32,6 +33,7 @@ from layerrl.delta.fitting import (
     warn_of_nonfinite,
 )
 from layerrl.delta.folder import Delta, new_folder, refuse_existing
+from layerrl.delta.hub import check_token
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import hint, read_deltas, refuse_overlap
@@ -47,9 +49,10 @@ class _Replaced:
 
     delta: Delta
     name: str
+    below: Callable[[], Tensor]
 
     def __call__(self) -> Tensor:
-        return self.delta.tensor(self.name)
+        return self.delta.tensor(self.name, lambda _: self.below())
 
 
 def merge_delta(
@@ -85,7 +88,10 @@ def merge_delta(
             from what is below it, two of a union train the same tensor, or `out` exists or cannot
             be written. Nothing is left half-written.
     """
-    refuse_existing(out)  # before anything is read
+    check_path("base", base, DeltaError)
+    refuse_existing(check_path("out", out, DeltaError))  # before anything is read
+    union = check_switch("union", union, DeltaError)
+    check_token(token)
     deltas = read_deltas(path, revision=revision, token=token)
     checkpoint = Checkpoint(folder := _checkpoint_folder(base, deltas[0], token))
     for delta in deltas:
@@ -97,12 +103,14 @@ def merge_delta(
     above: dict[str, _Replaced] = {}
     for index, delta in enumerate(deltas):
         stored = stored_names(checkpoint, delta.base, model)
-        own = _replaced(base, delta, stored)
+        own = _replaced(checkpoint, delta, stored, {} if union else above)
         _check_selection(delta, checkpoint, model, stored, set(own))
         if union:
             refuse_overlap(delta, own, {name: above[name].delta for name in above})
         found = compared(checkpoint, delta.base, stored, {} if union else above)
         check_base(delta, found, config=settings, hint=hint(deltas, index, union=union))
+        read = ((each.name, each()) for each in own.values())
+        warn_of_nonfinite(read, f"the delta at {delta.path}")
         above |= own
     pairs = ((name, before, above[name]()) for name, before in checkpoint.tensors(only=above))
     check_rounding(pairs, str(out), "Merge onto a float32 copy of the base")
@@ -111,20 +119,27 @@ def merge_delta(
     return Path(out)
 
 
-def _replaced(base: object, delta: Delta, stored: Mapping[str, str]) -> dict[str, _Replaced]:
-    """Name in the checkpoint to what a delta puts there; every one of its tensors is read once."""
-    read = ((name, delta.tensor(name)) for name in delta.fingerprints)
-    warn_of_nonfinite(read, f"the delta at {delta.path}")
+def _replaced(
+    checkpoint: Checkpoint,
+    delta: Delta,
+    stored: Mapping[str, str],
+    above: Mapping[str, _Replaced],
+) -> dict[str, _Replaced]:
+    """Name in the checkpoint to what a delta puts there."""
     there = {*stored.values()}
     absent = sorted(name for name in delta.fingerprints if name not in there)
     if absent:
         raise DeltaError(
-            f"the base {base} has no tensor {absent[0]!r}, which the delta at {delta.path} "
-            f"replaces ({len(absent)} of {len(delta.fingerprints)} are missing). Is it the model "
-            "it was made from?"
+            f"the base at {checkpoint.folder} has no tensor {absent[0]!r}, which the delta at "
+            f"{delta.path} replaces ({len(absent)} of {len(delta.fingerprints)} are missing). Is "
+            "it the model it was made from?"
         )
     return {
-        name: _Replaced(delta=delta, name=recorded)
+        name: _Replaced(
+            delta=delta,
+            name=recorded,
+            below=above.get(name) or partial(checkpoint.tensor, name),
+        )
         for name, recorded in stored.items()
         if recorded in delta.fingerprints
     }
@@ -219,7 +234,7 @@ def _checkpoint_folder(
     base: str | os.PathLike[str], delta: Delta, token: str | bool | None
 ) -> Path:
     folder = Path(base)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # of any text, while is_dir() raises for one that is too long
         return folder
     from huggingface_hub import snapshot_download
 

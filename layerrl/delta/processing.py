@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from layerrl.blocks import unwrap
+from layerrl.checks import shown
 from layerrl.delta.record import vocabulary
+from layerrl.digests import file_digest
 from layerrl.errors import DeltaError
 
 if TYPE_CHECKING:
@@ -73,6 +74,16 @@ def _ids_of_base(tokenizer: Any, model: nn.Module) -> dict[str, int]:
         return {}
 
 
+def check_processing(processing_class: Any) -> None:
+    """Refuse what is no tokenizer or processor, as its class is none."""
+    saves = callable(getattr(processing_class, "save_pretrained", None))
+    if not saves or isinstance(processing_class, type):
+        raise DeltaError(
+            f"processing_class is {shown(processing_class)}, expected a tokenizer or processor "
+            "with save_pretrained"
+        )
+
+
 def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> None:
     """Write a tokenizer or processor, and the model's generation settings.
 
@@ -84,11 +95,7 @@ def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> No
     Raises:
         DeltaError: If the tokenizer does not fit the model.
     """
-    if not callable(getattr(processing_class, "save_pretrained", None)):
-        raise DeltaError(
-            f"processing_class is {processing_class!r:.80}, expected a tokenizer or processor with "
-            "save_pretrained"
-        )
+    check_processing(processing_class)
     refuse_misfit(processing_class, model)
     processing_class.save_pretrained(folder)
     settings = getattr(unwrap(model), "generation_config", None)
@@ -100,7 +107,7 @@ def sums_of(folder: Path) -> dict[str, str]:
     """Every file in a folder that is neither a delta's nor a model's, with its SHA-256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: _sha256(path) for name, path in names.items() if not is_refused(name)}
+    return {name: file_digest(path) for name, path in names.items() if not is_refused(name)}
 
 
 def is_refused(name: str) -> bool:
@@ -112,11 +119,6 @@ def is_refused(name: str) -> bool:
     return (
         bool(odd) or not path.parts or str(path) != name or weights or path.name.lower() in _NEVER
     )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def replaced_by(files: Iterable[str]) -> set[str]:
@@ -141,7 +143,7 @@ def copy_processing(source: Path, files: Mapping[str, str], made: Path) -> None:
             raise DeltaError(f"{source / name} is missing, which was written with the delta")
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, made / name)
-        if _sha256(made / name) != sum_then:
+        if file_digest(made / name) != sum_then:
             raise DeltaError(
                 f"{source / name} was changed after it was written: checksum differs. Change it in "
                 "the merged folder instead."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from layerrl.blocks import unwrap
+from layerrl.checks import shown
 from layerrl.delta.in_memory import checked
 from layerrl.delta.loaded import (
     LOADED,
@@ -53,9 +54,10 @@ class Deltas:
         paths: Mapping[str, str | os.PathLike[str] | Iterable[str | os.PathLike[str]]],
     ) -> None:
         there = deltas_in(model)
-        if not isinstance(paths, Mapping) or not paths or None in paths:
+        named = isinstance(paths, Mapping) and all(isinstance(name, str) for name in paths)
+        if not named or not paths:
             raise DeltaError(
-                f"paths is {paths!r:.80}, expected a name for each delta: "
+                f"paths is {shown(paths)}, expected a name for each delta: "
                 '{"a": "out/a", "b": "out/b"}'
             )
         if there:
@@ -98,9 +100,9 @@ class Deltas:
             DeltaError: If there is none of this name, `unload_delta` took all of them out, or the
                 model is inside `disabled`.
         """
-        if name is not None and name not in [*self._values]:
+        if name is not None and not (isinstance(name, str) and name in self._values):
             names = ", ".join(map(repr, self._values))
-            raise DeltaError(f"no delta {name!r:.80} here, expected {names}, or None for the base")
+            raise DeltaError(f"no delta {shown(name)} here, expected {names}, or None for the base")
         if LOADED.get(unwrap(self._model)) is not self._loaded:
             raise DeltaError(
                 f"unload_delta took these deltas out of the {name_of(self._model)}: make another "

@@ -145,7 +145,8 @@ def entry_of(
     hidden_keys = row_keys(hidden_BTH).tolist()
     device = hidden_BTH.device
     modules = modules_of(prefix)
-    tensors = tensors_of(modules)
+    # Those of ZeRO-3 may be gathered ahead, or not, when the pass comes to layer 0.
+    tensors = [tensor for tensor in tensors_of(modules) if not is_sharded(tensor)]
     return Entry(
         rows=tuple(zip(hidden_keys, arguments.keys, strict=True)),
         arguments=arguments,
@@ -161,6 +162,6 @@ def entry_of(
         ),
         state=state_of(prefix),
         sample=sampled(tensors),
-        storages=tuple(t.untyped_storage() for t in tensors if not is_sharded(t)),
+        storages=tuple(tensor.untyped_storage() for tensor in tensors),
         modes=bytes(module.training for module in modules),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import own_forward
-from layerrl.replay.arguments import row_keys, version
+from layerrl.replay.arguments import as_integers, row_keys, version
 from layerrl.seams import imported
 from layerrl.shards import is_sharded
 
@@ -147,7 +147,7 @@ def sampled(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         ):
             step = -(-size // _NUM_SAMPLED)
             few = tensor.detach().as_strided((size // step,), (step,))
-            samples.setdefault((tensor.dtype, tensor.device), []).append(few)
+            samples.setdefault((tensor.dtype, tensor.device), []).append(as_integers(few))
     together = [torch.cat(p)[None] for (_, device), p in samples.items() if device.type != "meta"]
     return tuple(int(row_keys(few)) for few in together)
 

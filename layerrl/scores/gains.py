@@ -23,6 +23,7 @@ def held_out_gains(
     prompts: Iterable[Sequence[Callable[[], Tensor]]],
     *,
     epsilon: float = 1e-8,
+    add_up: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     r"""For each prompt and layer, the first-order gain of a step that the prompts before ask for.
 
@@ -41,6 +42,9 @@ def held_out_gains(
         prompts: For each prompt, what computes its loss: one call for each micro-batch, whose
             losses add up. No calls: a prompt whose gradient is zero.
         epsilon: Adam's.
+        add_up: Adds a prompt's gradient up over all processes, in place, where each has a part of
+            its rows. Every process has to have as many prompts; gradients are used when all are
+            whole, in the same order in each. None: in one process.
 
     Returns:
         Shape (P, L), float64, layers in order. The first prompts' steps know few prompts.
@@ -75,9 +79,14 @@ def held_out_gains(
             of_layers.zero_()
         for number, loss in enumerate(losses, 1):
             value = loss()
-            with _as_they_arrive(sums, take if number == len(losses) else None):
+            whole = number == len(losses) and add_up is None
+            with _as_they_arrive(sums, take if whole else None):
                 value.backward()
         for parameter in sums:  # of an expert that the last micro-batch sent no token to
+            if add_up is not None:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                add_up(parameter.grad)
             take(parameter)
         gains.append(torch.zeros(len(layers), dtype=torch.double))
         for of_layers in gained.values():

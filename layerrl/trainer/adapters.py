@@ -11,11 +11,14 @@ from torch import nn
 
 from layerrl.adapters import adapted_modules, adapter_tensors, described_adapters
 from layerrl.blocks import is_peft, meta_model
+from layerrl.checks import check_kind
+from layerrl.costs import linear_weights
 from layerrl.errors import SelectionError, TrainerError
 from layerrl.schema import fitted
 from layerrl.selection import LayerSelection
 from layerrl.stored import bytes_of, decoded, refused_as, tensors_in
 from layerrl.trainer.whole_models import CheckpointError
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,8 +174,9 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
     """
     import peft
 
-    if not isinstance(config, peft.PeftConfig):
-        return config  # the trainer says what it expects
+    check_kind(
+        "peft_config", config, peft.PeftConfig, "PEFT's, such as a LoraConfig", SelectionError
+    )
     if not isinstance(selection, LayerSelection):
         raise SelectionError(
             "the config of the model could not be read, which peft_config needs to be restricted "
@@ -180,6 +184,9 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
         )
     _refuse(config, selection)
     skeleton = meta_model(described)
+    blocks = selection.blocks(skeleton)
+    names = [name for layer in selection.layers for name in linear_weights(blocks, layer)]
+    linear = [*dict.fromkeys(name.removesuffix(".weight") for name in names)]
     asked: Any = copy.deepcopy(config)
     if hasattr(asked, "init_lora_weights"):
         asked.init_lora_weights = True  # others look at weights, and here are none
@@ -193,7 +200,7 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
         chosen = selection.parameters(adapted)
     except SelectionError as error:
         raise SelectionError(f"{selection} and the peft_config do not meet: {error}") from error
-    return _narrowed(config, adapted, selection, {places[name] for name in chosen})
+    return _narrowed(config, adapted, selection, {places[name] for name in chosen}, linear)
 
 
 def _refuse(config: Any, selection: LayerSelection) -> None:
@@ -217,7 +224,13 @@ def _refuse(config: Any, selection: LayerSelection) -> None:
         raise SelectionError(f"{selection} was given together with a peft_config: {problem}.")
 
 
-def _narrowed(config: Any, adapted: nn.Module, selection: LayerSelection, weights: set[str]) -> Any:
+def _narrowed(
+    config: Any,
+    adapted: Any,
+    selection: LayerSelection,
+    weights: set[str],
+    linear: list[str],
+) -> Any:
     """A copy of a config that names, of all that it adapts, what holds some weights."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -234,9 +247,10 @@ def _narrowed(config: Any, adapted: nn.Module, selection: LayerSelection, weight
             here = kept["modules_to_save" if is_saved else "target_modules"]
             holds = any(weight.startswith(f"{path}.") for weight in weights)
             (here if holds else left_out).append(path)
-    _refuse_outside(
-        config, left_out, [name for names in kept.values() for name in names], selection
-    )
+    inside = [name for names in kept.values() for name in names]
+    _refuse_outside(config, left_out, inside, selection)
+    [asked] = adapted.peft_config.values()  # without the names that PEFT knows under others
+    _warn_of_nothing(asked, [*inside, *left_out], linear)
     narrowed = copy.deepcopy(config)
     nothing = {"target_modules": [] if kept["target_parameters"] else DUMMY_TARGET_MODULES}
     for name, value in kept.items():
@@ -252,13 +266,32 @@ def _refuse_outside(
     config: Any, left_out: list[str], kept: list[str], selection: LayerSelection
 ) -> None:
     """What the caller named, and the selection has nowhere: silence would be a surprise."""
+    for name, given in _named(config):
+        if _in(left_out, given) and not _in(kept, given):
+            raise SelectionError(
+                f"{selection} was given together with a peft_config whose {name} has {given!r}, "
+                "which lies outside: leave it out, or select it (a head or embeddings by also=)."
+            )
+
+
+def _warn_of_nothing(config: Any, places: list[str], linear: list[str]) -> None:
+    """Name what matches nothing beside names that do: PEFT passes over it."""
+    idle = [f"{name} has {given!r}" for name, given in _named(config) if not _in(places, given)]
+    if idle:
+        warn(
+            f"of the peft_config, {', '.join(idle)}, which matches nothing in the model: it adapts "
+            f"nothing. The selected layers have {', '.join(linear)}."
+        )
+
+
+def _named(config: Any) -> list[tuple[str, str]]:
+    """The names that a config lists, each with what lists it."""
+    listed = []
     for name in ("target_modules", "target_parameters", "modules_to_save"):
-        named = getattr(config, name, None)
-        for given in () if named is None or isinstance(named, str) else sorted(named):
-            matched = [n for n in left_out if n == given or n.endswith(f".{given}")]
-            if matched and not any(n == given or n.endswith(f".{given}") for n in kept):
-                raise SelectionError(
-                    f"{selection} was given together with a peft_config whose {name} has "
-                    f"{given!r}, which lies outside: leave it out, or select it (a head or "
-                    "embeddings by also=)."
-                )
+        given = getattr(config, name, None)
+        listed += [(name, each) for each in sorted(given)] if isinstance(given, list | set) else []
+    return listed
+
+
+def _in(names: list[str], given: str) -> bool:
+    return any(name == given or name.endswith(f".{given}") for name in names)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -15,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from layerrl.delta.card import CARD, write_card
 from layerrl.delta.description import read
 from layerrl.delta.hub import hub_errors
-from layerrl.errors import SelectionError
+from layerrl.errors import DeltaError, SelectionError
 from layerrl.files import written_whole
 from layerrl.frozen import fingerprints
 from layerrl.schema import Misfit
@@ -24,6 +26,7 @@ from layerrl.stored import bytes_of, decoded
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
+from layerrl.trainer.checksums import CHECKSUMS, write_checksums
 from layerrl.trainer.run_summary import summary_of
 from layerrl.warning import warn
 
@@ -37,6 +40,7 @@ _DELTA = ("delta.safetensors", "delta.json")  # the description last: it vouches
 _OLD_DELTA = "delta"  # the sub-folder that had them once
 FINGERPRINTS = "layerrl_fingerprints"
 _READERS = {"MergeModelCallback"}  # TRL's; others upload the folder and load nothing
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|write failed|unexpected pos")
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 
@@ -66,6 +70,10 @@ def refuse_readers(callbacks: Iterable[Any], checkpoint_format: str) -> None:
                 'checkpoint_format="full", or merge the models when training has ended: '
                 "merge_delta(base, checkpoint, out) makes a whole one."
             )
+
+
+class CheckpointWriteError(DeltaError, OSError):
+    """A checkpoint that cannot be written: the disk is full, say."""
 
 
 class Checkpoints:
@@ -98,11 +106,20 @@ class Checkpoints:
         self._written = folder
         try:
             yield
-        except BaseException:
+            trainer.accelerator.wait_for_everyone()  # every process has written its files
+            if trainer.args.should_save:
+                write_checksums(folder)
+        except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 if is_complete(replaced):
                     replaced.rename(folder)
+                if reason := _reason_of_disk(error):
+                    last = last_complete(folder.parent)
+                    goes_on = f"a run resumes from {last}" if last else "there is no earlier one"
+                    raise CheckpointWriteError(
+                        f"cannot write {folder}: {reason}. Nothing of it is left; {goes_on}."
+                    ) from error
             raise
         finally:
             self._written = None
@@ -124,6 +141,8 @@ class Checkpoints:
         """
         # Pushing to the hub is an internal call too, but names no folder and wants a whole model.
         folder = Path(output_dir or self._trainer.args.output_dir)
+        if self._trainer.args.should_save:  # what they vouch for will be written over
+            (folder / CHECKSUMS).unlink(missing_ok=True)
         if not is_internal or output_dir is None:
             save_model(output_dir, is_internal)
             self._refresh(folder, pushes=is_internal)
@@ -248,6 +267,27 @@ class Checkpoints:
                     raise failure
             except Exception as error:  # it ends no training that went well
                 warn(f"a checkpoint was not pushed: {error}")
+
+
+def _reason_of_disk(error: BaseException | None) -> str:
+    """Why something could not be written; empty of errors of another kind."""
+    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):  # it gives no reason
+        return "torch could not write one of its files. Is the disk full?"
+    if isinstance(error, DeltaError):
+        return _reason_of_disk(error.__cause__)
+    if isinstance(error, OSError | SafetensorError):
+        return getattr(error, "strerror", None) or str(error)
+    return ""
+
+
+def last_complete(output_dir: Path) -> Path | None:
+    """The checkpoint of the latest step among those that were written to their end."""
+    numbers = {
+        int(number): path
+        for path in output_dir.glob("checkpoint-*")
+        if (number := path.name.removeprefix("checkpoint-")).isdecimal() and is_complete(path)
+    }
+    return numbers[max(numbers)] if numbers else None
 
 
 def is_complete(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from layerrl.delta import put_tensors, tensors_of_run
 from layerrl.delta.description import Fingerprint
-from layerrl.errors import DeltaError
+from layerrl.errors import DeltaError, LayerRLError
 from layerrl.frozen import fingerprints
 from layerrl.schema import Count, Misfit, fitted
 from layerrl.shards import shape
@@ -23,7 +23,14 @@ from layerrl.stored import bytes_of, decoded, parsed, refuse_unusual, refused_as
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import active_in, check_checkpoint
 from layerrl.trainer.arguments import with_argument
-from layerrl.trainer.checkpoints import FINGERPRINTS, REFERENCE, delta_in, is_complete
+from layerrl.trainer.checkpoints import (
+    FINGERPRINTS,
+    REFERENCE,
+    delta_in,
+    is_complete,
+    last_complete,
+)
+from layerrl.trainer.checksums import check_files
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
 from layerrl.warning import warn
 
@@ -72,17 +79,16 @@ class CheckpointReader:
             raise DeltaError(f"there is no checkpoint in {output_dir} to resume")
         if is_complete(Path(last)):
             return last
-        complete = [path for path in output_dir.glob("checkpoint-*") if is_complete(path)]
-        steps = {int(path.name.rpartition("-")[2]): path for path in complete if _numbered(path)}
-        if not steps:
+        earlier = last_complete(output_dir)
+        if earlier is None:
             raise DeltaError(
                 f"there is no whole checkpoint in {output_dir}: {last} was not written to its end"
             )
         warn(
             f"{last} was not written to its end (it has no readable {TRAINER_STATE_NAME}): going "
-            f"on from {steps[max(steps)]}",
+            f"on from {earlier}",
         )
-        return str(steps[max(steps)])
+        return str(earlier)
 
     def load(self, checkpoint: Any, *, resumes: bool) -> bool:
         """Load a checkpoint of this run, or nothing of it.
@@ -96,9 +102,32 @@ class CheckpointReader:
 
         Raises:
             CheckpointError: If it holds a whole model that is not of this run.
-            DeltaError: If it is damaged or incomplete, or its delta is not of this run.
+            DeltaError: If it is damaged or incomplete, a file of it is not what was written, or its
+                delta is not of this run.
+            LayerRLError: Of another kind, where it is of another run.
         """
-        trainer, run, folder = self._trainer, self._trainer.masked_run, Path(checkpoint)
+        run, folder = self._trainer.masked_run, Path(checkpoint)
+        try:
+            values = self._checked(folder, resumes=resumes)
+        except LayerRLError as error:
+            if resumes:  # a damaged file may look like one of another run
+                check_files(folder, because=error)
+            raise
+        if resumes:
+            check_files(folder)
+        if values is None:
+            return not resumes and self._found_adapters(folder)
+        tensors, reference = values
+        put_tensors(self._trainer.model, run.layers.parameters, tensors)
+        if reference:
+            run.reference.load_tensors(reference)
+        return True
+
+    def _checked(
+        self, folder: Path, *, resumes: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """The trained tensors and the reference; None where the wrapped trainer has to load."""
+        trainer, run = self._trainer, self._trainer.masked_run
         run.sync_everything()
         run.follow_shards()
         delta = delta_in(folder)
@@ -109,13 +138,9 @@ class CheckpointReader:
             check_checkpoint(trainer.model, folder, run.adapted)
             if resumes and not in_parts:
                 self._check_state(folder, of_delta=True)
-            active, place = active_in(trainer.model, folder)
-            if resumes or place == folder or in_parts:
-                return False
-            trainer.model.load_adapter(place, active, is_trainable=True)  # as transformers resumes
-            return True
+            return None
         if delta is None and (run.adapts or run.selection.full or in_parts or quantised):
-            return False
+            return None
         if run.adapts:
             raise CheckpointError(
                 f"{folder} holds the delta of layers that trained themselves, and here adapters "
@@ -125,22 +150,30 @@ class CheckpointReader:
         if delta is None:
             tensors, reference = trained_tensors(trainer.model, folder, run.selection), {}
         else:
-            tensors = tensors_of_run(delta, run.selection, run.base)
+            tensors = tensors_of_run(delta, run.selection, run.base, trainer.model)
             reference = _reference_in(folder, run.reference, getattr(trainer, "beta", 0.0))
         run.find_trained()
         if resumes:
             self._check_state(folder, of_delta=delta is not None)
-        put_tensors(trainer.model, run.layers.parameters, tensors)
-        if reference:
-            run.reference.load_tensors(reference)
+        return tensors, reference
+
+    def _found_adapters(self, folder: Path) -> bool:
+        """Load the adapters that transformers resumes on, but does not find as the best ones."""
+        trainer, run = self._trainer, self._trainer.masked_run
+        if not run.adapts or launchers.shards_model(trainer.accelerator):
+            return False
+        active, place = active_in(trainer.model, folder)
+        if place == folder:
+            return False
+        trainer.model.load_adapter(place, active, is_trainable=True)
         return True
 
     def load_reference(self) -> None:
         """Load what DeepSpeed does not: of the checkpoint that it will load itself.
 
         Raises:
-            DeltaError: If the launcher cannot load it, its delta is not of this run, or its
-                reference is missing or damaged.
+            DeltaError: If the launcher cannot load it, its delta is not of this run, its
+                reference is missing, or a file is damaged.
         """
         if self.folder is None:
             return
@@ -148,10 +181,12 @@ class CheckpointReader:
         run.sync_everything()
         accelerator, beta = self._trainer.accelerator, getattr(self._trainer, "beta", 0.0)
         launchers.refuse_checkpoint(self.folder, accelerator, has_delta=delta is not None)
-        if delta is None:
-            return
-        tensors_of_run(delta, run.selection, run.base)
-        if reference := _reference_in(self.folder, run.reference, beta):
+        reference = {}
+        if delta is not None:
+            tensors_of_run(delta, run.selection, run.base, self._trainer.model)
+            reference = _reference_in(self.folder, run.reference, beta)
+        check_files(self.folder)
+        if reference:
             run.reference.load_tensors(reference)
 
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
@@ -258,7 +293,3 @@ def _state(file: Path) -> Any:
     if not isinstance(state, dict):
         raise DeltaError(f"{file} is damaged: it holds {state!r:.80}")
     return state
-
-
-def _numbered(folder: Path) -> bool:
-    return folder.name.removeprefix("checkpoint-").isdecimal()

@@ -1,6 +1,7 @@
 """`selection=` beside `peft_config=`: PEFT's adapters in chosen layers, with the same savings."""
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -455,6 +456,24 @@ class TestBadInput:
         with pytest.raises(LayerRLError, match=message):
             make(model, folder.parent / "run", selection=selection, arguments=arguments)
         assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+    @pytest.mark.parametrize("name", ["target_modules", "modules_to_save"])
+    def test_a_name_that_matches_nothing_is_said_with_what_there_is(self, folder, name):
+        found = {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}
+        peft_config = LoraConfig(r=2, **found | {name: [*found[name], "wqkv"]})
+        arguments = {"peft_config": peft_config}
+        message = rf"{name} has 'wqkv', which matches nothing .* have self_attn.q_proj, .*down_proj"
+        with pytest.warns(UserWarning, match=message) as caught:
+            make(load(folder), folder.parent / "run", selection=2, arguments=arguments)
+        assert sum("matches nothing" in str(each.message) for each in caught) == 1
+
+    def test_names_that_peft_knows_under_others_are_not_said(self, tmp_path):
+        experts = saved(tmp_path / "experts", tiny("mixtral", 4))
+        arguments = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "w1", "w3", "w2"])}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make(load(experts), tmp_path / "run", selection=2, arguments=arguments)
+        assert not [each for each in caught if "matches nothing" in str(each.message)]
 
     def test_a_peft_model_without_adapters_in_the_layers(self, folder):
         model = get_peft_model(load(folder), LoraConfig(r=2, layers_to_transform=[0]))

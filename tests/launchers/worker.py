@@ -104,31 +104,45 @@ def run(
     arguments: dict[str, Any] | None = None,
     resume: str | None = None,
     evaluates_changed: bool = False,
+    case: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """One training, and all that the other processes are asked to agree with.
 
     `loads`: the model is loaded here; otherwise the trainer does, from its path.
+    `case`: one of `tests.trainers`, in place of GRPO.
     `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
     unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
-    settings = {**SETTINGS, **changes}
     torch.manual_seed(0)  # of the adapters, where a job has some
+    configured = {"use_configured_state": "ACCELERATE_USE_FSDP" in os.environ}
+    if case is not None:
+        from tests.trainers import CASES
+
+        changes |= {"dtype": getattr(torch, dtype), "accelerator_config": configured}
+        trainer: Any = CASES[case].make(Path(base), Path(output), selection, **changes)
+        return trained(trainer, output, resume)
+    settings = {**SETTINGS, **changes}
     if loads:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     else:
         model, settings["model_init_kwargs"] = base, {"dtype": dtype}
-    trainer: Any = make(
+    trainer = make(
         model,
         output,
         selection=selection,
         arguments={"rollout_func": rollout, **(arguments or {})},
         **settings,
-        accelerator_config={"use_configured_state": "ACCELERATE_USE_FSDP" in os.environ},
+        accelerator_config=configured,
     )
     if evaluates_changed:
         trainer.model.get_parameter(FROZEN).data.view(-1)[0] += 1
         trainer.evaluate()
+    return trained(trainer, output, resume)
+
+
+def trained(trainer: Any, output: str, resume: str | None) -> dict[str, Any]:
+    """Train, save, and show what came of it."""
     made_in_parts = any(hasattr(p, "ds_tensor") for p in trainer.model.parameters())
     with Traffic() as traffic:
         trainer.train(resume_from_checkpoint=resume)
@@ -157,6 +171,7 @@ def run(
         "local_bytes": local_bytes,
         "trained_bytes": trained_bytes,
         "made_in_parts": made_in_parts,
+        "report": trainer.masked_run.auto and trainer.masked_run.auto.report,
         "replays": bool(trainer.masked_run.replay.num_replayed),
         "wrapper": type(trainer.model_wrapped).__name__,
     }

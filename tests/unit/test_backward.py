@@ -188,7 +188,7 @@ class TestBackwardFromFirstTrained:
     @pytest.mark.parametrize("fails", [False, True])
     @pytest.mark.parametrize("kind", ["default", "reentrant", "off"])
     def test_leaves_flags_and_hooks_as_it_found_them(self, kind, fails):
-        model = checkpointed(no_dropout("llama"), kind, times=2)
+        model = checkpointed(no_dropout("llama"), kind)
         if kind != "off":
             model.model.layers[1].gradient_checkpointing = False  # as `every_n_layers` does
         selection = select_layers(model, 2)
@@ -201,6 +201,15 @@ class TestBackwardFromFirstTrained:
         except OSError:
             assert fails
         assert (hooks(model), flags(model), required(model)) == before
+
+    @pytest.mark.parametrize("layers", [2, "all", "full"])
+    def test_hooks_do_not_grow_with_the_generations(self, layers):
+        model = checkpointed(no_dropout("llama"), "default", times=3)
+        with backward_from_first_trained(model, select_layers(model, layers)):
+            pass
+        assert hooks(model) == hooks(checkpointed(no_dropout("llama"), "default"))
+        model.disable_input_require_grads()  # removes the one that is left
+        assert not model.get_input_embeddings()._forward_hooks
 
     def test_removes_no_hook_of_somebody_else(self):
         model = checkpointed(no_dropout("llama"), "default")

@@ -514,11 +514,11 @@ class TestDamagedDelta:
     def test_newer_format_version(self, use, delta):
         meta = json.loads((delta / "delta.json").read_text())
         (delta / "delta.json").write_text(json.dumps({**meta, "format_version": 7}))
-        use(delta, "has format version 7; this layerrl reads up to 2. Upgrade layerrl")
+        use(delta, "has format version 7; this layerrl reads up to 3. Upgrade layerrl")
 
     def test_newer_format_with_other_fields(self, use, delta):
-        (delta / "delta.json").write_text('{"format_version": 3, "layers": []}')
-        use(delta, "has format version 3; this layerrl reads up to 2")
+        (delta / "delta.json").write_text('{"format_version": 4, "layers": []}')
+        use(delta, "has format version 4; this layerrl reads up to 3")
 
     @pytest.mark.parametrize("text", ["[1]", "{}", '{"format_version": null}', '"delta"', "3"])
     def test_json_of_something_else(self, use, delta, text):

@@ -231,8 +231,6 @@ class TestDisabled:
         base = DeltaBase.of(made.model(), selection)
         with refused("are disabled"), disabled(model):
             save_delta(model, tmp_path / "delta", selection=selection, base=base)
-        with refused("model is None, expected the trained model"):
-            save_delta(None, tmp_path / "delta", selection=selection, base=base)
 
     def test_adapters_that_are_merged_are_not_lost(self, made, model):
         adapters = LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
@@ -441,7 +439,7 @@ class TestUnload:
         "act", [unload_delta, enter, lambda model: Deltas(model, {})], ids=["un", "dis", "switch"]
     )
     def test_no_model(self, act):
-        with refused("expected ", "got 'model'"):
+        with refused("model is 'model', expected "):
             act("model")
 
     def test_inside_disabled(self, made, model):

@@ -1,6 +1,7 @@
 """`also="new_tokens"`: which rows these are, and that nothing moves the others."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
-from layerrl.delta import DeltaBase
+from layerrl.delta import DeltaBase, disabled
 from layerrl.errors import DeltaError, FrozenTensorError, LauncherError, SelectionError
 from layerrl.frozen import FrozenRecord
 from layerrl.integrations import mask
@@ -64,6 +66,20 @@ def ends(model: PreTrainedModel) -> dict[str, Tensor]:
 def moved(model: PreTrainedModel, before: PreTrainedModel) -> set[tuple[int, ...]]:
     pairs = zip(ends(model).values(), ends(before).values(), strict=True)
     return {tuple((a != b).any(dim=1).nonzero().flatten().tolist()) for a, b in pairs}
+
+
+def base_is_untied(base: Path) -> bool:
+    return not json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+
+
+def made_here(model: PreTrainedModel, folder: Path, *, layers: int, name: str) -> Path:
+    """A delta of a layer and the new rows, all of which have moved."""
+    selection, before = select_layers(model, layers, also="new_tokens"), copy.deepcopy(model)
+    with torch.no_grad():
+        for end in {id(e): e for e in ends(model).values()}.values():
+            end[64:] += 1
+        model.model.layers[layers].mlp.up_proj.weight += 1
+    return save_delta(model, folder / name, selection=selection, base=before)
 
 
 class TestRows:
@@ -423,6 +439,79 @@ class TestOnDisk:
         assert_close(bits(merged), bits(model), rtol=0, atol=0)
         with pytest.raises(DeltaError, match="base with resized embeddings, saved"):
             merge_delta(base, delta, tmp_path / "wrong")
+
+    def test_a_delta_holds_these_rows_and_no_other(self, base, tmp_path):
+        model, untied = resized(base), base_is_untied(base)
+        made_here(model, tmp_path, layers=1, name="delta")
+        held = load_file(tmp_path / "delta" / "delta.safetensors")
+        rows = {name: len(held[name]) for name in (EMBEDDING, HEAD) if name in held}
+        assert rows == {EMBEDDING: 2} | ({HEAD: 2} if untied else {})
+        described = json.loads((tmp_path / "delta" / "delta.json").read_text())
+        assert described["format_version"] == 3
+        assert described["tensors"][EMBEDDING]["shape"] == [66, 16]
+        card = (tmp_path / "delta" / "README.md").read_text()
+        layer = sum(p.numel() for p in model.model.layers[1].parameters())
+        assert f"({layer + 2 * 16 * len(rows):,} of " in card
+
+    def test_deltas_of_rows_stack(self, base, tmp_path):
+        first, last = resized(base), resized(base)
+        first.save_pretrained(tmp_path / "resized")
+        one = made_here(first, tmp_path, layers=1, name="one")
+        load_delta(last, one)
+        two = made_here(last, tmp_path, layers=2, name="two")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
+        load_delta(loaded, [one, two], keep_base=True)
+        assert_close(bits(loaded), bits(last), rtol=0, atol=0)
+        with disabled(loaded):
+            assert_close(bits(loaded), bits(resized(base)), rtol=0, atol=0)
+        merge_delta(tmp_path / "resized", [one, two], tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert_close(bits(merged), bits(last), rtol=0, atol=0)
+
+    def test_deltas_of_rows_and_of_a_layer_unite(self, base, tmp_path):
+        model, other = resized(base), resized(base)
+        model.save_pretrained(tmp_path / "resized")
+        deltas = [made_here(model, tmp_path, layers=1, name="rows")]
+        selection, before = select_layers(other, 2), copy.deepcopy(other)
+        with torch.no_grad():
+            other.model.layers[2].mlp.up_proj.weight += 1
+            model.model.layers[2].mlp.up_proj.weight += 1
+        deltas.append(save_delta(other, tmp_path / "two", selection=selection, base=before))
+        for order in (deltas, deltas[::-1]):
+            loaded = resized(base)
+            load_delta(loaded, order, union=True)
+            assert_close(bits(loaded), bits(model), rtol=0, atol=0)
+        merge_delta(tmp_path / "resized", deltas, tmp_path / "merged", union=True)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert_close(bits(merged), bits(model), rtol=0, atol=0)
+
+    def test_a_delta_with_whole_tensors_is_read_as_before(self, base, tmp_path, monkeypatch):
+        monkeypatch.setattr("layerrl.delta.names_by_rows", lambda *_: set())
+        model = resized(base)
+        made_here(model, tmp_path, layers=1, name="delta")
+        assert json.loads((tmp_path / "delta" / "delta.json").read_text())["format_version"] == 2
+        loaded = resized(base)
+        load_delta(loaded, tmp_path / "delta")
+        assert_close(bits(loaded), bits(model), rtol=0, atol=0)
+
+    def test_a_delta_in_bfloat16_fits_the_base_in_float32(self, base, tmp_path):
+        resized(base, torch.bfloat16).save_pretrained(tmp_path / "narrow")
+        model = resized(base, torch.bfloat16)
+        delta = made_here(model, tmp_path, layers=1, name="delta")
+        wide = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+        load_delta(wide, delta)
+        assert_close(bits(wide), bits(model.float()), rtol=0, atol=0)
+
+    def test_damaged_rows_are_refused(self, base, tmp_path):
+        made_here(resized(base), tmp_path, layers=1, name="delta")
+        file = tmp_path / "delta" / "delta.safetensors"
+        held = load_file(file)
+        held[EMBEDDING][1, 3] += 1
+        save_file(held, file)
+        model = resized(base)
+        with pytest.raises(DeltaError, match=f"is damaged: fingerprint of '{EMBEDDING}'"):
+            load_delta(model, tmp_path / "delta")
+        assert_close(bits(model), bits(resized(base)), rtol=0, atol=0)
 
     @pytest.mark.parametrize("recorded", [True, False], ids=["record", "model"])
     def test_a_delta_is_not_saved_of_other_rows_that_moved(self, base, tmp_path, recorded):

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,8 @@ class TestFolder:
         (checkpoint / "delta").mkdir()
         for name in ("delta.json", "delta.safetensors"):
             (checkpoint / name).rename(checkpoint / "delta" / name)
-        (checkpoint / "README.md").unlink()
+        for name in ("README.md", "checksums.json"):
+            (checkpoint / name).unlink()
         save_file(load_file(checkpoint / "reference.safetensors"), checkpoint / "r")  # no metadata
         (checkpoint / "r").replace(checkpoint / "reference.safetensors")
         resumed = on(base, tmp_path / "again", beta=0.04)
@@ -230,6 +233,63 @@ def refused(trainer: Any, checkpoint: Path, match: str, error: type = DeltaError
     if reference:
         assert_close(dict(trainer.ref_model.tensors), reference, rtol=0, atol=0)
     assert trainer.state.global_step == 0
+
+
+def flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+class TestBitFlips:
+    """Of every file that a run resumes from, at any place."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("flips")
+        base = saved(folder / "base")
+        for name, kind in {"delta": "delta", "full": "full"}.items():
+            on(base, folder / name, beta=0.04, arguments={"checkpoint_format": kind}).train()
+        return base, folder
+
+    @pytest.mark.parametrize("kind", ["delta", "full"])
+    def test_are_found_before_anything_is_loaded(self, runs, tmp_path, kind):
+        base, folder = runs
+        checkpoint = folder / kind / "checkpoint-1"
+        names = {path.name for path in checkpoint.iterdir()} - {"README.md"}
+        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "checksums.json"} <= names
+        draw = random.Random(0)
+        trainer = on(base, tmp_path / "new", beta=0.04, arguments={"checkpoint_format": kind})
+        for name in sorted(names):
+            file = checkpoint / name
+            for bit in (0, 1, draw.randrange(8 * file.stat().st_size)):
+                flip(file, bit)
+                try:
+                    refused(trainer, checkpoint, rf"{re.escape(name)} is damaged")
+                finally:
+                    flip(file, bit)
+        trainer.train(resume_from_checkpoint=str(checkpoint))  # each was put right again
+
+    def test_in_a_state_are_a_sentence_with_what_to_do(self, runs, tmp_path):
+        base, folder = runs
+        checkpoint = Path(shutil.copytree(folder / "delta" / "checkpoint-1", tmp_path / "c"))
+        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        next(iter(state["state"].values()))["exp_avg"].flatten()[0] += 1
+        torch.save(state, checkpoint / "optimizer.pt")
+        match = (
+            r"optimizer\.pt is damaged or was changed.*\(1 of \d+ files .*delete .*checksums.json"
+        )
+        refused(on(base, tmp_path / "new", beta=0.04), checkpoint, match)
+        (checkpoint / "checksums.json").unlink()  # as older versions and TRL write none
+        on(base, tmp_path / "new", beta=0.04).train(resume_from_checkpoint=str(checkpoint))
+
+    def test_saving_a_model_over_a_checkpoint_leaves_no_record_of_it(self, runs, tmp_path):
+        base, folder = runs
+        checkpoint = Path(shutil.copytree(folder / "delta" / "checkpoint-1", tmp_path / "c"))
+        trainer = on(base, tmp_path / "new", beta=0.04)
+        trainer.save_model(str(checkpoint))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 class TestReference:

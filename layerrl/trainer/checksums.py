@@ -1,0 +1,90 @@
+"""A checkpoint's files as they were written: the SHA-256 of each, compared before one is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from layerrl.delta.card import CARD
+from layerrl.delta.description import Sha256
+from layerrl.digests import file_digest, json_digest
+from layerrl.errors import DeltaError
+from layerrl.files import written_whole
+from layerrl.schema import Rule, fitted
+from layerrl.stored import bytes_of, parsed, refused_as
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from layerrl.errors import LayerRLError
+
+CHECKSUMS = "checksums.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checksums:
+    format_version: Annotated[int, Rule(str(_VERSION), _VERSION.__eq__)]
+    files: dict[str, Sha256]
+    sha256: Sha256
+    """Of `files`."""
+
+
+def write_checksums(folder: Path) -> None:
+    """Record every file of a checkpoint but its README, which is there to be edited.
+
+    Args:
+        folder: The checkpoint's, complete.
+
+    Raises:
+        OSError: If a file cannot be read, or the record not be written.
+    """
+    sums = {name: file_digest(file) for name, file in _files(folder).items()}
+    record = {"format_version": _VERSION, "files": sums, "sha256": json_digest(sums)}
+    with written_whole(folder / CHECKSUMS) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
+    """Compare a checkpoint's files with their record; without one, all is taken as it is.
+
+    A file that is missing is for those to judge who would load it: a run can go on without the
+    state of its optimizer.
+
+    Args:
+        folder: The checkpoint's.
+        because: What was found wrong with it already, which a damaged file may explain.
+
+    Raises:
+        DeltaError: If a file, or the record, is not what was written.
+    """
+    record = folder / CHECKSUMS
+    if not record.exists():  # written by another tool, or by an older layerrl
+        return
+    advice = f"Resume from another checkpoint or, if you changed it yourself, delete {record}."
+    with refused_as(DeltaError, f"{record} is damaged", advice):
+        written = fitted(_Checksums, parsed(bytes_of(record)))
+    if json_digest(written.files) != written.sha256:
+        raise DeltaError(f"{record} is damaged: its own checksum differs. {advice}") from because
+    with refused_as(DeltaError, f"a file of {folder} cannot be read", advice):
+        changed = [
+            file
+            for name, file in _files(folder).items()
+            if name in written.files and file_digest(file) != written.files[name]
+        ]
+    if changed:
+        raise DeltaError(
+            f"{changed[0]} is damaged or was changed after it was written: its SHA-256 is another "
+            f"({len(changed)} of {len(written.files)} files differ). Nothing was loaded. {advice}"
+            f"{f' What it holds: {because}' if because else ''}"
+        ) from because
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return {name: path for name, path in files.items() if name not in (CARD, CHECKSUMS)}
