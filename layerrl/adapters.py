@@ -62,10 +62,10 @@ def without_wrappers(name: str) -> str:
 
 def merged_weights(model: nn.Module) -> set[str]:
     """The weights that adapters are merged into, by the names that they had before."""
-    merged = ((path, m) for path, m in _adapted(unwrap(model)) if getattr(m, "merged", False))
     return {
-        f"{without_wrappers(path)}.{name.replace('base_layer.', '')}"
-        for path, module in merged
+        f"{without_wrappers(path)}.{name}"
+        for path, module in _adapted(unwrap(model))
+        if not hasattr(module, "modules_to_save") and module.merged
         for name, _ in module.get_base_layer().named_parameters()
     }
 

@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"layerrl {given.command}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # as `| head` leaves it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())  # for the flush at exit
         return 1
     except KeyboardInterrupt:
         print(f"layerrl {given.command}: interrupted", file=sys.stderr)

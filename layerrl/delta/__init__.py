@@ -85,9 +85,8 @@ def save_delta(
         new rows), `delta.json`, and the files of `processing_class`.
 
     Raises:
-        DeltaError: If the folder exists or cannot be written, `base` is a different model, a frozen
-            tensor or the config changed since, the tokenizer has ids beyond the vocabulary, or the
-            model is inside `disabled`.
+        DeltaError: Inside `disabled`; if the folder exists or cannot be written, `base` is another
+            model, what is frozen changed since, or the tokenizer has ids beyond the vocabulary.
         SelectionError: If the selection does not fit the model.
     """
     _check_arguments(model, path, selection, base, processing_class, is_main_process, check_frozen)
@@ -141,6 +140,7 @@ def _check_arguments(
             f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
             "taken then, or another instance that was not trained"
         )
+    refuse_disabled(model)
 
 
 def _description(
@@ -240,7 +240,8 @@ def load_delta(
         DeltaError: If the folder is missing, damaged, or of a newer format; if a repository
             cannot be read, or holds something else; if the model has
             another architecture, vocabulary or config; if any of its tensors, frozen ones too,
-            is not the one that the delta was made from; if two of a union train the same tensor;
+            is not the one that the delta was made from, or its dtype would make a trained value
+            infinite; if two of a union train the same tensor;
             if deltas in the model are disabled or switched by a `Deltas`; or if `keep_base` is True
             and an earlier delta's base was not kept. The model is then as it was.
     """

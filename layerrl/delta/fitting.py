@@ -104,6 +104,39 @@ def warn_of_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
         )
 
 
+def check_rounding(pairs: Iterable[tuple[str, Tensor, Tensor]], where: str, advice: str) -> None:
+    """Refuse trained values that the base's dtype makes infinite; warn of those it rounds back.
+
+    Args:
+        pairs: Name, tensor of the base, and what takes its place.
+        where: What will hold the rounded ones.
+        advice: What to do, without the end of the sentence.
+
+    Raises:
+        DeltaError: If a finite value would become infinite.
+    """
+    lost = trained = 0
+    infinite: dict[str, int] = {}
+    for name, before, tensor in pairs:
+        trained += tensor.numel()
+        if tensor.dtype != before.dtype:
+            rounded, before = tensor.to(before.dtype), before.detach().to(tensor.device)
+            lost += int(((rounded == before) & (tensor != before)).sum())
+            if count := int((tensor.isfinite() & ~rounded.isfinite()).sum()):
+                infinite[name] = count
+    if infinite:
+        raise DeltaError(
+            f"{sum(infinite.values())} trained elements are too large for the base's dtype and "
+            f"would become infinite, in {', '.join([*infinite][:3])} ({len(infinite)} tensors). "
+            f"{advice}."
+        )
+    if lost:
+        warn(
+            f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "
+            f"can hold: in {where} they are as before training. {advice} to keep them."
+        )
+
+
 def check_model_type(delta: Delta, found: str | None) -> None:
     """The architecture must be the one that the delta was made from."""
     if found != delta.base.model_type:

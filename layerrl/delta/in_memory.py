@@ -10,6 +10,7 @@ from layerrl.delta.fitting import (
     Comparison,
     check_base,
     check_model_type,
+    check_rounding,
     described,
     misfit,
     origin,
@@ -85,6 +86,12 @@ def checked(
         warn_of_nonfinite(own.items(), f"the delta at {delta.path}")
         tensors |= own
         source |= dict.fromkeys(own, delta)
+    pairs = (
+        (name, before, tensors[name])
+        for _, form in in_checkpoint_form(model, trained)
+        for name, before in form.items()
+    )
+    check_rounding(pairs, f"this {type(unwrap(model)).__name__}", "Load the base in float32")
     return trained, tensors
 
 

@@ -26,6 +26,7 @@ from layerrl.delta.checkpoint import (
 from layerrl.delta.fitting import (
     check_base,
     check_model_type,
+    check_rounding,
     misfit,
     origin,
     place_of,
@@ -108,7 +109,8 @@ def merge_delta(
         read = ((each.name, each()) for each in own.values())
         warn_of_nonfinite(read, f"the delta at {delta.path}")
         above |= own
-    _warn_of_rounding(checkpoint, above, out)
+    pairs = ((name, before, above[name]()) for name, before in checkpoint.tensors(only=above))
+    check_rounding(pairs, str(out), "Merge onto a float32 copy of the base")
     _warn_of_other_files(deltas, union=union)
     _write(checkpoint, above, deltas, Path(out))
     return Path(out)
@@ -200,31 +202,6 @@ def _refuse_quantised(base: object, config: Mapping[str, Any]) -> None:
         raise DeltaError(
             f"the base {base} is quantised ({method}), expected the full-precision model that it "
             f"was made from: merge into that one, and quantise the result if you need to.{how}"
-        )
-
-
-def _warn_of_rounding(checkpoint: Checkpoint, above: Mapping[str, _Replaced], out: object) -> None:
-    lost = trained = 0
-    infinite: dict[str, int] = {}
-    for name, before in checkpoint.tensors(only=above):
-        tensor = above[name]()
-        trained += tensor.numel()
-        if tensor.dtype != before.dtype:
-            rounded = tensor.to(before.dtype)
-            lost += int(((rounded == before) & (tensor != before)).sum())
-            if count := int((tensor.isfinite() & ~rounded.isfinite()).sum()):
-                infinite[name] = count
-    if infinite:
-        raise DeltaError(
-            f"{sum(infinite.values())} trained elements are too large for the base's dtype and "
-            f"would become infinite, in {', '.join([*infinite][:3])} ({len(infinite)} tensors). "
-            "Merge onto a float32 copy of the base."
-        )
-    if lost:
-        warn(
-            f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "
-            f"can hold: in {out} they are as before training. Merge onto a float32 copy of the "
-            "base to keep them.",
         )
 
 

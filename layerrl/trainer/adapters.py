@@ -116,7 +116,7 @@ def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None
         then = fitted(dict[str, Any], decoded(bytes_of(known)))
     own = peft.get_peft_model_state_dict(model, adapter_name=active)  # pyright: ignore[reportArgumentType]
     expected = {name: tuple(value.shape) for name, value in own.items()}
-    now = model.peft_config[active].to_dict()  # pyright: ignore[reportIndexIssue, reportCallIssue, reportAttributeAccessIssue]
+    now = model.peft_config[active].to_dict()  # pyright: ignore[reportIndexIssue, reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
     wrong = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
     wrong += [f"{n}={then.get(n)!r}" for n in _SCALES if n in now and then.get(n) != now[n]]
     if wrong:

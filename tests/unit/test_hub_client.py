@@ -310,10 +310,10 @@ class TestWhatIsNoDelta:
             ({"revision": ""}, "revision is ''"),
             ({"revision": 5}, "revision is 5"),
             ({"revision": b"main"}, "revision is b'main'"),
-            ({"token": ""}, "token is ''"),
-            ({"token": 5}, "token is 5"),
-            ({"token": "hf_x\n"}, "token holds characters that no token of the hub has"),
-            ({"token": "hf_é"}, "token holds characters that no token of the hub has"),
+            ({"token": ""}, "token is no text of ASCII letters but a"),
+            ({"token": 5}, "token is no text of ASCII letters but a"),
+            ({"token": "hf_x\n"}, "token is no text of ASCII letters but a"),
+            ({"token": "hf_é"}, "token is no text of ASCII letters but a"),
         ],
     )
     def test_no_revision_or_token(self, base, tmp_path, option, message):

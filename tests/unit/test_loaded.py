@@ -489,6 +489,25 @@ class TestSeveral:
             merged = merge_delta(tmp_path / "base", pair, tmp_path / "merged")
         assert_same(load(merged, torch.bfloat16), bits(narrow))
 
+    def test_what_its_dtype_cannot_hold_is_said_as_merging_says_it(self, made, tmp_path):
+        made.model().half().save_pretrained(tmp_path / "base")
+        for folder, value in (("lost", 1e-7), ("infinite", 1e6)):
+            live = load(tmp_path / "base")
+            selection = select_layers(live, 1)
+            base = DeltaBase.of(live, selection)
+            with torch.no_grad():
+                live.model.layers[1].mlp.down_proj.weight[0, 0].add_(value)
+            save_delta(live, tmp_path / folder, selection=selection, base=base)
+        for put in (
+            lambda folder: merge_delta(tmp_path / "base", folder, tmp_path / f"{folder.name} out"),
+            lambda folder: load_delta(load(tmp_path / "base", torch.float16), folder),
+            lambda folder: Deltas(load(tmp_path / "base", torch.float16), {"it": folder}),
+        ):
+            with pytest.warns(UserWarning, match="changed by less than the base's dtype can hold"):
+                put(tmp_path / "lost")
+            with refused("1 trained elements are too large for the base's dtype", "float32"):
+                put(tmp_path / "infinite")
+
     @pytest.mark.parametrize(
         ("names", "union", "messages"),
         [
