@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 
 from layerrl import LayerMaskedMixin, select_layers
 
@@ -47,7 +48,11 @@ def masked(plain: type) -> type:
     """A class that does what TRL's does, but for what its selection freezes."""
 
     def init(self: Any, *args: Any, selection: Any = SELECTION, **kwargs: Any) -> None:
-        super(made, self).__init__(*args, selection=selection, **kwargs)
+        model = kwargs.get("model", args[0] if args else None)
+        adapts = kwargs.get("peft_config") is not None or isinstance(model, PeftModel)
+        if adapts and selection == "full":
+            selection = "all"  # what the refusal of "full" beside adapters names in its place
+        super(made, self).__init__(*args, selection=selection, **kwargs)  # pyright: ignore[reportCallIssue]
 
     body = {"__init__": init, "__module__": plain.__module__, "__doc__": plain.__doc__}
     made = type(plain.__name__, (LayerMaskedMixin, plain), body)

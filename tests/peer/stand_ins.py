@@ -130,7 +130,10 @@ def make_sources(folder: Path, texts: list[str]) -> None:
         ids = {
             f"{kind}_token_id": getattr(made, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
         }
-        config = CONFIG_MAPPING[family.config](vocab_size=len(made), **ids)
+        if family.config == "t5":
+            ids["decoder_start_token_id"] = made.pad_token_id
+        kind: Any = CONFIG_MAPPING[family.config]
+        config = kind(vocab_size=len(made), **ids)
         config.save_pretrained(folder / name)
         GenerationConfig(**ids).save_pretrained(folder / name)
 
@@ -151,7 +154,7 @@ def make_models(folder: Path, checkout: Path) -> dict[str, str]:
         Each script that failed, and how.
     """
     package = "scripts.generate_tiny_models"
-    common = importlib.import_module(f"{package}._common")
+    common: Any = importlib.import_module(f"{package}._common")
 
     def keep(model: Any, words: Any, generation: Any, prefix: str, suffix: str = "") -> None:
         name = f"{prefix}-{type(model).__name__}" + (f"-{suffix}" if suffix else "")
