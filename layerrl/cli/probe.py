@@ -74,6 +74,7 @@ def run(argv: list[str]) -> None:
     from layerrl.blocks import meta_model
     from layerrl.files import written_whole
     from layerrl.selection.select import layers_in
+    from layerrl.stored import refused_as
 
     if isinstance(given.get("layers"), str):
         given["layers"] = layers_in(given["layers"])
@@ -82,7 +83,7 @@ def run(argv: list[str]) -> None:
     report = contribution_probe(**on, **asked)
     print(report)
     if out is not None:
-        with written_whole(out) as file:
+        with refused_as(LayerRLError, f"cannot write {out}"), written_whole(out) as file:
             file.write_text(report.to_json(), encoding="utf-8")
         print(f"Wrote {out}: layerrl show {out} --plot FILE draws it.", file=sys.stderr)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -18,7 +16,7 @@ from layerrl.delta.card import CARD, write_card
 from layerrl.delta.description import read
 from layerrl.delta.hub import hub_errors
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.files import written_whole
+from layerrl.files import why_unwritten, written_whole
 from layerrl.frozen import fingerprints
 from layerrl.schema import Misfit
 from layerrl.shards import shape, whole
@@ -40,7 +38,6 @@ _DELTA = ("delta.safetensors", "delta.json")  # the description last: it vouches
 _OLD_DELTA = "delta"  # the sub-folder that had them once
 FINGERPRINTS = "layerrl_fingerprints"
 _READERS = {"MergeModelCallback"}  # TRL's; others upload the folder and load nothing
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter|write failed|unexpected pos")
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 
@@ -124,7 +121,8 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
                 if is_complete(replaced):
                     replaced.rename(folder)
-                if reason := _reason_of_disk(error):
+                cause = error.__cause__ if isinstance(error, DeltaError) else error
+                if reason := why_unwritten(cause):
                     last = last_complete(folder.parent)
                     goes_on = f"a run resumes from {last}" if last else "there is no earlier one"
                     raise CheckpointWriteError(
@@ -276,17 +274,6 @@ class Checkpoints:
                     raise failure
             except Exception as error:  # it ends no training that went well
                 warn(f"a checkpoint was not pushed: {error}")
-
-
-def _reason_of_disk(error: BaseException | None) -> str:
-    """Why something could not be written; empty of errors of another kind."""
-    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):  # it gives no reason
-        return "torch could not write one of its files. Is the disk full?"
-    if isinstance(error, DeltaError):
-        return _reason_of_disk(error.__cause__)
-    if isinstance(error, OSError | SafetensorError):
-        return getattr(error, "strerror", None) or str(error)
-    return ""
 
 
 def last_complete(output_dir: Path) -> Path | None:
