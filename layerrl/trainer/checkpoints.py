@@ -104,11 +104,11 @@ class Checkpoints:
         Raises:
             CheckpointWriteError: If it cannot be written, as on a full disk.
         """
-        trainer, replaced = self._trainer, folder.with_name(f"_{folder.name}.replaced")
+        trainer = self._trainer
         if trainer.args.should_save:
-            shutil.rmtree(replaced, ignore_errors=True)
+            put_back(folder)
             if folder.exists():
-                folder.rename(replaced)
+                folder.rename(_replaced(folder))
         trainer.accelerator.wait_for_everyone()  # before another process writes into it
         self._written = folder
         try:
@@ -119,8 +119,7 @@ class Checkpoints:
         except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                if is_complete(replaced):
-                    replaced.rename(folder)
+                put_back(folder)
                 cause = error.__cause__ if isinstance(error, DeltaError) else error
                 if reason := why_unwritten(cause):
                     last = last_complete(folder.parent)
@@ -132,7 +131,7 @@ class Checkpoints:
         finally:
             self._written = None
             if trainer.args.should_save:
-                shutil.rmtree(replaced, ignore_errors=True)
+                put_back(folder)
 
     def save(
         self,
@@ -274,6 +273,23 @@ class Checkpoints:
                     raise failure
             except Exception as error:  # it ends no training that went well
                 warn(f"a checkpoint was not pushed: {error}")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f"_{folder.name}.replaced")
+
+
+def put_back(folder: Path) -> None:
+    """End the replacement of a checkpoint, which a killed process may have begun.
+
+    Args:
+        folder: The checkpoint's. If what is there is not complete, it is what it was before.
+    """
+    before = _replaced(folder)
+    if is_complete(before) and not is_complete(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        before.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def last_complete(output_dir: Path) -> Path | None:

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,26 @@ class TestKilled:
             resumed.train(resume_from_checkpoint=True)
         assert __file__ in [warning.filename for warning in warned if "end" in str(warning.message)]
         assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("half", [False, True])
+    def test_while_it_replaced_a_checkpoint_leaves_the_one_that_was_there(
+        self, base, tmp_path, half
+    ):
+        straight = on(base, tmp_path / "out", max_steps=3)
+        train(straight)
+        out = tmp_path / "out"
+        (out / "checkpoint-2").rename(out / "_checkpoint-2.replaced")
+        shutil.rmtree(out / "checkpoint-3")
+        shutil.copytree(out / "checkpoint-1", out / "_checkpoint-1.replaced")  # not deleted yet
+        if half:
+            (out / "checkpoint-2").mkdir()
+            (out / "checkpoint-2" / "delta.safetensors").write_bytes(b"half")
+        resumed = on(base, out, max_steps=3)
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            resumed.train(resume_from_checkpoint=True)
+        assert len(resumed.state.log_history) == 4  # the third step, and the end
+        assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
+        assert not [*out.glob("_*")]
 
     def test_before_the_first_save_was_done_is_said(self, base, tmp_path):
         (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
