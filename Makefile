@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 FRAMEWORKS := verl openrlhf
 VERSIONS := lowest axolotl unsloth vllm-pins
-.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu check lint types layers docs docstrings signatures package clean
+.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations test-peer $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu check lint types layers docs docstrings signatures package clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-versions  run the tests with other versions of what layerrl needs: $(VERSIONS:%=test-%)"
 	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
 	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (3 GB, Linux x86-64)"
+	@echo "make test-peer TRL=path  run TRL's own tests of its trainers on masked ones; path is a checkout of TRL"
 	@echo "make gpu        run the tests that need a GPU, then measure on it for 25 minutes (options in ARGS)"
 	@echo "make bundle PYTHON=3.12  download layerrl and what it needs into dist/bundle-3.12, for a machine without"
 	@echo "                a network that has that Python, and what WITHOUT=\"torch transformers accelerate\" names;"
@@ -125,6 +126,12 @@ test-integrations: $(FRAMEWORKS:%=test-%)
 $(FRAMEWORKS:%=test-%): export HF_HUB_OFFLINE := 1
 $(FRAMEWORKS:%=test-%): test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/integrations $(ARGS)
+
+# TRL's tests are TRL's: nothing of a checkout is copied. An hour and a half on one core.
+TRL ?=
+test-peer: $(INSTALLED)
+	@test -n "$(TRL)" || { echo "make test-peer TRL=path: give the path of a checkout of TRL"; exit 2; }
+	$(BIN)/python -m tests.peer $(TRL) $(ARGS)
 
 check: lint types layers docs docstrings package
 

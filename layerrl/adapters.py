@@ -28,7 +28,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for path, module in _adapted(unwrap(model)):
-        weight = f"{_without_wrappers(path)}.{getattr(module, 'parameter_name', 'weight')}"
+        weight = f"{without_wrappers(path)}.{getattr(module, 'parameter_name', 'weight')}"
         if hasattr(module, "modules_to_save"):
             own = [("modules_to_save", name) for name in module.active_adapters]
         else:
@@ -41,7 +41,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, str]:
             ]
         for kind, adapter in own:
             for name in _parameters(getattr(module, kind, {}), adapter):
-                last = f"{_without_wrappers(path)}.{name}" if kind == "modules_to_save" else weight
+                last = f"{without_wrappers(path)}.{name}" if kind == "modules_to_save" else weight
                 found[plain_name(".".join(filter(None, (path, kind, adapter, name))))] = last
     return found
 
@@ -55,8 +55,19 @@ def _parameters(held: Any, adapter: str) -> Iterator[str]:
         yield from (name for name, _ in part.named_parameters())
 
 
-def _without_wrappers(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """The name that a parameter or module had before anything was put around it."""
     return plain_name(name).replace(".base_layer", "")
+
+
+def merged_weights(model: nn.Module) -> set[str]:
+    """The weights that adapters are merged into, by the names that they had before."""
+    merged = ((path, m) for path, m in _adapted(unwrap(model)) if getattr(m, "merged", False))
+    return {
+        f"{without_wrappers(path)}.{name.replace('base_layer.', '')}"
+        for path, module in merged
+        for name, _ in module.get_base_layer().named_parameters()
+    }
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Any]:
@@ -70,7 +81,7 @@ def adapted_modules(model: nn.Module) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for path, module in _adapted(unwrap(model)):
-        found.setdefault(_without_wrappers(path), module)
+        found.setdefault(without_wrappers(path), module)
     return found
 
 
@@ -128,9 +139,9 @@ def served_names(model: nn.Module) -> dict[str, str]:
         name = plain_name(full)
         copy = next((prefix for prefix in copies if name.startswith(prefix)), None)
         if copy is not None:
-            served[name] = _without_wrappers(copies[copy] + name.removeprefix(copy))
+            served[name] = without_wrappers(copies[copy] + name.removeprefix(copy))
         elif not name.startswith(tuple(added)):
-            served[name] = _without_wrappers(name)
+            served[name] = without_wrappers(name)
     return served
 
 

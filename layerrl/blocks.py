@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import device, nn
 
-from layerrl.checks import whole_number
+from layerrl.checks import check_kind, shown, whole_number
 from layerrl.errors import ModelError
 from layerrl.seams import imported
 
@@ -54,6 +54,7 @@ class Blocks:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, FSDP, DeepSpeed, `torch.compile` and PEFT wrappers."""
+    check_kind("model", model, nn.Module, "a model, that is a torch.nn.Module", ModelError)
     while True:
         if is_peft(model):
             model = model.get_base_model()  # pyright: ignore[reportCallIssue]
@@ -225,7 +226,7 @@ def count_layers(config: Any) -> int:  # transformers is not imported for a type
     name = type(config).__name__
     if not hasattr(config, "get_text_config") or isinstance(config, type):
         raise ModelError(
-            f"expected a transformers model or config, got {name} {config!r:.80}. "
+            f"model is {shown(config)}, expected a transformers model or config, got {name}. "
             "Load one first: AutoConfig.from_pretrained(...) is enough, no weights are needed."
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -237,7 +238,7 @@ def count_layers(config: Any) -> int:  # transformers is not imported for a type
     num_layers = whole_number(given, least=1)
     if num_layers is None:
         raise ModelError(
-            f"{name} has no decoder layers: its num_hidden_layers is {given!r}, expected "
+            f"{name} has no decoder layers: its num_hidden_layers is {shown(given)}, expected "
             "a positive integer."
         )
     return num_layers

@@ -1,11 +1,21 @@
-"""Checks of arguments that many functions take."""
+"""Checks of arguments that many functions take.
+
+`whole_number` and `finite_number` return None for what is none, where the caller has more to say;
+`check_...` raise the caller's error with a sentence that names the argument.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from numbers import Real
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+T = TypeVar("T")
 
 
 def whole_number(value: Any, *, least: int | None = None) -> int | None:
@@ -19,33 +29,39 @@ def whole_number(value: Any, *, least: int | None = None) -> int | None:
         The number; None if it is too small, of more than 64 bits, no whole number, or True or
         False.
     """
+    own = plain(value)
     try:
-        plain = value.tolist() if hasattr(value, "tolist") else value
-        number = operator.index(plain)
-    except (TypeError, NotImplementedError):  # torch's of a tensor without values
+        number = operator.index(own)
+    except Exception:  # code of the value's own
         return None
-    if isinstance(plain, bool) or number.bit_length() > 64:
+    if isinstance(own, bool) or number.bit_length() > 64:
         return None
     return None if least is not None and number < least else number
 
 
-def finite_number(value: Any, *, least: float | None = None) -> float | None:
+def finite_number(
+    value: Any, *, least: float | None = None, most: float | None = None
+) -> float | None:
     """A quantity, as Python's own float.
 
     Args:
-        value: What was given: an int or float, or one of numpy.
+        value: What was given: an int or float, or one of numpy or torch.
         least: The smallest that makes sense.
+        most: The largest.
 
     Returns:
-        The number; None if it is too small, infinite, NaN, no number, or True or False.
+        The number; None if it is too small, too large, infinite, NaN, no number, or True or False.
     """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     try:
         number = float(value)
-    except OverflowError:
+    except Exception:  # too large, or code of the value's own
         return None
-    return number if math.isfinite(number) and (least is None or number >= least) else None
+    if not math.isfinite(number) or (least is not None and number < least):
+        return None
+    return None if most is not None and number > most else number
 
 
 def shown(value: object, *, most: int = 80) -> str:
@@ -62,4 +78,188 @@ def shown(value: object, *, most: int = 80) -> str:
         text = repr(value)
     except Exception:  # code of the value's own
         return f"a value of type {type(value).__name__}"
+    text = " ".join(text.split()) if "\n" in text else text  # as of a model
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def check_count(
+    name: str, value: object, error: type[Exception], *, least: int | None = 1, of: str = ""
+) -> int:
+    """An argument that is a number of things, as Python's own int.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        error: What to raise.
+        least: The smallest that makes sense; None: any.
+        of: What it counts, after "expected".
+
+    Returns:
+        The number.
+
+    Raises:
+        Exception: As `error`, if it is no such number.
+    """
+    number = whole_number(value, least=least)
+    if number is None:
+        above = "" if least is None else f" from {least} up"
+        raise error(f"{name} is {shown(value)}, expected {of}an int{above}")
+    return number
+
+
+def check_number(
+    name: str,
+    value: object,
+    error: type[Exception],
+    *,
+    least: float | None = None,
+    most: float | None = None,
+) -> float:
+    """An argument that is a quantity, as Python's own float.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        error: What to raise.
+        least: The smallest that makes sense; None: any.
+        most: The largest; None: any.
+
+    Returns:
+        The number.
+
+    Raises:
+        Exception: As `error`, if it is no such number.
+    """
+    number = finite_number(value, least=least, most=most)
+    if number is None:
+        above = "" if least is None else f" from {least} {'up' if most is None else f'to {most}'}"
+        raise error(f"{name} is {shown(value)}, expected a finite number{above}")
+    return number
+
+
+@overload
+def check_switch(name: str, value: object, error: type[Exception]) -> bool: ...
+@overload
+def check_switch(
+    name: str, value: object, error: type[Exception], *, or_none: bool
+) -> bool | None: ...
+def check_switch(
+    name: str, value: object, error: type[Exception], *, or_none: bool = False
+) -> bool | None:
+    """An argument that is True or False, as Python's own.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        error: What to raise.
+        or_none: None will do.
+
+    Returns:
+        It.
+
+    Raises:
+        Exception: As `error`, if it is neither. A text such as "no" would count as True.
+    """
+    own = plain(value)
+    if own is None and or_none:
+        return None
+    if not isinstance(own, bool):
+        expected = "True, False or None" if or_none else "True or False"
+        raise error(f"{name} is {shown(value)}, expected {expected}")
+    return own
+
+
+def check_choice(name: str, value: object, choices: Iterable[str], error: type[Exception]) -> str:
+    """An argument that is one of a few words.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        choices: The words.
+        error: What to raise.
+
+    Returns:
+        It.
+
+    Raises:
+        Exception: As `error`, if it is none of them.
+    """
+    words = [*choices]
+    if not isinstance(value, str) or value not in words:
+        quoted = [f'"{word}"' for word in words]
+        expected = " or ".join(quoted) if len(words) < 3 else f"one of {', '.join(quoted)}"
+        raise error(f"{name} is {shown(value)}, expected {expected}")
+    return value
+
+
+def check_path(name: str, value: object, error: type[Exception]) -> Path:
+    """An argument that names a file or folder, there or not.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        error: What to raise.
+
+    Returns:
+        The path.
+
+    Raises:
+        Exception: As `error`, if no file system could have it: no text or `os.PathLike` of one,
+            an empty one, or one with a NUL or half of a character in it.
+    """
+    given = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(given, str):
+        raise error(f"{name} is {shown(value)}, expected a path")
+    try:
+        possible = bool(given.strip()) and b"\0" not in os.fsencode(given)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise error(
+            f"{name} is {shown(given)}, expected a path: it is empty, or has a NUL or half of a "
+            "character"
+        )
+    return Path(given)
+
+
+def check_kind(
+    name: str,
+    value: object,
+    kinds: type[T] | tuple[type[T], ...],
+    expected: str,
+    error: type[Exception],
+) -> T:
+    """An argument that is an instance of a class.
+
+    Args:
+        name: The argument's.
+        value: What was given for it.
+        kinds: The class, or several.
+        expected: It in words, and what to do where that is not plain.
+        error: What to raise.
+
+    Returns:
+        It.
+
+    Raises:
+        Exception: As `error`, if it is none.
+    """
+    if not isinstance(value, kinds):
+        raise error(f"{name} is {shown(value)}, expected {expected}")
+    return value
+
+
+def listed(value: object) -> tuple[Any, ...]:
+    """One thing or several as a tuple: what cannot be walked through, text and mappings are one."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | os.PathLike):
+        with suppress(TypeError):  # arrays without dimensions say that they can be
+            return tuple(value)
+    return (value,)
+
+
+def plain(value: Any) -> Any:
+    """Python's own number or list for that of numpy or torch; anything else as it is."""
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except Exception:  # torch's of a tensor without values, or code of the value's own
+        return value

@@ -51,14 +51,7 @@ def windows_of_tokens(trainer: Any) -> float:
 
 
 def end_tokens(trainer: Any) -> list[int]:
-    """The tokens that end a completion: before 1.15, TRL knows the tokenizer's alone.
-
-    Args:
-        trainer: A TRL trainer that generates (GRPO).
-
-    Returns:
-        Their ids.
-    """
+    """The tokens that end a completion: before 1.15, TRL knows the tokenizer's alone."""
     if hasattr(trainer, "eos_token_ids"):
         return trainer.eos_token_ids
     return [trainer._tokenizer.eos_token_id]

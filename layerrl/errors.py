@@ -14,7 +14,7 @@ class SelectionError(LayerRLError, ValueError):
 
 
 class TrainerError(LayerRLError, TypeError):
-    """A class that layers cannot be masked in: no trainer, or known not to work."""
+    """A class that layers cannot be masked in, or that was given what no trainer of it takes."""
 
 
 class LauncherError(LayerRLError, RuntimeError):

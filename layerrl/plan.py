@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
-from layerrl.checks import finite_number, whole_number
+from layerrl.checks import check_count, check_number, shown
 from layerrl.costs import RANK, Costs, head_elements, linear_weights, met_by_a_token
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
@@ -246,18 +246,12 @@ def _costs(
 
 def _check_settings(dtype: object, beta: object, num_iterations: object) -> None:
     is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    for name, value, fits, expected in (
-        ("dtype", dtype, dtype is None or is_float, "a floating-point torch.dtype or None"),
-        ("beta", beta, finite_number(beta, least=0) is not None, "a finite number from 0 up"),
-        (
-            "num_iterations",
-            num_iterations,
-            whole_number(num_iterations, least=1) is not None,
-            "an int from 1 up",
-        ),
-    ):
-        if not fits:
-            raise SelectionError(f"{name}={value!r}: expected {expected}")
+    if dtype is not None and not is_float:
+        raise SelectionError(
+            f"dtype is {shown(dtype)}, expected a floating-point torch.dtype or None"
+        )
+    check_number("beta", beta, SelectionError, least=0)
+    check_count("num_iterations", num_iterations, SelectionError)
 
 
 def _refuse_packed(names: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from layerrl.checks import check_kind
 from layerrl.errors import ReportError
 
 if TYPE_CHECKING:
@@ -36,13 +37,19 @@ def plot_layers(
         The axes.
 
     Raises:
-        ReportError: If matplotlib is missing.
+        ReportError: If matplotlib is missing, or `ax` is none of its axes.
     """
     try:
         import matplotlib.pyplot as plt
+        from matplotlib.axes import Axes
     except ImportError as error:
         raise ReportError('plotting needs matplotlib: pip install "layerrl[plot]"') from error
-    if ax is None:
+    if ax is not None:
+        advice = (
+            "matplotlib's Axes or None; ax.figure.savefig(...) of what this returns writes a file"
+        )
+        check_kind("ax", ax, Axes, advice, ReportError)
+    else:
         _, ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
     for style, (height, name) in zip(("-", "--", ":"), lines.items(), strict=False):
         ax.axhline(height, color="black", lw=0.8, linestyle=style, label=name)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from transformers import TrainingArguments
+
+from layerrl.checks import check_kind, shown
 from layerrl.errors import ProbeError
 from layerrl.scores.method import Method, Request
 from layerrl.selection import select_layers
-from layerrl.trainer import LayerMaskedGRPOTrainer
-from layerrl.trainer.arguments import refuse_removed
+from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
+from layerrl.trainer.arguments import check_args, names, refuse_removed
 
 if TYPE_CHECKING:
     import os
@@ -57,7 +61,7 @@ def contribution_probe(
     | method | what it does | what it needs |
     |---|---|---|
     | `"train"` | measures C(k), each layer's share of the full-parameter gain | everything |
-    | `"gradient"` | what a step in the layer alone would gain on other prompts | rollouts |
+    | `"gradient"` | what a first step in the layer alone would gain | rollouts |
     | `"published"` | C(k) of the paper's Qwen3-1.7B at the same relative depth | nothing |
     | `"position"` | how near the layer is to the middle | nothing |
 
@@ -116,6 +120,7 @@ def contribution_probe(
 
     Raises:
         ProbeError: If something cannot be measured as it was given.
+        TrainerError: If `args` or `full_args` are not those of the trainer class.
         JournalError: If `output_dir` holds other runs, or cannot be written.
         ReportError: If the paper has no such model.
         SelectionError: If the layers do not fit the model.
@@ -142,6 +147,8 @@ def contribution_probe(
     missing = [name for name in entry.needs if getattr(request, name) is None]
     if missing:
         raise ProbeError(f"method={method!r} needs {', '.join(missing)}, which was not given")
+    if "args" in entry.needs:
+        _check_trainer_class(trainer_class, args, full_args)
     selection = select_layers(model, layers, modules=modules)
     if selection.stack != "text":
         raise ProbeError(f"{selection}: the layers of the text are scored. Leave out stack.")
@@ -152,14 +159,38 @@ def contribution_probe(
     return entry.score(selection, request)
 
 
+def _check_trainer_class(trainer_class: Any, args: Any, full_args: Any) -> None:
+    """Refuse what makes no masked trainer with rewards, and arguments of another trainer."""
+    made_by = trainer_class
+    while isinstance(made_by, partial):
+        made_by = made_by.func
+    is_class = isinstance(made_by, type)
+    masked = is_class and issubclass(made_by, LayerMaskedMixin)
+    if not callable(made_by) or (is_class and not masked):
+        raise ProbeError(
+            f"trainer_class is {shown(trainer_class)}, expected a masked trainer class, such as "
+            "LayerMaskedGRPOTrainer, or a function that makes such a trainer"
+        )
+    if masked and "reward_funcs" not in names(made_by, LayerMaskedMixin):
+        raise ProbeError(
+            f"trainer_class is {made_by.__name__}, expected one that generates and rewards, such "
+            "as LayerMaskedGRPOTrainer"
+        )
+    for name, given in (("args", args), ("full_args", full_args)):
+        if masked:
+            check_args(made_by, LayerMaskedMixin, given, name)
+        elif given is not None:
+            check_kind(name, given, TrainingArguments, "the trainer's arguments", ProbeError)
+
+
 def _method(method: object) -> tuple[Method, str]:
     """The method of a name, and its variant: what follows the colon."""
     name, _, variant = method.partition(":") if isinstance(method, str) else ("", "", "")
-    refuse_removed([f"method={method!r}"], ProbeError)
+    refuse_removed([f"method={shown(method)}"], ProbeError)
     entry: Method | None = import_module(METHODS[name]).METHOD if name in METHODS else None
     if entry is None or (variant and not entry.has_variants):
         raise ProbeError(
-            f"method is {method!r}, expected one of {', '.join(map(repr, METHODS))}, "
+            f"method is {shown(method)}, expected one of {', '.join(map(repr, METHODS))}, "
             '"position:DEPTH" or "published:MODEL"'
         )
     return entry, variant

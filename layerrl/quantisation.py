@@ -6,7 +6,8 @@ import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from layerrl.blocks import plain_name
+from layerrl.blocks import plain_name, unwrap
+from layerrl.checks import shown
 from layerrl.errors import SelectionError
 from layerrl.replacing import replaced
 from layerrl.seams import imported
@@ -79,7 +80,7 @@ def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:
         config = BitsAndBytesConfig.from_dict(config)
     if not isinstance(config, BitsAndBytesConfig) or not config.is_quantizable():
         raise SelectionError(
-            f"quantization_config is {config!r:.80}, expected transformers' BitsAndBytesConfig "
+            f"quantization_config is {shown(config)}, expected transformers' BitsAndBytesConfig "
             "with load_in_4bit or load_in_8bit: bytes of other methods are not known here"
         )
     kept = not_converted(
@@ -161,7 +162,11 @@ def keep_layout(model: nn.Module) -> None:
 
     Args:
         model: The model. What is packed is unpacked, and nothing will be packed again.
+
+    Raises:
+        ModelError: If it is no model.
     """
+    unwrap(model)  # refuses what is none
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.state_dict()  # unpacks

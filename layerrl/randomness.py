@@ -28,14 +28,7 @@ def devices_of(model: nn.Module, *given: Any) -> set[torch.device]:
 
 
 def random_state(*devices: torch.device) -> tuple[Any, ...]:
-    """States of the global generators of Python, numpy, torch on the CPU and torch on devices.
-
-    Args:
-        *devices: Accelerators; the CPU adds nothing.
-
-    Returns:
-        What `set_random_state` takes.
-    """
+    """States of the global generators of Python, numpy, torch on the CPU and torch on devices."""
     on_devices = {
         device: torch.get_device_module(device).get_rng_state(device)
         for device in devices
@@ -45,11 +38,7 @@ def random_state(*devices: torch.device) -> tuple[Any, ...]:
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Go on from states that were taken before.
-
-    Args:
-        state: What `random_state` gave.
-    """
+    """Go on from states that were taken before."""
     python, array, cpu, on_devices = state
     random.setstate(python)
     np.random.set_state(array)

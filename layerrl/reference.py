@@ -132,26 +132,11 @@ class ReferenceModel(nn.Module):
             yield name, _frozen_view(parameter, copied=True) if value is None else value
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The values that the reference keeps: those of the trained tensors.
-
-        Args:
-            recurse: No difference.
-
-        Yields:
-            Them, in the policy's order.
-        """
+        """The values that the reference keeps: those of the trained tensors."""
         yield from self.initial
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The reference's values of all that is saved with the policy, by the policy's names.
-
-        Args:
-            *args: As of any module.
-            **kwargs: As of any module.
-
-        Returns:
-            Name to tensor.
-        """
+        """The reference's values of all that is saved with the policy, by the policy's names."""
         return self._state_of(self._policy[0], *args, **kwargs)
 
     def _state_of(self, module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -205,14 +190,7 @@ class ReferenceModel(nn.Module):
         return _IncompatibleKeys(missing, unexpected)
 
     def requires_grad_(self, requires_grad: bool = True) -> ReferenceModel:
-        """Stay frozen.
-
-        Args:
-            requires_grad: No difference.
-
-        Returns:
-            Itself.
-        """
+        """Stay frozen."""
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> ReferenceModel:
@@ -230,11 +208,7 @@ class ReferenceModel(nn.Module):
         return dict(zip(self._trained, self.initial, strict=True))
 
     def follow(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Take over the parameters that the policy has now, as after it has been sharded.
-
-        Args:
-            trained: The tensors that train, by the names they had.
-        """
+        """Take over the parameters that the policy has now, as after it has been sharded."""
         self._trained = {name: trained[name] for name in self._trained}
         for index, parameter in enumerate(self._trained.values()):
             value = sharded_like(self.initial[index], parameter)
@@ -242,20 +216,12 @@ class ReferenceModel(nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take values that `tensors` gave, of the same selection.
-
-        Args:
-            tensors: Name to value, of the same shapes.
-        """
+        """Take values that `tensors` gave, of the same selection."""
         for name, initial in self.tensors.items():
             initial.copy_(sharded_like(tensors[name], initial))
 
     def swapped_in(self) -> AbstractContextManager[nn.Module]:
-        """Give the policy the reference's values; afterwards it has its own again.
-
-        Returns:
-            A context manager that gives the policy, in evaluation mode.
-        """
+        """Give the policy the reference's values; afterwards it has its own again."""
         values = zip(self._trained.values(), self.initial, strict=True)
         return swapped_in(self._policy[0], dict(values))
 

@@ -34,11 +34,7 @@ class TrainedLayers:
         """Whether this process holds a part of each."""
 
     def find(self, model: nn.Module) -> None:
-        """Find them again: loading with `assign=True`, for one, puts others in their places.
-
-        Args:
-            model: The model as it is now.
-        """
+        """Find them again: loading with `assign=True`, for one, puts others in their places."""
         self.model = model
         self.parameters: dict[str, nn.Parameter] = self.selection.parameters(self.model)
         """Plain name to tensor, of all that train inside layers and outside."""

@@ -103,7 +103,7 @@ class Case:
         }
         processing_class = tokenizer()
         processing_class.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        model = load(folder)
+        model = load(folder, changes.pop("dtype", torch.float32))
         if selection == "by hand":
             freeze_by_hand(model, [LAYER])
             selection = None

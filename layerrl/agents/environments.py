@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from layerrl.agents.episodes import Step, is_finite
-from layerrl.checks import whole_number
+from layerrl.checks import check_count, shown
 from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.errors import EpisodeError
 from layerrl.replacing import replaced
@@ -69,7 +69,8 @@ class TextRollout:
         max_turn_tokens: Most tokens of a response; None: as many as the completion has room for.
 
     Raises:
-        EpisodeError: If a limit is no int from 1 up; while playing, if an environment raises or
+        EpisodeError: If it has nothing to make environments of, or a limit is no int from 1 up;
+            while playing, if an environment raises or
             returns something else than it should.
     """
 
@@ -79,12 +80,15 @@ class TextRollout:
     _pool: list[TextEnvironment] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        limits = {"max_turns": self.max_turns, "max_turn_tokens": self.max_turn_tokens}
-        if self.max_turn_tokens is None:
-            del limits["max_turn_tokens"]
-        for name, value in limits.items():
-            if whole_number(value, least=1) is None:
-                raise EpisodeError(f"{name} is {value!r}, expected an int from 1 up")
+        if not callable(self.environment):
+            raise EpisodeError(
+                f"environment is {shown(self.environment)}, expected a class or a function that "
+                "takes nothing and makes an environment"
+            )
+        self.max_turns = check_count("max_turns", self.max_turns, EpisodeError)
+        if self.max_turn_tokens is not None:
+            name = "max_turn_tokens"
+            self.max_turn_tokens = check_count(name, self.max_turn_tokens, EpisodeError)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Play an episode for each prompt.

@@ -17,7 +17,8 @@ from layerrl.agents.advantages import (
     on_response_tokens,
     step_advantages,
 )
-from layerrl.agents.episodes import Step, check_episodes, is_finite
+from layerrl.agents.episodes import Step, check_episodes
+from layerrl.checks import check_number
 from layerrl.errors import EpisodeError
 from layerrl.seams import check_class, check_made
 
@@ -68,12 +69,9 @@ class GiGPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        most = {"omega": math.inf, "gamma": 1, "invalid_action_penalty": math.inf}
-        for name, high in most.items():
-            value = getattr(self, name)
-            if not (is_finite(value) and 0 <= value <= high):
-                expected = "from 0 to 1" if high == 1 else "from 0 up"
-                raise EpisodeError(f"{name} is {value!r}, expected a number {expected}")
+        for name, most in {"omega": None, "gamma": 1, "invalid_action_penalty": None}.items():
+            value = check_number(name, getattr(self, name), EpisodeError, least=0, most=most)
+            setattr(self, name, value)
 
 
 class GiGPOTrainer(GRPOTrainer):

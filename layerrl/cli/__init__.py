@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its words; None: those of the process.
 
     Returns:
-        The exit code: 0, or 1 after an error of layerrl, whose message is on stderr.
+        The exit code: 0; 1 after an error of layerrl, whose message is on stderr, or when nobody
+        reads what is printed; 130 after Ctrl-C.
 
     Raises:
         SystemExit: After `--help` or `--version` (code 0), or words that make no sense (code 2).
@@ -49,20 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     parser.add_argument("arguments", nargs=REMAINDER, metavar="...", help="of the command")
     given = parser.parse_args(argv)
+    # argparse takes `-1,2` and `-1=2` for options, but no word with a space in it.
+    words = [re.sub(r"^(-\d+[,=])", r" \1", word) for word in given.arguments]
     try:
-        import_module(f"layerrl.cli.{given.command}").run(_joined(given.arguments))
+        import_module(f"layerrl.cli.{given.command}").run(words)
+        sys.stdout.flush()
     except LayerRLError as error:
         print(f"layerrl {given.command}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # as `| head` leaves it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+    except KeyboardInterrupt:
+        print(f"layerrl {given.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
-
-
-def _joined(words: list[str]) -> list[str]:
-    """`--layers -1,2` in one word: argparse takes the second for an option."""
-    joined: list[str] = []
-    for word in words:
-        if joined[-1:] == ["--layers"] and re.match(r"-\d", word):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined

@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 
+from layerrl.cli.options import add_revision, revision_of
+
 _DOES = "Write the base with deltas in it: a whole model that plain transformers loads."
 
 
 def run(argv: list[str]) -> None:
-    """Write the base with deltas in it: a whole model that plain transformers loads.
-
-    Args:
-        argv: Words after the command.
-    """
+    """Write the base with deltas in it: a whole model that plain transformers loads."""
     parser = ArgumentParser(prog="layerrl merge", description=_DOES)
     parser.add_argument("base", metavar="BASE", help="folder or hub id of the base")
     parser.add_argument(
@@ -25,9 +23,12 @@ def run(argv: list[str]) -> None:
         action="store_true",
         help="the deltas were trained side by side, and train different layers",
     )
+    add_revision(parser)
     given = parser.parse_args(argv)
 
     from layerrl import merge_delta
 
-    made = merge_delta(given.base, given.deltas, given.out, union=given.union)
+    made = merge_delta(
+        given.base, given.deltas, given.out, union=given.union, revision=revision_of(given)
+    )
     print(f"Wrote {made}: AutoModelForCausalLM.from_pretrained loads it.", file=sys.stderr)

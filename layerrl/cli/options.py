@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,7 @@ _LAYERS = "such as 10, 3,-1, middle:5, last:2, 40%%:60%%, all, full, or a select
 
 
 def add_layers(parser: ArgumentParser, also: str = "") -> None:
-    """Add the options that name layers and parts of them.
-
-    Args:
-        parser: The command's.
-        also: What else may be written for layers.
-    """
+    """Add the options that name layers and parts of them."""
     parser.add_argument("--layers", help=_LAYERS + also)
     parser.add_argument(
         "--modules", nargs="+", metavar="GLOB", help="parts of each layer: 'self_attn.*'"
@@ -30,12 +26,7 @@ def add_layers(parser: ArgumentParser, also: str = "") -> None:
 
 
 def add_selection(parser: ArgumentParser, also: str = "") -> None:
-    """Add the options that `select_layers` has as arguments.
-
-    Args:
-        parser: The command's.
-        also: What else may be written for layers.
-    """
+    """Add the options that `select_layers` has as arguments."""
     add_layers(parser, also)
     parser.add_argument(
         "--also", nargs="+", metavar="PART", help="parts outside the layers: head, embeddings, ..."
@@ -44,6 +35,22 @@ def add_selection(parser: ArgumentParser, also: str = "") -> None:
         "--boost", nargs="+", metavar="KEY=FACTOR", help="learning-rate factors: 10=2 'mlp.*=0.5'"
     )
     parser.add_argument("--stack", help="whose layers: text (default) or vision")
+
+
+def add_revision(parser: ArgumentParser) -> None:
+    """Add the option that says at which revision deltas on the hub are read."""
+    parser.add_argument(
+        "--revision",
+        action="append",
+        metavar="REV",
+        help="branch, tag or commit of a delta on the hub; of several, give it once for each",
+    )
+
+
+def revision_of(given: Namespace) -> str | list[str | None] | None:
+    """The revision of all deltas, or one of each: an empty one is a folder's."""
+    words = [word or None for word in given.revision or ()]
+    return words if len(words) > 1 else next(iter(words), None)
 
 
 def selection_of(config: Any, given: Namespace) -> LayerSelection:
@@ -62,32 +69,43 @@ def selection_of(config: Any, given: Namespace) -> LayerSelection:
     from layerrl.selection import select_layers
     from layerrl.selection.select import layers_in
 
-    layers, boost = given.layers, given.boost
+    layers = given.layers
     return select_layers(
         config,
         layers_in(layers) if isinstance(layers, str) else layers,
         modules=given.modules,
         also=given.also,
-        boost=_factors(boost) if isinstance(boost, list) else boost,
+        boost=_boosts(given.boost),
         stack=given.stack,
     )
 
 
-def _factors(words: list[str]) -> dict[int | str, float] | str:
-    """`["10=2", "mlp.*=0.5"]` as a mapping; `["decay:0.9"]` as it is."""
-    if len(words) == 1 and "=" not in words[0]:
-        return words[0]
-    factors: dict[int | str, float] = {}
-    for word in words:
-        key, equals, factor = str(word).rpartition("=")
+def _boosts(given: Any) -> Any:
+    """What an option or a YAML file has for boosts, as `select_layers` takes it."""
+    if isinstance(given, dict):
+        pairs = [*given.items()]
+    elif isinstance(given, str | list):
+        words = [given] if isinstance(given, str) else [*map(str, given)]
+        if len(words) == 1 and "=" not in words[0]:
+            return words[0]  # decay:0.9
+        pairs = [word.rpartition("=")[::2] for word in words]
+    else:
+        return given
+    factors: dict[Any, float] = {}
+    for key, factor in pairs:
+        name = int(key) if re.fullmatch(r"\s*-?\d+", str(key)) else key
         try:
-            factors[int(key) if key.lstrip("-").isdigit() else key] = float(factor)
-        except ValueError:
-            equals = ""
-        if not equals:
+            value = float(factor)
+        except (TypeError, ValueError):
+            value = None
+        if value is None or key == "":
             raise SelectionError(
-                f"--boost {word!r}: expected KEY=FACTOR, as in 10=2 or 'mlp.*=0.5', or decay:0.9"
+                f"--boost {f'{key}={factor}'!r}: expected KEY=FACTOR, as in 10=2 or "
+                "'mlp.*=0.5', or decay:0.9 alone"
             )
+        if name in factors:
+            raise SelectionError(f"--boost has {key!r} twice: give each layer or glob one factor")
+        factors[name] = value
     return factors
 
 

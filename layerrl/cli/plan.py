@@ -14,11 +14,7 @@ _DOES = "Print what a run will take, beside LoRA and full training. No weights a
 
 
 def run(argv: list[str]) -> None:
-    """Print what a run will take, beside LoRA and full training.
-
-    Args:
-        argv: Words after the command.
-    """
+    """Print what a run will take, beside LoRA and full training."""
     parser = ArgumentParser(prog="layerrl plan", description=_DOES)
     parser.add_argument("model", metavar="MODEL", help="folder, config.json or hub id")
     add_selection(parser)
@@ -43,4 +39,5 @@ def _dtype(name: str | None) -> Any:
     """A dtype of torch; of another name the name, which `plan` refuses."""
     import torch
 
-    return None if name is None else getattr(torch, name, name)
+    found = None if name is None else getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else name

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerrl.checks import check_path
 from layerrl.cli.options import add_layers, config_of, in_a_sentence
 from layerrl.cli.scripts import add_trl, first_word, model_config, read_options, trainer_arguments
 from layerrl.errors import LayerRLError
@@ -65,9 +66,10 @@ def run(argv: list[str]) -> None:
         options = read_options("grpo", parser, [*argv, "--model_name_or_path", model], _add)
         own = options.own
     given = {name: value for name, value in vars(own).items() if value is not None}
-    out = Path(given["out"]) if "out" in given else None
-    if out is not None and (out.exists() or not out.parent.is_dir()):
-        problem = "it exists already" if out.exists() else f"there is no folder {out.parent}"
+    out = check_path("--out", given["out"], LayerRLError) if "out" in given else None
+    there = out is not None and os.path.lexists(out)
+    if out is not None and (there or not os.path.isdir(out.parent)):
+        problem = "it exists already" if there else f"there is no folder {out.parent}"
         raise LayerRLError(f"--out {out}: {problem}. Name a new file for the report.")
 
     from layerrl import contribution_probe
@@ -83,7 +85,7 @@ def run(argv: list[str]) -> None:
     report = contribution_probe(**on, **asked)
     print(report)
     if out is not None:
-        with refused_as(LayerRLError, f"cannot write {out}"), written_whole(out) as file:
+        with refused_as(LayerRLError, f"cannot write --out {out}"), written_whole(out) as file:
             file.write_text(report.to_json(), encoding="utf-8")
         print(f"Wrote {out}: layerrl show {out} --plot FILE draws it.", file=sys.stderr)
 

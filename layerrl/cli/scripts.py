@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from layerrl.checks import check_path
 from layerrl.cli.options import config_of, first_line, in_a_sentence
 from layerrl.errors import FrameworkError, LayerRLError
 from layerrl.replacing import replaced
@@ -119,7 +120,9 @@ def _unknown_keys(path: str, known: Collection[str], parser: ArgumentParser) -> 
     import yaml
 
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = yaml.safe_load(
+            check_path("--config", path, LayerRLError).read_text(encoding="utf-8")
+        )
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: {' '.join(str(error).split())}")
     if not isinstance(config, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -13,21 +14,18 @@ if TYPE_CHECKING:
     from layerrl.delta.folder import Delta
 
 _DOES = "Print a delta, a report or a selection; draw a report."
-_PATH = "folder of a delta or a sweep, or JSON of a report or a selection"
+_PATH = "folder of a delta or a sweep, delta on the hub, or JSON of a report or a selection"
 
 
 def run(argv: list[str]) -> None:
-    """Print what a folder or file of layerrl holds.
-
-    Args:
-        argv: Words after the command.
-    """
+    """Print what a folder or file of layerrl holds."""
     parser = ArgumentParser(prog="layerrl show", description=_DOES)
-    parser.add_argument("path", metavar="PATH", type=Path, help=_PATH)
+    parser.add_argument("path", metavar="PATH", help=_PATH)
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a report: .png, .pdf, .svg")
     parser.add_argument("--json", action="store_true", help="print its JSON, and no table")
+    parser.add_argument("--revision", metavar="REV", help="of a delta on the hub")
     given = parser.parse_args(argv)
-    file = _file_of(given.path)
+    file = _file_of(given.path, given.revision)
     if file.name == "delta.json":
         from layerrl.delta.folder import Delta
 
@@ -42,12 +40,17 @@ def run(argv: list[str]) -> None:
         print(f"Wrote {given.plot}", file=sys.stderr)
 
 
-def _file_of(path: Path) -> Path:
-    """The JSON of a folder, which is a delta's unless there is a report."""
-    if not path.is_dir():
-        return path
-    report = path / "report.json"
-    return report if report.is_file() else path / "delta.json"
+def _file_of(path: str, revision: str | None) -> Path:
+    """The JSON of a folder or repository, which is a delta's unless there is a report."""
+    from layerrl.delta.hub import delta_folder
+
+    if path.endswith(".json") and revision is None:
+        return Path(path)
+    folder = delta_folder(path, revision=revision)
+    if not os.path.isdir(folder):  # of any text, while is_dir() raises for one that is too long
+        return folder
+    report = folder / "report.json"
+    return report if report.is_file() else folder / "delta.json"
 
 
 def _text(file: Path) -> str:

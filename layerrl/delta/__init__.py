@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
+from layerrl.checks import check_kind, check_path, check_switch, shown
 from layerrl.delta.card import write_card
 from layerrl.delta.description import FORMAT_VERSION
 from layerrl.delta.fitting import (
@@ -29,18 +30,13 @@ from layerrl.delta.fitting import (
 from layerrl.delta.folder import META, TENSORS, Delta, difference, new_folder
 from layerrl.delta.hub import push_delta
 from layerrl.delta.in_memory import checked, compared, names_by_rows, whole_tensors
-from layerrl.delta.loaded import (
-    Deltas,
-    deltas_in,
-    disabled,
-    keeping,
-    unload_delta,
-)
+from layerrl.delta.loaded import deltas_in, disabled, keeping, refuse_disabled, unload_delta
 from layerrl.delta.placing import put_tensors
-from layerrl.delta.processing import save_processing, sums_of
+from layerrl.delta.processing import check_processing, save_processing, sums_of
 from layerrl.delta.record import DeltaBase, checkpoint_form, dtype_name, model_type
 from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import read_deltas
+from layerrl.delta.switching import Deltas
 from layerrl.digests import json_digest
 from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints, fingerprints_of_rows
@@ -90,10 +86,17 @@ def save_delta(
 
     Raises:
         DeltaError: If the folder exists or cannot be written, `base` is a different model, a frozen
-            tensor or the config changed since, or the tokenizer has ids beyond the vocabulary.
+            tensor or the config changed since, the tokenizer has ids beyond the vocabulary, or the
+            model is inside `disabled`.
         SelectionError: If the selection does not fit the model.
     """
     _check_arguments(model, selection, base)
+    check_path("path", path, DeltaError)
+    is_main_process = check_switch("is_main_process", is_main_process, DeltaError)
+    check_frozen = check_switch("check_frozen", check_frozen, DeltaError)
+    if processing_class is not None:
+        check_processing(processing_class)
+    refuse_disabled(model)
     tensors = checkpoint_form(model, _whole(selection.parameters(model)))
     if any(tensor.is_meta for tensor in tensors.values()):
         raise DeltaError("the model is on the meta device: it has no weights to save")
@@ -124,10 +127,10 @@ def save_delta(
 
 
 def _check_arguments(model: object, selection: object, base: object) -> None:
-    if not isinstance(selection, LayerSelection):
-        raise DeltaError(f"selection is {selection!r}, expected what select_layers returns")
+    check_kind("model", model, nn.Module, "the trained model", DeltaError)
+    check_kind("selection", selection, LayerSelection, "what select_layers returns", DeltaError)
     if base is model or not isinstance(base, DeltaBase | nn.Module):
-        given = "the trained model itself" if base is model else repr(base)
+        given = "the trained model itself" if base is model else shown(base)
         raise DeltaError(
             f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
             "taken then, or another instance that was not trained"
@@ -235,7 +238,8 @@ def load_delta(
             if deltas in the model are disabled or switched by a `Deltas`; or if `keep_base` is True
             and an earlier delta's base was not kept. The model is then as it was.
     """
-    there = deltas_in(model)
+    there, union = deltas_in(model), check_switch("union", union, DeltaError)
+    keep_base = check_switch("keep_base", keep_base, DeltaError, or_none=True)
     deltas = read_deltas(path, revision=revision, token=token)
     trained, tensors = checked(model, deltas, union=union, there=there)
     with keeping(model, trained, deltas, keep_base=keep_base):

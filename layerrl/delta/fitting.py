@@ -91,12 +91,7 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 def warn_of_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
-    """Warn of trained values that no model computes with.
-
-    Args:
-        tensors: Names and trained tensors.
-        what: What holds them, in a clause.
-    """
+    """Warn of trained values that no model computes with."""
     found = {}
     for name, tensor in tensors:
         if tensor.dtype in _COMPUTING and not (finite := tensor.isfinite()).all():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerrl.checks import check_path
 from layerrl.delta.description import Version2, read
 from layerrl.delta.record import DeltaBase, dtype_name
 from layerrl.errors import DeltaError
@@ -106,7 +107,7 @@ class Delta:
         Raises:
             DeltaError: If a file is missing or damaged, or of a newer format.
         """
-        path = Path(path)
+        path = check_path("path", path, DeltaError)
         for file in (path / META, path / TENSORS):
             if not os.path.isfile(file):
                 raise DeltaError(
@@ -159,9 +160,7 @@ def difference(given: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:
     """A folder to make must not be there yet."""
-    if "\0" in os.fspath(path):
-        raise DeltaError(f"{os.fspath(path)!r:.80} is no path: it holds a NUL")
-    if os.path.lexists(Path(path)):
+    if os.path.lexists(check_path("path", path, DeltaError)):
         raise DeltaError(f"{path} exists already: choose another folder or remove it")
 
 

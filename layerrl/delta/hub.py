@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerrl.checks import check_path, check_switch, shown
 from layerrl.delta.card import CARD, card_of
 from layerrl.delta.description import Version2, read
 from layerrl.delta.folder import META, TENSORS, Delta
@@ -56,8 +57,10 @@ def push_delta(
             refuses to be written to by this token, or has a public repository where a private one
             was asked for.
     """
-    delta = Delta.read(folder)
-    api = _api(token)
+    check_path("folder", folder, DeltaError)
+    private = check_switch("private", private, DeltaError, or_none=True)
+    _check_texts(repo_id=repo_id or "", revision=revision, commit_message=commit_message)
+    delta, api = Delta.read(folder), _api(token)
     with hub_errors("push to", repo_id, token=token, revision=revision):
         api.create_repo(repo_id, private=private, exist_ok=True)
         there = api.model_info(repo_id)
@@ -125,8 +128,8 @@ def delta_folder(
         DeltaError: If a repository or revision does not exist, may not be read or cannot be reached
             and is not in the cache, or holds no delta; if a revision is asked of a folder.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise DeltaError(f"expected the folder of a delta or 'user/name' on the hub, got {path!r}")
+    check_path("path", path, DeltaError)
+    check_token(token)
     if not isinstance(path, str) or os.path.lexists(path) or not _REPOSITORY.fullmatch(path):
         if revision is not None:
             why = "which is a folder here" if os.path.lexists(path) else "which is no 'user/name'"
@@ -135,6 +138,7 @@ def delta_folder(
                 "repository on the hub has revisions"
             )
         return Path(path)
+    _check_texts(revision=revision)
     api = _api(token)
     with hub_errors("read", path, token=token, revision=revision):
         folder = Path(api.snapshot_download(path, revision=revision, allow_patterns=[META]))
@@ -177,9 +181,26 @@ def _whole_model(names: set[str]) -> bool:
     return bool(at_top - {TENSORS, "training_args.bin", "adapter_model.safetensors"})
 
 
+def check_token(token: object) -> None:
+    """Refuse a token that no request could carry; it is not shown."""
+    printable = isinstance(token, str) and token.isascii() and token.isprintable() and token.strip()
+    if not printable and token is not None and not isinstance(token, bool):
+        raise DeltaError(
+            f"token is no text of ASCII letters but a {type(token).__name__}, expected a token of "
+            "the hub, True, False or None"
+        )
+
+
+def _check_texts(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            raise DeltaError(f"{name} is {shown(value)}, expected a text, or None")
+
+
 def _api(token: str | bool | None) -> HfApi:
     from huggingface_hub import HfApi
 
+    check_token(token)
     return HfApi(token=token, library_name="layerrl", library_version=installed_version("layerrl"))
 
 

@@ -1,4 +1,4 @@
-"""Base and trained model in one, in memory: a delta taken out, left out for a while, or switched.
+"""Base and trained model in one, in memory: a delta taken out, or left out for a while.
 
 What a delta replaced is kept beside the model, not in it: copies and saved models hold nothing of
 it, and it goes with the model.
@@ -7,8 +7,9 @@ it, and it goes with the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -16,26 +17,32 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
-from layerrl.delta.in_memory import checked
-from layerrl.delta.placing import copies, like, memory_form, named_parameters, present, put_values
-from layerrl.delta.stacks import read_deltas
+from layerrl.checks import check_kind
+from layerrl.delta.placing import (
+    all_differ,
+    copies,
+    named_parameters,
+    present,
+    put_values,
+    surroundings,
+)
 from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints
 from layerrl.seams import imported
 from layerrl.shards import is_sharded, shape
+from layerrl.warning import warn
 
 with imported():
     from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Iterator
 
     from layerrl.delta.folder import Delta
 
 
 @dataclass(slots=True, kw_only=True)
-class _Loaded:
+class Loaded:
     """What is kept of the base of a model with deltas in it."""
 
     deltas: list[Delta]
@@ -44,14 +51,20 @@ class _Loaded:
     """Name in the model to what was there before any delta; None: not kept."""
     marks: dict[str, tuple[torch.dtype, str]]
     """Name to dtype and fingerprint of what deltas put there."""
+    around: dict[str, Tensor]
+    """Name to a row of a few tensors that they leave as they are."""
     switching: bool = False
     """Whether a `Deltas` says what is in the model."""
-    disabled: bool = False
-    """Whether the base is in the model for a while."""
+    num_inside: int = 0
+    """Blocks of `disabled` that are open, in any thread: the base is in the model."""
+    leaving: ExitStack = field(default_factory=ExitStack)
+    """What the last of them does when it ends."""
 
 
 # By the model without wrappers. The values must not lead to their model, or it would never go.
-_LOADED: WeakKeyDictionary[nn.Module, _Loaded] = WeakKeyDictionary()
+LOADED: WeakKeyDictionary[nn.Module, Loaded] = WeakKeyDictionary()
+# The same thread may come again: whatever runs can end a block that was left open in a generator.
+_LOCK = RLock()
 
 
 @contextmanager
@@ -76,10 +89,8 @@ def keeping(
     Raises:
         DeltaError: If the base below an earlier delta is to be kept, which was not.
     """
-    if keep_base not in (None, True, False):
-        raise DeltaError(f"keep_base is {keep_base!r:.80}, expected True, False or None")
     inner = unwrap(model)
-    earlier = _LOADED.get(inner)
+    earlier = LOADED.get(inner)
     if earlier is not None and _replaced_since(model, earlier):
         earlier = None  # the model is another base now, or the base again
     if keep_base and earlier is not None and earlier.base is None:
@@ -92,7 +103,8 @@ def keeping(
     yield
     marks = (earlier.marks if earlier else {}) | _marks(trained)
     deltas = [*(earlier.deltas if earlier else []), *deltas]
-    _LOADED[inner] = _Loaded(deltas=deltas, base=base, marks=marks)
+    around = surroundings(model, marks)
+    LOADED[inner] = Loaded(deltas=deltas, base=base, marks=marks, around=around)
 
 
 def unload_delta(model: nn.Module) -> None:
@@ -105,13 +117,13 @@ def unload_delta(model: nn.Module) -> None:
             parameters stay the same objects. Collective where it is sharded.
 
     Raises:
-        DeltaError: If no delta is in the model, what it replaced was not kept, or the model is
-            inside `disabled`.
+        DeltaError: If no delta is in the model, what it replaced was not kept, the model is inside
+            `disabled`, has other weights everywhere, or has adapters merged into the tensors.
     """
-    loaded, base = _in_use(model)
-    _refuse_disabled(model, loaded)
+    _, base = _in_use(model)
+    refuse_disabled(model)
     put_values(model, base)
-    del _LOADED[unwrap(model)]
+    del LOADED[unwrap(model)]
 
 
 @contextmanager
@@ -120,8 +132,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     The loaded deltas' tensors get the base's values in place, and their own back as they were on
     entry, with what was trained since they were loaded. A loss from before the block can be
-    differentiated after it; one from inside must be differentiated inside. A block inside another
-    changes nothing.
+    differentiated after it; one from inside must be differentiated inside. Of blocks inside each
+    other or in several threads, the last one that ends puts the trained values back.
 
     Args:
         model: A model that `load_delta` or `Deltas` put deltas into, wrapped or not. Beside the
@@ -131,7 +143,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
         Nothing: use the model.
 
     Raises:
-        DeltaError: If no delta is in the model, or what it replaced was not kept.
+        DeltaError: If no delta is in the model, what it replaced was not kept, or the model has
+            other weights everywhere, or adapters merged into the tensors.
 
     Example:
         load_delta(model, "out/layer-10")
@@ -140,108 +153,39 @@ def disabled(model: nn.Module) -> Iterator[None]:
             base = model(**batch).logits
     """
     loaded, base = _in_use(model)
-    if loaded.disabled:
+    with _LOCK:
+        if not loaded.num_inside:
+            loaded.leaving = _base_put_in(model, base)
+        loaded.num_inside += 1
+    try:
         yield
-        return
+    finally:
+        with _LOCK:
+            loaded.num_inside -= 1
+            if not loaded.num_inside:
+                loaded.leaving.close()
+
+
+def _base_put_in(model: nn.Module, base: Mapping[str, Tensor]) -> ExitStack:
+    """Put the base into the model; closed, what it returns puts back what was there."""
     parameters = present(model, base)
     own = copies(parameters)
-    # Autograd sees other values inside and the same as before afterwards, which they are.
     counted = tuple(p for p in parameters.values() if not p.is_inference())
-    with _unsafe_preserve_version_counter(counted):
-        loaded.disabled = True
-        try:
-            put_values(model, base)
-            yield
-        finally:
-            loaded.disabled = False
-            put_values(model, own)
+    with ExitStack() as stack:
+        # Autograd sees other values inside and the same as before afterwards, which they are.
+        stack.enter_context(_unsafe_preserve_version_counter(counted))
+        stack.callback(put_values, model, own)
+        put_values(model, base)
+        stack.callback(_warn_of_writes, [(p, p._version) for p in counted])
+        return stack.pop_all()
 
 
-class Deltas:
-    """Several deltas of one base in one model, of which one is in use, switched in place.
-
-    All checks of `load_delta` are made here, once. It keeps the values of every delta and what
-    they replace, in the model's dtype where the model is: of n deltas of one layer, n + 1 times
-    the bytes of that layer. They may be of the same layers or of different ones.
-
-    Args:
-        model: The base, wrapped or not, with no delta in it. Not changed yet.
-        paths: Name of your choice to a delta's folder; or to several, in the order in which they
-            were trained on top of each other.
-
-    Raises:
-        DeltaError: As `load_delta`, or if a delta is in the model already.
-
-    Example:
-        deltas = Deltas(model, {"layer 10": "out/layer-10", "layer 14": "out/layer-14"})
-        deltas.use("layer 14")
-        deltas.use(None)  # the base
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        paths: Mapping[str, str | os.PathLike[str] | Iterable[str | os.PathLike[str]]],
-    ) -> None:
-        there = deltas_in(model)
-        if not isinstance(paths, Mapping) or not paths or None in paths:
-            raise DeltaError(
-                f"paths is {paths!r:.80}, expected a name for each delta: "
-                '{"a": "out/a", "b": "out/b"}'
-            )
-        if there:
-            raise DeltaError(
-                f"the delta at {there[-1].path} is in this {_name(model)}, expected the base "
-                "alone: unload_delta(model) first"
-            )
-        self._model, self.current = model, None
-        deltas = {name: read_deltas(each) for name, each in paths.items()}
-        others = [delta for stack in deltas.values() for delta in stack]
-        self._values: dict[str, dict[str, Tensor]] = {}
-        touched: dict[str, nn.Parameter] = {}
-        for name, stack in deltas.items():
-            trained, tensors = checked(model, stack, others=others)
-            values = memory_form(model, trained, tensors)
-            self._values[name] = {n: like(value, trained[n]) for n, value in values}
-            touched |= trained
-        self._base = copies(touched)
-        self._changed: set[str] = set()
-        self._loaded = _Loaded(deltas=others, base=self._base, marks={}, switching=True)
-        _LOADED[unwrap(model)] = self._loaded
-
-    current: str | None
-    """Name of the delta in use; None: the base."""
-
-    def use(self, name: str | None) -> None:
-        """Put one of the deltas into the model in place of the one in use.
-
-        Only tensors of the two are copied; parameters stay the same objects in the same memory.
-        What was trained since in these tensors is lost.
-
-        Args:
-            name: Its name; None: the base, bit for bit.
-
-        Raises:
-            DeltaError: If there is none of this name, `unload_delta` took all of them out, or the
-                model is inside `disabled`.
-        """
-        if name is not None and name not in [*self._values]:
-            names = ", ".join(map(repr, self._values))
-            raise DeltaError(f"no delta {name!r:.80} here, expected {names}, or None for the base")
-        if _LOADED.get(unwrap(self._model)) is not self._loaded:
-            raise DeltaError(
-                f"unload_delta took these deltas out of the {_name(self._model)}: make another "
-                "Deltas to use them"
-            )
-        _refuse_disabled(self._model, self._loaded)
-        values = {} if name is None else self._values[name]
-        back = self._base if name is None else {n: self._base[n] for n in self._changed}
-        self._changed |= {*values}
-        put_values(self._model, back | values)
-        self._changed, self.current = {*values}, name
-
-    def __repr__(self) -> str:
-        return f"Deltas({', '.join(map(repr, self._values))}; in use: {self.current!r})"
+def _warn_of_writes(versions: Iterable[tuple[nn.Parameter, int]]) -> None:
+    if any(p._version != version for p, version in versions if not is_sharded(p)):
+        warn(
+            "tensors of deltas were written to inside `with disabled(model)`: what was trained or "
+            "loaded there is lost now. Train outside of the block."
+        )
 
 
 def deltas_in(model: nn.Module) -> list[Delta]:
@@ -256,55 +200,68 @@ def deltas_in(model: nn.Module) -> list[Delta]:
     Raises:
         DeltaError: If it is no model, a `Deltas` switches its deltas, or they are disabled.
     """
-    if not isinstance(model, nn.Module):
-        raise DeltaError(
-            f"expected a model to load the delta into, got {model!r:.80}. To write a merged "
-            "checkpoint from folders, use merge_delta(base, path, out)."
-        )
-    loaded = _LOADED.get(unwrap(model))
+    expected = (
+        "a model to load the delta into. To write a merged checkpoint from folders, use "
+        "merge_delta(base, path, out)."
+    )
+    check_kind("model", model, nn.Module, expected, DeltaError)
+    loaded = LOADED.get(unwrap(model))
     if loaded is None:
         return []
-    _refuse_disabled(model, loaded)
+    refuse_disabled(model)
     if loaded.switching:
         raise DeltaError(
-            f"a Deltas switches the deltas of this {_name(model)}: unload_delta(model) first, or "
+            f"a Deltas switches the deltas of this {name_of(model)}: unload_delta(model) first, or "
             "give it this one as well"
         )
     return [] if _replaced_since(model, loaded) else loaded.deltas
 
 
-def _refuse_disabled(model: nn.Module, loaded: _Loaded) -> None:
-    if loaded.disabled:
+def refuse_disabled(model: nn.Module) -> None:
+    """Refuse a model that is inside `disabled`."""
+    loaded = LOADED.get(unwrap(model))
+    if loaded is not None and loaded.num_inside:
         raise DeltaError(
-            f"the deltas of this {_name(model)} are disabled: leave the `with disabled(model)` "
+            f"the deltas of this {name_of(model)} are disabled: leave the `with disabled(model)` "
             "block first"
         )
 
 
-def _in_use(model: nn.Module) -> tuple[_Loaded, dict[str, Tensor]]:
+def _in_use(model: nn.Module) -> tuple[Loaded, dict[str, Tensor]]:
     """What is kept for a model, and the base's values."""
-    if not isinstance(model, nn.Module):
-        raise DeltaError(f"expected the model with the delta in it, got {model!r:.80}")
-    loaded = _LOADED.get(unwrap(model))
+    check_kind("model", model, nn.Module, "the model with the delta in it", DeltaError)
+    loaded = LOADED.get(unwrap(model))
     if loaded is None:
         raise DeltaError(
-            f"no delta is loaded in this {_name(model)}, expected the model that load_delta or "
+            f"no delta is loaded in this {name_of(model)}, expected the model that load_delta or "
             "Deltas put one into, and no copy of it"
         )
     if loaded.base is None:
         raise DeltaError(_not_kept(model, loaded))
+    refuse_another(model, loaded, loaded.base)
     return loaded, loaded.base
 
 
-def _not_kept(model: nn.Module, loaded: _Loaded) -> str:
+def refuse_another(model: nn.Module, loaded: Loaded, names: Iterable[str]) -> None:
+    """Other weights may have been loaded into the same model: a base around which it is none."""
+    if all_differ(surroundings(model, names), loaded.around):
+        raise DeltaError(
+            f"this {name_of(model)} has other weights than when the delta at "
+            f"{loaded.deltas[-1].path} was loaded, also where it trained nothing: what it replaced "
+            "does not belong there. Load the base again"
+        )
+
+
+def _not_kept(model: nn.Module, loaded: Loaded) -> str:
     return (
-        f"what the delta at {loaded.deltas[-1].path} replaced in this {_name(model)} was not kept "
-        "(without keep_base, up to half of the model is): load the base again, and every delta "
-        "with keep_base=True"
+        f"what the delta at {loaded.deltas[-1].path} replaced in this {name_of(model)} was not "
+        "kept (without keep_base, up to half of the model is): load the base again, and every "
+        "delta with keep_base=True"
     )
 
 
-def _name(model: nn.Module) -> str:
+def name_of(model: nn.Module) -> str:
+    """The class of a model, for messages."""
     return type(unwrap(model)).__name__
 
 
@@ -318,7 +275,7 @@ def _marks(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[torch.dtyp
     return {name: (parameters[name].dtype, mark) for name, mark in marks.items()}
 
 
-def _replaced_since(model: nn.Module, loaded: _Loaded) -> bool:
+def _replaced_since(model: nn.Module, loaded: Loaded) -> bool:
     """Whether nothing that deltas put into a model is there any more, as far as can be told."""
     named = named_parameters(model)
     now = _marks({name: named[name] for name in loaded.marks if name in named})

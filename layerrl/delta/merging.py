@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from layerrl.checks import check_path, check_switch
 from layerrl.delta.checkpoint import (
     INDEX,
     Checkpoint,
@@ -31,6 +32,7 @@ from layerrl.delta.fitting import (
     warn_of_nonfinite,
 )
 from layerrl.delta.folder import Delta, new_folder, refuse_existing
+from layerrl.delta.hub import check_token
 from layerrl.delta.processing import TEMPLATES, WEIGHTS, copy_processing, replaced_by
 from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import hint, read_deltas, refuse_overlap
@@ -85,7 +87,10 @@ def merge_delta(
             from what is below it, two of a union train the same tensor, or `out` exists or cannot
             be written. Nothing is left half-written.
     """
-    refuse_existing(out)  # before anything is read
+    check_path("base", base, DeltaError)
+    refuse_existing(check_path("out", out, DeltaError))  # before anything is read
+    union = check_switch("union", union, DeltaError)
+    check_token(token)
     deltas = read_deltas(path, revision=revision, token=token)
     checkpoint = Checkpoint(folder := _checkpoint_folder(base, deltas[0], token))
     for delta in deltas:
@@ -252,7 +257,7 @@ def _checkpoint_folder(
     base: str | os.PathLike[str], delta: Delta, token: str | bool | None
 ) -> Path:
     folder = Path(base)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # of any text, while is_dir() raises for one that is too long
         return folder
     from huggingface_hub import snapshot_download
 

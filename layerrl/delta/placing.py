@@ -8,10 +8,11 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import plain_name, unwrap
+from layerrl.adapters import merged_weights, without_wrappers
+from layerrl.blocks import unwrap
 from layerrl.delta.record import checkpoint_form, checkpoint_groups, stand_ins
 from layerrl.errors import DeltaError
-from layerrl.shards import parts, shape, sharded_like, write
+from layerrl.shards import is_sharded, parts, shape, sharded_like, write
 
 
 def put_tensors(
@@ -102,13 +103,53 @@ def like(value: Tensor, parameter: nn.Parameter) -> Tensor:
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by plain name; those that PEFT has adapted, by the name that they had before."""
     named = unwrap(model).named_parameters(remove_duplicate=False)
-    return {plain_name(name).replace(".base_layer.", "."): p for name, p in named}
+    return {without_wrappers(name): p for name, p in named}
+
+
+def surroundings(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of a row of a few parameters, to tell whether a model is another one later.
+
+    Args:
+        model: Any.
+        names: Parameters to leave out, as `named_parameters` gives them.
+
+    Returns:
+        Name to row. Norms, which many models have in common, are not looked at, nor is what is
+        sharded or packed.
+    """
+    named = named_parameters(model)
+    out = {id(named[name]) for name in names if name in named}
+    matrices = {
+        name: p
+        for name, p in named.items()
+        if id(p) not in out and p.dim() > 1 and type(p) is nn.Parameter
+        if not (is_sharded(p) or p.is_meta)
+    }
+    few = [*matrices][:: max(1, len(matrices) // 8)]
+    # The second: tokens are appended, and the first one is often the padding.
+    return {name: matrices[name].detach()[:2][-1].clone() for name in few}
+
+
+def all_differ(now: Mapping[str, Tensor], then: Mapping[str, Tensor]) -> bool:
+    """Whether there are rows, and none is what it was or what a cast made of it."""
+    pairs = [(row, then[name].to(row.device)) for name, row in now.items() if name in then]
+    return bool(pairs) and not any(
+        torch.equal(row, before.to(dtype).to(row.dtype))
+        for row, before in pairs
+        for dtype in (before.dtype, torch.bfloat16, torch.float16)
+    )
 
 
 def present(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of these names, which must be there to write to."""
-    named = named_parameters(model)
+    """The parameters of these names, which must be there to write to, and hold nothing else."""
+    named, merged = named_parameters(model), merged_weights(model)
     for name in names:
+        if name in merged:
+            raise DeltaError(
+                f"the deltas of this {type(unwrap(model)).__name__} cannot be switched: adapters "
+                f"are merged into {name!r}, and PEFT would later take them out of other values. "
+                "Unmerge them first: model.unmerge_adapter()"
+            )
         if name not in named or named[name].is_meta:
             why = "is not in it any more" if name not in named else "is on the meta device"
             raise DeltaError(

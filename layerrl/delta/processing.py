@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from layerrl.blocks import unwrap
+from layerrl.checks import shown
 from layerrl.delta.record import vocabulary
 from layerrl.digests import file_digest
 from layerrl.errors import DeltaError
@@ -73,6 +74,16 @@ def _ids_of_base(tokenizer: Any, model: nn.Module) -> dict[str, int]:
         return {}
 
 
+def check_processing(processing_class: Any) -> None:
+    """Refuse what is no tokenizer or processor, as its class is none."""
+    saves = callable(getattr(processing_class, "save_pretrained", None))
+    if not saves or isinstance(processing_class, type):
+        raise DeltaError(
+            f"processing_class is {shown(processing_class)}, expected a tokenizer or processor "
+            "with save_pretrained"
+        )
+
+
 def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> None:
     """Write a tokenizer or processor, and the model's generation settings.
 
@@ -84,11 +95,7 @@ def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> No
     Raises:
         DeltaError: If the tokenizer does not fit the model.
     """
-    if not callable(getattr(processing_class, "save_pretrained", None)):
-        raise DeltaError(
-            f"processing_class is {processing_class!r:.80}, expected a tokenizer or processor with "
-            "save_pretrained"
-        )
+    check_processing(processing_class)
     refuse_misfit(processing_class, model)
     processing_class.save_pretrained(folder)
     settings = getattr(unwrap(model), "generation_config", None)

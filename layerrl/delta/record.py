@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from layerrl.blocks import unwrap
+from layerrl.checks import check_kind
 from layerrl.delta.fitting import is_packed
 from layerrl.delta.origin import commit_of
 from layerrl.delta.settings import computing_settings
 from layerrl.digests import json_digest
+from layerrl.errors import DeltaError
 from layerrl.frozen import fingerprints, fingerprints_of_rows, saved_tensors
 from layerrl.replacing import replaced
 from layerrl.seams import imported
+from layerrl.selection import LayerSelection
 from layerrl.shards import is_sharded, shape, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
-    from torch import Tensor, nn
-
-    from layerrl.selection import LayerSelection
+    from torch import Tensor
 
 _IN_LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -79,7 +82,18 @@ class DeltaBase:
 
         Returns:
             The record that `save_delta` takes as `base`.
+
+        Raises:
+            DeltaError: If an argument is of another type.
+            SelectionError: If the selection does not fit the model.
         """
+        check_kind("model", model, nn.Module, "a model", DeltaError)
+        expected = "what select_layers returns"
+        check_kind("selection", selection, LayerSelection, expected, DeltaError)
+        if frozen is not None:
+            check_kind("frozen", frozen, Mapping, "fingerprints by name, or None", DeltaError)
+        if device is not None:
+            check_kind("device", device, torch.device, "a torch.device or None", DeltaError)
         trained = checkpoint_form(model, stand_ins(selection.parameters(model)))
         tensors, tied = saved_tensors(model)
         dtypes, shapes, marks, packed = {}, {}, {}, []

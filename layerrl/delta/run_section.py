@@ -62,9 +62,11 @@ def _table(columns: Mapping[str, Sequence[tuple[int, float]]], title: str) -> li
     """Means over spans of steps, at most ten of the same length."""
     if not columns:
         return []
-    last = max(step for points in columns.values() for step, _ in points)
+    steps = {step for points in columns.values() for step, _ in points}
+    last = max(steps)
     span = max(1, math.ceil(last / _ROWS))
-    spans = [(end - span + 1, min(end, last)) for end in range(span, last + span, span)]
+    spans = [(0, 0)] if 0 in steps else []  # before training, as with eval_on_start
+    spans += [(end - span + 1, min(end, last)) for end in range(span, last + span, span)]
     means = {
         name: [_mean([v for step, v in points if begin <= step <= end]) for begin, end in spans]
         for name, points in columns.items()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from layerrl.checks import listed, shown
 from layerrl.delta.fitting import STAGES
 from layerrl.delta.folder import Delta
 from layerrl.delta.hub import delta_folder
@@ -34,22 +35,27 @@ def read_deltas(
     Raises:
         DeltaError: If one cannot be read, or there are not as many revisions as deltas.
     """
-    paths: list[Any] = [path]
-    if isinstance(path, Iterable) and not isinstance(path, str | os.PathLike | Mapping):
-        paths = [*path]
+    paths = listed(path)
     if not all(isinstance(each, str | os.PathLike) for each in paths):
         raise DeltaError(
-            f"path is {path!r:.80}, expected a delta's folder or 'user/name' on the hub, or a list "
-            "of several"
+            f"path is {shown(path)}, expected a delta's folder or 'user/name' on the hub, or a "
+            "list of several"
         )
     if not paths:
-        raise DeltaError("no delta was given: expected a folder or several")
+        raise DeltaError("path is empty, no delta was given: expected a folder or several")
     if revision is None or isinstance(revision, str):
         revision = [revision] * len(paths)
+    texts = isinstance(revision, list | tuple) and all(
+        each is None or isinstance(each, str) for each in revision
+    )
+    if not texts:
+        raise DeltaError(
+            f"revision is {shown(revision)}, expected a branch, tag or commit, or a list of them"
+        )
     if len(revision) != len(paths):
         raise DeltaError(
-            f"revision has {len(revision)} entries for {len(paths)} deltas: expected one for each "
-            "(None for a folder), or one string"
+            f"revision is {revision!r:.80} for {len(paths)} deltas: expected one for each (None "
+            "for a folder), or one string"
         )
     return [
         Delta.read(delta_folder(one, revision=its, token=token))

@@ -14,15 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from layerrl.activations import backward_from_first_trained
+from layerrl.blocks import unwrap
+from layerrl.checks import check_kind
 from layerrl.errors import FrameworkError, SelectionError
-from layerrl.selection import select_layers
+from layerrl.selection import LayerSelection, select_layers
 from layerrl.selection.select import layers_in
 from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from layerrl.selection import LayerSelection
 
 SELECTION = "LAYERRL_SELECTION"
 
@@ -97,6 +97,7 @@ def read_selection(model: nn.Module, text: str) -> LayerSelection:
         >>> print(read_selection(model, "1,-1"))
         layers 1, 3 of 4
     """
+    check_kind("text", text, str, "layers as text, such as '10,-1' or 'middle:5'", SelectionError)
     return select_layers(model, layers_in(text))
 
 
@@ -113,6 +114,8 @@ def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
     Raises:
         SelectionError: If rows of the embedding were to train without the others.
     """
+    unwrap(model)  # refuses what is none
+    check_kind("selection", selection, LayerSelection, "what select_layers returns", SelectionError)
     if selection.token_rows:
         raise SelectionError(
             f"{selection}: the other rows of the embedding cannot be kept in an optimizer of this "

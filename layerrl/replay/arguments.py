@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _CHUNK_WORDS = 1 << 18
 _SLICE_BYTES = 1 << 26
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GOLDEN = 0x1E3779B97F4A7C15
 
 
@@ -170,6 +171,21 @@ class RowKeys:
 def version(tensor: Tensor) -> int:
     """How often torch has seen a tensor be written to."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """A view of a tensor's bits as integers, which autocast neither casts nor refuses.
+
+    Under autocast, torch joins floating-point tensors of float32 and of autocast's dtype alone: no
+    float16 beside bfloat16. Bookkeeping must not depend on what a caller computes in.
+
+    Args:
+        tensor: Of any dtype. It and the view share memory.
+
+    Returns:
+        The view, of the same shape.
+    """
+    return tensor.view(_INTEGERS.get(tensor.element_size(), tensor.dtype))
 
 
 def row_keys(tensor: Tensor) -> Tensor:

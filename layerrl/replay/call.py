@@ -51,14 +51,7 @@ class Call:
         self._random_state = random_state(*self._request.devices)
 
     def run(self, *, records: bool) -> Any:
-        """Compute the call's output.
-
-        Args:
-            records: Whether to record the prefix where it runs.
-
-        Returns:
-            What the model returns.
-        """
+        """Compute the call's output."""
         prefix = self._prefix(records=records)
         try:
             output = self._through(prefix)

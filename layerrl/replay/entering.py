@@ -32,13 +32,7 @@ _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class Request:
-    """A call of the model: what it asks for, and of which rows.
-
-    Args:
-        model: The model.
-        args: The call's positional arguments.
-        kwargs: The call's keyword arguments.
-    """
+    """A call of the model: what it asks for, and of which rows."""
 
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         base = unwrap(model)
@@ -151,7 +145,8 @@ def entry_of(
     hidden_keys = row_keys(hidden_BTH).tolist()
     device = hidden_BTH.device
     modules = modules_of(prefix)
-    tensors = tensors_of(modules)
+    # Those of ZeRO-3 may be gathered ahead, or not, when the pass comes to layer 0.
+    tensors = [tensor for tensor in tensors_of(modules) if not is_sharded(tensor)]
     return Entry(
         rows=tuple(zip(hidden_keys, arguments.keys, strict=True)),
         arguments=arguments,
@@ -167,6 +162,6 @@ def entry_of(
         ),
         state=state_of(prefix),
         sample=sampled(tensors),
-        storages=tuple(t.untyped_storage() for t in tensors if not is_sharded(t)),
+        storages=tuple(tensor.untyped_storage() for tensor in tensors),
         modes=bytes(module.training for module in modules),
     )

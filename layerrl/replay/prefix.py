@@ -203,9 +203,11 @@ class Prefix:
     def _is_next(self, index: int, hidden_BTH: Tensor) -> bool:
         """Whether a layer follows the one before, and takes what left that."""
         left = self._left
-        same = hidden_BTH is left and version(hidden_BTH) == self._left_version
-        moved = left is None or same or hidden_BTH.device != left.device
-        return index == self._num_done and moved
+        if index != self._num_done or left is None or hidden_BTH.device != left.device:
+            return index == self._num_done
+        # Hooks of ZeRO-3 hand on another tensor over the same memory: `output.detach()`.
+        same = hidden_BTH is left or _same_memory(hidden_BTH, left)
+        return same and version(hidden_BTH) == self._left_version
 
     def _after(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note what left a layer that ran, and after the last one keep the recording."""
@@ -285,6 +287,14 @@ class Prefix:
             and recording.arguments[index].keys[row] == key
             for (recording, row), key in zip(self._places, now.keys, strict=True)
         )
+
+
+def _same_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two dense tensors have the same elements in the same order."""
+    return all(type(t) is Tensor for t in (tensor, other)) and (
+        (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        == (other.data_ptr(), other.dtype, other.shape, other.stride())
+    )
 
 
 def _computed_in(hidden_BTH: Tensor) -> torch.dtype:

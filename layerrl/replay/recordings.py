@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from layerrl.replay.arguments import as_integers
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -99,7 +101,8 @@ def gathered(places: Sequence[Place]) -> Tensor:
     in_a_row = [(recording, first + offset) for offset in range(len(places))]
     if list(places) == in_a_row:
         return recording.hidden_BTH[first : first + len(places)].clone()
-    return torch.stack([recording.hidden_BTH[row] for recording, row in places])
+    rows = [as_integers(recording.hidden_BTH[row]) for recording, row in places]
+    return torch.stack(rows).view(recording.hidden_BTH.dtype)
 
 
 def whole_call(places: Sequence[Place]) -> bool:

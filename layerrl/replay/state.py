@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.blocks import own_forward
-from layerrl.replay.arguments import row_keys, version
+from layerrl.replay.arguments import as_integers, row_keys, version
 from layerrl.seams import imported
 from layerrl.shards import is_sharded
 
@@ -147,7 +147,7 @@ def sampled(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         ):
             step = -(-size // _NUM_SAMPLED)
             few = tensor.detach().as_strided((size // step,), (step,))
-            samples.setdefault((tensor.dtype, tensor.device), []).append(few)
+            samples.setdefault((tensor.dtype, tensor.device), []).append(as_integers(few))
     together = [torch.cat(p)[None] for (_, device), p in samples.items() if device.type != "meta"]
     return tuple(int(row_keys(few)) for few in together)
 
@@ -192,11 +192,7 @@ def _unfit(module: nn.Module) -> str | None:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Let no hook of the user's see what is computed inside.
-
-    Args:
-        model: The model. Its modules' hooks are put back in their order.
-    """
+    """Let no hook of the user's see what is computed inside."""
     found = [hooks for module in model.modules() for hooks in _foreign_hooks(module)]
     before = [hooks.copy() for hooks, _ in found]
     try:
@@ -212,11 +208,7 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unmoved(model: nn.Module) -> Iterator[None]:
-    """Put back what modules count or collect in buffers and plain attributes while they run.
-
-    Args:
-        model: The model.
-    """
+    """Put back what modules count or collect in buffers and plain attributes while they run."""
     modules = [*model.modules()]
     numbers = [
         {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}

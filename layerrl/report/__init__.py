@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from layerrl.checks import whole_number
+from layerrl.checks import check_kind, check_number, shown, whole_number
 from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
-from layerrl.report.entries import Cost, Score, check_together
+from layerrl.report.entries import Cost, Score, check_layer, check_report, still_missing
 from layerrl.report.ranking import Ranking
 from layerrl.report.stored import as_json, report_in
 from layerrl.report.table import cells, remarks
@@ -51,7 +51,7 @@ class ContributionReport:
     """What it took; None where nobody knows."""
 
     def __post_init__(self) -> None:
-        check_together(self.layers, (self.base, self.full), self.settings)
+        check_report(self)
 
     @property
     def num_layers(self) -> int:
@@ -65,15 +65,7 @@ class ContributionReport:
 
     @property
     def _missing(self) -> str:
-        seeds = len(self.settings.get("seeds", ()))
-        asked = self.settings.get("layers", range(self.num_layers))
-        runs = {n: run for n, run in self._runs.items() if not n.isdigit() or int(n) in asked}
-        missing = [name for name, run in runs.items() if run.status == "missing"]
-        trained = {name: run for name, run in runs.items() if name != "base"}
-        fewer = [n for n, run in trained.items() if run.scores and len(run.scores) < seeds]
-        texts = [f"{len(missing)} of {len(runs)} are missing"] if missing else []
-        texts += [f"{len(fewer)} have fewer than {seeds} seeds"] if fewer else []
-        return ", ".join(texts)
+        return still_missing(self._runs, self.settings)
 
     @cached_property
     def _runs(self) -> dict[str, Score]:
@@ -137,8 +129,11 @@ class ContributionReport:
 
         Returns:
             The interval; None where only the mean is known.
+
+        Raises:
+            ReportError: If there is no such layer.
         """
-        draws_D = self._draws.get(str(layer))
+        draws_D = self._draws_at(layer, shares=False)
         return None if draws_D is None else interval_of(draws_D)
 
     def contribution_interval(self, layer: int) -> Interval | None:
@@ -151,7 +146,7 @@ class ContributionReport:
             The interval; None where there is nothing to resample.
 
         Raises:
-            ReportError: If contributions are undefined.
+            ReportError: If contributions are undefined, or there is no such layer.
         """
         draws_D = self._draws_at(layer, shares=True)
         if draws_D is None:
@@ -190,7 +185,8 @@ class ContributionReport:
         number = whole_number(k, least=1)
         if number is None or number > len(values):
             raise ReportError(
-                f"top({k!r}): expected a number from 1 to {len(values)}, the layers with a score"
+                f"top({shown(k)}): expected a number from 1 to {len(values)}, the layers with a "
+                "score"
             )
         ordered = sorted(values, key=lambda layer: (-values[layer], layer))
         if number < len(ordered):
@@ -221,8 +217,9 @@ class ContributionReport:
             anything to resample.
 
         Raises:
-            ReportError: If fewer than three layers can be compared.
+            ReportError: If it is no report, or fewer than three layers can be compared.
         """
+        check_kind("other", other, ContributionReport, "a ContributionReport", ReportError)
         return self._ranking.correlation(other._ranking)
 
     def compare(self, other: ContributionReport) -> Comparison:
@@ -235,7 +232,7 @@ class ContributionReport:
             The comparison, which prints as a table.
 
         Raises:
-            ReportError: If fewer than three layers can be compared.
+            ReportError: As `spearman`.
         """
         correlation, interval = self.spearman(other)
         both = self._defined(), other._defined()
@@ -252,7 +249,7 @@ class ContributionReport:
 
     def _draws_at(self, layer: int, shares: bool) -> Tensor | None:
         """Resampled values of a layer: contributions, or scores."""
-        draws = self._draws
+        draws, layer = self._draws, check_layer(layer, self.num_layers)
         if str(layer) not in draws or not shares:
             return draws.get(str(layer))
         if not {"base", "full"} <= set(draws):
@@ -267,7 +264,11 @@ class ContributionReport:
 
         Returns:
             The value; None where one of the two has none.
+
+        Raises:
+            ReportError: If the depth is not from 0 to 1.
         """
+        depth = check_number("depth", depth, ReportError, least=0, most=1)
         return Ranking(self.num_layers, self._values(), {}).at(depth)
 
     def to_json(self) -> str:
@@ -328,7 +329,7 @@ class ContributionReport:
             The axes.
 
         Raises:
-            ReportError: If matplotlib is missing.
+            ReportError: If matplotlib is missing, or `ax` is none of its axes.
         """
         shares = self._defined()
         values = shares or self.scores

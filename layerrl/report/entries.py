@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from layerrl.checks import finite_number, shown
+from layerrl.checks import (
+    check_choice,
+    check_count,
+    check_kind,
+    check_number,
+    finite_number,
+    shown,
+    whole_number,
+)
 from layerrl.errors import ReportError
 from layerrl.schema import Rule, fitted
 from layerrl.stored import refused_as
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
+
+    from layerrl.report import ContributionReport
 
 Status = Literal["done", "dropped", "missing"]
 _LARGEST = 1e150
@@ -49,41 +59,47 @@ class Score:
     """Why it was dropped, or what else there is to know."""
 
     def __post_init__(self) -> None:
-        for name in ("score", "contribution", "seconds", "steps"):
-            least = 0 if name in ("seconds", "steps") else None
-            value = getattr(self, name)
-            if finite_number(value, least=least) is None and (least == 0 or value is not None):
-                raise ReportError(
-                    f"{name} of a run is {shown(value)}, expected a finite number"
-                    f"{'' if least is None else ' from 0 up'}"
-                )
-        if self.status not in get_args(Status):
+        _set_numbers(self, optional=("score", "contribution"))
+        _set_numbers(self, needed=("seconds",), counts=("steps",), least=0)
+        check_choice("status of a run", self.status, get_args(Status), ReportError)
+        check_kind("note of a run", self.note, str, "text", ReportError)
+        try:
+            curve = tuple((_step(step), _rows(scores, "curve")) for step, scores in self.curve)
+        except (TypeError, ValueError) as error:  # of what is no pairs
+            if isinstance(error, ReportError):
+                raise
             raise ReportError(
-                f"status of a run is {shown(self.status)}, expected one of {get_args(Status)}"
-            )
-        curve = tuple((step, _rows(scores)) for step, scores in self.curve)
+                f"curve of a run is {shown(self.curve)}, expected pairs of a step and scores"
+            ) from error
         object.__setattr__(self, "curve", curve)
         if self.scores is None:
             return
-        rows = _rows(self.scores)
+        rows = _rows(self.scores, "scores")
         object.__setattr__(self, "scores", rows)
         object.__setattr__(self, "score", sum(map(sum, rows)) / (len(rows) * len(rows[0])))
 
 
-def check_together(
-    layers: Sequence[Score], ends: Sequence[Score | None], settings: Mapping[str, Any]
-) -> None:
+def check_report(report: ContributionReport) -> None:
     """Refuse runs and settings that no report can be of.
 
     Args:
-        layers: A run for each layer.
-        ends: The base and the full run.
-        settings: Of the runs.
+        report: One that is being made.
 
     Raises:
-        ReportError: If runs were scored on different numbers of prompts, or a setting that a
-            report reads is no such setting.
+        ReportError: If a field is of another type, runs were scored on different numbers of
+            prompts, or a setting that a report reads is no such setting.
     """
+    layers, settings, ends = report.layers, report.settings, (report.base, report.full)
+    for name in ("method", "source"):
+        check_kind(f"{name} of a report", getattr(report, name), str, "text", ReportError)
+    check_kind("layers of a report", layers, tuple | list, "a tuple of Score", ReportError)
+    for layer in layers:
+        check_kind("an entry of layers", layer, Score, "a Score", ReportError)
+    for name, kind in (("base", Score), ("full", Score), ("cost", Cost)):
+        if (value := getattr(report, name)) is not None:
+            expected = f"a {kind.__name__} or None"
+            check_kind(f"{name} of a report", value, kind, expected, ReportError)
+    check_kind("settings of a report", settings, dict, "a dict", ReportError)
     runs = [run for run in (*layers, *ends) if run is not None]
     sizes = {len(row) for run in runs for row in run.scores or ()}
     if len(sizes) > 1:
@@ -98,15 +114,103 @@ def check_together(
                 fitted(kind, known[name], name)
 
 
-def _rows(scores: Iterable[Iterable[float]]) -> tuple[tuple[float, ...], ...]:
-    rows = tuple(tuple(map(float, row)) for row in scores)
+def still_missing(runs: Mapping[str, Score], settings: Mapping[str, Any]) -> str:
+    """What was asked for and is not there yet, in a clause; empty where nothing is.
+
+    Args:
+        runs: By name: a layer's number, `"base"` or `"full"`.
+        settings: Of the report.
+
+    Returns:
+        How many runs are missing, and how many have fewer seeds than asked for.
+    """
+    seeds, asked = len(settings.get("seeds", ())), settings.get("layers")
+    wanted = {
+        n: run for n, run in runs.items() if asked is None or not n.isdigit() or int(n) in asked
+    }
+    missing = [name for name, run in wanted.items() if run.status == "missing"]
+    trained = {name: run for name, run in wanted.items() if name != "base"}
+    fewer = [n for n, run in trained.items() if run.scores and len(run.scores) < seeds]
+    texts = [f"{len(missing)} of {len(wanted)} are missing"] if missing else []
+    texts += [f"{len(fewer)} have fewer than {seeds} seeds"] if fewer else []
+    return ", ".join(texts)
+
+
+def check_layer(layer: object, num_layers: int) -> int:
+    """A layer that a report is asked for.
+
+    Args:
+        layer: What was given.
+        num_layers: Layers of the report.
+
+    Returns:
+        Its number.
+
+    Raises:
+        ReportError: If there is none of this number.
+    """
+    number = whole_number(layer, least=0)
+    if number is None or number >= num_layers:
+        raise ReportError(f"layer is {shown(layer)}, expected an int from 0 to {num_layers - 1}")
+    return number
+
+
+def _rows(scores: Iterable[Iterable[float]], name: str) -> tuple[tuple[float, ...], ...]:
+    try:
+        rows = tuple(tuple(map(_number, row)) for row in scores)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ReportError(
+            f"{name} of a run is {shown(scores)}, expected a list for every seed, of a finite "
+            "number for each prompt"
+        ) from error
     sizes = {len(row) for row in rows}
     if len(sizes) != 1 or 0 in sizes or not all(abs(v) < _LARGEST for row in rows for v in row):
         raise ReportError(
-            f"scores of {sorted(sizes)} prompts: expected, for every seed, one finite number "
+            f"{name} of {sorted(sizes)} prompts: expected, for every seed, one finite number "
             "for each of the same prompts"
         )
     return rows
+
+
+def _number(value: Any) -> float:
+    """A score: a report has many, so that most take the shortest way."""
+    if type(value) is float:
+        return value
+    number = finite_number(value)
+    if number is None:
+        raise TypeError(value)
+    return number
+
+
+def _step(value: object) -> int:
+    return check_count("step of a curve", value, ReportError, least=0)
+
+
+def _set_numbers(
+    entry: Score | Cost,
+    *,
+    needed: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+    counts: tuple[str, ...] = (),
+    least: float | None = None,
+) -> None:
+    """Check fields and make them Python's own numbers, which JSON takes.
+
+    Args:
+        entry: What has them; changed.
+        needed: Names of quantities.
+        optional: The same, which may be None.
+        counts: Names of counts.
+        least: The smallest that makes sense.
+    """
+    for name in (*needed, *optional):
+        value = getattr(entry, name)
+        if value is not None or name in needed:
+            number = check_number(f"{name} of a run", value, ReportError, least=least)
+            object.__setattr__(entry, name, number)
+    for name in counts:
+        number = check_count(f"{name} of a run", getattr(entry, name), ReportError, least=0)
+        object.__setattr__(entry, name, number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +229,11 @@ class Cost:
     """Share of a full-parameter run. Of runs: of the seconds that it took. Of methods without runs:
     of the passes in the run that the arguments describe, where generating a completion counts as
     much as a forward pass, and a backward as two, or three where activations are recomputed."""
+
+    def __post_init__(self) -> None:
+        counts = ("tokens", "forwards", "backwards")
+        counted = tuple(name for name in counts if getattr(self, name) is not None)
+        _set_numbers(self, needed=("seconds",), optional=("fraction",), counts=counted, least=0)
 
     def __str__(self) -> str:
         parts = [f"{self.seconds:.0f} s"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from functools import wraps
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from datasets import Dataset
 from torch import nn
 
+from layerrl.checks import check_path, shown, whole_number
 from layerrl.errors import ProbeError
 from layerrl.scores.identity import name_of, stored_rows
 
@@ -28,13 +31,19 @@ def checked(function: Any) -> Any:
     @wraps(call)
     def call_and_check(*, prompts: list[Any], **others: Any) -> list[Any]:
         try:
-            rewards = list(call(prompts=prompts, **others))
+            returned = call(prompts=prompts, **others)
         except Exception as error:
             error.add_note(
                 f"raised by the reward {name} on {len(prompts)} completions, the first of them "
                 f"for the prompt {prompts[0]!r:.200}"
             )
             raise
+        if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping):
+            raise ProbeError(
+                f"the reward {name} returned {shown(returned)}, expected a list with a finite "
+                "number for each completion, or None where it does not apply"
+            )
+        rewards = list(returned)
         if len(rewards) != len(prompts):
             raise ProbeError(
                 f"the reward {name} returned {len(rewards)} rewards for {len(prompts)} "
@@ -49,7 +58,7 @@ def checked(function: Any) -> Any:
                 finite = False
             if not finite:
                 raise ProbeError(
-                    f"the reward {name} returned {reward!r:.100} for a completion of the prompt "
+                    f"the reward {name} returned {shown(reward)} for a completion of the prompt "
                     f"{prompt!r:.200}, expected a finite number, or None where it does not apply"
                 )
         return rewards
@@ -67,6 +76,8 @@ def check_prompts(name: str, dataset: Any) -> Dataset:
         )
     if "prompt" not in dataset.column_names:
         raise ProbeError(f'{name} has the columns {dataset.column_names}, expected a "prompt"')
+    if len(dataset) == 0:
+        raise ProbeError(f"{name} has no rows, expected prompts")
     return dataset
 
 
@@ -116,8 +127,75 @@ _EVALUATED_WITH = (
 """Arguments that say how a run is evaluated, and not only how it is trained."""
 
 
+def check_rewards(reward_funcs: Any) -> list[Any]:
+    """One reward or several: functions, models, or ids of models.
+
+    Args:
+        reward_funcs: As the trainer takes them.
+
+    Returns:
+        Them.
+
+    Raises:
+        ProbeError: If one is none of these, or there is none.
+    """
+    functions = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for each in functions:
+        if isinstance(each, str):
+            check_path("reward_funcs", each, ProbeError)
+        elif not callable(each) or isinstance(each, type):
+            raise ProbeError(
+                f"reward_funcs has {shown(each)}, expected a function, a model or the id of one"
+            )
+    if not functions:
+        raise ProbeError("reward_funcs is empty, expected a function, a model or the id of one")
+    return functions
+
+
+def check_seeds(seeds: Any) -> list[int]:
+    """Different seeds of all random number generators, in order.
+
+    Args:
+        seeds: What was given.
+
+    Returns:
+        Them, as Python's own ints.
+
+    Raises:
+        ProbeError: If they are none, or fewer than one.
+    """
+    numbers: list[int | None] = []
+    if not isinstance(seeds, str | bytes | Mapping | Set):
+        with suppress(TypeError):  # one number, or none
+            numbers = [whole_number(seed, least=0) for seed in seeds]
+    found = [number for number in numbers if number is not None and number < 2**32]
+    if not found or len({*found}) < len(numbers):
+        raise ProbeError(
+            f"seeds is {shown(seeds)}, expected different ints from 0 to {2**32 - 1}, at least one"
+        )
+    return found
+
+
+def check_length(name: str, args: Any) -> None:
+    """Refuse arguments of a run without steps.
+
+    Args:
+        name: What the caller names them.
+        args: A trainer's.
+
+    Raises:
+        ProbeError: If they ask for none.
+    """
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ProbeError(
+            f"{name} has max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs}, "
+            "expected max_steps above 0, or -1 and num_train_epochs above 0"
+        )
+
+
 def check_arguments(args: Any, full_args: Any, *, greedy: bool, halving: bool) -> None:
     """Refuse arguments under which runs could not be evaluated alike, or not at all."""
+    check_length("full_args", full_args)
     if args.world_size > 1:
         raise ProbeError(
             f"{args.world_size} processes: method='train' runs in one. Start one, or spread the "

@@ -92,6 +92,37 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
         yield
 
 
+@contextmanager
+def all_rewarded(trainer: Any) -> Iterator[None]:
+    """Refuse completions without any reward; TRL would train on 0 for them.
+
+    One function of several may give None where it does not apply, as long as another gives a
+    number.
+
+    Args:
+        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ProbeError: Inside, if no function gave a completion a reward.
+    """
+
+    def look(inputs: Any, rewards: list[float]) -> None:
+        without = [row for row, reward in zip(inputs, rewards, strict=True) if math.isnan(reward)]
+        if without:
+            raise ProbeError(
+                f"{len(without)} of {len(rewards)} completions got no reward, the first of them "
+                f"for the prompt {without[0].get('prompt')!r:.200}: "
+                f"{', '.join(trainer.reward_func_names)} returned None, each saying that it does "
+                "not apply. Give every prompt a reward that does."
+            )
+
+    with watched_rewards(trainer, look):
+        yield
+
+
 def rewarded_differently(rewards: Sequence[float], num_generations: int) -> list[bool]:
     """Whether any two completions of a prompt got different rewards, for each prompt.
 

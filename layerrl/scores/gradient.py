@@ -1,4 +1,4 @@
-"""`method="gradient"`: what a step in each layer alone would gain on other prompts.
+"""`method="gradient"`: what a first step in each layer alone would gain.
 
 Legend: P prompts, L layers.
 """
@@ -9,17 +9,19 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, set_seed
 
-from layerrl.checks import whole_number
+from layerrl.checks import shown, whole_number
 from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport, Cost, Score
-from layerrl.scores.evaluation import random_state_kept
-from layerrl.scores.gains import held_out_gains
+from layerrl.scores.evaluation import all_rewarded, random_state_kept
+from layerrl.scores.gains import first_step_gains
 from layerrl.scores.method import ROLLOUTS, Method
+from layerrl.scores.processes import add_up, loss_alone, refuse_sharded, whole_model
 from layerrl.scores.restoring import as_found
 from layerrl.scores.rollouts import Rollouts
-from layerrl.scores.runs import Runs, only_training
+from layerrl.scores.runs import Runs, made, only_training
 from layerrl.trained import TrainedLayers
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ _UNSCORED = 1 / 4
 """Share of the prompts that come first and are not scored: the steps before them know too few."""
 
 
+class TooLittleSignalError(ProbeError):
+    """Prompts that say too little of the layers; more of them may say enough."""
+
+
 def gradient_report(
     rollouts: Rollouts,
     selection: LayerSelection,
@@ -40,7 +46,7 @@ def gradient_report(
     settings: dict[str, Any],
     started: float,
 ) -> ContributionReport:
-    """Score layers by what a step in each alone would gain on prompts that had no part in it.
+    """Score layers by what a first step in each alone would gain.
 
     Args:
         rollouts: Prompts, to be answered by the trainer's model as it is. The gradients of its
@@ -48,26 +54,23 @@ def gradient_report(
         selection: Layers to score; what they hold of the model requires gradients.
         args: Arguments of the run that the scores are for.
         settings: What to keep in the report.
-        started: When the work for it began, as `time.perf_counter` has it.
+        started: `time.perf_counter()` when the work for it began.
 
     Returns:
         The report. A score of 1 is that of the average layer.
 
     Raises:
-        ProbeError: If there is nothing to score.
+        ProbeError: If the trainer cannot be probed, or a gradient is not finite; as a
+            `TooLittleSignalError` if there is nothing to score.
     """
     trainer = rollouts.trainer
     check_trainer(trainer, "method='gradient'")
-    gains_PL = held_out_gains(
-        TrainedLayers(trainer.model, selection).by_layer,
-        (
-            [partial(trainer.compute_loss, trainer.model, part) for part in parts]
-            for parts in rollouts
-        ),
-        epsilon=args.adam_epsilon,
-    )
+    gains = _gains(rollouts, selection, args.adam_epsilon)
     check_signal(rollouts)
-    rows = _against_average(gains_PL[int(len(gains_PL) * _UNSCORED) :])
+    gains_PL, held_out_PL = (found[int(len(found) * _UNSCORED) :] for found in gains)
+    _check_common(held_out_PL, rollouts)
+    # Of a prompt for each layer, in units of the average layer's gain.
+    rows = (gains_PL.T / gains_PL.mean()).tolist()
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
     scores = dict(zip(selection.layers, rows, strict=True))
@@ -93,16 +96,30 @@ def gradient_report(
     )
 
 
-def _against_average(gains_PL: Tensor) -> list[list[float]]:
-    """For each layer its gain on each prompt, in units of the average layer's gain."""
-    average = gains_PL.mean().item()
-    if average <= 0:
-        raise ProbeError(
-            f"over {len(gains_PL)} prompts, a step that other prompts ask for gains nothing in "
-            "the average layer: their gradients have nothing in common that could be told from "
-            "noise. Raise the budget or num_generations."
+def _gains(rollouts: Rollouts, selection: LayerSelection, epsilon: float) -> tuple[Tensor, Tensor]:
+    """What `first_step_gains` finds, the same in all processes."""
+    trainer = rollouts.trainer
+    together = trainer.accelerator.num_processes > 1
+    with whole_model(trainer):
+        gains = first_step_gains(
+            TrainedLayers(trainer.model, selection).by_layer,
+            ([partial(loss_alone, trainer, part) for part in parts] for parts in rollouts),
+            epsilon=epsilon,
+            add_up=add_up if together else None,
         )
-    return (gains_PL.T / average).tolist()
+    if together:  # or the last bit of a sum could make them choose differently
+        [gains] = broadcast_object_list([gains])
+    return gains
+
+
+def _check_common(held_out_PL: Tensor, rollouts: Rollouts) -> None:
+    """Refuse gradients of which none says anything of another prompt's."""
+    if held_out_PL.mean() <= 0:
+        raise TooLittleSignalError(
+            f"{_tried(rollouts)}: on the last {len(held_out_PL)}, a step that the prompts before "
+            "ask for gains nothing in the average layer, so that their gradients cannot be told "
+            f"from noise. {_advice(rollouts)}"
+        )
 
 
 def units_of_a_pass(args: Any) -> int:
@@ -144,7 +161,7 @@ def check_trainer(trainer: Any, asked: str) -> None:
         asked: What was asked for, to name it.
 
     Raises:
-        ProbeError: If it generates nothing, has several processes or a sharded model, or trains in
+        ProbeError: If it generates nothing, has no process with the whole model, or trains in
             float16: the probe's backward is not scaled, and small gradients would become zero.
     """
     if trainer.args.fp16:
@@ -158,17 +175,7 @@ def check_trainer(trainer: Any, asked: str) -> None:
             f"{asked} needs a trainer that generates and rewards, such as GRPO's; "
             f"{type(trainer).__name__} does not"
         )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ProbeError(
-            f"{asked} looks at whole gradients, and this run's model is sharded. Probe "
-            "without FSDP or DeepSpeed; the report's selection works with them."
-        )
-    if trainer.accelerator.num_processes > 1:
-        raise ProbeError(
-            f"{asked} in {trainer.accelerator.num_processes} processes: the completions of a "
-            "prompt may lie on several. Probe in one process; the report's selection works in any "
-            "number."
-        )
+    refuse_sharded(trainer, asked)
 
 
 def check_signal(rollouts: Rollouts) -> None:
@@ -178,20 +185,39 @@ def check_signal(rollouts: Rollouts) -> None:
         rollouts: All of them.
 
     Raises:
-        ProbeError: If too few prompts have completions that were rewarded differently.
+        TooLittleSignalError: If too few prompts have completions that were rewarded differently.
     """
-    found, tried = sum(rollouts.with_signal), len(rollouts.with_signal)
     trainer = rollouts.trainer
-    what = (
-        f"of {tried} prompts tried, {found} have completions that were rewarded differently "
-        f"({', '.join(trainer.reward_func_names)}, {trainer.num_generations} completions each)"
-    )
-    if found < FEWEST_PROMPTS // 2:
-        raise ProbeError(
-            f"{what}: there is too little to learn from to score layers. Take prompts that the "
-            "model sometimes gets right, a higher temperature, more num_generations or a larger "
-            "budget."
+    if not rollouts.num_tokens:
+        raise TooLittleSignalError(
+            f"all {len(rollouts.with_signal) * trainer.num_generations} completions were cut off "
+            f"at max_completion_length={trainer.max_completion_length} and "
+            "mask_truncated_completions leaves them out: nothing is left to learn from. Allow "
+            "longer completions."
         )
+    if sum(rollouts.with_signal) < FEWEST_PROMPTS // 2:
+        raise TooLittleSignalError(
+            f"{_tried(rollouts)}: there is too little to learn from to score layers. "
+            f"{_advice(rollouts)}"
+        )
+
+
+def _tried(rollouts: Rollouts) -> str:
+    trainer, signals = rollouts.trainer, rollouts.with_signal
+    return (
+        f"of {len(signals)} prompts tried, {sum(signals)} have completions that were rewarded "
+        f"differently ({', '.join(trainer.reward_func_names)}, {trainer.num_generations} "
+        "completions each)"
+    )
+
+
+def _advice(rollouts: Rollouts) -> str:
+    """What a user can change: a trainer's own batches have no budget."""
+    budget = "" if rollouts.old else ", the budget"
+    return (
+        f"Raise num_generations, the temperature{budget}, or take prompts that the model "
+        "sometimes gets right."
+    )
 
 
 def _score(selection: LayerSelection, request: Request) -> ContributionReport:
@@ -199,7 +225,7 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
     seed, num_prompts = runs.seeds[0], whole_number(request.budget, least=FEWEST_PROMPTS)
     if num_prompts is None:
         raise ProbeError(
-            f"budget is {request.budget!r} prompts; method='gradient' needs at least "
+            f"budget is {shown(request.budget)} prompts; method='gradient' needs at least "
             f"{FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 64 or more "
             "to tell layers apart"
         )
@@ -209,12 +235,13 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
             parameter.grad = None
         set_seed(seed)
         args = _of_one_pass(request.args, seed)
-        trainer = runs.make_trainer(model=model, args=args, selection=selection)
+        trainer = made(runs.make_trainer, model=model, args=args, selection=selection)
         trainer.remove_callback(PrinterCallback)
         trainer.masked_run.initial = {}  # what a training's changes are measured against
         rollouts = Rollouts(trainer, num_prompts)
         settings = {**runs.settings, "seed": seed}
-        return gradient_report(rollouts, selection, request.args, settings, started)
+        with all_rewarded(trainer):
+            return gradient_report(rollouts, selection, request.args, settings, started)
 
 
 def _of_one_pass(args: Any, seed: int) -> Any:

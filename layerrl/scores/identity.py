@@ -27,14 +27,7 @@ _NOT_SETTINGS = (
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """The arguments of a trainer that change the result of a run.
-
-    Args:
-        args: The arguments.
-
-    Returns:
-        JSON values.
-    """
+    """The arguments of a trainer that change the result of a run."""
     shown = args.to_dict()
     return {name: value for name, value in shown.items() if name not in _NOT_SETTINGS}
 
@@ -64,14 +57,7 @@ def digest_of_rows(dataset: Dataset) -> str:
 
 
 def stored_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows as they are stored: images and other files are not decoded.
-
-    Args:
-        dataset: The rows.
-
-    Yields:
-        One after the other, by column.
-    """
+    """Rows as they are stored: images and other files are not decoded."""
     for batch in dataset.with_format("arrow").iter(batch_size=1000):
         yield from batch.to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 

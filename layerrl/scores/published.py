@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from layerrl.checks import check_kind, shown
 from layerrl.errors import ReportError
 from layerrl.report import ContributionReport, Cost, Score
 from layerrl.scores.method import Method, without_interval
@@ -29,12 +30,13 @@ def _table(name: str) -> dict[str, Any]:
     text = (files("layerrl") / "data" / "published_contributions.json").read_text(encoding="utf-8")
     models = json.loads(text)["models"]
     by_lower = {known.lower(): known for known in models}
-    wanted = str(name).rpartition("/")[2].lower()
+    check_kind("name", name, str, "a model's name, such as 'Qwen3-1.7B-Base'", ReportError)
+    wanted = name.rpartition("/")[2].lower()
     if wanted not in by_lower:
         close = [by_lower[match] for match in get_close_matches(wanted, by_lower, n=3, cutoff=0.5)]
         hint = f"Close: {', '.join(close)}. " if close else ""
         raise ReportError(
-            f"no contributions were published for {name!r}. {hint}Known: {', '.join(models)}"
+            f"no contributions were published for {shown(name)}. {hint}Known: {', '.join(models)}"
         )
     return {"name": by_lower[wanted], **models[by_lower[wanted]]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
@@ -17,7 +18,6 @@ from trl.trainer.utils import (
 
 from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.compatibility import windows_of_tokens
-from layerrl.errors import ProbeError
 from layerrl.replacing import replaced
 from layerrl.scores.evaluation import replaced_rewards, rewarded_differently, watched_rewards
 from layerrl.warning import warn
@@ -34,16 +34,18 @@ class Rollouts:
     """Prompts of a trainer's data set, answered by its model as it is and rewarded.
 
     Args:
-        trainer: A TRL trainer that generates and rewards (GRPO, RLOO), in one process, before its
-            first step. Its arguments should ask for no pass that a first step does not need.
-        num_prompts: How many to take; fewer where the data set has fewer.
+        trainer: A TRL trainer that generates and rewards (GRPO, RLOO), before its first step. Its
+            arguments should ask for no pass that a first step does not need.
+        num_prompts: How many to take; fewer where the data set has fewer. In several processes
+            whole generation batches are taken. After a raise, another iteration goes over what
+            there is where batches are kept (`old`), and on.
     """
 
     trainer: Any
     num_prompts: int
     old: bool = False
     """Whether batches after the first hold log-probabilities of the model as it is now, to train on
-    when it will have moved."""
+    when it will have moved. All batches are kept then."""
     twice: bool = True
     """Ask for the rewards of the first batch a second time, to see whether they are the same."""
     num_tokens: int = field(default=0, init=False)
@@ -52,52 +54,67 @@ class Rollouts:
     """For each prompt so far, whether its completions were rewarded differently."""
     reward_noise: float | None = field(default=None, init=False)
     """Mean absolute difference between two rewards of the same completion."""
+    _loader: Iterator[list[Any]] | None = field(default=None, init=False)
+    _kept: list[tuple[dict[str, Any], list[bool]]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """For each prompt the micro-batches of its completions, none where nothing is learned.
 
-        A prompt's losses add up to its share of the loss of its generation batch.
+        A prompt's losses add up to its share of the loss of its generation batch. In several
+        processes they do over all of them, each of which has the micro-batches of its own rows.
 
         Yields:
             What the trainer's `compute_loss` takes, `per_device_train_batch_size` rows or fewer.
-
-        Raises:
-            ProbeError: If nothing of a batch can be learned from.
         """
-        trainer, size = self.trainer, self.trainer.num_generations
-        rows_left = self.num_prompts * size
-        trainer.model.train()
-        repeats = trainer.num_iterations * trainer.args.steps_per_generation
-        with in_its_precision(trainer):
-            for rows in islice(trainer.get_train_dataloader(), 0, None, repeats):
-                batch = self._generate(rows[:rows_left])
-                yield from self._prompts(batch)
-                rows_left -= len(rows)
-                if rows_left <= 0:
+        self.trainer.model.train()
+        with in_its_precision(self.trainer):
+            for batch, signals in self._kept:
+                yield from self._prompts(batch, signals)
+            while len(self.with_signal) < self.num_prompts:
+                generated = self._generate()
+                if generated is None:
                     break
+                if self.old:
+                    self._kept.append(generated)
+                yield from self._prompts(*generated)
 
-    def _prompts(self, batch: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    def _prompts(
+        self, batch: dict[str, Any], signals: list[bool]
+    ) -> Iterator[list[dict[str, Any]]]:
         trainer, size = self.trainer, self.trainer.num_generations
-        num_prompts = len(batch["advantages"]) // size
-        num_parts = -(-size // trainer.args.per_device_train_batch_size)
-        while size % num_parts:  # equal parts, or their means would not add up to the prompt's
-            num_parts += 1
-        trainer.current_gradient_accumulation_steps = num_parts
+        num_rows = len(batch["advantages"])
+        # Of equal length, or their means would not add up to the prompt's, and of one prompt each,
+        # whose other rows may lie in another process.
+        common = math.gcd(num_rows, size)
+        most = min(common, trainer.args.per_device_train_batch_size)
+        length = next(rows for rows in range(most, 0, -1) if common % rows == 0)
+        first = trainer.accelerator.process_index * num_rows
+        trainer.current_gradient_accumulation_steps = size // length
         if batch.get("num_items_in_batch") is not None:
-            scale = windows_of_tokens(trainer) / num_prompts
+            # TRL's loss takes for granted that gradients are averaged over processes.
+            scale = windows_of_tokens(trainer) * trainer.accelerator.num_processes / len(signals)
             batch = {**batch, "num_items_in_batch": batch["num_items_in_batch"] * scale}
         split: Callable[..., list[dict[str, Any]]] = split_tensor_dict
-        signals = self.with_signal[-num_prompts:]
-        prompts = split(split_pixel_values_by_grid(batch), num_prompts)
-        for prompt, signal in zip(prompts, signals, strict=True):
-            yield [
-                unsplit_pixel_values_by_grid(part)
-                for part in (split(prompt, num_parts) if signal else ())
-            ]
+        parts = split(split_pixel_values_by_grid(batch), num_rows // length)
+        for prompt, signal in enumerate(signals):
+            start, end = (
+                min(max(row - first, 0), num_rows) // length
+                for row in (prompt * size, (prompt + 1) * size)
+            )
+            yield [unsplit_pixel_values_by_grid(part) for part in parts[start:end] if signal]
 
-    def _generate(self, rows: list[Any]) -> dict[str, Any]:
-        trainer = self.trainer
-        first = not self.with_signal
+    def _generate(self) -> tuple[dict[str, Any], list[bool]] | None:
+        """The next batch, and which of its prompts have signal; None where there is no other."""
+        trainer, num_before = self.trainer, len(self.with_signal)
+        if self._loader is None:
+            repeats = trainer.num_iterations * trainer.args.steps_per_generation
+            self._loader = islice(iter(trainer.get_train_dataloader()), 0, None, repeats)
+        rows = next(self._loader, None)
+        if rows is None:
+            return None
+        if trainer.accelerator.num_processes == 1:
+            rows = rows[: (self.num_prompts - num_before) * trainer.num_generations]
+        first = not num_before
         can_again = getattr(trainer, "environment_factories", None) is None
         with (
             replaced_rewards(trainer, self._again)
@@ -107,15 +124,12 @@ class Rollouts:
             watched_rewards(trainer, self._note),
         ):
             batch = trainer._generate_and_score_completions(rows)
-        mask: Tensor = batch["completion_mask"]
-        if not mask.any():
-            raise ProbeError(
-                f"all {len(mask)} completions were cut off at max_completion_length="
-                f"{trainer.max_completion_length} and mask_truncated_completions leaves them out: "
-                "nothing is left to learn from. Allow longer completions."
-            )
-        self.num_tokens += int(mask.sum())
-        return batch
+        num_tokens = int(trainer.accelerator.gather(batch["completion_mask"].sum()).sum())
+        self.num_tokens += num_tokens
+        if not num_tokens:  # all cut off, and mask_truncated_completions leaves them out
+            num_prompts = len(self.with_signal) - num_before
+            self.with_signal[num_before:] = [False] * num_prompts
+        return batch, self.with_signal[num_before:]
 
     def _note(self, _: Any, rewards: list[float]) -> None:
         self.with_signal += rewarded_differently(rewards, self.trainer.num_generations)
@@ -140,14 +154,7 @@ class Rollouts:
 
 @contextmanager
 def in_its_precision(trainer: Any) -> Iterator[None]:
-    """Run the model as its training does: in mixed precision, where the arguments ask for it.
-
-    Args:
-        trainer: A trainer that may have trained or not.
-
-    Yields:
-        Nothing.
-    """
+    """Run the model as its training does: in mixed precision, where the arguments ask for it."""
     model, accelerator = unwrap(trainer.model), trainer.accelerator
 
     def prepared(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,10 +8,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from layerrl.checks import whole_number
+from layerrl.checks import check_kind, shown
 from layerrl.errors import ProbeError
-from layerrl.scores.checks import check_prompts, checked
+from layerrl.scores.checks import (
+    check_length,
+    check_prompts,
+    check_rewards,
+    check_seeds,
+    checked,
+)
 from layerrl.scores.identity import (
     digest_of_rows,
     identity_of,
@@ -52,18 +59,16 @@ class Runs:
             What the runs have in common.
 
         Raises:
-            ProbeError: If the prompts or the seeds are not such.
+            ProbeError: If one of the arguments is not what it should be.
         """
-        train_dataset, given = check_prompts("train_dataset", request.train_dataset), request.seeds
-        try:
-            numbers = [whole_number(seed) for seed in given]
-        except TypeError:  # one number, or none
-            numbers = []
-        seeds = [number for number in numbers if number is not None]
-        if not seeds or len({*seeds}) < len(numbers):
-            raise ProbeError(f"seeds is {given!r}, expected different ints, at least one")
-        rewards = request.reward_funcs
-        functions = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+        check_kind("model", request.model, nn.Module, "a loaded model", ProbeError)
+        functions = check_rewards(request.reward_funcs)
+        train_dataset = check_prompts("train_dataset", request.train_dataset)
+        if request.processing_class is not None:
+            kinds, expected = (PreTrainedTokenizerBase, ProcessorMixin), "a tokenizer or processor"
+            check_kind("processing_class", request.processing_class, kinds, expected, ProbeError)
+        check_length("args", request.args)
+        seeds = check_seeds(request.seeds)
         return cls(
             seeds=seeds,
             models=[request.model, *(f for f in functions if isinstance(f, nn.Module))],
@@ -82,6 +87,28 @@ class Runs:
                 "trainer": name_of(request.trainer_class),
             },
         )
+
+
+def made(make_trainer: Callable[..., Any], **arguments: Any) -> Any:
+    """A trainer, if it is masked: any other would train everything, and say nothing.
+
+    Args:
+        make_trainer: As `Runs` has it.
+        **arguments: The model, the trainer's arguments and the selection.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        ProbeError: If it is not masked.
+    """
+    trainer = make_trainer(**arguments)
+    if not hasattr(trainer, "masked_run"):
+        raise ProbeError(
+            f"trainer_class made {shown(trainer)}, expected a masked trainer, such as "
+            "LayerMaskedGRPOTrainer"
+        )
+    return trainer
 
 
 def only_training(args: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from layerrl.blocks import plain_name
+from layerrl.checks import check_choice
 from layerrl.errors import SelectionError
 from layerrl.seams import imported
 from layerrl.selection.rows import names_rows
@@ -31,8 +32,7 @@ def config_for(tool: object, selection: LayerSelection, base: nn.Module) -> dict
     Raises:
         SelectionError: If the tool is not known or cannot express the selection.
     """
-    if tool not in TOOLS:
-        raise SelectionError(f"to_config({tool!r}, ...): expected one of {', '.join(TOOLS)}")
+    check_choice("tool", tool, TOOLS, SelectionError)
     trained = selection.parameters(base)
     path = selection.blocks(base).path
     _refuse(tool, selection, multimodal=_is_multimodal(base))

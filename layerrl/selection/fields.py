@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from layerrl.checks import check_choice, check_count, check_kind, shown
 from layerrl.errors import SelectionError
 from layerrl.schema import fitted
 from layerrl.selection.parsing import are_globs, integer
@@ -38,18 +39,15 @@ def checked(selection: LayerSelection) -> tuple[tuple[str, ...], tuple[float, ..
         SelectionError: If they make none.
     """
     if not isinstance(selection.layers, tuple):
-        raise SelectionError(f"layers of a selection is a tuple, got {selection.layers!r}")
+        raise SelectionError(f"layers of a selection is a tuple, got {shown(selection.layers)}")
     if selection.modules is not None and not are_globs(selection.modules):
-        raise SelectionError(f"modules is None or a tuple of globs, got {selection.modules!r}")
-    if not isinstance(selection.full, bool):
-        raise SelectionError(f"full is True or False, got {selection.full!r}")
+        raise SelectionError(f"modules is None or a tuple of globs, got {shown(selection.modules)}")
+    check_kind("full", selection.full, bool, "True or False", SelectionError)
     if not isinstance(selection.also, tuple) or (selection.also and not are_globs(selection.also)):
-        raise SelectionError(f"also is a tuple of parts and globs, got {selection.also!r}")
-    if selection.stack not in [*STACKS]:
-        raise SelectionError(f'stack is "text" or "vision", got {selection.stack!r}')
+        raise SelectionError(f"also is a tuple of parts and globs, got {shown(selection.also)}")
+    check_choice("stack", selection.stack, STACKS, SelectionError)
     also = with_named_rows(selection.also)
-    if (last := integer(selection.num_layers) - 1) < 0:
-        raise SelectionError(f"num_layers is {selection.num_layers}, expected 1 or more")
+    last = check_count("num_layers", selection.num_layers, SelectionError) - 1
     given = [integer(layer) for layer in selection.layers]
     if not given and selection.also:
         if selection.modules is not None:
@@ -58,15 +56,17 @@ def checked(selection: LayerSelection) -> tuple[tuple[str, ...], tuple[float, ..
             )
     elif not given or given != sorted({*given}) or given[0] < 0 or given[-1] > last:
         raise SelectionError(
-            f"layers={selection.layers!r}: expected at least one, ascending, without duplicates, "
-            f"from 0 to {last}"
+            f"layers={shown(selection.layers)}: expected at least one, ascending, without "
+            f"duplicates, from 0 to {last}"
         )
-    factors = selection.learning_rate_scale or (1.0,) * len(given)
+    factors: Any = selection.learning_rate_scale
+    if isinstance(factors, tuple):
+        factors = factors or (1.0,) * len(given)
     fits = isinstance(factors, tuple) and len(factors) == len(given)
     if not fits or not all(map(is_scale, factors)):
         raise SelectionError(
             f"learning_rate_scale needs one positive finite factor for each of {len(given)} "
-            f"layers, got {factors!r}"
+            f"layers, got {shown(factors)}"
         )
     check_boosts(selection.boosts, selection.layers)
     beside = selection.modules is not None or selection.also or selection.stack != "text"

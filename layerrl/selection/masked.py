@@ -32,6 +32,7 @@ class Masked(AbstractContextManager[dict[str, nn.Parameter]]):
     """
 
     def __init__(self, selection: LayerSelection, model: nn.Module) -> None:
+        unwrap(model)  # refuses what is none, before the block
         self._selection, self._model = selection, model
         self._entered: list[tuple[dict[str, bool], dict[str, bool], TrainingMask | None]] = []
         self._hooks: list[list[RemovableHandle]] = []

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
-from layerrl.checks import shown, whole_number
+from layerrl.checks import listed, plain, shown, whole_number
 from layerrl.errors import SelectionError
 from layerrl.selection.towers import STACKS
 
@@ -29,7 +29,7 @@ def resolve(
         return tuple(_resolve_word(layers, num_layers, described))
     if isinstance(layers, slice):
         layers = range(num_layers)[_checked(layers, num_layers, described)]
-    layers = _plain(layers)
+    layers = plain(layers)
     several = isinstance(layers, Iterable) and not isinstance(layers, Mapping | bytes)
     given = [integer(layer) for layer in (layers if several else [layers])]
     if not given and or_none:
@@ -97,19 +97,14 @@ def _checked(given: slice, num_layers: int, described: str) -> slice:
     return given
 
 
-def _plain(value: Any) -> Any:
-    """Python's own numbers and lists for those of numpy and torch."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def integer(layer: object) -> int:
     """A layer's number as Python's own."""
     number = whole_number(layer)
     if number is not None:
         return number
-    plain = _plain(layer)
+    own = plain(layer)
     raise SelectionError(
-        f"{shown(plain)} is no layer: expected an integer, got {type(plain).__name__}. "
+        f"{shown(own)} is no layer: expected an integer, got {type(own).__name__}. "
         f"Otherwise use a range or slice, or one of {_WORDS}."
     )
 
@@ -122,30 +117,28 @@ def globs(modules: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]
         raise SelectionError(
             '"full" trains every parameter: use "all" to give modules inside blocks'
         )
-    given = (modules,) if isinstance(modules, str) else modules
-    given = tuple(dict.fromkeys(given)) if isinstance(given, Iterable) else ()
+    given = listed(modules)
     if not are_globs(given):
         raise SelectionError(
-            f"modules are globs inside the block, such as 'self_attn.*'; got {modules!r}"
+            f"modules are globs inside the block, such as 'self_attn.*'; got {shown(modules)}"
         )
-    return given
+    return tuple(dict.fromkeys(given))
 
 
 def parts(also: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]:
     """Parts outside the layers, one or several, as a tuple without repetitions."""
-    if also is None or also == ():
+    given = () if also is None else listed(also)
+    if not given:
         return ()
     if full:
         raise SelectionError('"full" trains every parameter, also those outside the layers')
-    given = (also,) if isinstance(also, str) else also
-    given = tuple(dict.fromkeys(given)) if isinstance(given, Iterable) else ("",)
-    if given and not are_globs(given):
+    if not are_globs(given):
         raise SelectionError(
             'also names parts outside the layers: "head", "final_norm", "embeddings", "projector", '
             '"new_tokens" '
-            f"or globs of full names, such as 'model.norm.*'; got {also!r}"
+            f"or globs of full names, such as 'model.norm.*'; got {shown(also)}"
         )
-    return given
+    return tuple(dict.fromkeys(given))
 
 
 def matches(name: str, glob: str) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from layerrl.adapters import adapter_tensors
 from layerrl.blocks import Blocks, plain_name, unwrap
-from layerrl.checks import whole_number
+from layerrl.checks import finite_number, whole_number
+from layerrl.checks import shown as said
 from layerrl.errors import SelectionError
 from layerrl.selection.parsing import are_globs, matches, ranges
 from layerrl.selection.parts import ABOVE, names_in_parts
@@ -29,6 +29,7 @@ Boost = tuple[int | None, str, float]
 """Layer (None: every selected one), glob inside it or part of `also`, factor."""
 
 _EMBEDDINGS = "embeddings"
+_SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # of float32, above 0
 _EXPECTED = (
     "boost maps layers, globs inside them, pairs of both or parts of also= to learning-rate "
     'factors, as {10: 2.0, "mlp.*": 0.5, (10, "self_attn.*"): 0.1}, or is "decay:D" with '
@@ -63,17 +64,18 @@ def read_boost(
     if isinstance(boost, str):
         boost = _decay(boost, layers, parts)
     if not isinstance(boost, Mapping):
-        raise SelectionError(f"{_EXPECTED}; got {boost!r}")
+        raise SelectionError(f"{_EXPECTED}; got {said(boost)}")
     factors: dict[tuple[int | None, str | None], float] = {}
     for key, factor in boost.items():
         layer, glob = _plain_key(key, layers, num_layers, described)
         shown = f"layer {layer}" if glob is None else repr(_key(layer, glob))
         if (layer, glob) in factors:
-            raise SelectionError(f"boost of {shown} is given twice in {dict(boost)}")
+            raise SelectionError(f"boost of {shown} is given twice in {said(dict(boost))}")
         if not is_scale(factor):
             raise SelectionError(
-                f"boost of {shown} is {factor!r}, expected a positive finite factor on the "
-                "learning rate. To keep it from training, leave it out of the selection."
+                f"boost of {shown} is {said(factor)}, expected a positive finite factor on the "
+                "learning rate, in float32. To keep it from training, leave it out of the "
+                "selection."
             )
         factors[layer, glob] = float(factor)
     boosts = [(layer, glob, f) for (layer, glob), f in factors.items() if glob is not None]
@@ -86,14 +88,14 @@ def _decay(word: str, layers: tuple[int, ...], parts: tuple[str, ...]) -> dict[A
     """Layer-wise decay: D to the power of the distance, in layers, from the highest selected."""
     kind, _, text = word.partition(":")
     if kind != "decay":
-        raise SelectionError(f"{_EXPECTED}; got {word!r}")
+        raise SelectionError(f"{_EXPECTED}; got {said(word)}")
     try:
         factor = float(text)
     except ValueError:
         factor = math.nan
     if not 0 < factor <= 1:
         raise SelectionError(
-            f"boost={word!r}: expected a number above 0, at most 1, so that lower layers learn "
+            f"boost={said(word)}: expected a number above 0, at most 1, so that lower layers learn "
             "more slowly. Rates that grow downwards are given layer by layer, as {10: 2.0}."
         )
     if not layers:
@@ -117,7 +119,7 @@ def _plain_key(
     number, glob = key if is_pair else (key, None)
     layer = whole_number(number)
     if layer is None or (is_pair and not are_globs((glob,))):
-        raise SelectionError(f"boost of {key!r}, which is no layer, glob or pair. {_EXPECTED}")
+        raise SelectionError(f"boost of {said(key)}, which is no layer, glob or pair. {_EXPECTED}")
     if not -num_layers <= layer < num_layers:
         raise SelectionError(f"boost of layer {layer}, which does not exist: {described}")
     layer %= num_layers
@@ -129,13 +131,9 @@ def _plain_key(
 
 
 def is_scale(scale: object) -> bool:
-    """Whether something can multiply a learning rate."""
-    if not isinstance(scale, Real) or isinstance(scale, bool):
-        return False
-    try:
-        return 0 < float(scale) < math.inf
-    except OverflowError:
-        return False
+    """Whether something can multiply a learning rate, which optimizers keep in float32."""
+    number = finite_number(scale)
+    return number is not None and _SMALLEST <= number <= _LARGEST
 
 
 def check_boosts(boosts: Any, layers: tuple[int, ...]) -> None:
@@ -160,7 +158,7 @@ def check_boosts(boosts: Any, layers: tuple[int, ...]) -> None:
     if not fits or keys != sorted({*keys}):
         raise SelectionError(
             "boosts of a selection are tuples (selected layer or None, glob, positive finite "
-            f"factor), ascending, without duplicates; got {boosts!r}"
+            f"factor), ascending, without duplicates; got {said(boosts)}"
         )
 
 

@@ -13,6 +13,7 @@ from layerrl.blocks import (
     meta_model,
     unwrap,
 )
+from layerrl.checks import check_choice
 from layerrl.errors import SelectionError
 from layerrl.selection.layer_selection import LayerSelection
 from layerrl.selection.parsing import (
@@ -26,7 +27,7 @@ from layerrl.selection.rows import resolved
 from layerrl.selection.tensors import described
 from layerrl.selection.towers import STACKS, blocks_of
 
-_INTEGERS = re.compile(r"\s*-?\d+\s*(?:,\s*-?\d+\s*)*")
+_INTEGERS = re.compile(r"\s*-?\d{1,18}\s*(?:,\s*-?\d{1,18}\s*)*")
 
 
 # Over 60 lines: the docstring is the grammar of selections.
@@ -103,8 +104,9 @@ def select_layers(
         also = layers.also if also is None else also
         scale, boosts = layers.learning_rate_scale, layers.boosts
     else:
-        chosen = resolve(layers, num_layers, text, or_none=bool(also))
         full = isinstance(layers, str) and layers == "full"
+        also = parts(also, full=full)
+        chosen = resolve(layers, num_layers, text, or_none=bool(also))
         scale, boosts = (), ()
     also = parts(also, full=full)
     if boost is not None:
@@ -151,9 +153,7 @@ def layers_in(text: str) -> LayerSelection | list[int] | str:
 def _stack(layers: object, stack: object) -> str:
     """Whose layers are meant: those of a selection that is given, unless others are named."""
     own = layers.stack if isinstance(layers, LayerSelection) else None
-    given = own or "text" if stack is None else stack
-    if not isinstance(given, str) or given not in STACKS:
-        raise SelectionError(f'stack is {stack!r}, expected "text" or "vision"')
+    given = own or "text" if stack is None else check_choice("stack", stack, STACKS, SelectionError)
     if own not in (None, given):
         raise SelectionError(
             f"stack is {stack!r}, but layers is {layers!s}: its numbers are those of the "

@@ -85,15 +85,7 @@ class Sweep:
         self._rungs = rungs(args.max_steps, _cycle(args)) if halving else ()
 
     def run(self, where: str, resources: Mapping[str, float]) -> ContributionReport:
-        """Do what the journal does not hold yet, and report.
-
-        Args:
-            where: Name of the executor.
-            resources: What each run needs of it.
-
-        Returns:
-            The report.
-        """
+        """Do what the journal does not hold yet, and report."""
         with Journal(self._folder, self._settings, Entry) as journal, ExitStack() as stack:
             self._check_prompts(journal)
             measure_all = None

@@ -5,9 +5,9 @@ Not in `scores/`, which stands below the sweep: the sweep's runs generate and ev
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerrl.checks import check_choice, check_path, check_switch
 from layerrl.errors import ProbeError
 from layerrl.scores.checks import check_arguments, check_held_out
 from layerrl.scores.evaluation import random_state_kept
@@ -15,7 +15,7 @@ from layerrl.scores.identity import digest, digest_of_rows, settings_of
 from layerrl.scores.method import ROLLOUTS, Method
 from layerrl.scores.runs import Runs
 from layerrl.sweep import Sweep
-from layerrl.sweep.executors import EXECUTORS
+from layerrl.sweep.executors import EXECUTORS, check_resources
 from layerrl.sweep.harness import Harness
 
 if TYPE_CHECKING:
@@ -25,30 +25,29 @@ if TYPE_CHECKING:
 
 
 def _score(selection: LayerSelection, request: Request) -> ContributionReport:
+    greedy = check_switch("greedy", request.greedy, ProbeError)
+    halving = check_switch("halving", request.halving, ProbeError)
+    folder = check_path("output_dir", request.output_dir, ProbeError)
+    check_choice("executor", request.executor, EXECUTORS, ProbeError)
+    resources = None if request.resources is None else check_resources(request.resources)
     runs, args = Runs.of(selection, request), request.args
     with random_state_kept():
         eval_dataset = check_held_out(request.eval_dataset, request.train_dataset)
-        if request.executor not in EXECUTORS:
-            raise ProbeError(
-                f"executor is {request.executor!r}, expected one of {', '.join(EXECUTORS)}"
-            )
         full_args = args if request.full_args is None else request.full_args
-        check_arguments(args, full_args, greedy=request.greedy, halving=request.halving)
+        check_arguments(args, full_args, greedy=greedy, halving=halving)
         settings = {
             **runs.settings,
             "full_args": settings_of(full_args),
-            "greedy": request.greedy,
+            "greedy": greedy,
             "eval_dataset": digest_of_rows(eval_dataset),
         }
-        assert request.output_dir is not None  # it is one of `needs`
-        folder = Path(request.output_dir)
         harness = Harness(
             runs.models,
             runs.make_trainer,
             args=args,
             full_args=full_args,
             eval_dataset=eval_dataset,
-            greedy=request.greedy,
+            greedy=greedy,
             modules=selection.modules,
             # Checkpoints of other settings may lie where a journal cannot see them: on other
             # machines.
@@ -61,11 +60,11 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
             seeds=runs.seeds,
             args=args,
             settings={"base": harness.base, **settings},
-            halving=request.halving,
+            halving=halving,
             folder=folder,
         )
         one = {"num_gpus": 1} if args.device.type == "cuda" else {"num_cpus": 1}
-        return sweep.run(request.executor, one if request.resources is None else request.resources)
+        return sweep.run(request.executor, one if resources is None else resources)
 
 
 METHOD = Method(score=_score, needs=(*ROLLOUTS, "eval_dataset", "output_dir"))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerrl.checks import check_kind, check_number, plain, shown
 from layerrl.errors import ProbeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from layerrl.sweep.harness import Harness, Run
 
@@ -54,7 +56,7 @@ def executor(
     if ours:
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
-        _check_resources(ray.nodes(), resources)
+        _check_nodes(ray.nodes(), resources)
         options: dict[str, Any] = {"max_retries": _RETRIES, **resources}
         remote = ray.remote(**options)(_measure_in_worker)
         # Inside a list Ray hands on the reference, and the worker loads the model only once.
@@ -85,12 +87,30 @@ def executor(
             ray.shutdown()
 
 
-def _check_resources(nodes: list[dict[str, Any]], resources: Mapping[str, float]) -> None:
-    unknown = sorted({*resources} - {*_RESOURCES})
+def check_resources(resources: Any) -> dict[str, float]:
+    """What one run takes of a cluster, as Ray names it.
+
+    Args:
+        resources: What was given.
+
+    Returns:
+        Name to amount.
+
+    Raises:
+        ProbeError: If a name is another, or an amount no number from 0 up.
+    """
+    check_kind("resources", resources, Mapping, f"a dict of {sorted(_RESOURCES)}", ProbeError)
+    unknown = [name for name in resources if not isinstance(name, str) or name not in _RESOURCES]
     if unknown:
         raise ProbeError(
-            f"resources has {unknown}, expected {sorted(_RESOURCES)}: what one run needs"
+            f"resources has {shown(unknown)}, expected {sorted(_RESOURCES)}: what one run needs"
         )
+    for name, amount in resources.items():
+        check_number(f"{name} of resources", amount, ProbeError, least=0)
+    return {name: plain(amount) for name, amount in resources.items()}
+
+
+def _check_nodes(nodes: list[dict[str, Any]], resources: Mapping[str, float]) -> None:
     needed = {_RESOURCES[name]: amount for name, amount in resources.items()}
     having = [node["Resources"] for node in nodes if node["Alive"]]
     if not any(all(node.get(n, 0) >= amount for n, amount in needed.items()) for node in having):

@@ -21,13 +21,14 @@ from layerrl.digests import json_digest
 from layerrl.errors import ProbeError
 from layerrl.frozen import fingerprints
 from layerrl.scores.evaluation import (
+    all_rewarded,
     prompt_scores,
     rewarded_differently,
     watched_rewards,
 )
 from layerrl.scores.restoring import as_found
 from layerrl.scores.rollouts import in_its_precision
-from layerrl.scores.runs import only_training
+from layerrl.scores.runs import made, only_training
 from layerrl.selection import select_layers
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ class Harness:
             with as_found(self._model, *self._reward_models):
                 args = self._args_of(run)
                 set_seed(args.seed)
-                trainer = self._make_trainer(model=self._model, args=args, selection=selection)
+                trainer = made(
+                    self._make_trainer, model=self._model, args=args, selection=selection
+                )
                 trainer.remove_callback(PrinterCallback)
                 began = ended = time.perf_counter()
                 try:
@@ -191,7 +194,8 @@ class Harness:
         shutil.rmtree(self._run_folder(run) / f"checkpoint-{run.stop}", ignore_errors=True)
         checkpoint = self._run_folder(run) / f"checkpoint-{since}"
         start = since if since and checkpoint.is_dir() else 0
-        with _signal_expected(trainer) if run.name == "full" else nullcontext():
+        signal = _signal_expected(trainer) if run.name == "full" else nullcontext()
+        with signal, all_rewarded(trainer):
             trainer.train(resume_from_checkpoint=str(checkpoint) if start else None)
         return start
 

@@ -11,11 +11,14 @@ from torch import nn
 
 from layerrl.adapters import adapted_modules, adapter_tensors, described_adapters
 from layerrl.blocks import is_peft, meta_model
+from layerrl.checks import check_kind
+from layerrl.costs import linear_weights
 from layerrl.errors import SelectionError, TrainerError
 from layerrl.schema import fitted
 from layerrl.selection import LayerSelection
 from layerrl.stored import bytes_of, decoded, refused_as, tensors_in
 from layerrl.trainer.whole_models import CheckpointError
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,14 +81,15 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def note_base(folder: Path, digest: str | None) -> None:
-    """Write beside adapters what base they were trained on.
-
-    Args:
-        folder: A checkpoint.
-        digest: Of the frozen tensors; None where it is not known.
-    """
+    """Write beside adapters what base they were trained on."""
     if digest is not None:
         (folder / ADAPTED).write_text(json.dumps({"frozen": digest}) + "\n", encoding="utf-8")
+
+
+def active_in(model: nn.Module, checkpoint: Path) -> tuple[str, Path]:
+    """The adapter that trains, and where PEFT writes it: one that is not "default" further down."""
+    [active] = {name for m in adapted_modules(model).values() for name in m.active_adapters}
+    return active, checkpoint if active == "default" else checkpoint / active
 
 
 def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None:
@@ -102,14 +106,14 @@ def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None
     """
     import peft
 
-    file, known = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    active, place = active_in(model, folder)
+    file, known = place / "adapter_model.safetensors", place / "adapter_config.json"
     said = f"{folder} holds no readable adapters, and here adapters train"
     advice = "Resume it as the run that wrote it was made, or start a new run from its weights."
     with refused_as(CheckpointError, said, advice):
         with tensors_in(file) as stored:
             found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
         then = fitted(dict[str, Any], decoded(bytes_of(known)))
-    [active] = {name for m in adapted_modules(model).values() for name in m.active_adapters}
     own = peft.get_peft_model_state_dict(model, adapter_name=active)  # pyright: ignore[reportArgumentType]
     expected = {name: tuple(value.shape) for name, value in own.items()}
     now = model.peft_config[active].to_dict()  # pyright: ignore[reportIndexIssue, reportCallIssue, reportAttributeAccessIssue]
@@ -170,8 +174,9 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
     """
     import peft
 
-    if not isinstance(config, peft.PeftConfig):
-        return config  # the trainer says what it expects
+    check_kind(
+        "peft_config", config, peft.PeftConfig, "PEFT's, such as a LoraConfig", SelectionError
+    )
     if not isinstance(selection, LayerSelection):
         raise SelectionError(
             "the config of the model could not be read, which peft_config needs to be restricted "
@@ -179,6 +184,9 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
         )
     _refuse(config, selection)
     skeleton = meta_model(described)
+    blocks = selection.blocks(skeleton)
+    names = [name for layer in selection.layers for name in linear_weights(blocks, layer)]
+    linear = [*dict.fromkeys(name.removesuffix(".weight") for name in names)]
     asked: Any = copy.deepcopy(config)
     if hasattr(asked, "init_lora_weights"):
         asked.init_lora_weights = True  # others look at weights, and here are none
@@ -192,7 +200,7 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
         chosen = selection.parameters(adapted)
     except SelectionError as error:
         raise SelectionError(f"{selection} and the peft_config do not meet: {error}") from error
-    return _narrowed(config, adapted, selection, {places[name] for name in chosen})
+    return _narrowed(config, adapted, selection, {places[name] for name in chosen}, linear)
 
 
 def _refuse(config: Any, selection: LayerSelection) -> None:
@@ -216,7 +224,13 @@ def _refuse(config: Any, selection: LayerSelection) -> None:
         raise SelectionError(f"{selection} was given together with a peft_config: {problem}.")
 
 
-def _narrowed(config: Any, adapted: nn.Module, selection: LayerSelection, weights: set[str]) -> Any:
+def _narrowed(
+    config: Any,
+    adapted: Any,
+    selection: LayerSelection,
+    weights: set[str],
+    linear: list[str],
+) -> Any:
     """A copy of a config that names, of all that it adapts, what holds some weights."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -233,9 +247,10 @@ def _narrowed(config: Any, adapted: nn.Module, selection: LayerSelection, weight
             here = kept["modules_to_save" if is_saved else "target_modules"]
             holds = any(weight.startswith(f"{path}.") for weight in weights)
             (here if holds else left_out).append(path)
-    _refuse_outside(
-        config, left_out, [name for names in kept.values() for name in names], selection
-    )
+    inside = [name for names in kept.values() for name in names]
+    _refuse_outside(config, left_out, inside, selection)
+    [asked] = adapted.peft_config.values()  # without the names that PEFT knows under others
+    _warn_of_nothing(asked, [*inside, *left_out], linear)
     narrowed = copy.deepcopy(config)
     nothing = {"target_modules": [] if kept["target_parameters"] else DUMMY_TARGET_MODULES}
     for name, value in kept.items():
@@ -251,13 +266,32 @@ def _refuse_outside(
     config: Any, left_out: list[str], kept: list[str], selection: LayerSelection
 ) -> None:
     """What the caller named, and the selection has nowhere: silence would be a surprise."""
+    for name, given in _named(config):
+        if _in(left_out, given) and not _in(kept, given):
+            raise SelectionError(
+                f"{selection} was given together with a peft_config whose {name} has {given!r}, "
+                "which lies outside: leave it out, or select it (a head or embeddings by also=)."
+            )
+
+
+def _warn_of_nothing(config: Any, places: list[str], linear: list[str]) -> None:
+    """Name what matches nothing beside names that do: PEFT passes over it."""
+    idle = [f"{name} has {given!r}" for name, given in _named(config) if not _in(places, given)]
+    if idle:
+        warn(
+            f"of the peft_config, {', '.join(idle)}, which matches nothing in the model: it adapts "
+            f"nothing. The selected layers have {', '.join(linear)}."
+        )
+
+
+def _named(config: Any) -> list[tuple[str, str]]:
+    """The names that a config lists, each with what lists it."""
+    listed = []
     for name in ("target_modules", "target_parameters", "modules_to_save"):
-        named = getattr(config, name, None)
-        for given in () if named is None or isinstance(named, str) else sorted(named):
-            matched = [n for n in left_out if n == given or n.endswith(f".{given}")]
-            if matched and not any(n == given or n.endswith(f".{given}") for n in kept):
-                raise SelectionError(
-                    f"{selection} was given together with a peft_config whose {name} has "
-                    f"{given!r}, which lies outside: leave it out, or select it (a head or "
-                    "embeddings by also=)."
-                )
+        given = getattr(config, name, None)
+        listed += [(name, each) for each in sorted(given)] if isinstance(given, list | set) else []
+    return listed
+
+
+def _in(names: list[str], given: str) -> bool:
+    return any(name == given or name.endswith(f".{given}") for name in names)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, Trainer
 
 from layerrl.blocks import count_layers, meta_model, unwrap
-from layerrl.checks import whole_number
+from layerrl.checks import check_choice, check_count, check_path, check_switch, shown
 from layerrl.errors import LayerRLError, ModelError, SelectionError, TrainerError
 from layerrl.replacing import replaced
 from layerrl.selection import LayerSelection, select_layers
@@ -82,16 +83,60 @@ def check_keywords(
     """Refuse keywords that the mixin no longer has, and those of the wrong kind."""
     refuse_removed(given, SelectionError)
     for name, value in byte_counts.items():
-        if whole_number(value, least=0) is None:
-            raise SelectionError(
-                f"{name} is {value!r}, expected a number of bytes, an int from 0 up"
-            )
+        check_count(name, value, SelectionError, least=0, of="a number of bytes, ")
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise SelectionError(f"{name} is {value!r}, expected True or False")
-    if checkpoint_format not in ("delta", "full"):
-        raise SelectionError(
-            f'checkpoint_format is {checkpoint_format!r}, expected "delta" or "full"'
+        check_switch(name, value, SelectionError)
+    check_choice("checkpoint_format", checkpoint_format, ("delta", "full"), SelectionError)
+
+
+def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
+    """Refuse what no trainer takes, before anything is read.
+
+    Args:
+        cls: A masked trainer's class.
+        mixin: The mixin.
+        given: Its arguments by name.
+
+    Raises:
+        TrainerError: If the model is none and no path of one, or the args are another trainer's.
+    """
+    model = given.get("model")
+    if isinstance(model, str | os.PathLike):
+        check_path("model", model, TrainerError)
+    elif not isinstance(model, nn.Module) and (model is not None or not given.get("model_init")):
+        raise TrainerError(
+            f"model is {shown(model)}, expected a model, or the folder or hub id of one"
+        )
+    check_args(cls, mixin, given.get("args"))
+
+
+def check_args(cls: type, mixin: type, args: object, name: str = "args") -> None:
+    """Refuse arguments that are another trainer's, or none.
+
+    Args:
+        cls: A masked trainer's class.
+        mixin: The mixin.
+        args: What it is given; None: its defaults.
+        name: What the caller names them.
+
+    Raises:
+        TrainerError: If the trainer behind the mixin names another class for them.
+    """
+    for behind in cls.__mro__[cls.__mro__.index(mixin) + 1 :]:
+        try:
+            kinds = get_type_hints(behind.__init__).get("args")
+        except Exception:  # of names that exist for type checkers alone
+            continue
+        classes = tuple(kind for kind in get_args(kinds) or [kinds] if isinstance(kind, type))
+        if kinds is not None and classes:
+            break
+    else:
+        return
+    if args is not None and not isinstance(args, classes):
+        expected = " or ".join(kind.__name__ for kind in classes if kind is not type(None))
+        raise TrainerError(
+            f"{name} is {shown(args)}, an instance of {type(args).__name__}; {cls.__name__} takes "
+            f"a {expected}"
         )
 
 

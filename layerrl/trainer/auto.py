@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerrl.blocks import unwrap
+from layerrl.checks import shown
 from layerrl.errors import ProbeError, ReportError, SelectionError
 from layerrl.randomness import random_state, set_random_state
-from layerrl.report import ContributionReport
+from layerrl.report import ContributionReport, Cost
 from layerrl.scores.evaluation import random_state_kept
-from layerrl.scores.gradient import check_trainer, gradient_report
+from layerrl.scores.gradient import TooLittleSignalError, check_trainer, gradient_report
+from layerrl.scores.method import without_interval
+from layerrl.scores.position import MIDDLE, position_scores
 from layerrl.scores.rollouts import Rollouts
 from layerrl.stored import bytes_of, refused_as
 from layerrl.trainer.schedule import LayerSchedule
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,15 +32,13 @@ logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 64
 """Generation batches are taken until they have as many."""
+MOST_PROMPTS = 4 * NUM_PROMPTS
+"""And while they say too little to choose by, until they have as many."""
 REPORT = "contributions.json"
 
 
 class AutoSelection:
-    """The choice of `selection="auto:K"`, made at train start.
-
-    Args:
-        num_chosen: How many layers to choose.
-    """
+    """The choice of `selection="auto:K"`, made at train start."""
 
     def __init__(self, num_chosen: int) -> None:
         self.num_chosen = num_chosen
@@ -60,13 +62,28 @@ class AutoSelection:
         """
         if not isinstance(selection, str) or selection.partition(":")[0] != "auto":
             return None
-        found = re.fullmatch(r"auto(?::(\d+))?", selection)
-        if found is None or found[1] == "0":
+        found = re.fullmatch(r"auto(?::(\d{1,9}))?", selection)
+        if found is None or int(found[1] or 1) == 0:
             raise SelectionError(
-                f'{selection!r} does not say how many layers to choose: expected "auto" (one) or '
-                '"auto:K", as "auto:3"'
+                f"selection={shown(selection)} does not say how many layers to choose: "
+                'expected "auto" (one) or "auto:K", as "auto:3"'
             )
         return cls(int(found[1] or 1))
+
+    def check_number(self, num_layers: int) -> None:
+        """Refuse to choose more layers than there are.
+
+        Args:
+            num_layers: Decoder layers of the model.
+
+        Raises:
+            SelectionError: If it has fewer.
+        """
+        if self.num_chosen > num_layers:
+            raise SelectionError(
+                f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
+                f"{num_layers}"
+            )
 
     def check(self, trainer: Any, num_layers: int) -> None:
         """Refuse what could not be chosen, before anything is generated for it.
@@ -80,11 +97,7 @@ class AutoSelection:
             SelectionError: If it has fewer layers, or what depends on them is made already.
         """
         check_trainer(trainer, 'selection="auto"')
-        if self.num_chosen > num_layers:
-            raise SelectionError(
-                f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
-                f"{num_layers}"
-            )
+        self.check_number(num_layers)
         if getattr(unwrap(trainer.model), "is_quantized", False):
             raise SelectionError(
                 'selection="auto" needs gradients of every layer, and layers of this base are '
@@ -117,7 +130,7 @@ class AutoSelection:
             The best layers, and what they were chosen by.
 
         Raises:
-            ProbeError: If there is nothing to choose by.
+            ProbeError: If the trainer cannot be probed, or the checkpoint has no report.
             SelectionError: If the checkpoint's run chose another number of layers.
         """
         self.check(trainer, trainer.selection.num_layers)
@@ -131,6 +144,9 @@ class AutoSelection:
                 f'"auto:{self.num_chosen}" and the checkpoint {folder}, whose run trained the '
                 f'layers {known}: resume with selection="auto:{len(known)}"'
             )
+        if report.method == "position":
+            logger.warning('selection="auto" trains %s, nearest to the middle', selection)
+            return selection, report
         scores, chosen = report.scores, {*selection.layers}
         best, rest = (
             [scores[k] for k in scores if (k in chosen) is side] for side in (True, False)
@@ -203,11 +219,7 @@ class AutoSelection:
         self._batches = []
 
     def save(self, folder: Path) -> None:
-        """Write into a checkpoint what was chosen by.
-
-        Args:
-            folder: The checkpoint's.
-        """
+        """Write into a checkpoint what was chosen by."""
         if self.report is not None:
             (folder / REPORT).write_text(self.report.to_json() + "\n", encoding="utf-8")
 
@@ -225,23 +237,13 @@ class AutoSelection:
             raise ReportError(f"{folder / REPORT}: {error}") from error
 
     def _probed(self, trainer: Any) -> ContributionReport:
-        started, args = time.perf_counter(), trainer.args
-        per_batch = args.generation_batch_size // trainer.num_generations
-        num_batches = -(-NUM_PROMPTS // per_batch)
-        if args.max_steps > 0:  # no more than the run will take
-            per_step = args.steps_per_generation * trainer.num_iterations
-            used = -(-args.max_steps * args.gradient_accumulation_steps // per_step)
-            num_batches = min(num_batches, used)
-        rollouts = Rollouts(trainer, num_batches * per_batch, old=True, twice=False)
         adapts = getattr(trainer, "use_adaptive_entropy", False)
         self.clear()
         self._probing = True
         try:
             trainer.use_adaptive_entropy = False  # its coefficient follows the training's passes
             with random_state_kept():
-                return gradient_report(
-                    rollouts, trainer.selection, args, {"seed": args.seed}, started
-                )
+                return self._scored(trainer)
         except BaseException:
             self.clear()
             raise
@@ -251,6 +253,43 @@ class AutoSelection:
             trainer._metrics["train"].clear()  # a training's are not the probe's
             for parameter in trainer.model.parameters():
                 parameter.grad = None
+
+    def _scored(self, trainer: Any) -> ContributionReport:
+        """The report of as many prompts as it takes, or of none of them."""
+        started, args = time.perf_counter(), trainer.args
+        per_batch = args.generation_batch_size // trainer.num_generations
+        num_prompts, most = (-(-n // per_batch) * per_batch for n in (NUM_PROMPTS, MOST_PROMPTS))
+        if args.max_steps > 0:  # no more than the run will take
+            per_step = args.steps_per_generation * trainer.num_iterations
+            used = -(-args.max_steps * args.gradient_accumulation_steps // per_step)
+            num_prompts, most = (min(n, used * per_batch) for n in (num_prompts, most))
+        rollouts = Rollouts(trainer, num_prompts, old=True, twice=False)
+        settings = {"seed": args.seed}
+        while True:
+            try:
+                return gradient_report(rollouts, trainer.selection, args, settings, started)
+            except TooLittleSignalError as problem:
+                exhausted = len(rollouts.with_signal) < rollouts.num_prompts
+                if exhausted or rollouts.num_prompts >= most:
+                    warn(f'selection="auto" takes the middle of the model. {problem}')
+                    break
+                rollouts.num_prompts = min(2 * rollouts.num_prompts, most)
+        settings |= {"centre": MIDDLE, "budget": len(rollouts.with_signal)}
+        settings["prompts_with_signal"] = sum(rollouts.with_signal)
+        scores = position_scores(trainer.selection.num_layers, MIDDLE)
+        return ContributionReport(
+            method="position",
+            layers=without_interval(trainer.selection, scores),
+            settings=settings,
+            source="Minus the distance in relative depth: too few prompts said more.",
+            cost=Cost(
+                seconds=time.perf_counter() - started,
+                tokens=rollouts.num_tokens,
+                forwards=None,
+                backwards=None,
+                fraction=None,
+            ),
+        )
 
 
 class _Batch(NamedTuple):

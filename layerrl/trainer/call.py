@@ -53,6 +53,7 @@ class TrainerCall:
     ) -> None:
         given = {**dict(zip(known, args, strict=False)), **kwargs}
         model, self._trainer_args = given.get("model"), given.get("args")
+        arguments.check_given(type(wrapped.__self__), wrapped.__thisclass__, given)
         self.adapts = adapters.has_adapters(model, given.get("peft_config"))
         """Whether PEFT's adapters train, and not the model's own tensors."""
         arguments.check_keywords(
@@ -72,7 +73,10 @@ class TrainerCall:
             described = getattr(model, "config", None)  # its own tensors may be packed: they stay
         if described is not None:
             chosen = arguments.chosen_early(described, self._choice)
-        full = chosen == "full" or (isinstance(chosen, LayerSelection) and chosen.full)
+        if self.auto is not None and isinstance(chosen, LayerSelection):
+            self.auto.check_number(chosen.num_layers)
+        full = isinstance(chosen, str) and chosen == "full"
+        full = full or (isinstance(chosen, LayerSelection) and chosen.full)
         self._full = full
         if full and self.adapts:
             adapters.refuse_full(selection)
@@ -81,7 +85,7 @@ class TrainerCall:
             if config is not None:
                 args, kwargs = arguments.with_argument(known, args, kwargs, "peft_config", config)
         self.prefix_cache_bytes = int(prefix_cache_bytes)
-        self.master_weights = master_weights and not full
+        self.master_weights = bool(master_weights) and not full
         # Of a PEFT model, a trainer's own checkpoints hold the adapters.
         self.checkpoint_format = "full" if full or self.adapts else checkpoint_format
         refuse_readers(given.get("callbacks") or (), self.checkpoint_format)
@@ -110,11 +114,7 @@ class TrainerCall:
 
     @contextmanager
     def making(self) -> Iterator[None]:
-        """Inside, the wrapped trainer is made.
-
-        Yields:
-            Nothing.
-        """
+        """Inside, the wrapped trainer is made."""
         with (
             arguments.without_reference_model(self._trainer_args, self.reference),
             nullcontext() if self._full or self.adapts else quantised_base(self._trainer_args),
@@ -143,14 +143,7 @@ class TrainerCall:
         return self._choice
 
     def undecide(self, model: nn.Module) -> LayerSelection:
-        """Take back `decide`, whose selection the trainer could not go on with.
-
-        Args:
-            model: The trainer's.
-
-        Returns:
-            All layers, among which the next training chooses.
-        """
+        """Take back `decide`, whose selection the trainer could not go on with."""
         assert self.auto is not None
         self._choice, self.auto.report = "all", None
         return select_layers(model, self._choice)

@@ -93,17 +93,7 @@ class Checkpoints:
 
     @contextmanager
     def all_or_nothing(self, folder: Path) -> Iterator[None]:
-        """Inside, a checkpoint is written; if that fails, the folder is what it was before.
-
-        Args:
-            folder: The checkpoint's.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            CheckpointWriteError: If it cannot be written, as on a full disk.
-        """
+        """Inside, a checkpoint is written; if that fails, the folder is what it was before."""
         trainer = self._trainer
         if trainer.args.should_save:
             put_back(folder)
@@ -198,14 +188,15 @@ class Checkpoints:
         A hub may have an older delta: what is pushed always has a new one.
         """
         trainer = self._trainer
-        known = trainer.checkpoint_format == "delta" and trainer.masked_run.base is not None
+        known = trainer.masked_run.base is not None
+        pushes = pushes and trainer.checkpoint_format == "delta"
         there = (folder / _DELTA[-1]).exists()
         if launchers.shards_model(trainer.accelerator):  # else one process may save alone
             there = launchers.agree(trainer.accelerator, there)
         if known and (pushes or there):
             self._put_delta(folder, card=False)
             self.describe(folder, beside="same")
-        elif trainer.args.should_save:
+        elif trainer.args.should_save and not trainer.masked_run.adapts:  # whose files are no model
             for stale in _DELTA:
                 (folder / stale).unlink(missing_ok=True)
 

@@ -240,11 +240,7 @@ class MaskedRun:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Inside, a batch is generated and scored.
-
-        Yields:
-            Nothing.
-        """
+        """Inside, a batch is generated and scored."""
         own_rollout = getattr(self._trainer, "rollout_func", None)  # may ask the engine itself
         if own_rollout is not None and isinstance(self.sync, WeightSync):
             self.sync.freshen()
@@ -253,22 +249,14 @@ class MaskedRun:
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Inside, completions are scored, before the loss or in it.
-
-        Yields:
-            Nothing.
-        """
+        """Inside, completions are scored, before the loss or in it."""
         self.follow_shards()
         with self.replay.passes(training=self._training):
             yield
 
     @contextmanager
     def loss(self) -> Iterator[None]:
-        """Inside, a loss is computed, whose backward will end at the first trained layer.
-
-        Yields:
-            Nothing.
-        """
+        """Inside, a loss is computed, whose backward will end at the first trained layer."""
         self.follow_shards()  # an evaluation shards the model, too
         training = self._training
         # DPO and KTO score each batch in the loss, with the policy and the reference.

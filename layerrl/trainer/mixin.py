@@ -330,7 +330,8 @@ class LayerMaskedMixin(_Wrapped):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self._checkpoints.all_or_nothing(Path(self._get_output_dir(trial=trial), folder)):
+        folder = Path(self._get_output_dir(trial=trial), folder)
+        with self._checkpoints.all_or_nothing(folder), launchers.as_in_one_process(self):
             super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -340,10 +341,6 @@ class LayerMaskedMixin(_Wrapped):
     def _load_best_model(self) -> None:
         if not self._reader.load(self.state.best_model_checkpoint, resumes=False):
             super()._load_best_model()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with launchers.as_in_one_process(self):
-            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with launchers.as_in_one_process(self):

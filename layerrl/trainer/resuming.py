@@ -21,7 +21,7 @@ from layerrl.schema import Count, Misfit, fitted
 from layerrl.shards import shape
 from layerrl.stored import bytes_of, decoded, parsed, refuse_unusual, refused_as, tensors_in
 from layerrl.trainer import launchers
-from layerrl.trainer.adapters import check_checkpoint
+from layerrl.trainer.adapters import active_in, check_checkpoint
 from layerrl.trainer.arguments import with_argument
 from layerrl.trainer.checkpoints import (
     FINGERPRINTS,
@@ -42,11 +42,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointReader:
-    """Loads a trainer's checkpoints, each whole or not at all.
-
-    Args:
-        trainer: The masked trainer.
-    """
+    """Loads a trainer's checkpoints, each whole or not at all."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -125,7 +121,7 @@ class CheckpointReader:
         if resumes:
             check_files(folder)
         if values is None:
-            return False
+            return not resumes and self._found_adapters(folder)
         tensors, reference = values
         put_tensors(self._trainer.model, run.layers.parameters, tensors)
         if reference:
@@ -165,6 +161,17 @@ class CheckpointReader:
         if resumes:
             self._check_state(folder, of_delta=delta is not None)
         return tensors, reference
+
+    def _found_adapters(self, folder: Path) -> bool:
+        """Load the adapters that transformers resumes on, but does not find as the best ones."""
+        trainer, run = self._trainer, self._trainer.masked_run
+        if not run.adapts or launchers.shards_model(trainer.accelerator):
+            return False
+        active, place = active_in(trainer.model, folder)
+        if place == folder:
+            return False
+        trainer.model.load_adapter(place, active, is_trainable=True)
+        return True
 
     def load_reference(self) -> None:
         """Load what DeepSpeed does not: of the checkpoint that it will load itself.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from layerrl.blocks import find_blocks
-from layerrl.checks import whole_number
+from layerrl.checks import check_choice, check_count, finite_number, listed, shown, whole_number
 from layerrl.errors import SelectionError
 from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from torch import nn
 
@@ -65,47 +64,37 @@ class LayerSchedule(TrainerCallback, ExportableState):
         weights: Sequence[float] | Mapping[int, float] | None = None,
         seed: int = 0,
     ) -> None:
-        try:
-            listed = [[*k] if isinstance(k, Iterable) else [k] for k in layers]
-        except TypeError:
-            listed = []
-        numbers = [[whole_number(layer) for layer in chosen] for chosen in listed]
+        sets = [listed(chosen) for chosen in listed(layers)]
+        numbers = [[whole_number(layer, least=0) for layer in chosen] for chosen in sets]
         found = [layer for chosen in numbers for layer in chosen if layer is not None]
-        if not found or not all(listed) or len(found) < sum(map(len, listed)):
+        if not found or not all(sets) or len(found) < sum(map(len, sets)):
             raise SelectionError(
-                f"layers is {layers!r}, expected layers or lists of layers, at least one"
+                f"layers is {shown(layers)}, expected layers or lists of layers, at least one"
             )
         self._sets = [
             tuple(sorted({layer for layer in chosen if layer is not None})) for chosen in numbers
         ]
         self._layers = {*found}
-        turn = whole_number(every, least=1)
-        if turn is None:
-            raise SelectionError(f"every is {every!r}, expected a number of steps, an int above 0")
-        number = whole_number(seed)
-        if number is None:
-            raise SelectionError(f"seed is {seed!r}, expected an int")
-        if order not in ("rotate", "random"):
-            raise SelectionError(f'order is {order!r}, expected "rotate" or "random"')
+        turn = check_count("every", every, SelectionError, of="a number of steps, ")
+        number = check_count("seed", seed, SelectionError, least=None)
+        check_choice("order", order, ("rotate", "random"), SelectionError)
         self._weights = None if weights is None else self._of_sets(weights, order)
         self._every, self._order, self._seed = turn, order, number
         self._active: tuple[int, ...] | None = None
 
     def _of_sets(self, weights: Any, order: str) -> list[float]:
         """One weight for each set."""
-        found: list[Any] = []
-        try:
-            if isinstance(weights, Mapping):
-                found = [sum(weights[k] for k in chosen) / len(chosen) for chosen in self._sets]
-            else:
-                found = [*weights]
-            good = all(math.isfinite(weight) and weight > 0 for weight in found)
-        except (TypeError, KeyError):
-            good = False
+        if isinstance(weights, Mapping):
+            rows = [[weights.get(layer) for layer in chosen] for chosen in self._sets]
+        else:
+            rows = [[weight] for weight in listed(weights)]
+        numbers = [[finite_number(weight) or 0.0 for weight in row] for row in rows]
+        found = [sum(row) / len(row) for row in numbers]
+        good = min(min(row) for row in numbers) > 0 if numbers else False
         if order != "random" or not good or len(found) != len(self._sets):
             raise SelectionError(
-                f'weights is {weights!r}, expected, with order="random", a finite number above 0 '
-                f"for each of {len(self._sets)} sets or for each of the layers "
+                f'weights is {shown(weights)}, expected, with order="random", a finite number '
+                f"above 0 for each of {len(self._sets)} sets or for each of the layers "
                 f"{sorted(self._layers)}: one that is never likely never trains"
             )
         return found

@@ -162,12 +162,7 @@ class WeightSync(PartialSync):
 
 
 class Part(nn.Module):
-    """A model of which TRL sees some parameters only, so that it gathers no others.
-
-    Args:
-        model: The whole model.
-        names: Plain names of what is seen.
-    """
+    """A model of which TRL sees some parameters only, so that it gathers no others."""
 
     def __init__(self, model: nn.Module, names: frozenset[str]) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trl import GRPOConfig, SFTConfig
 import layerrl
 from layerrl import ContributionReport, contribution_probe, merge_delta, select_layers
 from layerrl.cli import COMMANDS, main
+from layerrl.cli.options import selection_of
 from layerrl.cli.scripts import METHODS
 from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedSFTTrainer
 from tests.grpo import PROMPTS, tokenizer
@@ -191,6 +193,14 @@ class TestPlan:
         assert "{1: 2.0, 'mlp.*': 0.5}" in capsys.readouterr().err
         main(["plan", "base", "--layers", "0,1", "--boost", "decay:0.5"])
         assert "{0: 0.5}" in capsys.readouterr().err
+        main(["plan", "base", "--layers", "-1,0", "--boost", "-1=2", "0=3"])
+        assert "{0: 3.0, 3: 2.0}" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("boost", [{1: 2}, {"1": "2e0"}, {"1": 2.0}, "1=2", ["1=2"]])
+    def test_boosts_of_a_file(self, boost: object) -> None:
+        options = Namespace(layers="0,1", modules=None, also=None, boost=boost, stack=None)
+        found = selection_of(AutoConfig.from_pretrained("base"), options)
+        assert found == select_layers(AutoConfig.from_pretrained("base"), [0, 1], boost={1: 2})
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -208,10 +218,13 @@ class TestPlan:
             (["base", "--layers", 1, "--boost", "2=2"], "2"),
             (["base", "--layers", 1, "--boost", "1"], "boost"),
             (["base", "--layers", 1, "--boost", "1=much"], "--boost '1=much': expected KEY=FACTOR"),
+            (["base", "--layers", 1, "--boost", "1=2", "1=3"], "--boost has '1' twice"),
+            (["base", "--layers", 1, "--boost", "=2", "1=3"], "--boost '=2': expected KEY=FACTOR"),
             (["base", "--layers", 1, "--stack", "vision"], "vision"),
             (["base", "--layers", 1, "--stack", "audio"], "stack is 'audio'"),
             (["base", "--layers", 1, "--dtype", "int8"], "dtype=torch.int8"),
             (["base", "--layers", 1, "--dtype", "bfloat17"], "dtype='bfloat17'"),
+            (["base", "--layers", 1, "--dtype", "nn"], "dtype='nn'"),
             (["base", "--layers", 1, "--beta", -1], "beta=-1.0"),
             (["base", "--layers", 1, "--num_iterations", 0], "num_iterations=0"),
         ],
@@ -220,6 +233,30 @@ class TestPlan:
         self, capsys: pytest.CaptureFixture[str], words: list[object], message: str
     ) -> None:
         assert message in refused(capsys, "plan", *words)
+
+    def test_nobody_reads_what_is_printed(self) -> None:
+        with subprocess.Popen(
+            [sys.executable, "-m", "layerrl", "plan", "base", "--layers", "1"],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as ended:  # fmt: skip
+            assert ended.stdout is not None
+            assert ended.stderr is not None
+            ended.stdout.close()
+            said = ended.stderr.read()
+        assert ended.returncode == 1
+        assert "Traceback" not in said
+        assert "BrokenPipe" not in said
+
+    def test_interrupted(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(_: list[str]) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("layerrl.cli.plan.run", interrupted)
+        assert main(["plan", "base"]) == 130
+        assert capsys.readouterr().err == "layerrl plan: interrupted\n"
 
     def test_usage(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "required: MODEL" in misused(capsys, "plan")

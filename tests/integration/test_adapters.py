@@ -1,6 +1,7 @@
 """`selection=` beside `peft_config=`: PEFT's adapters in chosen layers, with the same savings."""
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from peft import (
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, set_seed
 
-from layerrl import contribution_probe, select_layers
+from layerrl import contribution_probe, load_delta, select_layers
 from layerrl.errors import DeltaError, LayerRLError, SelectionError
 from layerrl.replay.state import state_of
 from tests import trainers
@@ -315,6 +316,36 @@ class TestCheckpoints:
         train(rest, resume_from_checkpoint=str(folder.parent / "whole" / "checkpoint-2"))
         assert_close(bits(rest.model), bits(whole.model), rtol=0, atol=0)
 
+    def test_lie_beside_a_delta_of_another_run(self, folder):
+        ours = trainer_of(folder, "ours", 2, LoraConfig(r=2), max_steps=1)
+        out = folder.parent / "out"
+        make(load(folder), folder.parent / "whole", selection=1).save_delta(out)
+        ours.save_model(str(out))
+        assert load_delta(load(folder), out).layers == (1,)
+        assert (out / "adapter_model.safetensors").is_file()
+
+    @pytest.mark.parametrize(("names", "beta"), [(["mine"], 0.0), (["default", "second"], 0.04)])
+    def test_of_adapters_of_any_name_are_resumed(self, folder, names, beta):
+        def run(name: str, **changes: Any) -> Any:
+            set_seed(3)
+            model = get_peft_model(load(folder), LoraConfig(r=2), adapter_name=names[0])
+            for another in names[1:]:
+                model.add_adapter(another, LoraConfig(r=4))
+            model.set_adapter(names[-1])
+            return trainer_of(folder, name, 2, None, model=model, beta=beta, **changes)
+
+        whole = run("whole", save_strategy="steps", save_steps=2, max_steps=4)
+        train(whole)
+        rest = run("rest", max_steps=4)
+        train(rest, resume_from_checkpoint=str(folder.parent / "whole" / "checkpoint-2"))
+        assert_close(bits(rest.model), bits(whole.model), rtol=0, atol=0)
+        best = run("best")
+        best.state.best_model_checkpoint = str(folder.parent / "whole" / "checkpoint-4")
+        best._load_best_model()
+        own = [name for name in bits(best.model) if f".{names[-1]}." in name]
+        expected = {name: bits(whole.model)[name] for name in own}
+        assert_close({name: bits(best.model)[name] for name in own}, expected, rtol=0, atol=0)
+
     @pytest.mark.parametrize(
         ("selection", "options"),
         [(1, {}), ([1, 2], {}), (2, {"r": 4}), (2, {"lora_alpha": 3}), (2, {"use_dora": True})],
@@ -425,6 +456,24 @@ class TestBadInput:
         with pytest.raises(LayerRLError, match=message):
             make(model, folder.parent / "run", selection=selection, arguments=arguments)
         assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+    @pytest.mark.parametrize("name", ["target_modules", "modules_to_save"])
+    def test_a_name_that_matches_nothing_is_said_with_what_there_is(self, folder, name):
+        found = {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}
+        peft_config = LoraConfig(r=2, **found | {name: [*found[name], "wqkv"]})
+        arguments = {"peft_config": peft_config}
+        message = rf"{name} has 'wqkv', which matches nothing .* have self_attn.q_proj, .*down_proj"
+        with pytest.warns(UserWarning, match=message) as caught:
+            make(load(folder), folder.parent / "run", selection=2, arguments=arguments)
+        assert sum("matches nothing" in str(each.message) for each in caught) == 1
+
+    def test_names_that_peft_knows_under_others_are_not_said(self, tmp_path):
+        experts = saved(tmp_path / "experts", tiny("mixtral", 4))
+        arguments = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "w1", "w3", "w2"])}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make(load(experts), tmp_path / "run", selection=2, arguments=arguments)
+        assert not [each for each in caught if "matches nothing" in str(each.message)]
 
     def test_a_peft_model_without_adapters_in_the_layers(self, folder):
         model = get_peft_model(load(folder), LoraConfig(r=2, layers_to_transform=[0]))

@@ -10,6 +10,8 @@ from trl import DPOConfig, DPOTrainer, RLOOConfig
 
 from layerrl import ContributionReport, LayerMaskedMixin, contribution_probe, select_layers
 from layerrl.errors import DeltaError, ProbeError, SelectionError
+from layerrl.scores import gradient
+from layerrl.scores.gains import first_step_gains
 from layerrl.trainer import LayerMaskedRLOOTrainer, LayerSchedule
 from tests.devices import on_any_device
 from tests.engines import in_place_of_vllm
@@ -248,6 +250,78 @@ def test_vllm_is_sent_everything_and_then_what_was_chosen(tmp_path, monkeypatch)
     assert syncs[-1] == chosen
 
 
+def alike(completions: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+class TestTooLittleSignal:
+    """It never ends a run: more batches are taken, and then the middle of the model."""
+
+    def test_takes_more_batches_until_they_say_enough(self, tmp_path):
+        reward = Counting()
+
+        def late(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+            rewards = reward(prompts, completions)
+            return rewards if len(reward.asked) > 1 else [1.0] * len(rewards)
+
+        auto = trainer(tmp_path / "auto", "auto", late, max_steps=5)
+        auto.train()
+        report = auto.masked_run.auto.report
+        assert report.method == "gradient"
+        assert report.settings["budget"] == 128
+        assert report.settings["prompts_with_signal"] <= 64
+        assert len(reward.asked) == 5
+
+    def test_trains_the_middle_where_they_never_do(self, tmp_path):
+        asked, reward = [], alike
+
+        def counted(completions: list[str], **_: Any) -> list[float]:
+            asked.append(completions)
+            return reward(completions)
+
+        saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5}
+        run = trainer(tmp_path / "auto", "auto:2", counted, **saving)
+        message = "takes the middle of the model. of 256 prompts tried, 0 have .* Raise num_gen"
+        with pytest.warns(UserWarning, match=message) as warned:
+            run.train()
+        assert {w.filename for w in warned if "takes the middle" in str(w.message)} == {__file__}
+        assert not any("budget" in str(w.message) for w in warned)
+        assert len(asked) == 6
+        assert run.selection.layers == (1, 2)
+        report = run.masked_run.auto.report
+        assert (report.method, report.settings["budget"]) == ("position", 256)
+        resumed = trainer(tmp_path / "auto", "auto:2", counted, **saving)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "auto" / "checkpoint-5"))
+        assert resumed.selection == run.selection
+        assert len(asked) == 7
+
+    def test_of_gradients_that_have_nothing_in_common(self, tmp_path, monkeypatch):
+        gains = iter([-1.0, -1.0, 1.0])
+
+        def noisy(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            found, held_out = first_step_gains(*args, **kwargs)
+            return found, held_out.abs() * next(gains)
+
+        monkeypatch.setattr(gradient, "first_step_gains", noisy)
+        run = trainer(tmp_path, max_steps=4)
+        run.train()
+        assert run.masked_run.auto.report.settings["budget"] == 256
+
+    def test_of_completions_that_are_all_cut_off(self, tmp_path):
+        cut = {"max_completion_length": 1, "mask_truncated_completions": True}
+        cut["generation_kwargs"] = {"suppress_tokens": [0, 2]}  # padding and end
+        run = trainer(tmp_path, max_steps=1, **cut)
+        with pytest.warns(UserWarning, match="256 completions were cut off at max_completion_l"):
+            run.train()
+        assert run.masked_run.auto.report.method == "position"
+
+    def test_of_data_that_end_before(self, tmp_path):
+        data = {"train_dataset": TRAIN.select(range(64))}
+        run = trainer(tmp_path, "auto", alike, max_steps=3, arguments=data)
+        with pytest.warns(UserWarning, match="of 64 prompts tried, 0 have"):
+            run.train()
+
+
 class TestRefused:
     def test_a_delta_before_anything_was_chosen(self, tmp_path):
         with pytest.raises(SelectionError, match="nothing is trained yet"):
@@ -311,17 +385,6 @@ class TestRefused:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(SelectionError, match="there is a SGD already"):
             trainer(tmp_path, model=model, arguments={"optimizers": (optimizer, None)})
-
-    def test_nothing_to_learn(self, tmp_path):
-        model = tiny("llama", 4)
-        flags = [p.requires_grad for p in model.parameters()]
-        run = trainer(
-            tmp_path, "auto", lambda completions, **_: [1.0] * len(completions), model=model
-        )
-        with pytest.raises(ProbeError, match="of 64 prompts tried, 0 have completions"):
-            run.train()
-        assert [p.requires_grad for p in model.parameters()] == flags
-        assert all(p.grad is None for p in model.parameters())
 
     def test_ctrl_c(self, tmp_path):
         model = tiny("llama", 4)

@@ -18,7 +18,6 @@ from layerrl import (
     select_layers,
 )
 from layerrl.errors import ProbeError, ReportError, SelectionError
-from layerrl.scores.gradient import check_trainer
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
 from tests.runs import bits
@@ -255,7 +254,10 @@ class TestBadInput:
 
     def test_completions_that_are_all_cut_off(self, model, tmp_path):
         arguments = {"max_completion_length": 1, "mask_truncated_completions": True}
-        with pytest.raises(ProbeError, match="all 8 completions were cut off at max_completion_l"):
+        arguments["generation_kwargs"] = {"suppress_tokens": [0, 2]}  # padding and end
+        with pytest.raises(
+            ProbeError, match=r"all \d+ completions were cut off at max_completion_l"
+        ):
             gradient(model, tmp_path, arguments=arguments)
 
     def test_parts_outside_the_layers(self, model, tmp_path):
@@ -268,12 +270,3 @@ class TestBadInput:
         linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
         with pytest.raises(SelectionError, match="Leave the selected layers out of the quantisa"):
             gradient(model, tmp_path)
-
-    def test_several_processes(self, model, tmp_path):
-        trainer = make(model, tmp_path, selection="all")
-        trainer.accelerator.state._shared_state["num_processes"] = 2
-        try:
-            with pytest.raises(ProbeError, match="it in 2 processes: the completions of a prompt"):
-                check_trainer(trainer, "it")
-        finally:
-            trainer.accelerator.state._shared_state["num_processes"] = 1

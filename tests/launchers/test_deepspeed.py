@@ -17,7 +17,7 @@ from layerrl import load_delta
 from layerrl.trainer import LayerSchedule
 from tests.grpo import PROMPTS
 from tests.launchers.launch import launch
-from tests.launchers.test_launchers import CONFIGS, LAYER, SAVING, distance
+from tests.launchers.test_launchers import AUTO, AUTO2, CONFIGS, LAYER, SAVING, distance
 from tests.launchers.worker import FROZEN, rollout
 from tests.models import tiny
 from tests.runs import in_layers, saved
@@ -123,6 +123,7 @@ def one(folder: Path) -> Any:
         "accumulated": job(folder, "one-accumulated", 1, arguments=equal),
         "best": job(folder, "one-best", 1, **BEST, per_device_eval_batch_size=8),
         "half": job(folder, "one-half", 1, **HALF),
+        "auto": job(folder, "one-auto", 1, **AUTO),
     }
     return {name: run for name, [run] in launch(folder / "jobs-one", jobs, num_processes=1).items()}
 
@@ -140,6 +141,7 @@ def found(folder: Path, one: Any) -> dict[str, list[Any]]:
     changes = {
         "zero1": {**zero(1), **SAVING},
         "zero2": zero(2),
+        "zero1-auto": {**zero(1), **AUTO2},
         "resumed": {**zero(1), "resume": by_zero1},
         "foreign": {**zero(1), "resume": by_one},
         "zero3": {**three, **SAVING},
@@ -206,6 +208,13 @@ def test_trains_the_layer_as_one_process_does(folder, found, one, name):
 def test_does_not_take_a_checkpoint_written_without_it(found):
     for error in found["foreign"]:
         assert "was written without DeepSpeed and this run is with it" in error
+
+
+def test_layers_are_chosen_as_in_one_process(found, one):
+    for process in found["zero1-auto"]:
+        assert not isinstance(process, str), process
+        assert process["report"].scores == pytest.approx(one["auto"]["report"].scores, rel=1e-3)
+        assert distance(process["weights"], one["auto"]["weights"]) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["zero1-bf16", "zero3-bf16", "zero3-path-bf16"])
@@ -294,7 +303,7 @@ class TestZero3:
 
     def test_so_is_a_choice_by_gradients(self, found):
         for error in found["zero3-auto"]:
-            assert "looks at whole gradients, and this run's model is sharded" in error
+            assert "needs the whole model in each process, and DeepSpeed's ZeRO-3 keeps" in error
 
     def test_does_not_take_a_checkpoint_of_another_stage(self, found):
         for error in found["zero1-to-zero3"]:

@@ -17,10 +17,12 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layerrl import LayerSelection, load_delta, select_layers
 from layerrl.blocks import unwrap
+from layerrl.delta import unload_delta
 from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
@@ -29,7 +31,7 @@ from tests.grpo import config, make
 from tests.launchers.launch import launch
 from tests.launchers.worker import FROZEN, held
 from tests.models import tiny, tiny_config
-from tests.runs import in_layers, saved
+from tests.runs import bits, in_layers, load, saved
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 SAVING = {"save_strategy": "steps", "save_steps": 3}
@@ -44,6 +46,14 @@ BOOSTED = {
 # Any rows will do for new ones.
 ROWS = {"selection": LayerSelection(num_layers=4, layers=(LAYER,), also=("new_tokens:8-15",))}
 ROWS |= {"weight_decay": 0.1}
+# Three prompts a batch, the second of which lies in both processes.
+AUTO = {"selection": "auto", "num_generations": 2, "max_steps": 3}
+AUTO |= {"per_device_train_batch_size": 6}
+AUTO2 = {**AUTO, "per_device_train_batch_size": 3}
+MIXED = {"dtype": "float32", "bf16": True, "max_steps": 3}
+# Two prompts of six completions, in any number of processes that divides twelve.
+MANY = {"num_generations": 6, "max_steps": 2}
+DPO, SFT = ({"case": case, "max_steps": 3} for case in ("DPO", "SFT"))
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
 LORA = {"arguments": LORA, **SAVING}
 
@@ -112,7 +122,7 @@ class Runs:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
-            lora=LORA,
+            lora=LORA, auto=AUTO, dpo=DPO, sft=SFT, mixed=MIXED,
         )  # fmt: skip
 
     @cached_property
@@ -127,7 +137,8 @@ class Runs:
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
-            changed=CHANGED, disagree=[{"selection": layer} for layer in (1, 2)],
+            auto=AUTO2, dpo=DPO, sft=SFT, mixed=MIXED, changed=CHANGED,
+            disagree=[{"selection": layer} for layer in (1, 2)],
         )  # fmt: skip
 
     @cached_property
@@ -140,10 +151,22 @@ class Runs:
             schedule={"selection": [1, 2], "arguments": schedule()},
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
-            rows=ROWS, changed=CHANGED,
+            rows=ROWS, changed=CHANGED, auto=AUTO2, dpo=DPO, sft=SFT,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
+            deltas={"deltas": self.deltas},
         )  # fmt: skip
+
+    @cached_property
+    def mixed(self) -> dict[str, list[Any]]:
+        return self._launch(
+            "mixed", 2, {**FSDP2, "ACCELERATE_MIXED_PRECISION": "bf16"}, mixed=MIXED
+        )
+
+    def many(self, num_processes: int, variables: Any = None) -> dict[str, list[Any]]:
+        size = {**MANY, "per_device_train_batch_size": 12 // num_processes}
+        jobs = {"layer": size, "auto": {**size, "selection": "auto"}}
+        return self._launch(f"many-{num_processes}", num_processes, variables, **jobs)
 
     @cached_property
     def efficient(self) -> dict[str, list[Any]]:
@@ -167,6 +190,11 @@ class Runs:
             "again", 1, resumed={"resume": self.checkpoint("fsdp2")},
             half={"dtype": "bfloat16", "max_steps": 2},
         )  # fmt: skip
+
+    @property
+    def deltas(self) -> list[str]:
+        """Of one layer, and of two."""
+        return [str(self.folder / "one" / job / "delta") for job in ("layer", "boosted")]
 
     def checkpoint(self, launched: str, job: str = "layer") -> str:
         return str(self.folder / launched / job / "checkpoint-3")
@@ -266,6 +294,59 @@ def test_only_gradients_of_trained_tensors_travel(runs, launched, job):
         assert steps * found["trained_bytes"] <= reduced <= 1.05 * steps * found["trained_bytes"]
 
 
+@LAUNCHED
+def test_layers_are_chosen_as_in_one_process(runs, launched):
+    """A middle prompt's completions lie in both: three a process, two a prompt."""
+    found, [expected] = getattr(runs, launched)["auto"], runs.one["auto"]
+    assert_same(found, [expected], 1e-6)
+    assert [process["wrapper"] for process in found] == [WRAPPERS[launched]] * 2
+    report = expected["report"]
+    assert report.method == "gradient"
+    for process in found:
+        scores = process["report"].layers
+        for now, before in zip(scores, report.layers, strict=True):
+            assert now.scores[0] == pytest.approx(before.scores[0], rel=1e-6, abs=1e-9)
+        assert process["report"].settings == report.settings
+        assert scores == found[0]["report"].layers
+
+
+@pytest.mark.slow
+def test_more_processes_end_where_one_does(runs):
+    """Three cannot share sixteen rows of a weight evenly."""
+    expected = runs.many(1)
+    scores = expected["auto"][0]["report"].scores
+    for found in (runs.many(3, FSDP2), runs.many(4)):
+        assert_same(found["layer"], expected["layer"], 1e-6)
+        assert_same(found["auto"], expected["auto"], 1e-6)
+        for process in found["auto"]:
+            assert process["report"].scores == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("launched", ["ddp", pytest.param("mixed", marks=pytest.mark.slow)])
+def test_mixed_precision_trains_as_in_one_process_but_for_rounding(runs, launched):
+    """A step of 1e-3 that bfloat16 gives another sign changes an element by 2e-3."""
+    base = AutoModelForCausalLM.from_pretrained(runs.folder / "base", dtype=torch.float32)
+    before, [expected] = base.state_dict(), runs.one["mixed"]
+    for process in getattr(runs, launched)["mixed"]:
+        assert not isinstance(process, str), process
+        assert process["replays"]
+        weights = process["weights"]
+        changed = {name for name, value in weights.items() if not value.equal(before[name])}
+        assert changed == {name for name in before if in_layers(name, [LAYER])}
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+        moved = distance(before, expected["weights"])
+        assert distance(weights, expected["weights"]) < 0.2 * moved
+
+
+@LAUNCHED
+@pytest.mark.parametrize(("job", "tolerance"), [("dpo", 1e-6), ("sft", 1e-12)])
+def test_trainers_that_do_not_generate_end_where_one_process_does(runs, launched, job, tolerance):
+    """DPO pads a batch's pairs, and angles of positions are in float32."""
+    found = getattr(runs, launched)[job]
+    assert_same(found, runs.one[job], tolerance)
+    assert [process["replays"] for process in found] == [job == "dpo"] * 2
+
+
 def test_new_tokens_alone_move_in_two_processes(runs):
     # The head's own gradient agrees as float32 does: what TRL sums it over, two processes share.
     assert_same(runs.ddp["rows"], runs.one["rows"], 1e-6)
@@ -281,6 +362,25 @@ def test_new_tokens_alone_move_in_two_processes(runs):
     for error in runs.fsdp2["rows"]:
         assert "LauncherError" in error
         assert "also new_tokens:8-15 under FSDP or DeepSpeed" in error
+
+
+def test_deltas_are_switched_in_a_model_that_fsdp2_shards(runs):
+    for found in runs.fsdp2["deltas"]:
+        assert not isinstance(found, str), found
+        model = load(runs.folder / "base", torch.float64)
+        for delta, names in (
+            (None, ["use None", "after Deltas", "disabled", "unloaded"]),
+            (runs.deltas[0], ["use first", "loaded", "after disabled"]),
+            (runs.deltas[1], ["use second"]),
+        ):
+            if delta is not None:
+                load_delta(model, delta)
+            with torch.no_grad():
+                logits = model(torch.arange(4, 12)[None]).logits
+            for name in names:
+                assert_close(found[name], {"logits": logits, **bits(model)}, rtol=0, atol=0)
+            if delta is not None:
+                unload_delta(model)
 
 
 def test_fsdp2_leaves_each_process_half_of_the_model(runs):

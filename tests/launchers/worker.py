@@ -17,13 +17,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from layerrl import load_delta
 from layerrl.blocks import is_peft, unwrap
+from layerrl.delta import Deltas, disabled, unload_delta
 from layerrl.errors import LayerRLError
 from tests.grpo import make
 
@@ -101,31 +104,45 @@ def run(
     arguments: dict[str, Any] | None = None,
     resume: str | None = None,
     evaluates_changed: bool = False,
+    case: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """One training, and all that the other processes are asked to agree with.
 
     `loads`: the model is loaded here; otherwise the trainer does, from its path.
+    `case`: one of `tests.trainers`, in place of GRPO.
     `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
     unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
-    settings = {**SETTINGS, **changes}
     torch.manual_seed(0)  # of the adapters, where a job has some
+    configured = {"use_configured_state": "ACCELERATE_USE_FSDP" in os.environ}
+    if case is not None:
+        from tests.trainers import CASES
+
+        changes |= {"dtype": getattr(torch, dtype), "accelerator_config": configured}
+        trainer: Any = CASES[case].make(Path(base), Path(output), selection, **changes)
+        return trained(trainer, output, resume)
+    settings = {**SETTINGS, **changes}
     if loads:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     else:
         model, settings["model_init_kwargs"] = base, {"dtype": dtype}
-    trainer: Any = make(
+    trainer = make(
         model,
         output,
         selection=selection,
         arguments={"rollout_func": rollout, **(arguments or {})},
         **settings,
-        accelerator_config={"use_configured_state": "ACCELERATE_USE_FSDP" in os.environ},
+        accelerator_config=configured,
     )
     if evaluates_changed:
         trainer.model.get_parameter(FROZEN).data.view(-1)[0] += 1
         trainer.evaluate()
+    return trained(trainer, output, resume)
+
+
+def trained(trainer: Any, output: str, resume: str | None) -> dict[str, Any]:
+    """Train, save, and show what came of it."""
     made_in_parts = any(hasattr(p, "ds_tensor") for p in trainer.model.parameters())
     with Traffic() as traffic:
         trainer.train(resume_from_checkpoint=resume)
@@ -154,6 +171,7 @@ def run(
         "local_bytes": local_bytes,
         "trained_bytes": trained_bytes,
         "made_in_parts": made_in_parts,
+        "report": trainer.masked_run.auto and trainer.masked_run.auto.report,
         "replays": bool(trainer.masked_run.replay.num_replayed),
         "wrapper": type(trainer.model_wrapped).__name__,
     }
@@ -191,6 +209,35 @@ def run_asynchronous(base: str, output: str, *, selection: Any, **_: Any) -> dic
     return found
 
 
+def run_with_deltas(base: str, *, deltas: list[str], **_: Any) -> dict[str, dict[str, Tensor]]:
+    """Weights of a model that is sharded while deltas can be switched in it, or is one."""
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def note(name: str) -> None:
+        with torch.no_grad():  # gathers what the next write must not leave gathered
+            logits = model(torch.arange(4, 12)[None]).logits
+        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        found[name] = {"logits": whole(logits), **weights}
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    switch = Deltas(model, {"first": deltas[0], "second": deltas[1]})
+    for part in (*model.model.layers, model):
+        fully_shard(part)
+    for name in ("first", "second", None, "first"):
+        switch.use(name)
+        note(f"use {name}")
+    unload_delta(model)
+    note("after Deltas")
+    load_delta(model, deltas[0])
+    note("loaded")
+    with disabled(model):
+        note("disabled")
+    note("after disabled")
+    unload_delta(model)
+    note("unloaded")
+    return found
+
+
 def let_accelerate_shard_on_a_cpu() -> None:
     """It takes FSDP's settings for any device but this, where it would quietly use DDP."""
     PartialState(cpu=True)
@@ -215,7 +262,15 @@ def main(folder: Path, jobs: dict[str, dict[str, Any]], environment: dict[str, s
             let_deepspeed_compile_nothing()
         for name, job in jobs.items():
             try:
-                found: Any = (run_asynchronous if job.pop("asynchronous", 0) else run)(**job)
+                asynchronous = job.pop("asynchronous", False)
+                do = (
+                    run_asynchronous
+                    if asynchronous
+                    else run_with_deltas
+                    if "deltas" in job
+                    else run
+                )
+                found: Any = do(**job)
             except (ImportError, LayerRLError, RuntimeError, ValueError) as error:
                 traceback.print_exc()
                 found = f"{type(error).__name__}: {error}"

@@ -9,8 +9,9 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 import layerrl
@@ -40,6 +41,15 @@ def prompts(letters: str) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def trained(model: Any, *, layer: int) -> layerrl.LayerMaskedGRPOTrainer:
+    """A trainer after a step."""
+    args = GRPOConfig(output_dir=f"runs/layer-{layer}")
+    shared = {"args": args, "train_dataset": prompts("abc"), "selection": layer}
+    trainer = layerrl.LayerMaskedGRPOTrainer(model, reward, **shared)
+    trainer.train()
+    return trainer
+
+
 def before(snippet: str) -> dict[str, Any]:
     """What the reader has before a snippet: a model as it was loaded, not as another left it.
 
@@ -48,17 +58,21 @@ def before(snippet: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(HUB_ID)
     if "stage-1" in snippet:
         for stage, layer in enumerate((3, 5), 1):
-            args = GRPOConfig(output_dir=f"runs/stage-{stage}")
-            shared = {"args": args, "train_dataset": prompts("abc"), "selection": layer}
-            trainer = layerrl.LayerMaskedGRPOTrainer(model, reward, **shared)
-            trainer.train()
-            trainer.save_delta(f"runs/stage-{stage}/delta")
-    return {
+            trained(model, layer=layer).save_delta(f"runs/stage-{stage}/delta")
+    found = {
         "model": model,
         "config": model.config,
         "reward": reward,
         "data": prompts("abcdefgh"),
+        "tokenizer": AutoTokenizer.from_pretrained(HUB_ID),
+        "inputs": {"input_ids": torch.tensor([[3, 4, 5]])},
     }
+    if "trainer.save_delta" in snippet and "trainer = " not in snippet:
+        found["trainer"] = trained(model, layer=10)
+    if "layer-14" in snippet:  # beside the delta of layer 10, which the snippets before it made
+        other = AutoModelForCausalLM.from_pretrained(HUB_ID)
+        trained(other, layer=14).save_delta("runs/layer-14/delta")
+    return found
 
 
 def run(page: Path) -> None:
@@ -73,6 +87,9 @@ def run(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         line = text.count("\n", 0, match.start(1))
+        if '"user/' in match[1]:
+            print(f"{page.name}:{line + 1} needs a hub: tests/unit/test_hub.py has one")
+            continue
         print(f"{page.name}:{line + 1}", flush=True)
         namespace |= before(match[1])
         exec(compile("\n" * line + match[1], page, "exec"), namespace)

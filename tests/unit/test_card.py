@@ -119,6 +119,12 @@ class TestTheRun:
         assert data.datasets == ["me/data"]
         assert data.tags == ["trl", "grpo", "layerrl"]
 
+    def test_shows_an_evaluation_before_training(self):
+        history = [{"step": step, "eval_reward": step + 0.5} for step in (0, 10)]
+        text = card_of("", META, run=RunSummary(history=history))
+        assert "| steps | eval_reward |\n|---|---|\n| 0 | 0.5 |\n| 10 | 10.5 |" in text
+        assert "| 0 | 0.5 |" in card_of("", META, run=RunSummary(history=history[:1]))
+
     def test_stays_when_the_card_is_written_again(self):
         first = card_of("# Theirs\n", META, run=RunSummary(steps=7))
         again = card_of(first, META, hub_id="me/x")

@@ -156,6 +156,17 @@ class TestContent:
             assert_close(bits(model), bits(trainer.model), rtol=0, atol=0)
             assert not (folder / "delta").exists()
 
+    @pytest.mark.parametrize("kept", ["delta", "full"])
+    def test_save_model_brings_a_delta_in_the_folder_to_its_state(self, base, tmp_path, kept):
+        arguments = {"checkpoint_format": kept}
+        trainer = trainer_on(base, tmp_path / "out", save_strategy="no", arguments=arguments)
+        trainer.save_delta(tmp_path / "both")
+        trainer.train()
+        trainer.save_model(tmp_path / "both")
+        model = load(base)
+        load_delta(model, tmp_path / "both")
+        assert_close(bits(model), bits(trainer.model), rtol=0, atol=0)
+
     def test_frozen_tensors_are_checked_before_anything_is_written(self, base, tmp_path):
         trainer = trainer_on(base, tmp_path / "out")
         with torch.no_grad():

@@ -786,7 +786,7 @@ class TestPaths:
     def test_a_folder_that_exists_is_refused_before_the_base_is_read(self, made, tmp_path):
         with refused("exists already"):
             merge_delta(tmp_path / "missing", made / "delta", tmp_path)
-        with refused("is no path"):
+        with refused("expected a path"):
             merge_delta(made / "base", made / "delta", "a\0b")
 
     def test_a_tensor_in_two_shards_is_replaced_in_both(self, made, sharded, tmp_path):

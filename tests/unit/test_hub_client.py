@@ -224,7 +224,7 @@ class TestPushing:
         merge_delta(base, ["me/first", "me/second"], tmp_path / "both", revision=revisions)
         for out in ("mixed", "both"):
             assert_close(bits(load(tmp_path / out)), bits(model), rtol=0, atol=0)
-        with pytest.raises(DeltaError, match=r"revision has 1 entries for 2 deltas"):
+        with pytest.raises(DeltaError, match=r"for 2 deltas: expected one for each"):
             merge_delta(base, ["me/first", "me/second"], tmp_path / "x", revision=["main"])
         monkeypatch.chdir(tmp_path)
         local = made(base, tmp_path / "me" / "first", by=5.0)
@@ -303,6 +303,34 @@ class TestWhatIsNoDelta:
     def test_no_path(self, given):
         with pytest.raises(DeltaError, match="expected a delta's folder or 'user/name' on"):
             load_delta(tiny("llama", 4), given)
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"revision": ""}, "revision is ''"),
+            ({"revision": 5}, "revision is 5"),
+            ({"revision": b"main"}, "revision is b'main'"),
+            ({"token": ""}, "token is ''"),
+            ({"token": 5}, "token is 5"),
+            ({"token": "hf_x\n"}, "token holds characters that no token of the hub has"),
+            ({"token": "hf_é"}, "token holds characters that no token of the hub has"),
+        ],
+    )
+    def test_no_revision_or_token(self, base, tmp_path, option, message):
+        made(base, tmp_path / "delta")
+        for act in (
+            lambda: load_delta(load(base), "me/delta", **option),
+            lambda: merge_delta(base, ["me/delta"], tmp_path / "out", **option),
+            lambda: push_delta(tmp_path / "delta", "me/delta", **option),
+        ):
+            with pytest.raises(DeltaError, match=message):
+                act()
+
+    @pytest.mark.parametrize("given", [{"repo_id": None}, {"commit_message": 5}])
+    def test_no_names_to_push_with(self, base, tmp_path, given):
+        made(base, tmp_path / "delta")
+        with pytest.raises(DeltaError, match=f"{next(iter(given))} is .*, expected a text"):
+            push_delta(tmp_path / "delta", **{"repo_id": "me/delta", **given})
 
 
 class TestWithoutAHub:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
 from layerrl.delta import DeltaBase, Deltas, disabled, unload_delta
+from layerrl.delta.placing import put_values
 from layerrl.errors import DeltaError
 from tests.devices import on_any_device
 from tests.grpo import make
@@ -208,6 +209,51 @@ class TestDisabled:
         with refused("Load it before PEFT's adapters are added"):
             load_delta(again, made["a"])
 
+    def test_blocks_that_do_not_end_in_their_order(self, made, model):
+        """Of two threads, or of a generator that is left open."""
+        first, second = disabled(model), disabled(model)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert_same(model, made.base)
+        with refused("are disabled"):
+            unload_delta(model)
+        second.__exit__(None, None, None)
+        assert_same(model, made.after["a"])
+
+    def test_what_was_written_inside_is_lost_with_a_warning(self, made, model):
+        with pytest.warns(UserWarning, match="written to inside `with disabled"), disabled(model):
+            change(model, select_layers(model, 1))
+        assert_same(model, made.after["a"])
+
+    def test_nothing_is_saved_inside(self, made, model, tmp_path):
+        selection = select_layers(model, 1)
+        base = DeltaBase.of(made.model(), selection)
+        with refused("are disabled"), disabled(model):
+            save_delta(model, tmp_path / "delta", selection=selection, base=base)
+
+    def test_adapters_that_are_merged_are_not_lost(self, made, model):
+        adapters = LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
+        wrapped = get_peft_model(model, adapters)
+        wrapped.merge_adapter()
+        for act in (enter, unload_delta):
+            with refused("adapters are merged into", "down_proj.weight", model=wrapped):
+                act(wrapped)
+        wrapped.unmerge_adapter()
+        unload_delta(wrapped)
+        assert_close(wrapped.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight,
+                     made.base[WEIGHT], rtol=0, atol=0)  # fmt: skip
+
+    def test_of_experts_that_two_adapters_wrap(self, tmp_path):
+        model = tiny("qwen3_moe")
+        base = bits(model)
+        trained(tiny("qwen3_moe"), 1, tmp_path / "delta")
+        load_delta(model, tmp_path / "delta", keep_base=True)
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        wrapped = get_peft_model(model, LoraConfig(target_modules=[], target_parameters=experts))
+        unload_delta(wrapped)
+        assert_same(wrapped.unload(), base)
+
 
 FAMILIES = ["gpt2", "qwen3_moe", "gpt_oss", "gemma3", "qwen2_5_vl"]
 
@@ -324,6 +370,17 @@ class TestKept:
         Deltas(model, {"a": made["a"]}).use("a")
         assert_same(model, made.after["a"])
 
+    def test_another_base_is_not_given_the_layers_of_the_first(self, made, model):
+        deltas = Deltas(switched := made.model(), {"a": made["a"]})
+        for changed, acts in (
+            (model, (enter, unload_delta)),
+            (switched, (enter, unload_delta, lambda _: deltas.use(None))),
+        ):
+            changed.load_state_dict(bits(tiny("llama", 6, seed=3)))
+            for act in acts:
+                with refused("has other weights than when the delta", model=changed):
+                    act(changed)
+
     def test_a_refused_delta_leaves_what_is_kept(self, made, model):
         with refused("in this model, and was made from the same base: unload_delta", model=model):
             load_delta(model, made["b"])
@@ -349,9 +406,9 @@ class TestKept:
 
 def held(model: nn.Module) -> int:
     """Bytes of a model's parameters and of what is kept beside it."""
-    from layerrl.delta.loaded import _LOADED
+    from layerrl.delta.loaded import LOADED
 
-    kept = _LOADED.get(model)
+    kept = LOADED.get(model)
     beside = (kept and kept.base) or {}
     return sum(tensor.nbytes for tensor in (*model.parameters(), *beside.values()))
 
@@ -382,7 +439,7 @@ class TestUnload:
         "act", [unload_delta, enter, lambda model: Deltas(model, {})], ids=["un", "dis", "switch"]
     )
     def test_no_model(self, act):
-        with refused("expected ", "got 'model'"):
+        with refused("model is 'model', expected "):
             act("model")
 
     def test_inside_disabled(self, made, model):
@@ -501,6 +558,20 @@ class TestDeltas:
         deltas.use("b")
         written = {n for n, p in model.named_parameters() if p._version != versions[n]}
         assert written == {*select_layers(model, 1).parameters(model)}
+
+    def test_writes_in_one_order_in_every_process(self, switch, monkeypatch):
+        """What is sharded is sent tensor by tensor."""
+        written: list[list[str]] = []
+
+        def noted(model: nn.Module, values: State) -> None:
+            written.append([*values])
+            put_values(model, values)
+
+        monkeypatch.setattr("layerrl.delta.switching.put_values", noted)
+        for name in ("a", "c", "a"):
+            switch[1].use(name)
+        assert written[1][:9] == written[0]
+        assert written[2] == written[1][9:] + written[0]
 
     def test_says_what_is_in_use(self, switch):
         _, deltas = switch

@@ -722,7 +722,7 @@ def test_full_model_of_any_depth_has_no_frozen_prefix():
         ({"learning_rate_scale": [2.0]}, "got [2.0]"),
         ({"layers": (True,)}, "True is no layer"),
         ({"layers": (1.0,)}, "1.0 is no layer"),
-        ({"num_layers": 2.0}, "2.0 is no layer"),
+        ({"num_layers": 2.0}, "num_layers is 2.0"),
         ({"learning_rate_scale": (1.0, 2.0)}, "each of 1 layers, got (1.0, 2.0)"),
         ({"learning_rate_scale": (0.0,)}, "got (0.0,)"),
         ({"learning_rate_scale": (math.nan,)}, "got (nan,)"),

@@ -160,7 +160,7 @@ LLAMA, GEMMA = tiny_config("llama"), tiny_config("gemma3")
 @pytest.mark.parametrize(
     ("tool", "config", "layers", "options", "problem"),
     [
-        ("verl", LLAMA, 1, {}, r"to_config\('verl', .*expected one of peft, slime, ms-swift, ax"),
+        ("verl", LLAMA, 1, {}, 'tool is \'verl\', expected one of "peft", "slime", "ms-sw'),
         *((tool, LLAMA, "full", {}, "needs no list of layers") for tool in ("peft", "slime")),
         *(
             (tool, LLAMA, [0, 1], {"boost": {1: 2.0}}, f"{tool} cannot .* one learning rate")

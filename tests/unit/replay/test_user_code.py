@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from layerrl.reference import ReferenceModel
+from layerrl.replay.recordings import Recording, gathered
 from tests.devices import DEVICE, on_any_device
 from tests.devices import generator as draws
 from tests.models import tiny, tiny_config
@@ -104,6 +105,15 @@ def in_place_between(model: Any, index: int, hidden: Tensor) -> Tensor:
     return hidden.mul_(1.5) if index == 1 else hidden
 
 
+def in_place_on_another_view(model: Any, index: int, hidden: Tensor) -> Tensor:
+    return hidden.detach().mul_(1.5) if index == 1 else hidden
+
+
+def turned(model: Any, index: int, hidden: Tensor) -> Tensor:
+    """The same memory, in another order."""
+    return hidden.as_strided(hidden.shape, (H, len(hidden) * H, 1)) if index == 1 else hidden
+
+
 def skipping(model: Any, index: int, hidden: Tensor) -> Tensor:
     """Layer 1's input reaches the last trained layer."""
     if index == 1:
@@ -127,6 +137,8 @@ class TestModels:
             ({"act": appending, "arguments": lambda _: {"sums": []}}, "writes into its arguments"),
             ({"between": scaling}, "computes something between its layers"),
             ({"between": in_place_between}, "computes something between its layers"),
+            ({"between": in_place_on_another_view}, "computes something between its layers"),
+            ({"between": turned}, "computes something between its layers"),
             ({"between": skipping}, "results differ by"),
             ({"act": lambda _, __, output, x: output, "arguments": lambda _: {"x": object()}},
              "layers are called with x, a object"),
@@ -144,6 +156,13 @@ class TestModels:
     @pytest.mark.parametrize("act", [None, lambda _, __, output: (output, None)])
     def test_of_ones_own_are_replayed(self, act):
         pair = Pair(Own(act))
+        with pair.batch():
+            assert pair.replays(own, own, own) == [0, 1, 1]
+            assert pair.replays(own, own, grad=True) == [1, 1]
+
+    def test_whose_layers_hand_on_other_tensors_over_the_same_memory_are_replayed(self):
+        """As ZeRO-3's hooks have them do."""
+        pair = Pair(Own(between=lambda _, index, hidden: hidden.detach() if index < 2 else hidden))
         with pair.batch():
             assert pair.replays(own, own, own) == [0, 1, 1]
             assert pair.replays(own, own, grad=True) == [1, 1]
@@ -596,6 +615,29 @@ def test_one_autocast_around_policy_and_reference():
                     logits = reference(input_ids=ids(), use_cache=False).logits
                     assert torch.equal(logits, before)
     assert pair.replay.num_replayed
+
+
+@pytest.mark.parametrize(
+    ("weights", "computes"),
+    [
+        pytest.param(torch.float16, torch.bfloat16, id="float16 under bfloat16"),
+        pytest.param(torch.bfloat16, torch.float16, id="bfloat16 under float16"),
+    ],
+)
+def test_an_autocast_to_another_16_bit_dtype_than_that_of_the_weights(weights, computes):
+    pair = Pair(llama().to(weights))
+    with pair.batch(), torch.autocast(DEVICE.type, computes):
+        assert pair.replays(call(), call(), call(ids().flip(0))) == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rows_are_gathered_whatever_autocast_computes_in(dtype):
+    rows = Recording(torch.rand(4, 2, 3, device=DEVICE).to(dtype), (), (), b"", ())
+    for computes in (torch.float16, torch.bfloat16):
+        with torch.autocast(DEVICE.type, computes):
+            found = gathered([(rows, 2), (rows, 0)])
+        assert found.dtype == dtype
+        assert torch.equal(found, rows.hidden_BTH[[2, 0]])
 
 
 def eager(

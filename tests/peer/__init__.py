@@ -1,0 +1,1 @@
+"""TRL's own tests of its trainers, run on masked ones: `make test-peer TRL=path`."""
