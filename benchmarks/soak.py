@@ -132,7 +132,7 @@ def slope(points: list[tuple[int, int]]) -> float:
 
 def resident() -> int:
     """Bytes of memory that the process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * PAGE
 
 
 def descriptors() -> int:

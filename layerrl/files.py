@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from filelock import lock_descriptor
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+# What no class tells: Rust's errors, which tokenizers raises as Exception; torch gives no reason.
+_OF_RUST = re.compile(r"\(os error \d+\)")
+_OF_TORCH = re.compile(r"PytorchStreamWriter|unexpected pos|write failed")
 _HEX = "[0-9a-f]" * 32
 
 
@@ -72,6 +77,23 @@ def made_whole(path: Path) -> Iterator[Path]:
                 return
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def why_unwritten(error: BaseException | None) -> str:
+    """Why something could not be written.
+
+    Args:
+        error: What was raised instead, by Python, torch, safetensors or tokenizers.
+
+    Returns:
+        The reason; empty of errors of another kind.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError) and _OF_TORCH.search(text):
+        return "torch could not write one of its files. Is the disk full?"
+    if isinstance(error, OSError | SafetensorError) or _OF_RUST.search(text):
+        return getattr(error, "strerror", None) or text
+    return ""
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Pairs of short GRPO runs that must agree: TRL with layers frozen by hand, and layerrl."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from datasets import Dataset
@@ -24,6 +26,18 @@ NO_CHECKPOINTING = {"gradient_checkpointing": False}
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 # What no two runs of the same thing share.
 _CLOCKS = ("step_time", "runtime", "per_second", "preparation_time", "perf/", "time_s", "tok/s")
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Inside, a disk fills whenever a file has as many bytes, whoever writes it."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def saved(folder: Path, model: PreTrainedModel | None = None) -> Path:

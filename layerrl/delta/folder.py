@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from layerrl.checks import check_path
 from layerrl.delta.description import Version2, read
 from layerrl.delta.record import DeltaBase, dtype_name
 from layerrl.errors import DeltaError
-from layerrl.files import made_whole
+from layerrl.files import made_whole, why_unwritten
 from layerrl.frozen import fingerprints
 from layerrl.stored import refused_as, tensors_in
 
@@ -174,5 +172,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with made_whole(path) as folder:
             yield folder
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if isinstance(error, DeltaError) or not why_unwritten(error):
+            raise
         raise DeltaError(f"cannot write {path}: {error}") from error

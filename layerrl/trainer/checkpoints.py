@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -18,7 +16,7 @@ from layerrl.delta.card import CARD, write_card
 from layerrl.delta.description import read
 from layerrl.delta.hub import hub_errors
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.files import written_whole
+from layerrl.files import why_unwritten, written_whole
 from layerrl.frozen import fingerprints
 from layerrl.schema import Misfit
 from layerrl.shards import shape, whole
@@ -40,7 +38,6 @@ _DELTA = ("delta.safetensors", "delta.json")  # the description last: it vouches
 _OLD_DELTA = "delta"  # the sub-folder that had them once
 FINGERPRINTS = "layerrl_fingerprints"
 _READERS = {"MergeModelCallback"}  # TRL's; others upload the folder and load nothing
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter|write failed|unexpected pos")
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 
@@ -97,11 +94,11 @@ class Checkpoints:
     @contextmanager
     def all_or_nothing(self, folder: Path) -> Iterator[None]:
         """Inside, a checkpoint is written; if that fails, the folder is what it was before."""
-        trainer, replaced = self._trainer, folder.with_name(f"_{folder.name}.replaced")
+        trainer = self._trainer
         if trainer.args.should_save:
-            shutil.rmtree(replaced, ignore_errors=True)
+            put_back(folder)
             if folder.exists():
-                folder.rename(replaced)
+                folder.rename(_replaced(folder))
         trainer.accelerator.wait_for_everyone()  # before another process writes into it
         self._written = folder
         try:
@@ -112,9 +109,9 @@ class Checkpoints:
         except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                if is_complete(replaced):
-                    replaced.rename(folder)
-                if reason := _reason_of_disk(error):
+                put_back(folder)
+                cause = error.__cause__ if isinstance(error, DeltaError) else error
+                if reason := why_unwritten(cause):
                     last = last_complete(folder.parent)
                     goes_on = f"a run resumes from {last}" if last else "there is no earlier one"
                     raise CheckpointWriteError(
@@ -124,7 +121,7 @@ class Checkpoints:
         finally:
             self._written = None
             if trainer.args.should_save:
-                shutil.rmtree(replaced, ignore_errors=True)
+                put_back(folder)
 
     def save(
         self,
@@ -269,15 +266,21 @@ class Checkpoints:
                 warn(f"a checkpoint was not pushed: {error}")
 
 
-def _reason_of_disk(error: BaseException | None) -> str:
-    """Why something could not be written; empty of errors of another kind."""
-    if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):  # it gives no reason
-        return "torch could not write one of its files. Is the disk full?"
-    if isinstance(error, DeltaError):
-        return _reason_of_disk(error.__cause__)
-    if isinstance(error, OSError | SafetensorError):
-        return getattr(error, "strerror", None) or str(error)
-    return ""
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f"_{folder.name}.replaced")
+
+
+def put_back(folder: Path) -> None:
+    """End the replacement of a checkpoint, which a killed process may have begun.
+
+    Args:
+        folder: The checkpoint's. If what is there is not complete, it is what it was before.
+    """
+    before = _replaced(folder)
+    if is_complete(before) and not is_complete(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        before.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def last_complete(output_dir: Path) -> Path | None:

@@ -29,6 +29,7 @@ from layerrl.trainer.checkpoints import (
     delta_in,
     is_complete,
     last_complete,
+    put_back,
 )
 from layerrl.trainer.checksums import check_files
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
@@ -74,6 +75,10 @@ class CheckpointReader:
     def _last_whole(self) -> str:
         """The last checkpoint that was written to its end."""
         output_dir = Path(self._trainer.args.output_dir)
+        if self._trainer.args.should_save:
+            for before in [*output_dir.glob("_checkpoint-*.replaced")]:
+                put_back(before.with_name(before.stem.removeprefix("_")))
+        self._trainer.accelerator.wait_for_everyone()
         last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if last is None:
             raise DeltaError(f"there is no checkpoint in {output_dir} to resume")

@@ -42,6 +42,8 @@ def opens_text(call: ast.Call) -> bool:
     place = 1 if isinstance(call.func, ast.Name) else 0
     mode = keywords.get("mode", call.args[place] if len(call.args) > place else None)
     binary = isinstance(mode, ast.Constant) and "b" in str(mode.value)
+    if ast.unparse(call.func) == "os.open":  # a descriptor, of bytes
+        return False
     reads = name in ("read_text", "write_text") or (name == "open" and not binary)
     return reads and "encoding" not in keywords
 

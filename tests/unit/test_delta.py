@@ -28,7 +28,7 @@ from layerrl.frozen import fingerprints
 from tests.devices import on_any_device, on_cpu
 from tests.models import tiny
 from tests.operations import during
-from tests.runs import bits
+from tests.runs import bits, no_file_above
 
 pytestmark = [on_any_device, pytest.mark.usefixtures("made_on_device")]
 
@@ -781,6 +781,13 @@ class TestOutput:
         (tmp_path / "locked").mkdir(mode=0o500)
         with refused(f"cannot write {tmp_path / 'locked' / 'out'}: ", under=tmp_path):
             write(tmp_path / "locked" / "out")
+
+    def test_that_fills_the_disk_at_any_byte_leaves_nothing(self, write, tmp_path):
+        for size in (0, 100, 1000, 4000):
+            with no_file_above(size), pytest.raises(DeltaError, match=r"cannot write .*out"):
+                write(tmp_path / "out")
+            assert not any(tmp_path.iterdir())
+        write(tmp_path / "out")
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
     def test_that_fails_halfway_leaves_nothing(self, write, tmp_path, monkeypatch, error):

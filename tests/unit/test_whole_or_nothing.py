@@ -5,6 +5,8 @@ import json
 import random
 import re
 import shutil
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from layerrl import LayerMaskedMixin, load_delta, merge_delta
 from layerrl.errors import DeltaError, FrozenTensorError
+from layerrl.trainer.checkpoints import CheckpointWriteError
 from tests.grpo import make
 from tests.models import tiny
-from tests.runs import bits, freeze_by_hand, load, optimizer_state, saved, train
+from tests.runs import bits, freeze_by_hand, load, no_file_above, optimizer_state, saved, train
 
 NAME = "model.layers.2.mlp.up_proj.weight"
 
@@ -137,6 +140,35 @@ class TestFullDisk:
         resumed.train(resume_from_checkpoint=True)
         assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
 
+    def test_at_any_byte_leaves_the_last_good_checkpoint(self, base, tmp_path, monkeypatch):
+        """torch and safetensors write their files themselves."""
+        save, sizes = Trainer._save_checkpoint, []
+
+        def full(self: Any, model: Any, trial: Any) -> None:
+            second = self.state.global_step == 2
+            with no_file_above(sizes[-1]) if second else nullcontext():
+                save(self, model, trial)
+
+        monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+        stopped = set()
+        for size in (0, 300, 1200, 1600, 5000, 10_000, 14_500, 18_000):
+            sizes.append(size)
+            trainer = on(base, tmp_path / "out", beta=0.04)
+            match = r"cannot write .*checkpoint-2: .* a run resumes from .*checkpoint-1\."
+            with pytest.raises(CheckpointWriteError, match=match) as raised:
+                train(trainer)
+            stopped.add(type(raised.value.__cause__))
+            assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == [
+                "checkpoint-1"
+            ]
+        assert stopped == {RuntimeError, OSError, DeltaError, Exception}  # torch and Rust, too
+        monkeypatch.undo()
+        straight = on(base, tmp_path / "straight", beta=0.04)
+        train(straight)
+        resumed = on(base, tmp_path / "out", beta=0.04)
+        resumed.train(resume_from_checkpoint=True)
+        assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
+
     def test_leaves_what_an_earlier_run_wrote_under_the_name(self, base, tmp_path):
         earlier = on(base, tmp_path / "out", max_steps=1)
         earlier.train()
@@ -181,6 +213,26 @@ class TestKilled:
             resumed.train(resume_from_checkpoint=True)
         assert __file__ in [warning.filename for warning in warned if "end" in str(warning.message)]
         assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("half", [False, True])
+    def test_while_it_replaced_a_checkpoint_leaves_the_one_that_was_there(
+        self, base, tmp_path, half
+    ):
+        straight = on(base, tmp_path / "out", max_steps=3)
+        train(straight)
+        out = tmp_path / "out"
+        (out / "checkpoint-2").rename(out / "_checkpoint-2.replaced")
+        shutil.rmtree(out / "checkpoint-3")
+        shutil.copytree(out / "checkpoint-1", out / "_checkpoint-1.replaced")  # not deleted yet
+        if half:
+            (out / "checkpoint-2").mkdir()
+            (out / "checkpoint-2" / "delta.safetensors").write_bytes(b"half")
+        resumed = on(base, out, max_steps=3)
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            resumed.train(resume_from_checkpoint=True)
+        assert len(resumed.state.log_history) == 4  # the third step, and the end
+        assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
+        assert not [*out.glob("_*")]
 
     def test_before_the_first_save_was_done_is_said(self, base, tmp_path):
         (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
