@@ -1,7 +1,7 @@
 """Run the frozen prefix once per batch: record what leaves it, replay it where the same enters.
 
 The layers below the first trained one compute the same for the reference, the old and the current
-policy, and in every pass over the same rows. They are a function of what enters layer 0 and of
+policy, in every log-probability pass and every loss over the same rows. They are a function of what enters layer 0 and of
 frozen weights, so that is what a recording is known by.
 """
 

@@ -1,4 +1,4 @@
-"""Whether a replayed call gives what the plain one does."""
+"""Whether a replayed call gives the log-probabilities and gradients of the plain one."""
 
 from __future__ import annotations
 
