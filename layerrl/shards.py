@@ -1,4 +1,7 @@
-"""Tensors of which each process holds a part, as FSDP2 and DeepSpeed's ZeRO-3 keep them."""
+"""Sharded tensors: each rank holds a shard, as FSDP2 and DeepSpeed's ZeRO-3 keep them.
+
+Putting a full tensor together is a collective: `whole` is called on every rank.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def shape(tensor: Tensor) -> torch.Size:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor. Every process has to ask where it is sharded."""
+    """The full tensor. Of a sharded one this is a collective: call it on every rank."""
     held = parts(tensor)
     return held.full_tensor().view(shape(tensor)) if isinstance(held, DTensor) else tensor
 

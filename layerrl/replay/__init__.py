@@ -1,8 +1,8 @@
 """Run the frozen prefix once per batch: record what leaves it, replay it where the same enters.
 
 The layers below the first trained one compute the same for the reference, the old and the current
-policy, and in every pass over the same rows. They are a function of what enters layer 0 and of
-frozen weights, so that is what a recording is known by.
+policy, in every log-probability pass and loss over the same rows. They are a function of what
+enters layer 0 and of frozen weights, so that is what a recording is known by.
 """
 
 from __future__ import annotations

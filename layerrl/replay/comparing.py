@@ -1,4 +1,4 @@
-"""Whether a replayed call gives what the plain one does."""
+"""Whether a replayed call gives the plain one's logits (so log-probabilities) and gradients."""
 
 from __future__ import annotations
 

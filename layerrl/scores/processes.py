@@ -94,5 +94,5 @@ def loss_alone(trainer: Any, inputs: Any) -> Tensor:
 
 
 def add_up(gradient: Tensor) -> None:
-    """Add a gradient up over all processes, in place; every one has to call this."""
+    """Add a gradient up over all ranks, in place; a collective: call it on every rank."""
     torch.distributed.all_reduce(gradient)

@@ -1,4 +1,4 @@
-"""`selection="auto"`: layers that the trainer's own first batches speak for."""
+"""`selection="auto"`: choose layers at train start, by their scores on the first batches."""
 
 from __future__ import annotations
 

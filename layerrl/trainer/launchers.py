@@ -1,4 +1,7 @@
-"""What differs where several processes train together: DDP, FSDP2, DeepSpeed."""
+"""What differs where several processes train together: DDP, FSDP2, DeepSpeed.
+
+A collective is called on every rank or on none: a rank that leaves early keeps the others waiting.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +168,7 @@ def refuse_schedule(args: Any) -> None:
 
 
 def agree(accelerator: Accelerator, value: bool) -> bool:
-    """Whether something is so in all processes; every one has to ask."""
+    """Logical AND over ranks; a collective: call it on every rank."""
     if accelerator.num_processes == 1:
         return value
     values: Any = gather(torch.tensor([value], device=accelerator.device))
@@ -173,7 +176,7 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
 
 
 def raise_together(error: FrozenTensorError | None, accelerator: Accelerator) -> None:
-    """Raise in all processes what one of them has found, for the others would wait for it.
+    """Raise on every rank what one has found: the others would wait in the next collective.
 
     Args:
         error: What this one found.

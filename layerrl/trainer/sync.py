@@ -1,4 +1,4 @@
-"""Send vLLM what was trained, once it has everything."""
+"""Weight sync: send vLLM the trained parameters, once it has all weights."""
 
 from __future__ import annotations
 
