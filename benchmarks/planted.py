@@ -113,7 +113,7 @@ PLANTED: dict[str, Base] = {
         Changed("switch-llama", base=LLAMA, asks="descending"),
         Changed("late-llama", base=LLAMA, change=garbled(5, 4)),
         Changed("middle-gpt_neox", base=NEOX, change=garbled(2, 2)),
-        Changed("late-mixtral", base=MIXTRAL, change=garbled(4, 4)),
+        Changed("late-mixtral", base=MIXTRAL, change=garbled(5, 2)),
         Base(
             "ordering-llama-dropped",
             num_layers=24,
