@@ -21,7 +21,6 @@ from suites import BASES, TASKS, Suite
 
 from layerrl.blocks import find_blocks
 
-
 OUTPUTS = ("o_proj.weight", "down_proj.weight", "down_proj", "dense.weight", "4h_to_h.weight")
 """Matrices that write into the residual stream."""
 
