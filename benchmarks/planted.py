@@ -3,8 +3,10 @@
     python benchmarks/planted.py             # say what each base knows
     python benchmarks/planted.py --ground    # their exact sweeps, which continue where they stopped
 
-Four bases were trained here until they knew a task well, and are kept in `benchmarks/bases`. The
-others are these with one change, made anew by each call and bit for bit the same everywhere.
+Three bases were trained here until they knew a task well, and are kept in `benchmarks/bases`. The
+others are these with one change, made anew by each call and bit for bit the same everywhere, or
+with a kept layer (`drift-llama`). Not swept yet: `alphabet-llama`, `switch-llama` and
+`ordering-llama-dropped`, whose base is not kept either: its pre-training was not finished.
 """
 
 import argparse
