@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,18 @@ def sorting(draw: random.Random) -> tuple[str, str]:
     return "".join(digits) + ">", "".join(sorted(digits))
 
 
+def ordering(draw: random.Random) -> tuple[str, str]:
+    """Four digits, and the same in order."""
+    digits = [draw.choice("0123456789") for _ in range(4)]
+    return "".join(digits) + ">", "".join(sorted(digits))
+
+
+def descending(draw: random.Random) -> tuple[str, str]:
+    """Four digits, and the same from the largest on."""
+    prompt, answer = ordering(draw)
+    return prompt, answer[::-1]
+
+
 def mixture(draw: random.Random) -> tuple[str, str]:
     """One of the others."""
     return draw.choice([addition, sorting])(draw)
@@ -55,6 +68,8 @@ def mixture(draw: random.Random) -> tuple[str, str]:
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "addition": addition,
     "sorting": sorting,
+    "ordering": ordering,
+    "descending": descending,
     "mixture": mixture,
 }
 
@@ -153,9 +168,13 @@ class Suite:
             for text, right in zip(texts, answer, strict=True)
         ]
 
+    def pretraining(self, model: Any) -> AbstractContextManager[object]:
+        """What a forward pass of pre-training runs in."""
+        return nullcontext(model)
+
     def _pretrained(self) -> Any:
         """Trained on its own problems, never the held-out ones, until it half-knows them."""
-        architecture = self.name.partition("-")[2]
+        architecture = self.name.split("-")[1]
         torch.manual_seed(0)
         config = AutoConfig.for_model(
             architecture,
@@ -170,6 +189,11 @@ class Suite:
             **{
                 "llama": {"intermediate_size": 2 * self.hidden, "num_key_value_heads": 4},
                 "gpt_neox": {"intermediate_size": 4 * self.hidden},
+                "mixtral": {
+                    "intermediate_size": self.hidden // 2,
+                    "num_key_value_heads": 4,
+                    "num_local_experts": 4,
+                },
             }[architecture],
         )
         model = AutoModelForCausalLM.from_config(config).to(self.device)
@@ -190,7 +214,8 @@ class Suite:
             batch = torch.randint(len(ids), (256,), generator=draw)
             rate = self.pretraining_rate * min(1.0, (step + 1) / 100)
             optimizer.param_groups[0]["lr"] = rate
-            logits = model(input_ids=ids[batch]).logits[:, first - 1 : -1]
+            with self.pretraining(model):
+                logits = model(input_ids=ids[batch]).logits[:, first - 1 : -1]
             loss = cross_entropy(logits.mT, labels[batch, first:])
             optimizer.zero_grad()
             loss.backward()

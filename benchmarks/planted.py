@@ -1,0 +1,148 @@
+"""Suites whose best layer is known by construction, or lies elsewhere than in the others.
+
+    python benchmarks/planted.py             # say what each base knows
+    python benchmarks/planted.py --ground    # their exact sweeps, which continue where they stopped
+
+Three bases were trained here until they knew a task well, and are kept in `benchmarks/bases`. The
+others are these with one change, made anew by each call and bit for bit the same everywhere, or
+with a kept layer (`drift-llama`). Not swept yet: `alphabet-llama`, `switch-llama` and
+`ordering-llama-dropped`, whose base is not kept either: its pre-training was not finished.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from probe_fidelity import ground
+from safetensors.torch import load_file
+from suites import BASES, TASKS, Suite
+
+from layerrl.blocks import find_blocks
+
+OUTPUTS = ("o_proj.weight", "down_proj.weight", "down_proj", "dense.weight", "4h_to_h.weight")
+"""Matrices that write into the residual stream."""
+
+
+@dataclass(frozen=True)
+class Base(Suite):
+    """A small model, trained to know its task; no suite by itself unless it says so."""
+
+    greedy = True
+    knows: float = 0.85
+    num_layers: int = 6
+    problems: int = 6000
+    evaluated: int = 256
+    rows: int = 64
+    steps: int = 20
+    learning_rate: float = 1e-3
+    full_learning_rate: float = 5e-4
+    layers: Any = "all"
+    dropped: float = 0.0
+    """Share of layers that a pass of pre-training skips."""
+
+    @contextmanager
+    def pretraining(self, model: Any) -> Iterator[None]:
+        """Skip layers at random."""
+        draw = torch.rand(self.num_layers).tolist()
+        blocks = find_blocks(model).modules if self.dropped else []
+        skipped = [b for b, share in zip(blocks, draw, strict=False) if share < self.dropped]
+        hooks = [b.register_forward_hook(lambda _, args, __: args[0]) for b in skipped]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@dataclass(frozen=True)
+class Changed(Base):
+    """A base with one part changed, so that what was lost is best learnt again there."""
+
+    base: Base = Base("ordering-llama")
+    change: Callable[[Any], None] = lambda model: None
+    """Changes a model in place."""
+    asks: str = "ordering"
+
+    @property
+    def task(self) -> Callable[[random.Random], tuple[str, str]]:
+        """Draws a problem and its answer."""
+        return TASKS[self.asks]
+
+    def model(self) -> Any:
+        """The base, changed."""
+        model = self.base.model()
+        with torch.no_grad():
+            self.change(model)
+        return model
+
+
+def garbled(layer: int, times: float) -> Callable[[Any], None]:
+    """Reverse and scale what a layer adds to the residual stream: exact for powers of two."""
+
+    def change(model: Any) -> None:
+        for name, parameter in find_blocks(model).modules[layer].named_parameters():
+            if name.endswith(OUTPUTS):
+                parameter.copy_(times * parameter.flip(-2))
+
+    return change
+
+
+def blurred(model: Any) -> None:
+    """Average the embedding of each token with the next one's: an alphabet that is half known."""
+    weight = model.get_input_embeddings().weight
+    weight.copy_((weight + weight.roll(1, 0)) / 2)
+
+
+def drifted(model: Any) -> None:
+    """Put in a layer that was trained by itself on the digits in descending order."""
+    layer = find_blocks(model).modules[DRIFTED]
+    layer.load_state_dict(load_file(BASES / "drift-llama" / "layer.safetensors"))
+
+
+LLAMA, NEOX, MIXTRAL = (Base(f"ordering-{name}") for name in ("llama", "gpt_neox", "mixtral"))
+DRIFTED = 4
+PLANTED: dict[str, Base] = {
+    suite.name: suite
+    for suite in (
+        Changed("alphabet-llama", base=LLAMA, change=blurred),
+        Changed("middle-llama", base=LLAMA, change=garbled(3, 8)),
+        Changed("drift-llama", base=LLAMA, change=drifted),
+        Changed("switch-llama", base=LLAMA, asks="descending"),
+        Changed("late-llama", base=LLAMA, change=garbled(5, 4)),
+        Changed("middle-gpt_neox", base=NEOX, change=garbled(2, 2)),
+        Changed("late-mixtral", base=MIXTRAL, change=garbled(5, 2)),
+        Base(
+            "ordering-llama-dropped",
+            num_layers=24,
+            hidden=32,
+            dropped=0.2,
+            knows=0.3,
+            layers=[0, 3, 6, 10, 13, 16, 20, 23],
+        ),
+    )
+}
+HELD_OUT = ["late-llama", "middle-gpt_neox", "late-mixtral", "ordering-llama-dropped"]
+"""Looked at once, after every choice was made on the others."""
+
+
+def main() -> None:
+    """Make bases, drift, and truths."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ground", action="store_true", help="make the truths")
+    parser.add_argument("--suites", nargs="+", default=list(PLANTED), choices=list(PLANTED))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the sweeps")
+    options = parser.parse_args()
+    for name in options.suites:
+        suite = PLANTED[name]
+        if options.ground:
+            ground(suite, options.seeds)
+        else:
+            print(f"{name}: sampled accuracy {suite.accuracy(suite.model()):.3f}")
+
+
+if __name__ == "__main__":
+    main()
