@@ -61,7 +61,7 @@ def contribution_probe(
     | method | what it does | what it needs |
     |---|---|---|
     | `"train"` | measures C(k), each layer's share of the full-parameter gain | everything |
-    | `"gradient"` | what a first step in the layer alone would gain | rollouts |
+    | `"gradient"` | what a step in the layer alone would gain on other prompts | rollouts |
     | `"published"` | C(k) of the paper's Qwen3-1.7B at the same relative depth | nothing |
     | `"position"` | how near the layer is to the middle | nothing |
 

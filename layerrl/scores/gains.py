@@ -18,21 +18,20 @@ if TYPE_CHECKING:
 
 
 # Over 60 lines: half are the formula and its edges; the loop shares its sums with the hook inside.
-def first_step_gains(
+def held_out_gains(
     layers: Mapping[int, Sequence[nn.Parameter]],
     prompts: Iterable[Sequence[Callable[[], Tensor]]],
     *,
     epsilon: float = 1e-8,
     add_up: Callable[[Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""For each prompt and layer, the first-order gain of the step that prompts so far ask for.
+) -> Tensor:
+    r"""For each prompt and layer, the first-order gain of a step that the prompts before ask for.
 
-    With $g_1, g_2, \dots$ the gradients of the prompts' losses in one layer, prompt $p$ gains
-    $\langle g_p, u(\sum_{q \le p} g_q / p) \rangle$ with $u(g) = g / (|g| + \epsilon)$, Adam's
+    With $g_1, g_2, \dots$ the gradients of the prompts' losses in one layer, prompt $p$ scores
+    $\langle g_p, u(\sum_{q<p} g_q / (p - 1)) \rangle$ with $u(g) = g / (|g| + \epsilon)$, Adam's
     first step: how much less its loss would be, per unit of learning rate, after a step in this
-    layer alone. With $q < p$, it gains from a step in which it had no part: noise in a gradient,
-    however large, gains nothing there on average. That says whether there is a signal, but a few
-    prompts with large gradients decide it; the gain with a prompt's own part varies less.
+    layer alone in which it had no part. Noise in a gradient, however large, gains nothing on
+    average.
 
     One backward serves all layers; gradients are used and freed as they arrive, and one sum of them
     is kept.
@@ -48,8 +47,7 @@ def first_step_gains(
             whole, in the same order in each. None: in one process.
 
     Returns:
-        The gains with a prompt's own part, and without. Shapes (P, L), float64, layers in order.
-        The first prompts' steps know few prompts.
+        Shape (P, L), float64, layers in order. The first prompts' steps know few prompts.
 
     Raises:
         ProbeError: If a gradient is not finite.
@@ -62,18 +60,18 @@ def first_step_gains(
     }
     gains: list[Tensor] = []
     # Of the present prompt, where its gradients are: reading each one would wait for the device.
-    gained = {
-        p.device: torch.zeros(2, len(layers), dtype=torch.double, device=p.device) for p in sums
-    }
+    gained = {p.device: torch.zeros(len(layers), dtype=torch.double, device=p.device) for p in sums}
 
     def take(parameter: Tensor) -> None:
         if parameter.grad is None:
             return
-        asked, column, of_layers = sums[parameter], column_of[parameter], gained[parameter.device]
+        earlier, prompt = sums[parameter], len(gains)
         # Before the first prompt there is no step, which gains nothing.
-        of_layers[1, column] += _gain(parameter.grad, asked, epsilon * max(len(gains), 1))
-        asked += parameter.grad
-        of_layers[0, column] += _gain(parameter.grad, asked, epsilon * (len(gains) + 1))
+        size = earlier.abs() + epsilon * max(prompt, 1)
+        step = earlier / size.clamp(min=torch.finfo(size.dtype).tiny)
+        of_layers = gained[parameter.device]
+        of_layers[column_of[parameter]] += (parameter.grad * step).sum(dtype=torch.double)
+        earlier += parameter.grad
         parameter.grad = None
 
     for losses in prompts:
@@ -90,25 +88,16 @@ def first_step_gains(
                     parameter.grad = torch.zeros_like(parameter)
                 add_up(parameter.grad)
             take(parameter)
-        gains.append(torch.zeros(2, len(layers), dtype=torch.double))
+        gains.append(torch.zeros(len(layers), dtype=torch.double))
         for of_layers in gained.values():
             gains[-1] += of_layers.cpu()
         if not gains[-1].isfinite().all():
-            finite = gains[-1].isfinite().all(dim=0)
-            odd = [k for k, is_so in zip(layers, finite, strict=True) if not is_so]
+            odd = [k for k, gain in zip(layers, gains[-1], strict=True) if not gain.isfinite()]
             raise ProbeError(
                 f"the gradient of prompt {len(gains) - 1} is not finite in the layers {odd}. Is "
                 "its loss? Half precision overflows where float32 and bfloat16 do not."
             )
-    found = torch.stack(gains) if gains else torch.zeros(0, 2, len(layers), dtype=torch.double)
-    return found[:, 0], found[:, 1]
-
-
-def _gain(gradient: Tensor, asked: Tensor, epsilon: float) -> Tensor:
-    """What a loss would fall by in Adam's first step along a sum of gradients."""
-    size = asked.abs() + epsilon
-    step = asked / size.clamp(min=torch.finfo(size.dtype).tiny)
-    return (gradient * step).sum(dtype=torch.double)
+    return torch.stack(gains) if gains else torch.zeros(0, len(layers), dtype=torch.double)
 
 
 @contextmanager

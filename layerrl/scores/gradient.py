@@ -1,4 +1,4 @@
-"""`method="gradient"`: what a first step in each layer alone would gain.
+"""`method="gradient"`: what a step in each layer alone would gain on other prompts.
 
 Legend: P prompts, L layers.
 """
@@ -16,7 +16,7 @@ from layerrl.checks import shown, whole_number
 from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport, Cost, Score
 from layerrl.scores.evaluation import all_rewarded, random_state_kept
-from layerrl.scores.gains import first_step_gains
+from layerrl.scores.gains import held_out_gains
 from layerrl.scores.method import ROLLOUTS, Method
 from layerrl.scores.processes import add_up, loss_alone, refuse_sharded, whole_model
 from layerrl.scores.restoring import as_found
@@ -46,7 +46,7 @@ def gradient_report(
     settings: dict[str, Any],
     started: float,
 ) -> ContributionReport:
-    """Score layers by what a first step in each alone would gain.
+    """Score layers by what a step in each alone would gain on prompts that had no part in it.
 
     Args:
         rollouts: Prompts, to be answered by the trainer's model as it is. The gradients of its
@@ -65,12 +65,9 @@ def gradient_report(
     """
     trainer = rollouts.trainer
     check_trainer(trainer, "method='gradient'")
-    gains = _gains(rollouts, selection, args.adam_epsilon)
+    gains_PL = _gains(rollouts, selection, args.adam_epsilon)
     check_signal(rollouts)
-    gains_PL, held_out_PL = (found[int(len(found) * _UNSCORED) :] for found in gains)
-    _check_common(held_out_PL, rollouts)
-    # Of a prompt for each layer, in units of the average layer's gain.
-    rows = (gains_PL.T / gains_PL.mean()).tolist()
+    rows = _against_average(gains_PL[int(len(gains_PL) * _UNSCORED) :], rollouts)
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
     scores = dict(zip(selection.layers, rows, strict=True))
@@ -96,30 +93,32 @@ def gradient_report(
     )
 
 
-def _gains(rollouts: Rollouts, selection: LayerSelection, epsilon: float) -> tuple[Tensor, Tensor]:
-    """What `first_step_gains` finds, the same in all processes."""
+def _gains(rollouts: Rollouts, selection: LayerSelection, epsilon: float) -> Tensor:
+    """What `held_out_gains` finds, the same in all processes."""
     trainer = rollouts.trainer
     together = trainer.accelerator.num_processes > 1
     with whole_model(trainer):
-        gains = first_step_gains(
+        gains_PL = held_out_gains(
             TrainedLayers(trainer.model, selection).by_layer,
             ([partial(loss_alone, trainer, part) for part in parts] for parts in rollouts),
             epsilon=epsilon,
             add_up=add_up if together else None,
         )
     if together:  # or the last bit of a sum could make them choose differently
-        [gains] = broadcast_object_list([gains])
-    return gains
+        [gains_PL] = broadcast_object_list([gains_PL])
+    return gains_PL
 
 
-def _check_common(held_out_PL: Tensor, rollouts: Rollouts) -> None:
-    """Refuse gradients of which none says anything of another prompt's."""
-    if held_out_PL.mean() <= 0:
+def _against_average(gains_PL: Tensor, rollouts: Rollouts) -> list[list[float]]:
+    """For each layer its gain on each prompt, in units of the average layer's gain."""
+    average = gains_PL.mean().item()
+    if average <= 0:
         raise TooLittleSignalError(
-            f"{_tried(rollouts)}: on the last {len(held_out_PL)}, a step that the prompts before "
-            "ask for gains nothing in the average layer, so that their gradients cannot be told "
-            f"from noise. {_advice(rollouts)}"
+            f"{_tried(rollouts)}: on the last {len(gains_PL)}, a step that the prompts before ask "
+            "for gains nothing in the average layer, so that their gradients cannot be told from "
+            f"noise. {_advice(rollouts)}"
         )
+    return (gains_PL.T / average).tolist()
 
 
 def units_of_a_pass(args: Any) -> int:

@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer, RLOOConfig
 from layerrl import ContributionReport, LayerMaskedMixin, contribution_probe, select_layers
 from layerrl.errors import DeltaError, ProbeError, SelectionError
 from layerrl.scores import gradient
-from layerrl.scores.gains import first_step_gains
+from layerrl.scores.gains import held_out_gains
 from layerrl.trainer import LayerMaskedRLOOTrainer, LayerSchedule
 from tests.devices import on_any_device
 from tests.engines import in_place_of_vllm
@@ -298,11 +298,10 @@ class TestTooLittleSignal:
     def test_of_gradients_that_have_nothing_in_common(self, tmp_path, monkeypatch):
         gains = iter([-1.0, -1.0, 1.0])
 
-        def noisy(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            found, held_out = first_step_gains(*args, **kwargs)
-            return found, held_out.abs() * next(gains)
+        def noisy(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return held_out_gains(*args, **kwargs).abs() * next(gains)
 
-        monkeypatch.setattr(gradient, "first_step_gains", noisy)
+        monkeypatch.setattr(gradient, "held_out_gains", noisy)
         run = trainer(tmp_path, max_steps=4)
         run.train()
         assert run.masked_run.auto.report.settings["budget"] == 256
