@@ -16,7 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from fidelity import Fidelity, ceiling, fidelity
-from probe_fidelity import NUM_PROMPTS, TRUTHS, base_of, fitted_prior, scored
+from probe_fidelity import TRUTHS, base_of, fitted_prior, scored
 from suites import SUITES
 
 from layerrl import ContributionReport
@@ -24,6 +24,8 @@ from layerrl.report import Score
 
 STORE = Path(__file__).with_suffix(".jsonl")
 SEEDS = [0, 1, 2, 3, 4]
+NUM_PROMPTS = 256
+"""The library's default."""
 GAP = ("<!-- probe_seeds: written by benchmarks/probe_seeds.py -->", "<!-- probe_seeds: end -->")
 """Where the table is in `results.md`."""
 

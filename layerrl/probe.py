@@ -44,7 +44,7 @@ def contribution_probe(
     args: Any = None,
     layers: int | Iterable[int] | slice | str = "all",
     modules: Sequence[str] | None = None,
-    budget: int = 64,
+    budget: int = 256,
     seeds: Sequence[int] = (0,),
     trainer_class: type = LayerMaskedGRPOTrainer,
     # Of method="train" alone:

@@ -43,7 +43,7 @@ def _parser() -> ArgumentParser:
 
 def _add(parser: ArgumentParser) -> None:
     parser.add_argument("--method", help="gradient (default), train, position, published")
-    parser.add_argument("--budget", type=int, metavar="N", help="prompts (default: 64)")
+    parser.add_argument("--budget", type=int, metavar="N", help="prompts (default: 256)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="not --seed (default: 0)")
     parser.add_argument("--out", metavar="FILE", help="write the report's JSON there, too")
     add_layers(parser)

@@ -5,6 +5,7 @@ Legend: P prompts, L layers.
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from layerrl.scores.restoring import as_found
 from layerrl.scores.rollouts import Rollouts
 from layerrl.scores.runs import Runs, made, only_training
 from layerrl.trained import TrainedLayers
+from layerrl.warning import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 FEWEST_PROMPTS = 8
 _UNSCORED = 1 / 4
 """Share of the prompts that come first and are not scored: the steps before them know too few."""
+_TOLD_FROM_NOISE = 2.0
+"""Standard errors that the average layer's gain lies above zero where the order of layers says
+something. On suites with known contributions, probes below it have ranked at random."""
 
 
 class TooLittleSignalError(ProbeError):
@@ -68,6 +73,7 @@ def gradient_report(
     gains_PL = _gains(rollouts, selection, args.adam_epsilon)
     check_signal(rollouts)
     rows = _against_average(gains_PL[int(len(gains_PL) * _UNSCORED) :], rollouts)
+    _warn_of_noise(gains_PL, rollouts)
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
     scores = dict(zip(selection.layers, rows, strict=True))
@@ -119,6 +125,20 @@ def _against_average(gains_PL: Tensor, rollouts: Rollouts) -> list[list[float]]:
             f"noise. {_advice(rollouts)}"
         )
     return (gains_PL.T / average).tolist()
+
+
+def _warn_of_noise(gains_PL: Tensor, rollouts: Rollouts) -> None:
+    """Say so where the average layer's gain may be none, and how many prompts would tell."""
+    gains_P, tried = gains_PL[int(len(gains_PL) * _UNSCORED) :].mean(dim=1), len(gains_PL)
+    error = (gains_P.std() / len(gains_P) ** 0.5).item()
+    found = gains_P.mean().item() / error if error else math.inf
+    if found < _TOLD_FROM_NOISE:
+        enough = math.ceil(tried * (_TOLD_FROM_NOISE / found) ** 2)
+        warn(
+            f"{_tried(rollouts)}: the average layer's gain is only {found:.1f} standard errors "
+            f"above zero, so that the order of layers may be noise. About {enough} prompts would "
+            "tell. Until then, take the middle of the model, or measure with method='train'."
+        )
 
 
 def units_of_a_pass(args: Any) -> int:
@@ -225,8 +245,8 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
     if num_prompts is None:
         raise ProbeError(
             f"budget is {shown(request.budget)} prompts; method='gradient' needs at least "
-            f"{FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 64 or more "
-            "to tell layers apart"
+            f"{FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 256 or "
+            "more to tell layers apart"
         )
     started, model = time.perf_counter(), request.model
     with random_state_kept(), as_found(*runs.models):
