@@ -37,7 +37,7 @@ _UNSCORED = 1 / 4
 """Share of the prompts that come first and are not scored: the steps before them know too few."""
 _TOLD_FROM_NOISE = 2.0
 """Standard errors that the average layer's gain lies above zero where the order of layers says
-something. On suites with known contributions, probes below it have ranked at random."""
+something: a probe at 0.4 has printed the order of noise."""
 
 
 class TooLittleSignalError(ProbeError):
@@ -73,7 +73,7 @@ def gradient_report(
     gains_PL = _gains(rollouts, selection, args.adam_epsilon)
     check_signal(rollouts)
     rows = _against_average(gains_PL[int(len(gains_PL) * _UNSCORED) :], rollouts)
-    _warn_of_noise(gains_PL, rollouts)
+    warn_of_noise(gains_PL, rollouts)
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
     scores = dict(zip(selection.layers, rows, strict=True))
@@ -127,8 +127,13 @@ def _against_average(gains_PL: Tensor, rollouts: Rollouts) -> list[list[float]]:
     return (gains_PL.T / average).tolist()
 
 
-def _warn_of_noise(gains_PL: Tensor, rollouts: Rollouts) -> None:
-    """Say so where the average layer's gain may be none, and how many prompts would tell."""
+def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts) -> None:
+    """Warn where the average layer's gain may be none, and say how many prompts would tell.
+
+    Args:
+        gains_PL: Of each prompt for each layer.
+        rollouts: The prompts.
+    """
     gains_P, tried = gains_PL[int(len(gains_PL) * _UNSCORED) :].mean(dim=1), len(gains_PL)
     error = (gains_P.std() / len(gains_P) ** 0.5).item()
     found = gains_P.mean().item() / error if error else math.inf
@@ -137,7 +142,7 @@ def _warn_of_noise(gains_PL: Tensor, rollouts: Rollouts) -> None:
         warn(
             f"{_tried(rollouts)}: the average layer's gain is only {found:.1f} standard errors "
             f"above zero, so that the order of layers may be noise. About {enough} prompts would "
-            "tell. Until then, take the middle of the model, or measure with method='train'."
+            "tell; method='train' measures."
         )
 
 

@@ -42,16 +42,16 @@ def refuse_callbacks(callbacks: Iterable[TrainerCallback], selection: LayerSelec
 class FrozenCheck(TrainerCallback):
     """Checks before the first step, when a checkpoint has been loaded, and after the last one."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self, check: Callable[[str], None]) -> None:
         self._check = check
 
     def on_train_begin(self, *args: object, **kwargs: object) -> None:
         """Transformers calls this after loading a checkpoint."""
-        self._check()
+        self._check("the beginning of train()")
 
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         """Transformers calls this after loading the best model."""
-        self._check()
+        self._check("the end of train()")
 
 
 class EpochOrder(TrainerCallback):

@@ -175,19 +175,40 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
     return bool(values.all())
 
 
-def raise_together(error: FrozenTensorError | None, accelerator: Accelerator) -> None:
+def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
+    """Each process's value, if all have come to the same place."""
+    try:
+        found = gather_object([(at, value)])
+    except RuntimeError as error:  # a process has ended, or did not come in time (ddp_timeout)
+        raise LauncherError(
+            f"process {accelerator.process_index} waited in {at}, where another did not come: it "
+            "has ended, or is elsewhere. Call the trainer's methods in every process, also in "
+            "those that write nothing."
+        ) from error
+    if len({place for place, _ in found}) > 1:
+        raise LauncherError(
+            "processes wait for each other in different places: "
+            + ", ".join(f"process {rank} in {place}" for rank, (place, _) in enumerate(found))
+            + ". Call the trainer's methods in every process, also in those that write nothing."
+        )
+    return [other for _, other in found]
+
+
+def raise_together(error: FrozenTensorError | None, at: str, accelerator: Accelerator) -> None:
     """Raise on every rank what one has found: the others would wait in the next collective.
 
     Args:
         error: What this one found.
+        at: Where it looked, as a user knows it.
         accelerator: The trainer's; every process has to call this.
 
     Raises:
         FrozenTensorError: If one found something.
+        LauncherError: If another process is elsewhere, or has ended.
     """
     found = [""]
     if accelerator.num_processes > 1:
-        found = gather_object(["" if error is None else str(error)])
+        found = _of_all("" if error is None else str(error), at, accelerator)
     if error is not None:
         raise error
     for rank, text in enumerate(found):
@@ -195,27 +216,30 @@ def raise_together(error: FrozenTensorError | None, accelerator: Accelerator) ->
             raise FrozenTensorError(f"process {rank} found: {text}")
 
 
-def refuse_disagreement(selection: LayerSelection, accelerator: Accelerator) -> None:
+def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -> None:
     """Processes that train together have to train the same.
 
     Args:
-        selection: What this one trains.
+        given: The trainer's arguments by name, as this process was given them. What differs has
+            another `repr`.
         accelerator: The trainer's; every process has to call this.
 
     Raises:
-        LauncherError: In all processes, if one has another selection.
+        LauncherError: In all processes, if one was given something else.
     """
     if accelerator.num_processes == 1:
         return
-    found = gather_object([selection.to_json()])
-    if len({*found}) > 1:
-        given = [type(selection).from_json(text) for text in found]
-        raise LauncherError(
-            f"{len(found)} processes train different selections: "
-            + ", ".join(f"process {rank} {chosen}" for rank, chosen in enumerate(given))
-            + ". Give the same selection= to each, not one that depends on the rank, on chance or "
-            "on a file that only some can read."
-        )
+    shown = {name: (repr(value), str(value)) for name, value in given.items()}
+    found = _of_all(shown, "the making of the trainer", accelerator)
+    for name in given:
+        if len({values[name] for values in found}) > 1:
+            texts = [text for _, text in (values[name] for values in found)]
+            raise LauncherError(
+                f"{len(found)} processes were given different {name}=: "
+                + ", ".join(f"process {rank} {text}" for rank, text in enumerate(texts))
+                + f". Give the same {name}= to each, not one that depends on the rank, on chance "
+                "or on a file that only some can read."
+            )
 
 
 def of_main_process(record: _Record, accelerator: Accelerator) -> _Record:

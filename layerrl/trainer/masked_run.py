@@ -56,7 +56,12 @@ class MaskedRun:
         quantised = getattr(unwrap(model), "is_quantized", False)
         launchers.refuse_launcher(selection, accelerator, quantised=quantised)
         launchers.refuse_threads(trainer.args)
-        launchers.refuse_disagreement(selection, accelerator)
+        given = {
+            "selection": selection if call.decided else f"auto:{call.auto.num_chosen}",
+            "checkpoint_format": call.checkpoint_format,
+            "master_weights": call.master_weights,
+        }
+        launchers.refuse_disagreement(given, accelerator)
         casts = launchers.casts_model(accelerator)
         arguments.refuse_cast(trainer.args, None if full else model, casts)
         arguments.warn_of_frozen_head(model, selection)
@@ -155,17 +160,18 @@ class MaskedRun:
             initial = reference.tensors if shared else initial
         self.initial = initial
 
-    def check_frozen(self, *, together: bool = True) -> None:
+    def check_frozen(self, at: str = "") -> None:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
 
         Args:
-            together: Whether every process checks now, and all raise what one finds.
+            at: Where every process checks now, and all raise what one finds. Empty: this alone.
 
         Raises:
             FrozenTensorError: If one changed.
+            LauncherError: If another process is elsewhere.
         """
         self.follow_shards()
-        if not together:
+        if not at:
             self.frozen.check(self._trainer.model)
             return
         error = None
@@ -173,12 +179,12 @@ class MaskedRun:
             self.frozen.check(self._trainer.model)
         except FrozenTensorError as changed:
             error = changed
-        launchers.raise_together(error, self._trainer.accelerator)
+        launchers.raise_together(error, at, self._trainer.accelerator)
 
-    def check_whole(self) -> None:
+    def check_whole(self, at: str) -> None:
         """The same, where a launcher is about to shard the model: the record is taken anew then."""
         if launchers.shards_model(self._trainer.accelerator) and not self.layers.in_parts:
-            self.check_frozen()
+            self.check_frozen(at)
 
     def check_adapters(self) -> None:
         """Compare the model's adapters with what the trainer was made for.

@@ -133,7 +133,7 @@ class LayerMaskedMixin(_Wrapped):
         # The first, as callbacks of the user may write to the gradients.
         norms = callbacks.GradNorms(lambda: self.masked_run.note_gradients())
         self.callback_handler.callbacks.insert(0, norms)
-        frozen = callbacks.FrozenCheck(lambda: self.masked_run.check_frozen())
+        frozen = callbacks.FrozenCheck(lambda at: self.masked_run.check_frozen(at))
         for callback in (callbacks.EpochOrder(), frozen, callbacks.DeltaOnTop(self._checkpoints)):
             self.add_callback(callback)
         chosen = call.selection_for(self.model, self.processing_class)
@@ -172,7 +172,7 @@ class LayerMaskedMixin(_Wrapped):
         Raises:
             FrozenTensorError: If one changed.
         """
-        self.masked_run.check_frozen(together=False)
+        self.masked_run.check_frozen()
 
     def save_delta(self, path: str | os.PathLike[str]) -> Path | None:
         """Save only what was trained, as a delta on the model the trainer was made with.
@@ -188,7 +188,7 @@ class LayerMaskedMixin(_Wrapped):
             FrozenTensorError: If a frozen tensor changed. Nothing is written then.
             SelectionError: If `"auto"` has not chosen yet.
         """
-        self.masked_run.check_frozen()
+        self.masked_run.check_frozen("save_delta()")
         writes = self.accelerator.is_main_process
         saved = self.masked_run.save_delta(path, writes=writes)
         self._checkpoints.describe(saved, beside="nothing")
@@ -230,18 +230,18 @@ class LayerMaskedMixin(_Wrapped):
             raise
 
     def _before_sharding(self) -> None:
-        self.masked_run.check_whole()
+        self.masked_run.check_whole("train()")
         if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
             self._reader.load_reference()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; before training, ZeRO-3 shards the model for it."""
-        self.masked_run.check_whole()
+        self.masked_run.check_whole("evaluate()")
         return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict; before training, ZeRO-3 shards the model for it."""
-        self.masked_run.check_whole()
+        self.masked_run.check_whole("predict()")
         return super().predict(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -310,7 +310,7 @@ class LayerMaskedMixin(_Wrapped):
         sharded = launchers.shards_model(self.accelerator)
         # A model that each process has whole may be saved by one of them, a checkpoint never.
         together = sharded or (_internal_call and output_dir is not None)
-        self.masked_run.check_frozen(together=together)
+        self.masked_run.check_frozen("save_model()" if together else "")
         self._checkpoints.save(output_dir, _internal_call, super().save_model)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

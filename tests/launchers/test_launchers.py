@@ -100,6 +100,9 @@ class FrozenChanges(TrainerCallback):
             held(unwrap(kwargs["model"]).get_parameter(FROZEN)).data.view(-1)[0] += 1
 
 
+# In place of a training.
+ELSEWHERE = [{"calls": name} for name in ("save_delta", "save_model")]
+LEFT = [{"calls": name} for name in ("save_delta", None)]
 # In the second of two processes alone, and while all save a checkpoint.
 CHANGED = [{}, {"arguments": {"callbacks": [FrozenChanges()]}}]
 CHANGED = [{"max_steps": 2, "save_strategy": "steps", "save_steps": 2, **c} for c in CHANGED]
@@ -139,6 +142,11 @@ class Runs:
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
             auto=AUTO2, dpo=DPO, sft=SFT, mixed=MIXED, changed=CHANGED,
             disagree=[{"selection": layer} for layer in (1, 2)],
+            disagree_auto=[{"selection": name} for name in ("auto", "all")],
+            disagree_format=[
+                {"arguments": {"checkpoint_format": name}} for name in ("delta", "full")
+            ],
+            left=LEFT,  # the last, as the second process has ended then
         )  # fmt: skip
 
     @cached_property
@@ -152,6 +160,7 @@ class Runs:
             half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
             rows=ROWS, changed=CHANGED, auto=AUTO2, dpo=DPO, sft=SFT,
+            elsewhere=ELSEWHERE,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
             deltas={"deltas": self.deltas},
@@ -416,6 +425,17 @@ def test_a_frozen_tensor_that_changes_in_one_process_is_an_error_in_all(runs, la
     assert errors[0].startswith("FrozenTensorError: process 1 found: 1 of")
 
 
+def test_processes_that_wait_in_different_places_are_told_where(runs):
+    for error in runs.fsdp2["elsewhere"]:
+        assert "LauncherError: processes wait for each other in different places" in error
+        assert "process 0 in save_delta(), process 1 in save_model()" in error
+
+
+def test_a_process_that_waits_for_one_that_has_ended_is_told_where(runs):
+    error, _ = runs.ddp["left"]
+    assert "LauncherError: process 0 waited in save_delta(), where another did not come" in error
+
+
 @LAUNCHED
 def test_a_compiled_model_ends_where_it_would_uncompiled(runs, launched):
     assert_same(getattr(runs, launched)["compiled"], runs.one["compiled"], 1e-12)
@@ -582,7 +602,11 @@ class TestRefused:
 
     def test_processes_that_disagree(self, runs):
         for error in runs.ddp["disagree"]:
-            assert "process 0 layer 1 of 4, process 1 layer 2 of 4" in error
+            assert "different selection=: process 0 layer 1 of 4, process 1 layer 2 of 4" in error
+        for error in runs.ddp["disagree_auto"]:
+            assert "process 0 auto:1, process 1 layers 0-3 of 4" in error
+        for error in runs.ddp["disagree_format"]:
+            assert "different checkpoint_format=: process 0 delta, process 1 full" in error
 
     def test_several_devices_in_one_process(self, tmp_path):
         args = config(tmp_path)

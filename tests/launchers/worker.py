@@ -105,11 +105,13 @@ def run(
     resume: str | None = None,
     evaluates_changed: bool = False,
     case: str | None = None,
+    calls: str | None = "train",
     **changes: Any,
 ) -> dict[str, Any]:
     """One training, and all that the other processes are asked to agree with.
 
     `loads`: the model is loaded here; otherwise the trainer does, from its path.
+    `calls`: the trainer's method, or none, to call with a folder in place of training.
     `case`: one of `tests.trainers`, in place of GRPO.
     `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
@@ -138,6 +140,8 @@ def run(
     if evaluates_changed:
         trainer.model.get_parameter(FROZEN).data.view(-1)[0] += 1
         trainer.evaluate()
+    if calls != "train":
+        return calls and getattr(trainer, calls)(str(Path(output) / "called"))
     return trained(trainer, output, resume)
 
 

@@ -1,5 +1,9 @@
 """Scores without training: against plain autograd, layer by layer."""
 
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +13,7 @@ from layerrl import select_layers
 from layerrl.blocks import find_blocks
 from layerrl.errors import ProbeError
 from layerrl.scores.gains import held_out_gains
+from layerrl.scores.gradient import warn_of_noise
 from layerrl.scores.position import position_scores
 from layerrl.trained import TrainedLayers
 from tests.models import tiny
@@ -137,3 +142,18 @@ def test_nothing_hangs_on_the_model_after_an_exception(tokens_PBT):
 def test_positions():
     assert position_scores(5, 0.5) == [-0.5, -0.25, 0.0, -0.25, -0.5]
     assert position_scores(1, 0.0) == [0.0]
+
+
+def test_an_order_that_may_be_noise_is_said():
+    """As of sorting-llama with 128 prompts and seed 1, whose order said nothing of its layers."""
+    draw = torch.Generator().manual_seed(0)
+    gains_PL = torch.randn(128, 12, generator=draw, dtype=torch.double) + torch.randn(128, 1)
+    trainer = SimpleNamespace(reward_func_names=["right"], num_generations=8)
+    rollouts: Any = SimpleNamespace(with_signal=[True] * 128, trainer=trainer)
+    gains_P = gains_PL[32:].mean(dim=1)
+    error = gains_P.std() / 96**0.5
+    weak, clear = (gains_PL - gains_P.mean() + errors * error for errors in (0.5, 3.0))
+    with pytest.warns(UserWarning, match=r"0\.5 standard errors .* About 2048 prompts would tell"):
+        warn_of_noise(weak, rollouts)
+    with warnings.catch_warnings(action="error"):
+        warn_of_noise(clear, rollouts)
