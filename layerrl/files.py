@@ -92,7 +92,7 @@ def why_unwritten(error: BaseException | None) -> str:
     if isinstance(error, RuntimeError) and _OF_TORCH.search(text):
         return "torch could not write one of its files. Is the disk full?"
     if isinstance(error, OSError | SafetensorError) or _OF_RUST.search(text):
-        return getattr(error, "strerror", None) or text
+        return (error.strerror if isinstance(error, OSError) else None) or text
     return ""
 
 

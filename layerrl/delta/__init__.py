@@ -140,7 +140,6 @@ def _check_arguments(
             f"base is {given}, expected the model before training: DeltaBase.of(model, selection) "
             "taken then, or another instance that was not trained"
         )
-    refuse_disabled(model)
 
 
 def _description(
