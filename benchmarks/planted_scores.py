@@ -70,8 +70,9 @@ def table(rows: list[Row], suites: list[str]) -> str:
     The regret is a share of what the best layer gains over the base: full training gains less here.
     """
     lines = [
-        "| suite | method | best layer | chosen, by seed | regret | Spearman |",
-        "|---|---|---|---|---|---|",
+        "| suite | method | best layer | chosen, by seed | regret | worst third avoided | Spearman "
+        "|",
+        "|---|---|---|---|---|---|---|",
     ]
     for suite in suites:
         path = TRUTHS / f"{suite}.json"
@@ -94,9 +95,18 @@ def table(rows: list[Row], suites: list[str]) -> str:
             chosen = [max(true, key=one.__getitem__) for one in scores]
             regrets = [(true[best] - true[k]) / (true[best] - truth.base.score) for k in chosen]
             agreed = [agreement(true, one) for one in scores]
-            cells = (", ".join(map(str, chosen)), f"{fmean(regrets):.2f}", f"{median(agreed):.2f}")
+            avoided = [avoids(true, one) for one in scores]
+            figures = (fmean(regrets), fmean(avoided), median(agreed))
+            cells = (", ".join(map(str, chosen)), *(f"{figure:.2f}" for figure in figures))
             lines.append(f"| `{suite}` | {method} | {best} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def avoids(true: dict[int, float], scores: dict[int, float]) -> float:
+    """Share of the worst third that is not in the method's best third."""
+    third = len(true) // 3
+    worst, best = sorted(true, key=true.__getitem__), sorted(true, key=scores.__getitem__)
+    return 1 - len({*worst[:third]} & {*best[-third:]}) / third
 
 
 def agreement(true: dict[int, float], scores: dict[int, float]) -> float:

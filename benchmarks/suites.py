@@ -15,7 +15,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,10 +167,6 @@ class Suite:
             for text, right in zip(texts, answer, strict=True)
         ]
 
-    def pretraining(self, model: Any) -> AbstractContextManager[object]:
-        """What a forward pass of pre-training runs in."""
-        return nullcontext(model)
-
     def _pretrained(self) -> Any:
         """Trained on its own problems, never the held-out ones, until it half-knows them."""
         architecture = self.name.split("-")[1]
@@ -214,8 +209,7 @@ class Suite:
             batch = torch.randint(len(ids), (256,), generator=draw)
             rate = self.pretraining_rate * min(1.0, (step + 1) / 100)
             optimizer.param_groups[0]["lr"] = rate
-            with self.pretraining(model):
-                logits = model(input_ids=ids[batch]).logits[:, first - 1 : -1]
+            logits = model(input_ids=ids[batch]).logits[:, first - 1 : -1]
             loss = cross_entropy(logits.mT, labels[batch, first:])
             optimizer.zero_grad()
             loss.backward()
