@@ -78,9 +78,9 @@ def contribution_probe(
     need.
 
     Scores of `"gradient"` change with the seed, which draws prompts and completions; their
-    intervals are over the prompts of one seed. On five suites its median rank correlation with C(k)
-    was 0.56 to 0.90 over five seeds (two of the suites: one seed), and that of another seed's sweep
-    0.84. Measure what a decision rests on with `"train"`.
+    intervals are over the prompts of one seed. On eight small suites it found the layer with the
+    highest C(k) in 34 of 40 probes. It does not rank the others: measure with `"train"` what a
+    decision rests on.
 
     Args:
         model: The base; it is as it was found when this returns or raises, and so are the global
