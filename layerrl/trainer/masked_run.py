@@ -56,9 +56,9 @@ class MaskedRun:
         quantised = getattr(unwrap(model), "is_quantized", False)
         launchers.refuse_launcher(selection, accelerator, quantised=quantised)
         launchers.refuse_threads(trainer.args)
-        left = call.auto if not call.decided else None
+        auto = None if call.decided else call.auto
         given = {
-            "selection": selection if left is None else f"auto:{left.num_chosen}",
+            "selection": selection if auto is None else f"auto:{auto.num_chosen}",
             "checkpoint_format": call.checkpoint_format,
             "master_weights": call.master_weights,
         }
