@@ -82,6 +82,19 @@ def test_does_not_depend_on_micro_batches(parts, tokens_PBT):
     assert_close(gains(model, prompts), plainly(model, tokens_PBT), rtol=1e-6, atol=1e-12)
 
 
+def test_adds_up_what_processes_have_of_a_prompt(tokens_PBT):
+    """Two with the same half each, and a prompt of which this one has nothing."""
+    model = tiny("llama", 4).double()
+    halves = [[lambda t=t: loss(model, t, 0.5)] for t in tokens_PBT]
+    with select_layers(model, "all").masked(model):
+        layers = TrainedLayers(model, select_layers(model, "all")).by_layer
+        found = held_out_gains(layers, halves, add_up=lambda gradient: gradient.mul_(2))
+        elsewhere = held_out_gains(layers, [[], *halves], add_up=lambda gradient: gradient.add_(1))
+    assert_close(found, plainly(model, tokens_PBT), rtol=1e-6, atol=1e-12)
+    assert elsewhere[1].all()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_layer_scores_the_same_without_the_others(tokens_PBT):
     model = tiny("llama", 4)
     prompts = [[lambda t=t: loss(model, t)] for t in tokens_PBT]
