@@ -166,7 +166,7 @@ def test_an_order_that_may_be_noise_is_said():
     gains_P = gains_PL[32:].mean(dim=1)
     error = gains_P.std() / 96**0.5
     weak, clear = (gains_PL - gains_P.mean() + errors * error for errors in (0.5, 3.0))
-    with pytest.warns(UserWarning, match=r"0\.5 standard errors .* About 2048 prompts would tell"):
+    with pytest.warns(UserWarning, match=r"0\.5 standard errors .* About 204. prompts would tell"):
         warn_of_noise(weak, rollouts)
     with warnings.catch_warnings(action="error"):
         warn_of_noise(clear, rollouts)
