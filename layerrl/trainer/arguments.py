@@ -103,7 +103,7 @@ def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
     model = given.get("model")
     if isinstance(model, str | os.PathLike):
         check_path("model", model, TrainerError)
-    elif not isinstance(model, nn.Module) and (model is not None or not given.get("model_init")):
+    elif not isinstance(model, nn.Module) and (model is not None or given.get("model_init") is None):
         raise TrainerError(
             f"model is {shown(model)}, expected a model, or the folder or hub id of one"
         )
@@ -127,7 +127,8 @@ def check_args(cls: type, mixin: type, args: object, name: str = "args") -> None
             kinds = get_type_hints(behind.__init__).get("args")
         except Exception:  # of names that exist for type checkers alone
             continue
-        classes = tuple(kind for kind in get_args(kinds) or [kinds] if isinstance(kind, type))
+        named = get_args(kinds) or [kinds]
+        classes = tuple(kind for kind in named if isinstance(kind, type) and kind is not Any)
         if kinds is not None and classes:
             break
     else:

@@ -222,11 +222,11 @@ class TestPlan:
             (["base", "--layers", 1, "--boost", "=2", "1=3"], "--boost '=2': expected KEY=FACTOR"),
             (["base", "--layers", 1, "--stack", "vision"], "vision"),
             (["base", "--layers", 1, "--stack", "audio"], "stack is 'audio'"),
-            (["base", "--layers", 1, "--dtype", "int8"], "dtype=torch.int8"),
-            (["base", "--layers", 1, "--dtype", "bfloat17"], "dtype='bfloat17'"),
-            (["base", "--layers", 1, "--dtype", "nn"], "dtype='nn'"),
-            (["base", "--layers", 1, "--beta", -1], "beta=-1.0"),
-            (["base", "--layers", 1, "--num_iterations", 0], "num_iterations=0"),
+            (["base", "--layers", 1, "--dtype", "int8"], "dtype is torch.int8"),
+            (["base", "--layers", 1, "--dtype", "bfloat17"], "dtype is 'bfloat17'"),
+            (["base", "--layers", 1, "--dtype", "nn"], "dtype is 'nn'"),
+            (["base", "--layers", 1, "--beta", -1], "beta is -1.0"),
+            (["base", "--layers", 1, "--num_iterations", 0], "num_iterations is 0"),
         ],
     )
     def test_refuses(

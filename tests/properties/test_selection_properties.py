@@ -52,7 +52,9 @@ def selections(draw):
     num_layers, layers = draw(layers_of())
     full = draw(st.booleans())
     layers = range(num_layers) if full else sorted(layers)
-    scales = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
+    scales = st.floats(
+        min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False, width=32
+    )
     keys = st.tuples(st.none() | st.sampled_from(layers), st.text('mlp.*[é]"\\\n ', min_size=1))
     boosts = draw(st.dictionaries(keys, scales))
     globs = st.lists(st.text('mlp.*[é]"\\\n ', min_size=1), min_size=1, unique=True).map(tuple)

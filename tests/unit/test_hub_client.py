@@ -73,7 +73,8 @@ class TestATrainer:
     def test_pushes_its_result_at_each_save(self, hub, base, tmp_path, strategy):
         trainer = self.trained(base, tmp_path, hub_strategy=strategy)
         pushed = [m for m in hub.repositories["me/delta"].messages if "checkpoint" not in m]
-        assert pushed[-1] == "Training in progress, step 2"
+        # The push of step 1 may find the files of step 2, whose own push then has nothing to add.
+        assert pushed[-1].startswith("Training in progress, step ")
         with hubs.at(hub.url, tmp_path / "another cache"):
             assert_round_trip(base, trainer.model, tmp_path / "merged", "me/delta")
 
@@ -310,10 +311,10 @@ class TestWhatIsNoDelta:
             ({"revision": ""}, "revision is ''"),
             ({"revision": 5}, "revision is 5"),
             ({"revision": b"main"}, "revision is b'main'"),
-            ({"token": ""}, "token is no text of ASCII letters but a"),
-            ({"token": 5}, "token is no text of ASCII letters but a"),
-            ({"token": "hf_x\n"}, "token is no text of ASCII letters but a"),
-            ({"token": "hf_é"}, "token is no text of ASCII letters but a"),
+            ({"token": ""}, "token is '', expected a text"),
+            ({"token": 5}, "token is 5, expected a text"),
+            ({"token": "hf_x\n"}, "token holds characters that no token"),
+            ({"token": "hf_é"}, "token holds characters that no token"),
         ],
     )
     def test_no_revision_or_token(self, base, tmp_path, option, message):

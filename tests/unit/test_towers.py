@@ -214,7 +214,6 @@ class TestBackward:
         model = tiny_with_images(family, vision_layers=3)
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
         hooks = {name: len(m._forward_hooks) for name, m in model.named_modules()}
         selection = select_layers(model, 1, stack="vision")
         enters, computed = [], []
