@@ -18,7 +18,9 @@ class Comparison:
     correlation: float
     """Rank correlation (Spearman) over the layers that both have."""
     interval: Interval | None
-    """Its 95 % interval; None where neither report has anything to resample."""
+    """Where 95 % of it lie when both reports are resampled; None if nothing can be resampled. No
+    confidence interval: resampling adds noise to both, which pulls correlations towards 0, so that
+    it may not hold even the correlation itself."""
     quantity: str
     """What differs: `"C"`, or `"score"` where contributions are undefined."""
     values: dict[int, tuple[float, float]]
@@ -42,7 +44,10 @@ class Comparison:
 
     def _remarks(self) -> list[str]:
         """The sentences printed with the table: correlation, range, differences."""
-        shown = "" if self.interval is None else f" {self.interval:.2f}"
+        shown = ""
+        if self.interval is not None:
+            low, high = self.interval.low, self.interval.high
+            shown = f" ({low:.2f} to {high:.2f} resampled, which pulls it towards 0)"
         remarks = [f"Rank correlation (Spearman) {self.correlation:.2f}{shown}"]
         intervals = [found for found in self.differences.values() if found is not None]
         if not self.values:

@@ -213,8 +213,8 @@ class ContributionReport:
             other: The other report.
 
         Returns:
-            The correlation, and its interval by resampling both reports; None where neither has
-            anything to resample.
+            The correlation, and where 95 % of it lie when both reports are resampled, which is no
+            confidence interval (`Comparison.interval`); None where there is nothing to resample.
 
         Raises:
             ReportError: If it is no report, or fewer than three layers can be compared.

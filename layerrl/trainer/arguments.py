@@ -103,7 +103,9 @@ def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
     model = given.get("model")
     if isinstance(model, str | os.PathLike):
         check_path("model", model, TrainerError)
-    elif not isinstance(model, nn.Module) and (model is not None or given.get("model_init") is None):
+    elif not isinstance(model, nn.Module) and (
+        model is not None or given.get("model_init") is None
+    ):
         raise TrainerError(
             f"model is {shown(model)}, expected a model, or the folder or hub id of one"
         )
