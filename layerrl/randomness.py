@@ -38,7 +38,7 @@ def random_state(*devices: torch.device) -> tuple[Any, ...]:
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Go on from states that were taken before."""
+    """Restore the states of the random number generators."""
     python, array, cpu, on_devices = state
     random.setstate(python)
     np.random.set_state(array)

@@ -81,7 +81,7 @@ def selection_of(config: Any, given: Namespace) -> LayerSelection:
 
 
 def _boosts(given: Any) -> Any:
-    """What an option or a YAML file has for boosts, as `select_layers` takes it."""
+    """Boosts of the command line or a YAML file, in the form that `select_layers` takes."""
     if isinstance(given, dict):
         pairs = [*given.items()]
     elif isinstance(given, str | list):

@@ -58,7 +58,7 @@ class Loaded:
     num_inside: int = 0
     """Blocks of `disabled` that are open, in any thread: the base is in the model."""
     leaving: ExitStack = field(default_factory=ExitStack)
-    """What the last of them does when it ends."""
+    """Puts the deltas back; closed when the last `disabled` block ends."""
 
 
 # By the model without wrappers. The values must not lead to their model, or it would never go.

@@ -100,13 +100,16 @@ def gradient_report(
 
 
 def _gains(rollouts: Rollouts, selection: LayerSelection, epsilon: float) -> Tensor:
-    """What `held_out_gains` finds, the same in all processes."""
+    """The held-out gains of all prompts, identical on every rank."""
     trainer = rollouts.trainer
     together = trainer.accelerator.num_processes > 1
     with whole_model(trainer):
         gains_PL = held_out_gains(
             TrainedLayers(trainer.model, selection).by_layer,
-            ([partial(loss_alone, trainer, part) for part in parts] for parts in rollouts),
+            (
+                [partial(loss_alone, trainer, micro_batch) for micro_batch in prompt]
+                for prompt in rollouts
+            ),
             epsilon=epsilon,
             add_up=add_up if together else None,
         )
@@ -236,7 +239,7 @@ def _tried(rollouts: Rollouts) -> str:
 
 
 def _advice(rollouts: Rollouts) -> str:
-    """What a user can change: a trainer's own batches have no budget."""
+    """The advice of errors. It names the budget only where there is one, not in a trainer."""
     budget = "" if rollouts.old else ", the budget"
     return (
         f"Raise num_generations, the temperature{budget}, or take prompts that the model "

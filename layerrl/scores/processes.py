@@ -32,7 +32,7 @@ def refuse_sharded(trainer: Any, asked: str) -> None:
     plugins = trainer.accelerator.state
     why, instead = "", ""
     if trainer.is_deepspeed_enabled and plugins.deepspeed_plugin.zero_stage == 3:
-        why = "DeepSpeed's ZeRO-3 keeps it in parts"
+        why = "DeepSpeed's ZeRO-3 shards it"
         instead = "Choose with DDP, FSDP2, ZeRO-1, ZeRO-2 or in one process"
     elif trainer.is_fsdp_enabled and plugins.fsdp_plugin.cpu_ram_efficient_loading:
         why = "fsdp_cpu_ram_efficient_loading loads its weights in one"
