@@ -115,7 +115,7 @@ def check_report(report: ContributionReport) -> None:
 
 
 def still_missing(runs: Mapping[str, Score], settings: Mapping[str, Any]) -> str:
-    """Runs and seeds that were asked for and are not there yet, in a clause; empty if there are none.
+    """Runs and seeds that were asked for and are not there yet, in a clause; empty if none.
 
     Args:
         runs: By name: a layer's number, `"base"` or `"full"`.
