@@ -29,7 +29,7 @@ PARTS = (
     "head's products",
     "softmax",
     "optimizer",
-    "rest of torch",
+    "other torch",
 )
 PROMPT = "What is 12 plus 30, and why? " * 4
 
@@ -80,7 +80,7 @@ def parts(case: dict[str, Any], folder: str) -> dict[str, float]:
         arguments = {"tokenizer": tokenizer, "prompt": PROMPT, "settings": {}}
         arguments |= {"callbacks": [clock], "output_dir": output}
         make_trainer(case, model, selection, **arguments).train()
-    taken = dict.fromkeys(PARTS, 0.0)
+    taken: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for event in clock.profile.events():
         taken[part_of(event)] += event.self_cpu_time_total / 1e6
     taken["Python"] = clock.seconds - sum(taken.values())
