@@ -165,7 +165,7 @@ class AnnouncedSync(PartialSync):
         """Announce what the engine does not have yet.
 
         Returns:
-            It, by name. Every process has to ask.
+            It, by name. Collective: call on every rank.
 
         Raises:
             TrainerError: While it is read, if TRL makes something else of it.

@@ -132,7 +132,7 @@ class Checkpoints:
         """Save a model, or the delta that a checkpoint holds in place of one.
 
         Args:
-            output_dir: Folder; None: the args' own. Every process has to call this.
+            output_dir: Folder; None: the args' own. Collective: call on every rank.
             is_internal: Whether transformers asks, for a checkpoint or to push.
             save_model: The wrapped trainer's own.
         """

@@ -200,7 +200,7 @@ def raise_together(error: FrozenTensorError | None, at: str, accelerator: Accele
     Args:
         error: What this one found.
         at: Where it looked, as a user knows it.
-        accelerator: The trainer's; every process has to call this.
+        accelerator: The trainer's. Collective: call on every rank.
 
     Raises:
         FrozenTensorError: If one found something.
@@ -222,7 +222,7 @@ def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -
     Args:
         given: The trainer's arguments by name, as this process was given them. What differs has
             another `repr`.
-        accelerator: The trainer's; every process has to call this.
+        accelerator: The trainer's. Collective: call on every rank.
 
     Raises:
         LauncherError: In all processes, if one was given something else.
@@ -298,10 +298,10 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
 def optimizer_in_one_piece(optimizer: Optimizer) -> Iterator[None]:
     """Inside, an optimizer gives and takes the state that it would have in one process.
 
-    What it gives is gathered once, on entry: afterwards one process may ask alone.
+    What it gives is gathered once, on entry: afterwards one rank may ask alone.
 
     Args:
-        optimizer: One over sharded parameters. Every process has to enter.
+        optimizer: One over sharded parameters. Collective: enter on every rank.
 
     Yields:
         Nothing.
@@ -328,7 +328,7 @@ def as_in_one_process(trainer: Any) -> Iterator[None]:
     Such a checkpoint is for any number of processes. Whole models keep transformers' own format.
 
     Args:
-        trainer: The masked trainer. Every process has to enter.
+        trainer: The masked trainer. Collective: enter on every rank.
 
     Yields:
         Nothing.

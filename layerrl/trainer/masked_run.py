@@ -209,7 +209,7 @@ class MaskedRun:
 
         Args:
             path: Folder to make.
-            writes: Whether this process does; every one has to call this.
+            writes: Whether this rank does. Collective: call on every rank.
 
         Returns:
             The folder.

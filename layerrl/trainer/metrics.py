@@ -33,7 +33,7 @@ def clipped_norms(by_part: ByPart, trained: Iterable[nn.Parameter]) -> Norms:
         trained: All that train, inside layers and outside.
 
     Returns:
-        The norm of all, and of each part. Every process has to ask where they are sharded.
+        The norm of all, and of each part. Collective where they are sharded.
     """
 
     def now(parameters: Iterable[nn.Parameter]) -> Tensor:
