@@ -71,14 +71,7 @@ class AutoSelection:
         return cls(int(found[1] or 1))
 
     def check_number(self, num_layers: int) -> None:
-        """Refuse to choose more layers than there are.
-
-        Args:
-            num_layers: Decoder layers of the model.
-
-        Raises:
-            SelectionError: If it has fewer.
-        """
+        """Refuse to choose more layers than the model has."""
         if self.num_chosen > num_layers:
             raise SelectionError(
                 f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '

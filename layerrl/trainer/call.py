@@ -185,15 +185,7 @@ class TrainerCall:
         return select_layers(model, choice)
 
     def check_made(self, trainer: Any, selection: LayerSelection) -> None:
-        """What only the trainer that was made can tell.
-
-        Args:
-            trainer: The trainer.
-            selection: What trains of its model.
-
-        Raises:
-            LayerRLError: If its vocabulary has changed, or `"auto"` could not choose.
-        """
+        """Refuse what only the trainer that was made shows: its vocabulary, what `"auto"` needs."""
         self._vocabulary.check(trainer.model, trainer.processing_class, selection)
         if self.auto is not None:
             self.auto.check(trainer, selection.num_layers)

@@ -40,14 +40,7 @@ def summary_of(trainer: Any) -> RunSummary:
 
 
 def dataset_of(dataset: Any) -> str | None:
-    """The repository that a data set's files were downloaded from.
-
-    Args:
-        dataset: Any of `datasets`, or another.
-
-    Returns:
-        `"user/name"`; None of one that has none, or several.
-    """
+    """The hub's name of a data set whose files were downloaded; None of none or several."""
     files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     names = {match[1] for file in files if (match := _ON_HUB.match(str(file)))}
     return names.pop() if len(names) == 1 else None
