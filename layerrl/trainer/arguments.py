@@ -72,6 +72,11 @@ def names(cls: type, mixin: type) -> list[str]:
     return []
 
 
+def generates(cls: type, mixin: type) -> bool:
+    """Whether the trainer scores completions of its own: the mixin itself has the hook for all."""
+    return any(hasattr(base, "_generate_and_score_completions") for base in behind(cls, mixin))
+
+
 def refuse_removed(given: Iterable[str], error: type[LayerRLError]) -> None:
     """Refuse what layerrl no longer takes, with what stands in its place."""
     for name in filter(REMOVED.__contains__, given):

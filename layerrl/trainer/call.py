@@ -102,12 +102,8 @@ class TrainerCall:
             callbacks = [*(given.get("callbacks") or ()), self.early]
             args, kwargs = arguments.with_argument(known, args, kwargs, "callbacks", callbacks)
         self._vocabulary = Vocabulary(model, described, given.get("processing_class"))
-        # Not asked of the class: the mixin has the hook for every trainer.
-        wrapped = arguments.behind(cls, mixin)
         self.reference: arguments.Reference = arguments.second_model(
-            given,
-            known,
-            generates=any(hasattr(base, "_generate_and_score_completions") for base in wrapped),
+            given, known, generates=arguments.generates(cls, mixin)
         )
         """What the reference is asked by."""
         if self.adapts:
