@@ -49,17 +49,7 @@ class AutoSelection:
 
     @classmethod
     def of(cls, selection: object) -> AutoSelection | None:
-        """What a selection asks for, if it asks for this.
-
-        Args:
-            selection: As the trainer is given it.
-
-        Returns:
-            None for any other selection.
-
-        Raises:
-            SelectionError: If it does not say how many.
-        """
+        """The choice that `selection` leaves to the trainer; None where it leaves none."""
         if not isinstance(selection, str) or selection.partition(":")[0] != "auto":
             return None
         found = re.fullmatch(r"auto(?::(\d{1,9}))?", selection)

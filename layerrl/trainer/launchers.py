@@ -106,14 +106,7 @@ def refuse_launcher(
 
 
 def refuse_threads(args: Any) -> None:
-    """Several devices in one process, which the oldest TRL does not refuse itself.
-
-    Args:
-        args: The trainer's args.
-
-    Raises:
-        LauncherError: If transformers would wrap the model in `nn.DataParallel`.
-    """
+    """Refuse several devices in one process (`nn.DataParallel`), as the oldest TRL does not."""
     if args.n_gpu > 1:
         raise LauncherError(
             f"transformers would run {args.n_gpu} devices from one process, through "
@@ -145,14 +138,7 @@ def _refuse_parts_elsewhere(selection: LayerSelection, settings: Mapping[str, An
 
 
 def refuse_schedule(args: Any) -> None:
-    """Launchers that settle once for all which tensors have gradients.
-
-    Args:
-        args: The trainer's.
-
-    Raises:
-        LauncherError: Under FSDP2 and DeepSpeed; under DDP unless it looks for unused parameters.
-    """
+    """Refuse launchers that settle once which tensors have gradients, as DDP may."""
     kind = AcceleratorState().distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise LauncherError(

@@ -306,14 +306,7 @@ class MaskedRun:
             self._clipped = metrics.clipped_norms(self.layers.by_part, trained)
 
     def metrics_of_step(self, grad_norm: float | None) -> dict[str, float]:
-        """The layers' metrics.
-
-        Args:
-            grad_norm: The norm of the whole gradient before it was clipped, where it is known.
-
-        Returns:
-            Name to value.
-        """
+        """The layers' metrics by name; `grad_norm` is the gradient's before it was clipped."""
         layers = self.layers
         found = {"layerrl/trained_parameters": float(layers.num_training)}
         if self._clipped is not None and grad_norm is not None:

@@ -16,14 +16,7 @@ _ON_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+|[\w.-]+)@")
 
 
 def summary_of(trainer: Any) -> RunSummary:
-    """The method, data set, versions and log of a run.
-
-    Args:
-        trainer: A trainer of TRL or transformers.
-
-    Returns:
-        The summary. Its data set is that of `load_dataset("user/name")`; others have no name.
-    """
+    """The method, data set (of `load_dataset("user/name")`), versions and log of a run."""
     return RunSummary(
         trainer=getattr(trainer, "_name", None),
         tags=tuple(getattr(trainer, "_tag_names", ())),
