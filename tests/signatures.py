@@ -52,7 +52,7 @@ def _names(arguments: ast.arguments) -> set[str]:
     return {node.id for node in ast.walk(arguments) if isinstance(node, ast.Name)}
 
 
-def _origins(module: Any, names: set[str]) -> dict[str, str]:
+def origins(module: Any, names: set[str]) -> dict[str, str]:
     """The modules that names of a module are to be imported from."""
     package = module.__name__.split(".")
     found = {}
@@ -61,6 +61,9 @@ def _origins(module: Any, names: set[str]) -> dict[str, str]:
             above = ".".join(package[: -node.level]) if node.level else ""
             origin = ".".join(part for part in (above, node.module) if part)
             found |= {alias.name: origin for alias in node.names}
+        elif isinstance(node, ast.Import):  # import torch.nn as nn
+            whole = {alias.asname: alias.name.rpartition(".") for alias in node.names}
+            found |= {name: origin for name, (origin, _, last) in whole.items() if name == last}
         elif isinstance(node, ast.Assign):
             defined = (target.id for target in node.targets if isinstance(target, ast.Name))
             found |= dict.fromkeys(defined, module.__name__)
@@ -73,12 +76,12 @@ def stub() -> str:
     """The text of the stub, not yet formatted."""
     own = _arguments(LayerMaskedMixin)
     origins = {LayerMaskedMixin.__name__: LayerMaskedMixin.__module__}
-    origins |= _origins(sys.modules[LayerMaskedMixin.__module__], _names(own))
+    origins |= origins(sys.modules[LayerMaskedMixin.__module__], _names(own))
     classes = []
     for cls in masked_trainers():
         plain = behind(cls, LayerMaskedMixin)[0]
         taken, module = _arguments(plain), sys.modules[plain.__module__]
-        origins = _origins(module, _names(taken)) | origins | {plain.__name__: plain.__module__}
+        origins = origins(module, _names(taken)) | origins | {plain.__name__: plain.__module__}
         taken.kwonlyargs += own.kwonlyargs
         taken.kw_defaults += own.kw_defaults
         parameters = ast.unparse(taken)
