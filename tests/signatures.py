@@ -52,7 +52,7 @@ def _names(arguments: ast.arguments) -> set[str]:
     return {node.id for node in ast.walk(arguments) if isinstance(node, ast.Name)}
 
 
-def origins(module: Any, names: set[str]) -> dict[str, str]:
+def origins_of(module: Any, names: set[str]) -> dict[str, str]:
     """The modules that names of a module are to be imported from."""
     package = module.__name__.split(".")
     found = {}
@@ -76,12 +76,12 @@ def stub() -> str:
     """The text of the stub, not yet formatted."""
     own = _arguments(LayerMaskedMixin)
     origins = {LayerMaskedMixin.__name__: LayerMaskedMixin.__module__}
-    origins |= origins(sys.modules[LayerMaskedMixin.__module__], _names(own))
+    origins |= origins_of(sys.modules[LayerMaskedMixin.__module__], _names(own))
     classes = []
     for cls in masked_trainers():
         plain = behind(cls, LayerMaskedMixin)[0]
         taken, module = _arguments(plain), sys.modules[plain.__module__]
-        origins = origins(module, _names(taken)) | origins | {plain.__name__: plain.__module__}
+        origins = origins_of(module, _names(taken)) | origins | {plain.__name__: plain.__module__}
         taken.kwonlyargs += own.kwonlyargs
         taken.kw_defaults += own.kw_defaults
         parameters = ast.unparse(taken)
