@@ -162,7 +162,7 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
 
 
 def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
-    """Each process's value, if all have come to the same place."""
+    """Each rank's value, if all have come to the same place: a collective."""
     try:
         found = gather_object([(at, value)])
     except RuntimeError as error:  # a process has ended, or did not come in time (ddp_timeout)

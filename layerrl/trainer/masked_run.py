@@ -165,7 +165,8 @@ class MaskedRun:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
 
         Args:
-            at: Where every process checks now, and all raise what one finds. Empty: this alone.
+            at: Where every rank checks now, and all raise what one finds: a collective. Empty: this
+                rank alone.
 
         Raises:
             FrozenTensorError: If one changed.

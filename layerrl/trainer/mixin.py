@@ -166,10 +166,10 @@ class LayerMaskedMixin(TrainingHooks, SavingHooks):
         """Save only what was trained, as a delta on the model the trainer was made with.
 
         Args:
-            path: Folder to make.
+            path: Folder to make. Collective: call on every rank.
 
         Returns:
-            The folder; None on every process but the main one, which writes it.
+            The folder; None on every rank but rank 0, which writes it.
 
         Raises:
             DeltaError: If the folder exists or cannot be written.
