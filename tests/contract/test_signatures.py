@@ -54,6 +54,7 @@ def test_typed_signatures_are_those_at_runtime(cls: type) -> None:
     assert {"model", "args", "selection", "master_weights"} <= {*here.parameters}
 
 
+@only_with_newest
 def test_names_of_an_import_with_as_are_found() -> None:
     """TRL's CPO has `import torch.nn as nn`."""
     assert origins_of(sys.modules[CPOTrainer.__module__], {"nn"}) == {"nn": "torch"}
