@@ -145,15 +145,7 @@ def fingerprints_of_rows(
 
 
 def saved_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All that is saved with a model.
-
-    Args:
-        model: Any, wrapped or not.
-
-    Returns:
-        Plain name to parameter or persistent buffer, each once; and further names of shared ones,
-        to the first.
-    """
+    """Parameters and persistent buffers, each once; further names of shared ones, to the first."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}

@@ -64,16 +64,7 @@ def read_deltas(
 
 
 def refuse_overlap(delta: Delta, names: Iterable[str], above: Mapping[str, Delta]) -> None:
-    """Deltas of a union must replace different tensors.
-
-    Args:
-        delta: One of them.
-        names: The tensors that it replaces.
-        above: Name to delta of the tensors that those before it replace.
-
-    Raises:
-        DeltaError: If one is among both.
-    """
+    """Refuse a union whose delta replaces tensors that one of `above`, by name, replaces."""
     if twice := sorted({*names} & {*above}):
         raise DeltaError(
             f"{twice[0]!r} is replaced by both {above[twice[0]].path} and {delta.path} "

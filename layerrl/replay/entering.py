@@ -73,14 +73,7 @@ def _asked_of_prefix(config: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype in which autocast computes on a device.
-
-    Args:
-        device: Of any type.
-
-    Returns:
-        None where it is off, and on devices that it does not know.
-    """
+    """The dtype in which autocast computes on a device; None where it is off or unknown."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -124,15 +124,7 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
 
 
 def rewarded_differently(rewards: Sequence[float], num_generations: int) -> list[bool]:
-    """Whether any two completions of a prompt got different rewards, for each prompt.
-
-    Args:
-        rewards: Of a whole batch, the completions of a prompt side by side; NaN for none.
-        num_generations: Completions of a prompt.
-
-    Returns:
-        One for each prompt.
-    """
+    """For each prompt, whether its completions got different rewards; NaN is none."""
     groups = (rewards[i : i + num_generations] for i in range(0, len(rewards), num_generations))
     return [len({r for r in group if not math.isnan(r)}) > 1 for group in groups]
 
@@ -142,15 +134,7 @@ def replaced_rewards(
     trainer: Any,
     wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
 ) -> Iterator[None]:
-    """Do something around a trainer's rewards.
-
-    Args:
-        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-        wrap: Makes another of what takes a batch and gives each function's rewards, shape (B, F).
-
-    Yields:
-        Nothing.
-    """
+    """Wrap what takes a batch and gives each function's rewards, shape (B, F)."""
     with replaced(trainer, _calculate_rewards=wrap(trainer._calculate_rewards)):
         yield
 

@@ -49,17 +49,7 @@ class AutoSelection:
 
     @classmethod
     def of(cls, selection: object) -> AutoSelection | None:
-        """What a selection asks for, if it asks for this.
-
-        Args:
-            selection: As the trainer is given it.
-
-        Returns:
-            None for any other selection.
-
-        Raises:
-            SelectionError: If it does not say how many.
-        """
+        """The choice that `selection` leaves to the trainer; None where it leaves none."""
         if not isinstance(selection, str) or selection.partition(":")[0] != "auto":
             return None
         found = re.fullmatch(r"auto(?::(\d{1,9}))?", selection)
@@ -71,14 +61,7 @@ class AutoSelection:
         return cls(int(found[1] or 1))
 
     def check_number(self, num_layers: int) -> None:
-        """Refuse to choose more layers than there are.
-
-        Args:
-            num_layers: Decoder layers of the model.
-
-        Raises:
-            SelectionError: If it has fewer.
-        """
+        """Refuse to choose more layers than the model has."""
         if self.num_chosen > num_layers:
             raise SelectionError(
                 f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '

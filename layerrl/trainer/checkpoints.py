@@ -49,15 +49,7 @@ def delta_in(folder: Path) -> Path | None:
 
 
 def refuse_readers(callbacks: Iterable[Any], checkpoint_format: str) -> None:
-    """Callbacks that take a checkpoint's folder for a whole model.
-
-    Args:
-        callbacks: What the trainer is given.
-        checkpoint_format: What its checkpoints will hold.
-
-    Raises:
-        SelectionError: If one would be given a delta.
-    """
+    """Refuse callbacks that take a checkpoint, which holds a delta, for a whole model."""
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
         if checkpoint_format == "delta" and _READERS & {base.__name__ for base in kind.__mro__}:
@@ -132,7 +124,7 @@ class Checkpoints:
         """Save a model, or the delta that a checkpoint holds in place of one.
 
         Args:
-            output_dir: Folder; None: the args' own. Every process has to call this.
+            output_dir: Folder; None: the args' own. Collective: call on every rank.
             is_internal: Whether transformers asks, for a checkpoint or to push.
             save_model: The wrapped trainer's own.
         """

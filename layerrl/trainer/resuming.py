@@ -99,7 +99,7 @@ class CheckpointReader:
         """Load a checkpoint of this run, or nothing of it.
 
         Args:
-            checkpoint: Its folder. Every process has to call this.
+            checkpoint: Its folder. Collective: call on every rank.
             resumes: Whether its optimizer's and trainer's states will be loaded, too.
 
         Returns:
