@@ -186,7 +186,7 @@ def test_a_mistake_in_a_stage_ends_no_other(
 
 def test_a_mistake_in_a_stage_is_on_its_page(gpu: Any, tmp_path: Path) -> None:
     machine = {"name": "a GPU", "bytes": 1e9}
-    settings = {"machine": machine, "tiny": False, "versions": "torch 1"}
+    settings = {"machine": machine, "tiny": False, "versions": {"torch": "1"}}
     with Journal(tmp_path, settings) as journal:
         for name in gpu.STAGES:
             found = {"failed": f"ZeroDivisionError('{name}')"}
@@ -234,7 +234,7 @@ def test_too_small_a_device_and_out_of_memory_are_told_with_the_plan(
     too_small = measures.step(case)
     assert too_much["planned_bytes"] == too_small["planned_bytes"] == plan["planned_bytes"] > 0
     machine = {"name": "a GPU", "bytes": 1e9}
-    settings = {"machine": machine, "tiny": False, "versions": "torch 1"}
+    settings = {"machine": machine, "tiny": False, "versions": {"torch": "1"}}
     with Journal(tmp_path, settings) as journal:
         for found, shape in ((too_much, "Qwen3-8B"), (too_small, "Qwen3-1.7B")):
             entry = {"stage": "step", "case": case | {"shape": shape}, "seconds": 1.0}
