@@ -159,6 +159,7 @@ def entry_of(
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.mem_efficient_sdp_enabled(),
             torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
         ),
         state=state_of(prefix),
         sample=sampled(tensors),
