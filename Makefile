@@ -93,8 +93,7 @@ $(GPU)/.installed: pyproject.toml | has-gpu
 # Before anything is downloaded, unless the benchmark is asked for on a CPU.
 has-gpu:
 ifeq (,$(findstring --device cpu,$(ARGS)))
-	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "make gpu needs a Python that has torch, and $(PYTHON) has none: give another, as in make gpu PYTHON=path/to/python"; exit 2; }
-	@$(PYTHON) -c "import torch; raise SystemExit(not torch.cuda.is_available())" || { echo "make gpu needs a GPU, and torch of $(PYTHON) finds none on this machine"; exit 2; }
+	@$(PYTHON) .ci/has_gpu.py
 endif
 
 # The tree comes before a bundled wheel of it. Tests run once, whatever they say: figures are wanted

@@ -397,9 +397,7 @@ class TestReplay:
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", chosen)
         few = {"per_device_train_batch_size": 2, "num_generations": 2, "steps_per_generation": 4}
         prompts = {"train_dataset": Dataset.from_dict({"prompt": ["abc", "def", "ghi", "jkl"] * 4})}
-        plain, masked = pair(
-            base, **REUSED, **few, **precision, max_steps=16, arguments=prompts
-        )
+        plain, masked = pair(base, **REUSED, **few, **precision, max_steps=16, arguments=prompts)
         seen = batches(masked)
         train(plain, masked)
         assert_same_run(masked, plain)

@@ -9,13 +9,16 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from layerrl.errors import JournalError
 from layerrl.journal import Journal
+from tests.runs import no_file_above
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = [
@@ -217,6 +220,71 @@ def test_the_largest_is_found_from_any_guess(gpu: Any, limit: int, guess: int) -
     best = max(number for number in tried if number <= limit)
     assert min(512, limit) * 15 // 16 - 2 <= best <= 512
     assert len(tried) < 16
+
+
+def test_the_largest_model_is_looked_for_before_the_batches_of_a_small_one(gpu: Any) -> None:
+    search, shapes, found = gpu.largest(Namespace(tiny=False, room=85e9)), [], None
+    with suppress(StopIteration):
+        while True:
+            case = search.send(found)
+            shapes.append(case["shape"])
+            found = {"planned_bytes": 1e9 * case.get("layers", 0)}  # and no peak: it does not fit
+    assert list(dict.fromkeys(shapes)) == ["Qwen3-8B", "Qwen3-32B", "Qwen3-1.7B"]
+
+
+def test_what_has_changed_since_is_named(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = gpu.parse(["--device", "cpu", "--stages", "serving", "--output", str(tmp_path)])
+    worker = Stub({"name": "a CPU", "bytes": 1e9})
+    monkeypatch.setattr(gpu, "versions", lambda: "torch 2.11.0+cu130, layerrl sources a")
+    gpu.measure(options, worker)
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    monkeypatch.setattr(gpu, "versions", lambda: "torch 2.11.0+cu130, layerrl sources b")
+    with pytest.raises(JournalError, match=r"\. versions\.layerrl sources: 'a' there, 'b'"):
+        gpu.measure(options, worker)
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+
+
+def test_a_page_that_cannot_be_written_is_told_and_leaves_the_one_before(
+    gpu: Any, tmp_path: Path
+) -> None:
+    options = gpu.parse(["--report", "--output", str(tmp_path)])
+    machine = {"name": "a GPU", "bytes": 1e9}
+    with Journal(tmp_path, {"machine": machine, "tiny": False, "versions": {}}):
+        pass
+    page = tmp_path / "page.md"
+    page.write_text("before")
+    with no_file_above(64), pytest.raises(SystemExit, match=r"page\.md was not written: .*large"):
+        gpu.report(options, page)
+    assert page.read_text() == "before"
+    assert {file.name for file in tmp_path.iterdir()} == {"journal.jsonl", "page.md"}
+
+
+def test_a_line_that_a_kill_cut_off_is_not_on_the_page(gpu: Any, tmp_path: Path) -> None:
+    machine = {"name": "a GPU", "bytes": 1e9}
+    with Journal(tmp_path, {"machine": machine, "tiny": False, "versions": {}}) as journal:
+        journal.append({"stage": "serving", "case": {"kind": "sync"}, "found": {"failed": "oh"}})
+    with journal.path.open("a") as file:
+        file.write('{"stage": "serving", "ca')
+    gpu.main(["--report", "--output", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    assert "1 measurements" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_make_gpu_says_at_once_what_it_lacks() -> None:
+    for python, sentence in (
+        (sys.executable, f"make gpu needs a GPU, and torch {torch.__version__} of"),
+        (f"{sys.executable} -S", f"and {sys.executable} has no torch: give another"),
+    ):
+        ended = subprocess.run(
+            ["make", "gpu", f"PYTHON={python}"], cwd=ROOT, check=False, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert ended.returncode != 0
+        assert ended.stdout == ""
+        [line] = [line for line in ended.stderr.splitlines() if not line.startswith("make: ")]
+        assert sentence in line
 
 
 SMALL = {"device": "cpu", "tiny": True, "folder": "unused"}
