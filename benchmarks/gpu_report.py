@@ -20,9 +20,9 @@ $ make gpu
 ```
 
 runs the tests that need a GPU, for at most 400 seconds, then measures stage by stage for at most
-1300 (`ARGS="--budget 600"`: 600). It needs a Python with torch for the GPU (`PYTHON=path`). The rest
-comes from the network, or from a folder made on a machine that has one, for the version of Python
-and beside the packages of the one with the GPU:
+1300 (`ARGS="--budget 600"`: 600). It needs a Python with torch for the GPU (`PYTHON=path`). The
+rest comes from the network, or from a folder made on a machine that has one, for the version of
+Python and beside the packages of the one with the GPU:
 
 ```console
 $ make bundle PYTHON=3.12 WITHOUT="torch transformers accelerate" EXTRA=gpu
