@@ -87,6 +87,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def matmul_precisions() -> tuple[str, str]:
+    """How float32 is multiplied on GPUs and on CPUs, by torch's names.
+
+    Not `torch.get_float32_matmul_precision`: it raises where this was set by the newer names, as
+    transformers does for `tf32` and `torch_compile`.
+    """
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What enters layer 0 in one call, and all else that decides what the prefix makes of it."""
@@ -155,7 +165,7 @@ def entry_of(
             hidden_BTH.dtype,
             device,
             autocast_dtype(device),
-            torch.get_float32_matmul_precision(),
+            matmul_precisions(),
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.mem_efficient_sdp_enabled(),
             torch.backends.cuda.math_sdp_enabled(),

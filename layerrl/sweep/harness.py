@@ -111,7 +111,7 @@ class Harness:
             args.__dict__.pop("_setup_devices", None)  # this process may see other devices
             _ = args.device  # looks now: it resets what an Accelerator made before would need
             if args.tf32 is not None:  # set when args are made, and not when they are unpickled
-                torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+                torch.backends.fp32_precision = "tf32" if args.tf32 else "ieee"
 
     @property
     def base(self) -> str:

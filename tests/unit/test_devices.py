@@ -136,11 +136,11 @@ def test_the_copy_of_the_base_lies_on_the_cpu(tmp_path):
 
 def test_a_worker_multiplies_as_the_args_say(tmp_path, monkeypatch):
     given = harness(tmp_path)
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.fp32_precision
     try:
-        for tf32, precision in ((True, "high"), (False, "highest")):
+        for tf32, precision in ((True, "tf32"), (False, "ieee")):
             given._args.tf32 = tf32
             pickle.loads(pickle.dumps(given))
-            assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.cuda.matmul.fp32_precision == precision
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.fp32_precision = before

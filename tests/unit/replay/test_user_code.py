@@ -452,6 +452,21 @@ class TestUsers:
                 enable(before)
             assert pair.same(call())
 
+    def test_multiply_in_tf32_as_transformers_sets_it(self):
+        """After which torch refuses to tell its `float32_matmul_precision`."""
+        pair, before = Pair(llama()), torch.backends.fp32_precision
+        with pair.batch():
+            assert pair.replays(call(), call()) == [0, 1]
+            torch.backends.fp32_precision = "tf32"
+            try:
+                assert pair.replays(call(), call()) == [0, 1]
+                elsewhere = torch.empty(1, device="meta")
+                assert _computed_in(elsewhere) == torch.bfloat16
+            finally:
+                torch.backends.fp32_precision = before
+            assert _computed_in(elsewhere) == torch.float32
+            assert pair.same(call())
+
     def test_change_a_setting_of_a_frozen_layer(self):
         pair = Pair(llama())
         with pair.batch():
