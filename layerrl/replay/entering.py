@@ -88,10 +88,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def matmul_precisions() -> tuple[str, str]:
-    """How float32 is multiplied on GPUs and on CPUs, by torch's names.
+    """How float32 is multiplied.
 
-    Not `torch.get_float32_matmul_precision`: it raises where this was set by the newer names, as
-    transformers does for `tf32` and `torch_compile`.
+    Returns:
+        `fp32_precision` of GPUs and of CPUs. `torch.get_float32_matmul_precision` raises where
+        these were set, as transformers does for `tf32` and `torch_compile`.
     """
     backends: Any = torch.backends
     return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision

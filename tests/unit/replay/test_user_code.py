@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from layerrl.reference import ReferenceModel
+from layerrl.replay.prefix import _computed_in
 from layerrl.replay.recordings import Recording, gathered
 from tests.devices import DEVICE, on_any_device
 from tests.devices import generator as draws
