@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing import assert_close
 
 from layerrl.errors import ProbeError
+from layerrl.replay import arguments
+from layerrl.replay.arguments import RowKeys
 from layerrl.shards import sharded_like, with_parameter
 from layerrl.sweep.harness import Harness, _tensors, model_on_cpu
 from layerrl.trainer.metrics import norm
@@ -31,6 +33,15 @@ def test_a_norm_over_tensors_on_two_devices():
     with FakeTensorMode(allow_non_fake_inputs=True):
         found = norm([on("cuda:1", 3), on("cuda:0", 2, 2)])
     assert str(found.device) == "cuda:1"
+
+
+def test_a_row_has_one_key_of_arguments_on_two_devices():
+    arguments._weights.cache_clear()
+    try:
+        with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # of no values
+            RowKeys(2).of([("mask", on("cuda:0", 2, 3)), ("positions", on("cuda:1", 2, 3))])
+    finally:
+        arguments._weights.cache_clear()
 
 
 def test_a_kept_value_follows_its_parameter():
