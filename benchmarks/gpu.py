@@ -120,6 +120,7 @@ class Worker:
 def main(arguments: list[str] | None = None) -> None:
     """Measure until the time is up, then write the page."""
     options = parse(arguments)
+    written = True
     if not options.report:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sys.exit("stopped; the same command continues"))
@@ -131,17 +132,21 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             worker.stop()
-            report(options, options.output / "gpu.md")
+            written = report(options, options.output / "gpu.md")
     if options.page:
-        report(options, options.page)
+        written &= report(options, options.page)
+    if not written:
+        sys.exit(1)
 
 
-def report(options: argparse.Namespace, page: Path) -> None:
-    """Write the page, or say why not; the journal is whole either way."""
+def report(options: argparse.Namespace, page: Path) -> bool:
+    """Write the page, or say why not: whether it is written. The journal is whole either way."""
     try:
         write_page(options.output / "journal.jsonl", page)
     except (OSError, ValueError) as error:
-        sys.exit(f"{page} was not written: {error}. --report writes it from the journal")
+        print(f"{page} was not written: {error}. --report writes it from the journal")
+        return False
+    return True
 
 
 def measure(options: argparse.Namespace, worker: Worker) -> None:

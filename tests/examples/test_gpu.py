@@ -247,16 +247,17 @@ def test_what_has_changed_since_is_named(
 
 
 def test_a_page_that_cannot_be_written_is_told_and_leaves_the_one_before(
-    gpu: Any, tmp_path: Path
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = gpu.parse(["--report", "--output", str(tmp_path)])
     machine = {"name": "a GPU", "bytes": 1e9}
     with Journal(tmp_path, {"machine": machine, "tiny": False, "versions": {}}):
         pass
     page = tmp_path / "page.md"
     page.write_text("before")
-    with no_file_above(64), pytest.raises(SystemExit, match=r"page\.md was not written: .*large"):
-        gpu.report(options, page)
+    with no_file_above(64), pytest.raises(SystemExit, match="1"):
+        gpu.main(["--report", "--output", str(tmp_path), "--page", str(page)])
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{page} was not written: [Errno 27] File too large")
     assert page.read_text() == "before"
     assert {file.name for file in tmp_path.iterdir()} == {"journal.jsonl", "page.md"}
 
