@@ -95,6 +95,8 @@ def steps(entries: Entries) -> Iterator[str]:
         for e in {e["shape"]: e for e in entries if e["stage"] == "step"}.values():
             yield f"{e['shape']}: {e['rows']} completions of {e['prompt']} + {e['length']} tokens."
         yield tables(rows)
+        if not any(e.get("method") == "masked-4bit" for e in entries):
+            yield "Frozen layers in 4 bits: not measured, which needs bitsandbytes."
     failed = [
         f"- {METHODS[e['method']]}, {setting_of(e)}: {why_not(e)}"
         for e in entries

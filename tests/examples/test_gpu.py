@@ -117,6 +117,22 @@ def test_what_goes_wrong_in_a_measurement_is_its_result(worker: Any, tmp_path: P
     assert found == {"failed": "the process ended, exit status -9"}
 
 
+@pytest.mark.parametrize("too_much", [False, True])
+def test_a_process_that_keeps_memory_is_replaced(gpu: Any, tmp_path: Path, too_much: bool) -> None:
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    worker, found = gpu.Worker(tmp_path), {"left_bytes": gpu.LEFT + too_much, "seconds": 1}
+    worker.process = Namespace(pid=child.pid, join=lambda *_: child.poll())
+    worker.pipe = Namespace(
+        send=lambda _: None, poll=lambda _: True, recv=lambda: found, close=lambda: None
+    )
+    try:
+        assert worker.measure({}, 1) == {"seconds": 1}
+        assert (worker.process is None) == too_much
+    finally:
+        worker.stop()
+    assert child.wait(10) == -signal.SIGKILL
+
+
 class Stub:
     """In place of the process: what each case is to find."""
 
@@ -363,6 +379,9 @@ def test_the_page_of_the_documentation_is_what_the_command_writes(gpu: Any, tmp_
             ["--tiny", "--budget", "3"],
             "--budget is 3, expected a number of seconds, at least 30:",
         ),
+        (["--budget", "0"], "--budget is 0, expected a number of seconds, at least 120: no"),
+        (["--budget", "-5"], "--budget is -5, expected a number of seconds, at least 120: no"),
+        (["--budget", "soon"], "argument --budget: invalid float value: 'soon'"),
         (["--stages", "magic"], "invalid choice: 'magic'"),
         (["--device", "cpu", "--output", f"{__file__}/out"], "cannot use"),
         (["--device", "cpu", "--page", f"{__file__}/page.md"], "cannot use"),
