@@ -103,7 +103,7 @@ gpu: export HF_HUB_OFFLINE := 1
 gpu: has-gpu $(GPU)/.installed
 	@mkdir -p $(GPU_OUTPUT)
 	@test -f $(GPU_OUTPUT)/tests.txt || { echo "Running the tests: $(GPU_OUTPUT)/tests.txt"; \
-	OMP_NUM_THREADS=1 timeout -s INT -k 20 380 $(GPU)/bin/python -u -m pytest -m cuda $(PARALLEL) --continue-on-collection-errors tests \
+	OMP_NUM_THREADS=1 timeout --foreground -s INT -k 30 370 $(GPU)/bin/python -u -m pytest -m cuda $(PARALLEL) --continue-on-collection-errors tests \
 	> $(GPU_OUTPUT)/tests.partial 2>&1; mv $(GPU_OUTPUT)/tests.partial $(GPU_OUTPUT)/tests.txt; }
 	@tail -n 1 $(GPU_OUTPUT)/tests.txt
 	$(GPU)/bin/python -u benchmarks/gpu.py --output $(GPU_OUTPUT) $(ARGS)
