@@ -80,6 +80,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def matmul_precisions() -> tuple[str, str]:
+    """How float32 is multiplied.
+
+    Returns:
+        `fp32_precision` of GPUs and of CPUs. `torch.get_float32_matmul_precision` raises where
+        these were set, as transformers does for `tf32` and `torch_compile`.
+    """
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What enters layer 0 in one call, and all else that decides what the prefix makes of it."""
@@ -148,10 +159,11 @@ def entry_of(
             hidden_BTH.dtype,
             device,
             autocast_dtype(device),
-            torch.get_float32_matmul_precision(),
+            matmul_precisions(),
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.mem_efficient_sdp_enabled(),
             torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
         ),
         state=state_of(prefix),
         sample=sampled(tensors),
