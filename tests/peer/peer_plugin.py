@@ -3,7 +3,7 @@
 Loaded with `-p peer_plugin` before TRL's tests are imported, never from the package `tests`: a
 checkout of TRL has one of that name. `LAYERRL_PEER` says what trains: a selection; `plain` for
 TRL's trainers; `by hand` for TRL's with all but the last layer frozen. `LAYERRL_PEER_RESULTS` is
-the file that gets the lines, `LAYERRL_PEER_HUB` the folder of `stand_ins.py`.
+the file that gets the lines, and another ending with the last of them; `LAYERRL_PEER_HUB` the folder of `stand_ins.py`.
 """
 
 import gc
@@ -191,3 +191,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             why = f"{call.excinfo.type.__name__}: {call.excinfo.value}"[:2000]
         write(item.nodeid, report.outcome, why, call.duration)
     return report
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Give the results their name if nothing kept a test from being run."""
+    if exitstatus in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.TESTS_FAILED,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
+        RESULTS.rename(RESULTS.with_suffix(".jsonl"))
