@@ -3,7 +3,8 @@
 Loaded with `-p peer_plugin` before TRL's tests are imported, never from the package `tests`: a
 checkout of TRL has one of that name. `LAYERRL_PEER` says what trains: a selection; `plain` for
 TRL's trainers; `by hand` for TRL's with all but the last layer frozen. `LAYERRL_PEER_RESULTS` is
-the file that gets the lines, and another ending with the last of them; `LAYERRL_PEER_HUB` the folder of `stand_ins.py`.
+the file that gets the lines, and the ending `.jsonl` with the last of them; `LAYERRL_PEER_HUB` is
+the folder of `stand_ins.py`.
 """
 
 import gc
