@@ -75,6 +75,7 @@ def run(mode: str, checkout: Path, names: str, file: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONFAULTHANDLER": "1",
+        "PYTHONSAFEPATH": "1",  # the TRL that is installed, not the one that the checkout has
     }
     hub = stand_ins(checkout, environment)
     written = file.with_suffix(".partial")

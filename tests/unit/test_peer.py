@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import trl
 
 from tests.peer import __main__ as command
 from tests.peer.comparing import BY_HAND, PLAIN, Result, compared, judged, known, results, trainings
@@ -143,6 +144,30 @@ def test_a_run_that_broke_off_is_no_result(tmp_path: Path, monkeypatch: pytest.M
         command.run("full", tmp_path, "", tmp_path / "full.jsonl")
     assert (tmp_path / "full.partial").read_text() == '{"test": "a", "outcome": "passed"}\n'
     assert not (tmp_path / "full.jsonl").exists()
+
+
+PLUGIN = """
+import importlib.util, os
+TRL = importlib.util.find_spec("trl").origin
+
+def pytest_sessionfinish():
+    with open(os.environ["LAYERRL_PEER_RESULTS"].replace(".partial", ".jsonl"), "w") as file:
+        file.write(TRL)
+"""
+
+
+def test_the_tests_are_the_checkouts_and_the_trainers_those_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(command, "HERE", tmp_path)
+    monkeypatch.setattr(command, "stand_ins", lambda *_: tmp_path)
+    (tmp_path / "peer_plugin.py").write_text(PLUGIN)
+    checkout = tmp_path / "checkout"
+    for file in ("trl/__init__.py", "tests/__init__.py", "tests/test_a_trainer.py"):
+        (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / file).touch()
+    command.run("full", checkout, "", tmp_path / "full.jsonl")
+    assert Path((tmp_path / "full.jsonl").read_text()) == Path(trl.__file__)
 
 
 def test_files(tmp_path: Path):
