@@ -69,9 +69,10 @@ def run(mode: str, checkout: Path, names: str, file: Path) -> None:
         SystemExit: If it did not come to its end.
     """
     # The folder itself, as a checkout of TRL has a package named tests, too.
-    paths = [str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = [str(HERE), str(ROOT), *map(os.path.abspath, given)]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONFAULTHANDLER": "1",
