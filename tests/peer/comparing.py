@@ -164,7 +164,8 @@ def judged(
         for test, why in tests.failed.items():
             wrong.append(f"{selection}: fails: {test}: {(why.splitlines() or ['no reason'])[0]}")
         wrong += [f"{selection}: in known.toml, and does not fail: {test}" for test in tests.stale]
-        if (other := SAME.get(selection)) in found:
+        other = SAME.get(selection)
+        if other and other in found:
             ends = trainings(plain, masked, found[other], known(path, selection, "training"))
             lines.append(
                 f"  {ends.run} trainings; those of {len(ends.different)} tests do not end as "
