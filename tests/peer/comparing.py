@@ -105,6 +105,7 @@ def trainings(
     masked: Mapping[str, Result],
     same: Mapping[str, Result],
     listed: Collection[str],
+    whole: bool = True,
 ) -> Trainings:
     """Compare where trainings end, bit for bit.
 
@@ -114,6 +115,7 @@ def trainings(
         same: with the trainings of the same tests here, whatever else came of them: a test that
             wants every parameter changed fails where most were frozen by hand.
         listed: Tests whose trainings are known to end elsewhere.
+        whole: Whether all tests were asked for: a listed one that there is not is then stale.
 
     Returns:
         How many there are, and the tests of those that do not end as they should.
@@ -131,7 +133,7 @@ def trainings(
     return Trainings(
         run=number,
         different=[test for test in different if test not in listed],
-        stale=sorted(equal & {*listed}),
+        stale=sorted((equal | {*listed} - plain.keys() if whole else equal) & {*listed}),
     )
 
 
@@ -166,7 +168,9 @@ def judged(
         wrong += [f"{selection}: in known.toml, and does not fail: {test}" for test in tests.stale]
         other = SAME.get(selection)
         if other and other in found:
-            ends = trainings(plain, masked, found[other], known(path, selection, "training"))
+            ends = trainings(plain, masked, found[other], known(path, selection, "training"), whole)
+            if whole and not ends.run:
+                wrong.append(f"{selection}: no training was compared")
             lines.append(
                 f"  {ends.run} trainings; those of {len(ends.different)} tests do not end as "
                 f"{other} TRL's, and are not in known.toml"

@@ -60,6 +60,8 @@ def test_trainings_are_compared_where_both_pass(end: Result, different: list[str
     assert (found.run, found.different) == (2, different)
     assert trainings(plain, masked, plain, ["a"]).different == []
     assert trainings(plain, masked, plain, ["a"]).stale == [*{"a"} - {*different}]
+    assert trainings(plain, masked, plain, ["nowhere"]).stale == ["nowhere"]
+    assert trainings(plain, masked, plain, ["nowhere"], whole=False).stale == []
 
 
 def test_a_training_by_hand_counts_whatever_its_test_wanted():
@@ -106,6 +108,15 @@ def test_the_command_fails_for_whatever_is_not_as_it_should_be(
     right, text = judged(found, listed)
     assert not right
     assert says in text.splitlines()
+
+
+def test_no_training_is_no_success(tmp_path: Path):
+    (tmp_path / "known.toml").write_text("")
+    found = {PLAIN: {"a": PASSES}, "full": {"a": PASSES}}
+    assert judged(found, tmp_path / "known.toml", whole=False)[0]
+    right, text = judged(found, tmp_path / "known.toml")
+    assert not right
+    assert "full: no training was compared" in text
 
 
 def test_nothing_that_passes_is_no_success(tmp_path: Path):
