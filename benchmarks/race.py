@@ -1,13 +1,12 @@
 """Does a short race between the probe's best layers choose better than the probe alone?
 
     python benchmarks/race.py              # the tables, from stored files, in seconds
-    python benchmarks/race.py --docs docs  # the same, written into results.md
+    python benchmarks/race.py --docs docs  # the same, written into appendix.md
 
 The probe's order of layers gives the candidates. They are trained alone, all with one seed of the
-sweep, and evaluated as often as the sweep was (a quarter of the run, a half, ...). Whoever is
-resolved behind the leader, by the 95 % interval of their difference over prompts, is dropped; the
-leader wins when the others are dropped or the steps are used up. The winner is judged by the
-sweep's other seeds. Every probe seed meets every run seed, and each suite counts once.
+sweep. Each time they are evaluated, those that are behind the leader are dropped: the 95 % interval
+of the difference over prompts excludes zero. The leader wins, and is judged by the sweep's other
+seeds. Every probe seed meets every run seed, and each suite counts once.
 
 Legend: P evaluation prompts.
 """
@@ -32,7 +31,10 @@ STORES = [HERE / "planted_scores.jsonl", HERE / "probe_seeds.jsonl"]
 LATE = ["drift-llama", "late-llama", "late-mixtral", "middle-gpt_neox", "middle-llama"]
 EARLY = ["addition-llama", "sorting-gpt_neox", "sorting-llama"]
 GAP = ("<!-- race: written by benchmarks/race.py -->", "<!-- race: end -->")
-"""Where the tables are in `results.md`."""
+"""Where the tables are in `appendix.md`."""
+ALL = 1000
+"""More candidates than a suite has layers."""
+KEPT = ", the probe's first unless it is dropped"
 QUANTILES = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 """Of Student's t, 97.5 %, by degrees of freedom."""
 
@@ -78,9 +80,7 @@ class Choice:
     least: float
     """The same of the best candidate."""
     cost: float
-    """Steps trained, in full runs per candidate."""
-    resolved: float
-    """Share of races that ended with one layer."""
+    """Steps trained, in whole runs per candidate."""
 
 
 def main() -> None:
@@ -88,13 +88,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--late", nargs="*", default=LATE, help="suites, best layer not early")
     parser.add_argument("--early", nargs="*", default=EARLY, help="suites, best layer early")
-    parser.add_argument("--docs", type=Path, help="folder whose results.md gets the tables too")
+    parser.add_argument("--docs", type=Path, help="folder whose appendix.md gets the tables too")
     options = parser.parse_args()
     late, early = ([suite(name) for name in names] for names in (options.late, options.early))
     text = f"{by_race(late, early)}\n\n{by_suite([*late, *early])}"
     print(text)
     if options.docs:
-        page = options.docs / "results.md"
+        page = options.docs / "appendix.md"
         before, rest = page.read_text(encoding="utf-8").split(GAP[0])
         _, after = rest.split(GAP[1])
         page.write_text(f"{before}{GAP[0]}\n\n{text}\n\n{GAP[1]}{after}", encoding="utf-8")
@@ -110,7 +110,7 @@ def suite(name: str) -> Suite:
         if row["suite"] == name and row.get("method", "gradient") == "gradient":
             if row["base"] != truth.settings["base"]:
                 raise SystemExit(f"{name}: a probe is of another base than the sweep")
-            orders.append(sorted(truth.scores, key=lambda k: -row["scores"][str(k)]))  # noqa: B023
+            orders.append(sorted(truth.scores, key=lambda k: -row["scores"][str(k)]))
     return Suite(name, truth, orders)
 
 
@@ -135,7 +135,7 @@ def race(runs: Runs, candidates: Sequence[int], steps: Sequence[int]) -> tuple[l
     for step in steps:
         trained += (step - before) * len(left)
         before = step
-        left.sort(key=lambda k: -runs[k][step].mean().item())  # noqa: B023
+        left.sort(key=lambda k: -runs[k][step].mean().item())
         leader_P = runs[left[0]][step]
         left = [left[0], *(k for k in left[1:] if not behind(runs[k][step], leader_P))]
         if len(left) == 1:
@@ -150,65 +150,56 @@ def behind(scores_P: Tensor, leader_P: Tensor) -> bool:
     return bool(difference_P.mean() > 1.96 * error)
 
 
-def choice(suite: Suite, top: int, quarters: int, *, keep: bool = False) -> Choice:
+def choice(one: Suite, top: int, quarters: Sequence[int], *, keep: bool = False) -> Choice:
     """Race the probe's best on one suite.
 
     Args:
-        suite: Sweep and probes.
+        one: Sweep and probes.
         top: Candidates; 1 is the probe alone.
-        quarters: Of a run, at most.
+        quarters: Of the run, after which candidates are evaluated.
         keep: Choose the probe's first unless it was dropped, instead of the leader.
     """
     found = []
-    for order in suite.orders:
-        for seed, runs in enumerate(suite.runs):
-            lacks, candidates = suite.by_others(seed), order[:top]
-            left, trained = race(runs, candidates, suite.steps[:quarters])
+    for order in one.orders:
+        for seed, runs in enumerate(one.runs):
+            lacks, candidates = one.by_others(seed), order[:top]
+            steps = [one.steps[quarter - 1] for quarter in quarters]
+            left, trained = race(runs, candidates, steps if top > 1 else [])
             chosen = order[0] if keep and order[0] in left else left[0]
-            cost = trained / suite.steps[-1] / top if top > 1 else 0.0
             least = min(lacks[k] for k in candidates)
-            found.append((lacks[chosen], least, cost, float(len(left) == 1)))
+            cost = trained / one.steps[-1] / len(candidates)
+            found.append((lacks[chosen], least, cost))
     return Choice(*map(fmean, zip(*found, strict=True)))
 
 
 def by_race(late: Sequence[Suite], early: Sequence[Suite]) -> str:
-    """Regret of every race beside the probe's alone."""
-    lines = [
-        "| candidates | steps | chosen | regret | minus the probe's | suites better, worse | best "
-        "candidate's | resolved | cost | regret, best layer early | minus the probe's |",
-        f"|{'---|' * 11}",
-    ]
-    alone = [[choice(one, 1, 1) for one in group] for group in (late, early)]
+    """Regret of every race beside the probe's alone: of late and of early suites."""
+    alone = [[choice(one, 1, ()) for one in group] for group in (late, early)]
     means = [f"{fmean(one.regret for one in group):.3f}" for group in alone]
-    lines.append(f"| 1 (the probe alone) | - | - | {means[0]} | - | - | - | - | 0 | {means[1]} | - |")
-    races = [(top, quarters, False) for top in (2, 3, 4, 5, 12) for quarters in (1, 2, 3)]
-    races += [(12, 4, False), (3, 2, True), (5, 2, True)]
-    for top, quarters, keep in races:
+    lines = [
+        "| candidates | evaluated after | cost | regret | minus the probe's | suites better, worse "
+        "| best candidate's | regret, best layer early | minus the probe's |",
+        f"|{'---|' * 9}",
+        f"| 1: the probe alone | - | 0 | {means[0]} | - | - | - | {means[1]} | - |",
+    ]
+    looks = [(1,), (2,), (3,), (1, 2), (1, 2, 3)]
+    races = [(top, quarters, False) for top in (2, 3, 4, 5) for quarters in looks]
+    for top, quarters, keep in [*races, (5, (2,), True), (ALL, (2,), False), (ALL, (4,), False)]:
         raced = [[choice(one, top, quarters, keep=keep) for one in g] for g in (late, early)]
-        (regret, minus, better, worse), (regret_early, minus_early, _, _) = (
-            compared(*pair) for pair in zip(raced, alone, strict=True)
-        )
-        cost, least, resolved = (
-            fmean(getattr(one, name) for one in raced[0]) for name in ("cost", "least", "resolved")
-        )
+        (regret, minus, counts), (regret_early, minus_early, _) = map(compared, raced, alone)
+        least, cost = (fmean(getattr(one, name) for one in raced[0]) for name in ("least", "cost"))
         cells = (
-            "all" if top == 12 else str(top),
-            "all" if quarters == 4 else f"{quarters}/4",
-            "the probe's unless behind" if keep else "leader",
-            regret,
-            minus,
-            f"{better}, {worse}",
-            f"{least:.3f}",
-            f"{resolved:.2f}",
+            ("all" if top == ALL else f"{top}") + (KEPT if keep else ""),
+            ", ".join(f"{quarter}/4" for quarter in quarters),
             f"{cost:.2f}",
-            regret_early,
-            minus_early,
+            *(regret, minus, counts, f"{least:.3f}"),
+            *(regret_early, minus_early),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def compared(raced: Sequence[Choice], alone: Sequence[Choice]) -> tuple[str, str, int, int]:
+def compared(raced: Sequence[Choice], alone: Sequence[Choice]) -> tuple[str, str, str]:
     """Mean regret, its difference to the probe's with an interval, suites better and worse."""
     differences = [a.regret - b.regret for a, b in zip(raced, alone, strict=True)]
     mean, count = fmean(differences), len(differences)
@@ -217,19 +208,20 @@ def compared(raced: Sequence[Choice], alone: Sequence[Choice]) -> tuple[str, str
         half = QUANTILES[count - 1] * stdev(differences) / math.sqrt(count)
         shown += f" [{mean - half:+.3f}, {mean + half:+.3f}]"
     better, worse = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
-    return f"{fmean(one.regret for one in raced):.3f}", shown, better, worse
+    return f"{fmean(one.regret for one in raced):.3f}", shown, f"{better}, {worse}"
 
 
 def by_suite(suites: Sequence[Suite]) -> str:
     """Regret of some races on each suite."""
     races = {
-        "the probe alone": (1, 1),
-        "2, half": (2, 2),
-        "3, half": (3, 2),
-        "5, half": (5, 2),
-        "all layers, whole runs": (12, 4),
+        "the probe alone": (1, ()),
+        "2, after 2/4": (2, (2,)),
+        "3, after 2/4": (3, (2,)),
+        "5, after 2/4": (5, (2,)),
+        "5, after 1/4, 2/4": (5, (1, 2)),
+        "all, after 4/4": (ALL, (4,)),
     }
-    lines = [f"| suite | {' | '.join(races)} |", f"|---|{'---|' * len(races)}"]
+    lines = [f"| suite | {' | '.join(races)} |", f"|{'---|' * (len(races) + 1)}"]
     for one in suites:
         cells = [f"{choice(one, *given).regret:.3f}" for given in races.values()]
         lines.append(f"| `{one.name}` | {' | '.join(cells)} |")
