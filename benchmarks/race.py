@@ -35,8 +35,8 @@ GAP = ("<!-- race: written by benchmarks/race.py -->", "<!-- race: end -->")
 ALL = 1000
 """More candidates than a suite has layers."""
 KEPT = ", the probe's first unless it is dropped"
-QUANTILES = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-"""Of Student's t, 97.5 %, by degrees of freedom."""
+QUANTILES = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14]
+"""Of Student's t, 97.5 %, from one degree of freedom on."""
 
 Runs = Mapping[int, Mapping[int, Tensor]]
 """One seed of each layer: scores of shape (P,) by step."""
@@ -86,8 +86,8 @@ class Choice:
 def main() -> None:
     """Print the tables, put them into the docs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--late", nargs="*", default=LATE, help="suites, best layer not early")
-    parser.add_argument("--early", nargs="*", default=EARLY, help="suites, best layer early")
+    parser.add_argument("--late", nargs="+", default=LATE, help="suites, best layer not early")
+    parser.add_argument("--early", nargs="+", default=EARLY, help="suites, best layer early")
     parser.add_argument("--docs", type=Path, help="folder whose appendix.md gets the tables too")
     options = parser.parse_args()
     late, early = ([suite(name) for name in names] for names in (options.late, options.early))
@@ -111,6 +111,8 @@ def suite(name: str) -> Suite:
             if row["base"] != truth.settings["base"]:
                 raise SystemExit(f"{name}: a probe is of another base than the sweep")
             orders.append(sorted(truth.scores, key=lambda k: -row["scores"][str(k)]))
+    if not orders:
+        raise SystemExit(f"{name}: no gradient probe in {', '.join(s.name for s in STORES)}")
     return Suite(name, truth, orders)
 
 
@@ -205,7 +207,7 @@ def compared(raced: Sequence[Choice], alone: Sequence[Choice]) -> tuple[str, str
     mean, count = fmean(differences), len(differences)
     shown = f"{mean:+.3f}"
     if any(differences) and count > 1:
-        half = QUANTILES[count - 1] * stdev(differences) / math.sqrt(count)
+        half = QUANTILES[count - 2] * stdev(differences) / math.sqrt(count)
         shown += f" [{mean - half:+.3f}, {mean + half:+.3f}]"
     better, worse = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
     return f"{fmean(one.regret for one in raced):.3f}", shown, f"{better}, {worse}"
