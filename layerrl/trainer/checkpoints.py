@@ -102,9 +102,11 @@ class Checkpoints:
                 folder.rename(_replaced(folder))
         trainer.accelerator.wait_for_everyone()  # before another process writes into it
         self._written = folder
-        state, save_state = trainer.state, trainer.state.save_to_json
+        state, save_state, waited = trainer.state, trainer.state.save_to_json, False
 
         def save_last(path: str) -> None:
+            nonlocal waited
+            waited = True
             trainer.accelerator.wait_for_everyone()  # every process has written its files
             state.stateful_callbacks[CHECKSUMS] = [state.global_step]
             save_state(path)
@@ -114,8 +116,8 @@ class Checkpoints:
             # Transformers pushes, and deletes older checkpoints, when it has saved the state.
             with replaced(state, save_to_json=save_last):
                 yield
-            if not trainer.args.should_save:
-                trainer.accelerator.wait_for_everyone()  # the one in save_last
+            if not waited:  # for the one that saves the state
+                trainer.accelerator.wait_for_everyone()
             trainer.accelerator.wait_for_everyone()
         except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
