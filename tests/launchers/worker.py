@@ -30,7 +30,7 @@ from layerrl import LayerMaskedGRPOTrainer, contribution_probe, load_delta
 from layerrl.blocks import is_peft, unwrap
 from layerrl.delta import Deltas, disabled, unload_delta
 from layerrl.errors import LayerRLError
-from tests.grpo import PROMPTS, config, make, reward, tokenizer
+from tests.grpo import PROMPTS, config, make, tokenizer
 
 COMPLETION = 5
 FROZEN = "model.layers.0.mlp.up_proj.weight"
@@ -52,6 +52,11 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
         length = 2 + seed % (COMPLETION - 1)
         completions.append([4 + (seed * (k + 3) + k * k) % 60 for k in range(length)])
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def letters(completions: list[str], **_: Any) -> list[float]:
+    """A reward for which the gradients of different prompts agree."""
+    return [float(sum(letter < "P" for letter in text)) for text in completions]
 
 
 class Traffic(TorchDispatchMode):
@@ -137,7 +142,7 @@ def run(
     if probes:
         return contribution_probe(
             model,
-            reward_funcs=reward,
+            reward_funcs=letters,
             train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
             processing_class=tokenizer(),
             args=config(output, **settings),
