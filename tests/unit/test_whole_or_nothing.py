@@ -300,7 +300,9 @@ class TestHalfDeleted:
                 (checkpoint / name).write_bytes(content)
         assert last_complete(checkpoint.parent) == checkpoint
 
-    @pytest.mark.parametrize("gone", ["optimizer.pt", "rng_state.pth", "delta.json", "checksums.json"])
+    @pytest.mark.parametrize(
+        "gone", ["optimizer.pt", "rng_state.pth", "delta.json", "checksums.json"]
+    )
     def test_is_said_and_the_run_goes_on_from_the_one_before(self, straight, tmp_path, gone):
         base, trainer = straight
         out = Path(shutil.copytree(base.parent / "out", tmp_path / "out"))
