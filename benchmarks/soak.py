@@ -5,9 +5,9 @@
 
 Each run generates, replays, evaluates and saves, in a process of its own; `plain` is TRL's trainer
 with the same settings. Memory is fitted over the last three quarters of the steps, with a 95 %
-interval by leaving out each tenth of them in turn. Times are the process's own seconds of each third
-of the steps, which other programs on the machine change less than a clock's; `around` is what a
-fixed piece of work took meanwhile, which shows how much they did. Linux only.
+interval by leaving out each tenth of them in turn. Times are the process's own seconds in each
+third of the steps, which other programs on the machine change less than a clock's; `around` is what
+a fixed piece of work took meanwhile, which shows how much they did. Linux only.
 """
 
 import argparse

@@ -80,8 +80,8 @@ def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
     if not record.exists():  # written by another tool, or by an older layerrl
         return
     advice = (
-        f"Resume from another checkpoint or, if you changed it yourself, delete {record} and resume "
-        "from its folder by name."
+        f"Resume from another checkpoint or, if you changed it yourself, delete {record} and "
+        "resume from its folder by name."
     )
     with refused_as(DeltaError, f"{record} is damaged", advice):
         written = fitted(_Checksums, parsed(bytes_of(record)))
