@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 FRAMEWORKS := verl openrlhf
 VERSIONS := lowest axolotl unsloth vllm-pins
-.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations test-peer $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu has-gpu check lint types layers docs docstrings signatures package clean
+.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations test-deepspeed test-peer $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu has-gpu check lint types layers docs docstrings signatures package clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-versions  run the tests with other versions of what layerrl needs: $(VERSIONS:%=test-%)"
 	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
 	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (3 GB, Linux x86-64)"
+	@echo "make test-deepspeed  compare ZeRO with one process, with DeepSpeed in .venv-deepspeed (25 MB)"
 	@echo "make test-peer TRL=path  run TRL's own tests of its trainers on masked ones; path is a checkout of TRL"
 	@echo "make gpu        run the tests that need a GPU, then measure on it: half an hour (options in ARGS)"
 	@echo "make bundle PYTHON=3.12  download layerrl and what it needs into dist/bundle-3.12, for a machine without"
@@ -128,6 +129,20 @@ test-vllm: $(VLLM)/.installed
 	.venv-$*/bin/python -m pip install --quiet --no-compile --no-deps -r $<
 	.venv-$*/bin/python -m pip install --quiet -c $< -e .
 	@touch $@
+
+# Beside what .venv has, in a folder that only these tests look into.
+DEEPSPEED := .venv-deepspeed
+$(DEEPSPEED)/.installed: tests/launchers/deepspeed-requirements.txt $(INSTALLED)
+	@echo "Installing DeepSpeed into $(DEEPSPEED): a minute"
+	rm -rf $(DEEPSPEED)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(DEEPSPEED) -r $<
+	@touch $@
+
+test-deepspeed: export PYTHONPATH := $(DEEPSPEED)
+test-deepspeed: export DS_ACCELERATOR := cpu
+test-deepspeed: export HF_HUB_OFFLINE := 1
+test-deepspeed: $(DEEPSPEED)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launchers/test_deepspeed.py $(ARGS)
 
 test-integrations: $(FRAMEWORKS:%=test-%)
 

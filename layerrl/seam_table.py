@@ -156,6 +156,7 @@ SEAMS: tuple[Seam, ...] = (
             "processing_class": "check its tokens, and save it with a delta",
             "callback_handler.callbacks": "refuse callbacks that frozen tensors would break",
             "accelerator.state": "know the launcher",
+            "state.save_to_json": "record a checkpoint's files before it is pushed",
         },
         attribute=True,
     ),
@@ -185,9 +186,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     *_seams(
         "transformers.trainer",
-        {
-            "validate_quantization_for_training(model)": "train on a quantised base",
-        },
+        {"validate_quantization_for_training(model)": "train on a quantised base"},
         by=_EVERY,
     ),
     *_seams(

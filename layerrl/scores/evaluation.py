@@ -71,8 +71,8 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
 
     Args:
         trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-        look: Called with the rows of each rewarded batch, and their rewards as the trainer weighs
-            them; NaN where no function gave one.
+        look: Called with this process's rows of each rewarded batch, and the rewards of all
+            processes' as the trainer weighs them; NaN where no function gave one.
 
     Yields:
         Nothing.
@@ -110,11 +110,14 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
     """
 
     def look(inputs: Any, rewards: list[float]) -> None:
-        without = [row for row, reward in zip(inputs, rewards, strict=True) if math.isnan(reward)]
+        without = [number for number, reward in enumerate(rewards) if math.isnan(reward)]
         if without:
+            # Each process has the rewards of all, and its own rows.
+            first, shown = without[0] - trainer.accelerator.process_index * len(inputs), ""
+            if 0 <= first < len(inputs):
+                shown = f", the first of them for the prompt {inputs[first].get('prompt')!r:.200}"
             raise ProbeError(
-                f"{len(without)} of {len(rewards)} completions got no reward, the first of them "
-                f"for the prompt {without[0].get('prompt')!r:.200}: "
+                f"{len(without)} of {len(rewards)} completions got no reward{shown}: "
                 f"{', '.join(trainer.reward_func_names)} returned None, each saying that it does "
                 "not apply. Give every prompt a reward that does."
             )

@@ -18,13 +18,14 @@ from layerrl.delta.hub import hub_errors
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.files import why_unwritten, written_whole
 from layerrl.frozen import fingerprints
-from layerrl.schema import Misfit
+from layerrl.replacing import replaced
+from layerrl.schema import Misfit, fitted
 from layerrl.shards import shape, whole
 from layerrl.stored import bytes_of, decoded
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
-from layerrl.trainer.checksums import CHECKSUMS, write_checksums
+from layerrl.trainer.checksums import CHECKSUMS, missing_files, write_checksums
 from layerrl.trainer.run_summary import summary_of
 from layerrl.warning import warn
 
@@ -93,11 +94,23 @@ class Checkpoints:
                 folder.rename(_replaced(folder))
         trainer.accelerator.wait_for_everyone()  # before another process writes into it
         self._written = folder
-        try:
-            yield
+        state, save_state, waited = trainer.state, trainer.state.save_to_json, False
+
+        def save_last(path: str) -> None:
+            nonlocal waited
+            waited = True
             trainer.accelerator.wait_for_everyone()  # every process has written its files
-            if trainer.args.should_save:
-                write_checksums(folder)
+            state.stateful_callbacks[CHECKSUMS] = [state.global_step]
+            save_state(path)
+            write_checksums(folder)
+
+        try:
+            # Transformers pushes, and deletes older checkpoints, when it has saved the state.
+            with replaced(state, save_to_json=save_last):
+                yield
+            if not waited:  # for the one that saves the state
+                trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.wait_for_everyone()
         except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -286,8 +299,29 @@ def last_complete(output_dir: Path) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has what transformers writes last."""
+    """Whether a checkpoint has all that was written into it."""
+    return not why_incomplete(folder)
+
+
+def why_incomplete(folder: Path) -> str:
+    """What a checkpoint lacks that was written to its end, and not deleted in part since.
+
+    Args:
+        folder: The checkpoint's.
+
+    Returns:
+        A clause; empty of a complete one.
+    """
     try:
-        return bool(decoded(bytes_of(folder / TRAINER_STATE_NAME)))
+        state = fitted(dict[str, Any], decoded(bytes_of(folder / TRAINER_STATE_NAME)))
     except (OSError, Misfit):
-        return False
+        state = {}
+    if not state:
+        return f"it has no readable {TRAINER_STATE_NAME}"
+    missing = missing_files(folder)
+    noted, record = state.get("stateful_callbacks"), [state.get("global_step")]
+    if isinstance(noted, dict) and noted.get(CHECKSUMS) == record:  # else another wrote it
+        missing += [CHECKSUMS] * (not (folder / CHECKSUMS).exists())
+    if not missing:
+        return ""
+    return f"it lacks {', '.join(missing[:3])}; to resume from it all the same, name its folder"

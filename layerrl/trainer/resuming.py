@@ -27,9 +27,9 @@ from layerrl.trainer.checkpoints import (
     FINGERPRINTS,
     REFERENCE,
     delta_in,
-    is_complete,
     last_complete,
     put_back,
+    why_incomplete,
 )
 from layerrl.trainer.checksums import check_files
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
@@ -82,16 +82,17 @@ class CheckpointReader:
         last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if last is None:
             raise DeltaError(f"there is no checkpoint in {output_dir} to resume")
-        if is_complete(Path(last)):
+        if not (why := why_incomplete(Path(last))):
             return last
         earlier = last_complete(output_dir)
         if earlier is None:
             raise DeltaError(
-                f"there is no whole checkpoint in {output_dir}: {last} was not written to its end"
+                f"there is no whole checkpoint in {output_dir}: {last} was not written to its end, "
+                f"or was deleted in part ({why})"
             )
         warn(
-            f"{last} was not written to its end (it has no readable {TRAINER_STATE_NAME}): going "
-            f"on from {earlier}",
+            f"{last} was not written to its end, or was deleted in part ({why}): going on from "
+            f"{earlier}",
         )
         return str(earlier)
 

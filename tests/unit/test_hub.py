@@ -86,6 +86,7 @@ def test_each_save_leaves_the_result_at_the_top(hub, base, tmp_path, strategy):
     inside = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
     assert hub.pushes.count("top") == 2
     if inside is not None:
+        assert "checksums.json" in {path.name for path in (hub.folder / inside).iterdir()}
         assert_result_is_at(hub.folder / inside, base, trainer, tmp_path / "again")
         resumed = make(load(base), tmp_path / "resumed", selection=2, max_steps=2)
         resumed.train(resume_from_checkpoint=str(hub.folder / inside))
