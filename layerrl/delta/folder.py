@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerrl.checks import check_path
 from layerrl.delta.description import Version2, read
 from layerrl.delta.record import DeltaBase, dtype_name
@@ -90,8 +92,14 @@ class Delta:
                 f"has it packed in shape {list(below.shape)}, expected {self.base.shapes[name]}: "
                 "load the base with its embedding and head in full precision"
             )
-        tensor = below.detach().to(rows.dtype, copy=True)
-        tensor[list(self.selection.token_rows)] = rows.to(tensor.device)
+        recorded = getattr(torch, self.base.dtypes[name])
+        # As it is, or as what the delta was made from had rounded it: a stage below that was
+        # merged into half precision, or a base that is here in more bits.
+        for dtype in dict.fromkeys((below.dtype, recorded, torch.bfloat16, torch.float16)):
+            tensor = below.detach().to(dtype).to(rows.dtype, copy=True)
+            tensor[list(self.selection.token_rows)] = rows.to(tensor.device)
+            if fingerprints({name: tensor})[name] == self.fingerprints[name]:
+                break
         return tensor
 
     @classmethod

@@ -71,8 +71,9 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
 
     Args:
         trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-        look: Called with the rows of each rewarded batch, and their rewards as the trainer weighs
-            them; NaN where no function gave one.
+        look: Called with the rows of each rewarded batch, and rewards as the trainer weighs them,
+            NaN where no function gave one: in several processes with this one's rows and the
+            rewards of all, in the order of their ranks.
 
     Yields:
         Nothing.
@@ -110,11 +111,13 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
     """
 
     def look(inputs: Any, rewards: list[float]) -> None:
-        without = [row for row, reward in zip(inputs, rewards, strict=True) if math.isnan(reward)]
+        without = [row for row, reward in enumerate(rewards) if math.isnan(reward)]
         if without:
+            own = [row - trainer.accelerator.process_index * len(inputs) for row in without]
+            prompts = [inputs[row].get("prompt") for row in own if 0 <= row < len(inputs)]
+            first = f", the first of them for the prompt {prompts[0]!r:.200}" if prompts else ""
             raise ProbeError(
-                f"{len(without)} of {len(rewards)} completions got no reward, the first of them "
-                f"for the prompt {without[0].get('prompt')!r:.200}: "
+                f"{len(without)} of {len(rewards)} completions got no reward{first}: "
                 f"{', '.join(trainer.reward_func_names)} returned None, each saying that it does "
                 "not apply. Give every prompt a reward that does."
             )

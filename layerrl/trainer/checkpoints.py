@@ -20,7 +20,7 @@ from layerrl.files import why_unwritten, written_whole
 from layerrl.frozen import fingerprints
 from layerrl.schema import Misfit
 from layerrl.shards import shape, whole
-from layerrl.stored import bytes_of, decoded
+from layerrl.stored import bytes_of, decoded, refused_as
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
@@ -105,10 +105,12 @@ class Checkpoints:
             yield
             trainer.accelerator.wait_for_everyone()  # every process has written its files
             if trainer.args.should_save:
-                write_checksums(folder)
+                said = f"cannot write {folder / CHECKSUMS}"
+                with refused_as(CheckpointWriteError, said, "The checkpoint itself is complete."):
+                    write_checksums(folder)
         except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 put_back(folder)
                 cause = error.__cause__ if isinstance(error, DeltaError) else error
                 if reason := why_unwritten(cause):
@@ -225,7 +227,12 @@ class Checkpoints:
 
         Transformers copies files there that it knows to hold weights.
         """
-        if self._written is None or self._trainer.checkpoint_format != "delta":
+        if self._written is None:
+            return
+        # A hub's last-checkpoint is written over file by file: it must not keep the record of an
+        # earlier one. The right one follows, when every process has written its files.
+        write_checksums(self._written, of=())
+        if self._trainer.checkpoint_format != "delta":
             return
         top = Path(self._trainer.args.output_dir)
         for name in _DELTA:
@@ -278,9 +285,16 @@ def put_back(folder: Path) -> None:
     """
     before = _replaced(folder)
     if is_complete(before) and not is_complete(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         before.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
+    _remove(before)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; of a link to one, as to another disk, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_complete(output_dir: Path) -> Path | None:

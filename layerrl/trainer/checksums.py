@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from layerrl.schema import Rule, fitted
 from layerrl.stored import bytes_of, parsed, refused_as
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from layerrl.errors import LayerRLError
@@ -31,16 +33,18 @@ class _Checksums:
     """Of `files`."""
 
 
-def write_checksums(folder: Path) -> None:
+def write_checksums(folder: Path, of: Collection[str] | None = None) -> None:
     """Record every file of a checkpoint but its README, which is there to be edited.
 
     Args:
         folder: The checkpoint's, complete.
+        of: Names of files to record; None: all.
 
     Raises:
         OSError: If a file cannot be read, or the record not be written.
     """
-    sums = {name: file_digest(file) for name, file in _files(folder).items()}
+    files = _files(folder)
+    sums = _sums({name: files[name] for name in files if of is None or name in of})
     record = {"format_version": _VERSION, "files": sums, "sha256": json_digest(sums)}
     with written_whole(folder / CHECKSUMS) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -68,14 +72,11 @@ def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
     if json_digest(written.files) != written.sha256:
         raise DeltaError(f"{record} is damaged: its own checksum differs. {advice}") from because
     with refused_as(DeltaError, f"a file of {folder} cannot be read", advice):
-        changed = [
-            file
-            for name, file in _files(folder).items()
-            if name in written.files and file_digest(file) != written.files[name]
-        ]
+        files = {n: file for n, file in _files(folder).items() if n in written.files}
+        changed = [n for n, found in _sums(files).items() if found != written.files[n]]
     if changed:
         raise DeltaError(
-            f"{changed[0]} is damaged or was changed after it was written: its SHA-256 is another "
+            f"{folder / changed[0]} is damaged or was changed after it was written: its SHA-256 is another "
             f"({len(changed)} of {len(written.files)} files differ). Nothing was loaded. {advice}"
             f"{f' What it holds: {because}' if because else ''}"
         ) from because
@@ -88,3 +89,17 @@ def _files(folder: Path) -> dict[str, Path]:
         if path.is_file()
     }
     return {name: path for name, path in files.items() if name not in (CARD, CHECKSUMS)}
+
+
+def _sums(files: Mapping[str, Path]) -> dict[str, str]:
+    """The SHA-256 of files by name, of several at once: a sharded checkpoint has many."""
+    with ThreadPoolExecutor() as pool:
+        found = zip(files, pool.map(_sum, files.values()), strict=True)
+        return {name: digest for name, digest in found if digest is not None}
+
+
+def _sum(file: Path) -> str | None:
+    try:
+        return file_digest(file)
+    except FileNotFoundError:  # gone since it was listed: another tool's temporary file
+        return None

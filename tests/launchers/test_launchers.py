@@ -29,7 +29,7 @@ from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
 from tests.grpo import config, make
 from tests.launchers.launch import launch
-from tests.launchers.worker import FROZEN, held
+from tests.launchers.worker import FROZEN, held, no_reward_for_k
 from tests.models import tiny, tiny_config
 from tests.runs import bits, in_layers, load, saved
 
@@ -53,6 +53,8 @@ AUTO2 = {**AUTO, "per_device_train_batch_size": 3}
 MIXED = {"dtype": "float32", "bf16": True, "max_steps": 3}
 # Two prompts of six completions, in any number of processes that divides twelve.
 MANY = {"num_generations": 6, "max_steps": 2}
+# Four prompts a batch.
+PROBE, PROBE2 = ({"probe": {"per_device_train_batch_size": size}} for size in (8, 4))
 DPO, SFT = ({"case": case, "max_steps": 3} for case in ("DPO", "SFT"))
 LORA = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])}
 LORA = {"arguments": LORA, **SAVING}
@@ -125,7 +127,7 @@ class Runs:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
-            lora=LORA, auto=AUTO, dpo=DPO, sft=SFT, mixed=MIXED,
+            lora=LORA, auto=AUTO, dpo=DPO, sft=SFT, mixed=MIXED, probe=PROBE,
         )  # fmt: skip
 
     @cached_property
@@ -141,6 +143,7 @@ class Runs:
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
             auto=AUTO2, dpo=DPO, sft=SFT, mixed=MIXED, changed=CHANGED,
+            probe=PROBE2, unrewarded={**PROBE2, "rewards": no_reward_for_k},
             disagree=[{"selection": layer} for layer in (1, 2)],
             disagree_auto=[{"selection": name} for name in ("auto", "all")],
             disagree_format=[
@@ -317,6 +320,21 @@ def test_layers_are_chosen_as_in_one_process(runs, launched):
             assert now.scores[0] == pytest.approx(before.scores[0], rel=1e-6, abs=1e-9)
         assert process["report"].settings == report.settings
         assert scores == found[0]["report"].layers
+
+
+def test_the_probe_scores_as_in_one_process(runs):
+    [expected] = runs.one["probe"]
+    for found in runs.ddp["probe"]:
+        assert not isinstance(found, str), found
+        assert found.scores == pytest.approx(expected.scores, rel=1e-6)
+        assert found.settings["prompts_with_signal"] == expected.settings["prompts_with_signal"]
+
+
+def test_a_completion_without_reward_is_told_in_every_process(runs):
+    for error in runs.ddp["unrewarded"]:
+        assert "completions got no reward" in error
+    with_prompt = ["for the prompt" in error for error in runs.ddp["unrewarded"]]
+    assert any(with_prompt)
 
 
 @pytest.mark.slow

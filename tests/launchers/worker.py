@@ -8,6 +8,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,11 +26,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from layerrl import load_delta
+from layerrl import (
+    ContributionReport,
+    LayerMaskedGRPOTrainer,
+    contribution_probe,
+    load_delta,
+)
 from layerrl.blocks import is_peft, unwrap
 from layerrl.delta import Deltas, disabled, unload_delta
 from layerrl.errors import LayerRLError
-from tests.grpo import make
+from tests.grpo import PROMPTS, config, make, reward, tokenizer
 
 COMPLETION = 5
 FROZEN = "model.layers.0.mlp.up_proj.weight"
@@ -213,6 +220,26 @@ def run_asynchronous(base: str, output: str, *, selection: Any, **_: Any) -> dic
     return found
 
 
+def run_probe(
+    base: str, output: str, *, probe: dict[str, Any], rewards: Any = reward, **_: Any
+) -> ContributionReport:
+    """The gradient scores of a model's layers."""
+    return contribution_probe(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64),
+        reward_funcs=rewards,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
+        processing_class=tokenizer(),
+        args=config(output, num_generations=2, **probe),
+        budget=8,
+        trainer_class=partial(LayerMaskedGRPOTrainer, rollout_func=rollout),
+    )
+
+
+def no_reward_for_k(completions: list[str], prompts: list[str], **_: Any) -> list[float | None]:
+    """Of rows in one process, while another has none of them."""
+    return [None if "k" in prompt else 1.0 for prompt in prompts]
+
+
 def run_with_deltas(base: str, *, deltas: list[str], **_: Any) -> dict[str, dict[str, Tensor]]:
     """Weights of a model that is sharded while deltas can be switched in it, or is one."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -267,13 +294,9 @@ def main(folder: Path, jobs: dict[str, dict[str, Any]], environment: dict[str, s
         for name, job in jobs.items():
             try:
                 asynchronous = job.pop("asynchronous", False)
-                do = (
-                    run_asynchronous
-                    if asynchronous
-                    else run_with_deltas
-                    if "deltas" in job
-                    else run
-                )
+                do: Any = run_asynchronous if asynchronous else run
+                for key, other in (("deltas", run_with_deltas), ("probe", run_probe)):
+                    do = other if key in job else do
                 found: Any = do(**job)
             except (ImportError, LayerRLError, RuntimeError, ValueError) as error:
                 traceback.print_exc()

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -501,6 +502,41 @@ class TestOnDisk:
         wide = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
         load_delta(wide, delta)
         assert_close(bits(wide), bits(model.float()), rtol=0, atol=0)
+
+    def test_of_rows_on_a_stage_that_was_merged_and_rounded(self, base, tmp_path):
+        """The second stage was made from rows that float32 holds and bfloat16 had rounded."""
+        resized(base, torch.bfloat16).save_pretrained(tmp_path / "narrow")
+        wide = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+        stages = [made_here(wide, tmp_path, layers=1, name="one")]
+        with pytest.warns(UserWarning, match="can hold"):
+            merge_delta(tmp_path / "narrow", stages[0], tmp_path / "first")
+        wide = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=torch.float32)
+        stages.append(made_here(wide, tmp_path, layers=2, name="two"))
+        with warnings.catch_warnings(action="ignore"):
+            merge_delta(tmp_path / "narrow", stages, tmp_path / "merged")
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.bfloat16)
+            load_delta(loaded, stages)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+        wide.to(torch.bfloat16)
+        assert_close(bits(merged), bits(wide), rtol=0, atol=0)
+        assert_close(bits(loaded), bits(wide), rtol=0, atol=0)
+
+    def test_a_model_that_trained_in_float32_on_a_bfloat16_record(self, base, tmp_path):
+        model = resized(base, torch.bfloat16)
+        model.save_pretrained(tmp_path / "narrow")
+        selection = select_layers(model, 1, also="new_tokens")
+        record = DeltaBase.of(model, selection)
+        model.float()
+        with torch.no_grad():
+            model.lm_head.weight[65] += 1e-4
+        save_delta(model, tmp_path / "delta", selection=selection, base=record)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+        load_delta(loaded, tmp_path / "delta")
+        assert_close(bits(loaded), bits(model), rtol=0, atol=0)
+        with torch.no_grad():
+            model.lm_head.weight[3] += 1
+        with pytest.raises(DeltaError, match=r"weight\[0:64\]"):
+            save_delta(model, tmp_path / "other", selection=selection, base=record)
 
     def test_damaged_rows_are_refused(self, base, tmp_path):
         made_here(resized(base), tmp_path, layers=1, name="delta")

@@ -191,6 +191,26 @@ class TestFullDisk:
                 trainer.train()
         assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == {"checkpoint-1"}
 
+    def test_for_the_checksums_alone_keeps_the_checkpoint(self, base, tmp_path, monkeypatch):
+        monkeypatch.setattr("layerrl.trainer.checksums.json_digest", no_space)
+        match = r"cannot write .*checksums.json: No space left.* checkpoint itself is complete"
+        with pytest.raises(CheckpointWriteError, match=match):
+            on(base, tmp_path / "out").train()
+        monkeypatch.undo()
+        resumed = on(base, tmp_path / "again")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+        assert resumed.state.global_step == 2
+
+    def test_a_checkpoint_that_was_moved_and_linked_is_replaced(self, base, tmp_path):
+        out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+        on(base, out, max_steps=1).train()
+        (out / "checkpoint-1").rename(elsewhere)
+        (out / "checkpoint-1").symlink_to(elsewhere)
+        for _ in range(2):
+            on(base, out, max_steps=1).train()
+            assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-1"]
+        assert (elsewhere / "trainer_state.json").exists()
+
     def test_a_failed_push_keeps_the_checkpoint(self, base, tmp_path, monkeypatch):
         monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: None)
         monkeypatch.setattr(Trainer, "_push_from_checkpoint", no_space)
