@@ -197,6 +197,9 @@ class AutoSelection:
         for name, values in batch.metrics.items():
             metrics[name] += values
         metrics["num_tokens"] = [trainer.state.num_input_tokens_seen]
+        for (name, *inside), values in batch.tables.items():
+            held = trainer._logs[name]
+            (held[inside[0]] if inside else held).extend(values)
         set_random_state(batch.random_state)
         return batch.inputs
 
@@ -208,10 +211,12 @@ class AutoSelection:
     ) -> dict[str, Any]:
         metrics, before = trainer._metrics["train"], trainer.state.num_input_tokens_seen
         metrics.clear()  # of the probe's passes over the batch before
+        _clear_tables(trainer)
         inputs = answer(rows)
         counted = trainer.state.num_input_tokens_seen - before
         state = random_state(trainer.accelerator.device)
-        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), state))
+        tables = {name: [*values] for name, values in _tables(trainer).items()}
+        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), tables, state))
         return inputs
 
     def clear(self) -> None:
@@ -251,6 +256,7 @@ class AutoSelection:
             self._probing = False
             trainer.use_adaptive_entropy = adapts
             trainer._metrics["train"].clear()  # a training's are not the probe's
+            _clear_tables(trainer)
             for parameter in trainer.model.parameters():
                 parameter.grad = None
 
@@ -299,4 +305,21 @@ class _Batch(NamedTuple):
     inputs: dict[str, Any]
     num_tokens: float
     metrics: dict[str, list[float]]
+    tables: dict[tuple[str, ...], list[Any]]
     random_state: Any
+
+
+def _tables(trainer: Any) -> dict[tuple[str, ...], Any]:
+    """The columns that TRL shows of the last batch with `log_completions`, some of them in groups."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, held in getattr(trainer, "_logs", {}).items():
+        if not isinstance(held, dict):
+            found[(name,)] = held
+        else:
+            found |= {(name, column): values for column, values in held.items()}
+    return found
+
+
+def _clear_tables(trainer: Any) -> None:
+    for held in getattr(trainer, "_logs", {}).values():
+        held.clear()
