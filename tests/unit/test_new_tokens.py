@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +74,7 @@ def base_is_untied(base: Path) -> bool:
 
 def made_here(model: PreTrainedModel, folder: Path, *, layers: int, name: str) -> Path:
     """A delta of a layer and the new rows, all of which have moved."""
-    selection, before = select_layers(model, layers, also="new_tokens"), copy.deepcopy(model)
+    selection, before = select_layers(model, layers, also="new_tokens:64-65"), copy.deepcopy(model)
     with torch.no_grad():
         for end in {id(e): e for e in ends(model).values()}.values():
             end[64:] += 1
@@ -508,14 +507,12 @@ class TestOnDisk:
         resized(base, torch.bfloat16).save_pretrained(tmp_path / "narrow")
         wide = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
         stages = [made_here(wide, tmp_path, layers=1, name="one")]
-        with pytest.warns(UserWarning, match="can hold"):
-            merge_delta(tmp_path / "narrow", stages[0], tmp_path / "first")
+        merge_delta(tmp_path / "narrow", stages[0], tmp_path / "first")
         wide = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=torch.float32)
         stages.append(made_here(wide, tmp_path, layers=2, name="two"))
-        with warnings.catch_warnings(action="ignore"):
-            merge_delta(tmp_path / "narrow", stages, tmp_path / "merged")
-            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.bfloat16)
-            load_delta(loaded, stages)
+        merge_delta(tmp_path / "narrow", stages, tmp_path / "merged")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.bfloat16)
+        load_delta(loaded, stages)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
         wide.to(torch.bfloat16)
         assert_close(bits(merged), bits(wide), rtol=0, atol=0)
