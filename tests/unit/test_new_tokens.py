@@ -72,12 +72,14 @@ def base_is_untied(base: Path) -> bool:
     return not json.loads((base / "config.json").read_text())["tie_word_embeddings"]
 
 
-def made_here(model: PreTrainedModel, folder: Path, *, layers: int, name: str) -> Path:
+def made_here(
+    model: PreTrainedModel, folder: Path, *, layers: int, name: str, also: str = "new_tokens:64-65"
+) -> Path:
     """A delta of a layer and the new rows, all of which have moved."""
-    selection, before = select_layers(model, layers, also="new_tokens:64-65"), copy.deepcopy(model)
+    selection, before = select_layers(model, layers, also=also), copy.deepcopy(model)
     with torch.no_grad():
         for end in {id(e): e for e in ends(model).values()}.values():
-            end[64:] += 1
+            end[[*selection.token_rows]] += 1
         model.model.layers[layers].mlp.up_proj.weight += 1
     return save_delta(model, folder / name, selection=selection, base=before)
 
@@ -506,7 +508,7 @@ class TestOnDisk:
         """The second stage was made from rows that float32 holds and bfloat16 had rounded."""
         resized(base, torch.bfloat16).save_pretrained(tmp_path / "narrow")
         wide = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
-        stages = [made_here(wide, tmp_path, layers=1, name="one")]
+        stages = [made_here(wide, tmp_path, layers=1, name="one", also="new_tokens:8-9")]
         merge_delta(tmp_path / "narrow", stages[0], tmp_path / "first")
         wide = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=torch.float32)
         stages.append(made_here(wide, tmp_path, layers=2, name="two"))
