@@ -242,7 +242,8 @@ def load_delta(
             is not the one that the delta was made from, or its dtype would make a trained value
             infinite; if two of a union train the same tensor;
             if deltas in the model are disabled or switched by a `Deltas`; or if `keep_base` is True
-            and an earlier delta's base was not kept. The model is then as it was.
+            and an earlier delta's base was not kept. The model is then as it was, and so it is
+            after an interruption where the base is kept.
     """
     there, union = deltas_in(model), check_switch("union", union, DeltaError)
     keep_base = check_switch("keep_base", keep_base, DeltaError, or_none=True)
