@@ -93,8 +93,12 @@ class Delta:
     def _with_other_rows(self, name: str, rows: Tensor, below: Tensor) -> Iterator[Tensor]:
         """A tensor of which the folder has some rows, the others being the base's.
 
-        As they are; then as they were rounded: a stage below that was merged into half precision,
-        or a base that is here in more bits than the delta was made from.
+        Yields:
+            It, with the others as they are; then as they may have been rounded: of a stage below
+            that was merged into half precision, or a base that is here in more bits than it was.
+
+        Raises:
+            DeltaError: If the base has the tensor packed.
         """
         if list(below.shape) != self.base.shapes[name]:  # not compared: it is packed
             raise DeltaError(

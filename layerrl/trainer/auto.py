@@ -310,7 +310,7 @@ class _Batch(NamedTuple):
 
 
 def _tables(trainer: Any) -> dict[tuple[str, ...], Any]:
-    """The columns that TRL shows of the last batch with `log_completions`, some of them in groups."""
+    """The columns of the last batch that TRL shows with `log_completions`, some in groups."""
     found: dict[tuple[str, ...], Any] = {}
     for name, held in getattr(trainer, "_logs", {}).items():
         if not isinstance(held, dict):

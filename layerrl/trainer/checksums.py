@@ -76,8 +76,8 @@ def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
         changed = [n for n, found in _sums(files).items() if found != written.files[n]]
     if changed:
         raise DeltaError(
-            f"{folder / changed[0]} is damaged or was changed after it was written: its SHA-256 is another "
-            f"({len(changed)} of {len(written.files)} files differ). Nothing was loaded. {advice}"
+            f"{folder / changed[0]} is damaged or was changed after it was written: its SHA-256 is "
+            f"another ({len(changed)} of {len(written.files)} files differ). Nothing was loaded. {advice}"
             f"{f' What it holds: {because}' if because else ''}"
         ) from because
 
@@ -88,7 +88,12 @@ def _files(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    return {name: path for name, path in files.items() if name not in (CARD, CHECKSUMS)}
+    # No file of a checkpoint has a name that is no text, which JSON could not hold.
+    return {
+        name: path
+        for name, path in files.items()
+        if name not in (CARD, CHECKSUMS) and name.isprintable()
+    }
 
 
 def _sums(files: Mapping[str, Path]) -> dict[str, str]:

@@ -397,7 +397,6 @@ class TestBestModel:
         assert_close(bits(trainer.model), best, rtol=0, atol=0)
         assert checkpoints(tmp_path / "out") == {"checkpoint-2", "checkpoint-4"}
 
-
     def test_of_a_run_that_has_moved_is_left_out_as_in_trl(self, base, tmp_path, caplog):
         trainer = trainer_on(
             base,
@@ -452,7 +451,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("given", [3, "", b"out", ["out"]])
     def test_what_is_no_path(self, base, tmp_path, given):
-        with pytest.raises(DeltaError, match="resume_from_checkpoint is .*expected a path"):
+        with pytest.raises(DeltaError, match=r"resume_from_checkpoint is .*expected a path"):
             trainer_on(base, tmp_path / "out").train(resume_from_checkpoint=given)
 
     def test_a_checkpoint_of_another_choice_of_modules(self, base, tmp_path, checkpoint):
