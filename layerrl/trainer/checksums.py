@@ -75,9 +75,10 @@ def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
         files = {n: file for n, file in _files(folder).items() if n in written.files}
         changed = [n for n, found in _sums(files).items() if found != written.files[n]]
     if changed:
+        file = folder / changed[0]
         raise DeltaError(
-            f"{folder / changed[0]} is damaged or was changed after it was written: its SHA-256 is "
-            f"another ({len(changed)} of {len(written.files)} files differ). Nothing was loaded. {advice}"
+            f"{file} is damaged or was changed after it was written: its SHA-256 is another "
+            f"({len(changed)} of {len(written.files)} files differ). Nothing was loaded. {advice}"
             f"{f' What it holds: {because}' if because else ''}"
         ) from because
 
