@@ -43,8 +43,9 @@ def read_deltas(
         )
     if not paths:
         raise DeltaError("path is empty, no delta was given: expected a folder or several")
-    of_all = revision is None or isinstance(revision, str)
-    revisions = [revision] * len(paths) if of_all else listed(revision)
+    if revision is None or isinstance(revision, str):
+        revision = [revision] * len(paths)
+    revisions: Sequence[str | None] = listed(revision)
     if not all(each is None or isinstance(each, str) for each in revisions):
         raise DeltaError(
             f"revision is {shown(revision)}, expected a branch, tag or commit, or a list of them"
