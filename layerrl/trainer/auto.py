@@ -312,7 +312,7 @@ class _Batch(NamedTuple):
 def _tables(trainer: Any) -> dict[tuple[str, ...], Any]:
     """The columns of the last batch that TRL shows with `log_completions`, some in groups."""
     found: dict[tuple[str, ...], Any] = {}
-    for name, held in getattr(trainer, "_logs", {}).items():
+    for name, held in trainer._logs.items():
         if not isinstance(held, dict):
             found[(name,)] = held
         else:
@@ -321,5 +321,5 @@ def _tables(trainer: Any) -> dict[tuple[str, ...], Any]:
 
 
 def _clear_tables(trainer: Any) -> None:
-    for held in getattr(trainer, "_logs", {}).values():
+    for held in trainer._logs.values():
         held.clear()
