@@ -25,13 +25,13 @@ _GENERATING = {
 }
 _REWARDING = {
     **_GENERATING,
-    "_get_per_token_logps_and_entropies(model, ...)": "replay the prefix where completions are "
-    "scored",
+    "_get_per_token_logps_and_entropies(model, ...)": "replay the prefix where it is scored",
     "_calculate_rewards(inputs, ...)": "choose layers by what is rewarded",
 }
 _REWARDING_ATTRIBUTES = {
     "beta": "put the reference back that the trainer is made without",
     "_metrics": "keep the probe's metrics apart from the training's",
+    "_logs": "log each completion with the step that trains on it",
     "num_generations": "tell a prompt's completions from another's",
     "num_generations_eval": "evaluate each prompt once where it is decoded greedily",
     "num_iterations": "have log-probabilities kept with a batch",

@@ -110,7 +110,7 @@ def surroundings(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     matrices = {
         name: p
         for name, p in named.items()
-        if id(p) not in out and p.dim() > 1 and type(p) is nn.Parameter
+        if id(p) not in out and p.dim() > 1 and p.numel() and type(p) is nn.Parameter
         if not (is_sharded(p) or p.is_meta)
     }
     few = [*matrices][:: max(1, len(matrices) // 8)]

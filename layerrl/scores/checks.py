@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import wraps
 from inspect import iscoroutinefunction
@@ -145,7 +145,7 @@ def check_rewards(reward_funcs: Any) -> list[Any]:
 def check_seeds(seeds: Any) -> list[int]:
     """Different seeds of all random number generators, in order, as Python's own ints."""
     numbers: list[int | None] = []
-    if not isinstance(seeds, str | bytes | Mapping | Set):
+    if not isinstance(seeds, str | bytes | Mapping | set | frozenset):
         with suppress(TypeError):  # one number, or none
             numbers = [whole_number(seed, least=0) for seed in seeds]
     found = [number for number in numbers if number is not None and number < 2**32]

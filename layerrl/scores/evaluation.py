@@ -71,8 +71,9 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
 
     Args:
         trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-        look: Called with this process's rows of each rewarded batch, and the rewards of all
-            processes' as the trainer weighs them; NaN where no function gave one.
+        look: Called with the rows of each rewarded batch, and rewards as the trainer weighs them,
+            NaN where no function gave one: in several processes with this one's rows and the
+            rewards of all, in the order of their ranks.
 
     Yields:
         Nothing.

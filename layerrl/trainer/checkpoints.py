@@ -113,7 +113,7 @@ class Checkpoints:
             trainer.accelerator.wait_for_everyone()
         except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 put_back(folder)
                 cause = error.__cause__ if isinstance(error, DeltaError) else error
                 if reason := why_unwritten(cause):
@@ -283,9 +283,16 @@ def put_back(folder: Path) -> None:
     """
     before = _replaced(folder)
     if is_complete(before) and not is_complete(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         before.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
+    _remove(before)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; of a link to one, as to another disk, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_complete(output_dir: Path) -> Path | None:

@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
+from layerrl.checks import check_path, plain
 from layerrl.delta import put_tensors, tensors_of_run
 from layerrl.delta.description import Fingerprint
 from layerrl.errors import DeltaError, LayerRLError
@@ -62,12 +63,14 @@ class CheckpointReader:
             Both; `folder` is the checkpoint that they name.
 
         Raises:
-            DeltaError: If there is none, or none was written to its end.
+            DeltaError: If there is none, or none was written to its end, or it is no path.
         """
         name = "resume_from_checkpoint"
         given = args[0] if args else kwargs.get(name)
-        found = self._last_whole() if given is True else given
-        self.folder = Path(found) if found else None
+        found = plain(given)  # numpy's True and False
+        found = self._last_whole() if found is True else found
+        begins = found is None or found is False
+        self.folder = None if begins else check_path(name, found, DeltaError)
         if found is given:
             return args, kwargs
         return with_argument([name], args, kwargs, name, found)
@@ -113,6 +116,8 @@ class CheckpointReader:
             LayerRLError: Of another kind, where it is of another run.
         """
         run, folder = self._trainer.masked_run, Path(checkpoint)
+        if not resumes and not folder.is_dir():  # the best one, of a run that has moved since
+            return False
         try:
             values = self._checked(folder, resumes=resumes)
         except LayerRLError as error:

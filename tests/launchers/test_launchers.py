@@ -29,7 +29,7 @@ from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
 from tests.grpo import config, make
 from tests.launchers.launch import launch
-from tests.launchers.worker import FROZEN, held
+from tests.launchers.worker import FROZEN, held, no_reward_for_k
 from tests.models import tiny, tiny_config
 from tests.runs import bits, in_layers, load, saved
 
@@ -145,6 +145,7 @@ class Runs:
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
             auto=AUTO2, probe=PROBE2, dpo=DPO, sft=SFT, mixed=MIXED, half=HALF, changed=CHANGED,
+            unrewarded={**PROBE2, "rewards": no_reward_for_k},
             disagree=[{"selection": layer} for layer in (1, 2)],
             disagree_auto=[{"selection": name} for name in ("auto", "all")],
             disagree_format=[
@@ -328,6 +329,13 @@ def assert_same_report(found: list[Any], expected: Any) -> None:
         of_batch: Any = {"args": None}  # a process's size of a batch and its rank
         assert {**report.settings, **of_batch} == {**expected.settings, **of_batch}
         assert report.layers == found[0].layers
+
+
+def test_a_completion_without_reward_is_told_in_every_process(runs):
+    for error in runs.ddp["unrewarded"]:
+        assert "completions got no reward" in error
+    with_prompt = ["for the prompt" in error for error in runs.ddp["unrewarded"]]
+    assert any(with_prompt)
 
 
 @pytest.mark.slow

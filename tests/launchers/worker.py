@@ -114,6 +114,7 @@ def run(
     case: str | None = None,
     calls: str | None = "train",
     probes: int = 0,
+    rewards: Any = None,
     **changes: Any,
 ) -> Any:
     """One training, and all that the other processes are asked to agree with.
@@ -121,7 +122,7 @@ def run(
     `loads`: the model is loaded here; otherwise the trainer does, from its path.
     `calls`: the trainer's method, or none, to call with a folder in place of training.
     `case`: one of `tests.trainers`, in place of GRPO.
-    `probes`: prompts of `contribution_probe`, in place of training.
+    `probes`: prompts of `contribution_probe`, in place of training; `rewards`: its function.
     `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
     unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
@@ -142,7 +143,7 @@ def run(
     if probes:
         return contribution_probe(
             model,
-            reward_funcs=letters,
+            reward_funcs=rewards or letters,
             train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
             processing_class=tokenizer(),
             args=config(output, **settings),
@@ -230,6 +231,11 @@ def run_asynchronous(base: str, output: str, *, selection: Any, **_: Any) -> dic
         engine = Server.latest.engine
         found |= {"sent": engine.syncs, "served": engine.model.state_dict()}
     return found
+
+
+def no_reward_for_k(completions: list[str], prompts: list[str], **_: Any) -> list[float | None]:
+    """Of rows in one process, while another has none of them."""
+    return [None if "k" in prompt else 1.0 for prompt in prompts]
 
 
 def run_with_deltas(base: str, *, deltas: list[str], **_: Any) -> dict[str, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from layerrl import LayerMaskedMixin, load_delta, merge_delta
 from layerrl.errors import DeltaError, FrozenTensorError
 from layerrl.trainer.checkpoints import CheckpointWriteError, last_complete, why_incomplete
+from layerrl.trainer.checksums import check_files, write_checksums
 from tests.grpo import make
 from tests.models import tiny
 from tests.runs import bits, freeze_by_hand, load, no_file_above, optimizer_state, saved, train
@@ -191,6 +193,16 @@ class TestFullDisk:
                 trainer.train()
         assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == {"checkpoint-1"}
 
+    def test_a_checkpoint_that_was_moved_and_linked_is_replaced(self, base, tmp_path):
+        out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+        on(base, out, max_steps=1).train()
+        (out / "checkpoint-1").rename(elsewhere)
+        (out / "checkpoint-1").symlink_to(elsewhere)
+        for _ in range(2):
+            on(base, out, max_steps=1).train()
+            assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-1"]
+        assert (elsewhere / "trainer_state.json").exists()
+
     def test_a_failed_push_keeps_the_checkpoint(self, base, tmp_path, monkeypatch):
         monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: None)
         monkeypatch.setattr(Trainer, "_push_from_checkpoint", no_space)
@@ -348,6 +360,22 @@ def flip(file: Path, bit: int) -> None:
     data = bytearray(file.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     file.write_bytes(data)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="file systems of another kind")
+def test_files_of_others_do_not_disturb_the_checksums(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("optimizer.pt", "sub/state.bin", os.fsdecode(b"no text \xff"), "gone.tmp"):
+        (tmp_path / name).write_bytes(b"content")
+    (tmp_path / "nowhere").symlink_to("/nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    write_checksums(tmp_path)
+    (tmp_path / "gone.tmp").unlink()
+    check_files(tmp_path)
+    flip(tmp_path / "sub" / "state.bin", 3)
+    with pytest.raises(DeltaError, match=r"sub/state\.bin is damaged .*\(1 of 3 files differ"):
+        check_files(tmp_path)
 
 
 class TestBitFlips:
