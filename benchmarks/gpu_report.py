@@ -32,6 +32,9 @@ All output is in `runs/gpu`: `tests.txt`, this page with its pictures (where mat
 `journal.jsonl` with every measurement, `worker.log` with what libraries printed. The same command
 continues where the time was up, unless the machine, a library or layerrl itself has changed.
 `python benchmarks/gpu.py --report --page docs/gpu.md` writes the page anywhere from the journal.
+
+What holds bit for bit is tested with `torch.use_deterministic_algorithms(True)`: without it, plain
+TRL on a GPU may differ from itself, from one run to the next.
 """
 NOT_YET = "Not measured."
 KINDS = {"selection": "layerrl, the middle layer", "LoRA r16": "LoRA, merged", "full": "full"}
