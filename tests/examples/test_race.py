@@ -30,7 +30,7 @@ def suite(races: Any, *orders: list[int]) -> Any:
         layer((0.5, 0.0), (0.5, 0.3), (0.5, 0.5), (0.5, 0.6)),
         layer((0.2, 0.2), (0.6, 0.4), (0.7, 0.7), (0.8, 0.8)),
     )
-    ends = {"base": Score(score=0.0), "full": Score(score=1.0)}
+    ends: dict[str, Any] = {"base": Score(score=0.0), "full": Score(score=1.0)}
     return races.Suite("x", ContributionReport(method="train", layers=layers, **ends), orders)
 
 
