@@ -68,8 +68,8 @@ def run(mode: str, checkout: Path, names: str, file: Path) -> None:
     Raises:
         SystemExit: If it did not come to its end.
     """
-    # The folder itself, as a checkout of TRL has a package named tests, too.
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    # The folder itself, as a checkout of TRL has a package named tests, too.
     paths = [str(HERE), str(ROOT), *map(os.path.abspath, given)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
