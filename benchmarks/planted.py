@@ -129,8 +129,8 @@ PLANTED: dict[str, Base] = {
     )
 }
 HELD_OUT = ["switch-llama", "middle-llama-24"]
-"""Scored last, once. `late-llama`, `middle-gpt_neox` and `late-mixtral` were held out until the score
-was chosen; a variant of it has been judged on them since, so that a new one needs new suites."""
+"""Scored last, once. `late-llama`, `middle-gpt_neox` and `late-mixtral` were held out until the
+score was chosen; a variant of it has been judged on them since, so that a new one needs others."""
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ GAP = (
 """Where the tables are in `results.md`."""
 SUITES: dict[str, Suite] = {suite.name: suite for suite in SMALL} | PLANTED
 METHODS: dict[str, Callable[[Suite, int], ContributionReport]] = {
-    "gradient": lambda suite, seed: scored(suite, "gradient", NUM_PROMPTS, seed),
+    "gradient": lambda suite, seed: scored(suite, "gradient", num_prompts(suite), seed),
     "gradient norm": lambda suite, seed: baselines.gradient_norm(suite, NUM_PROMPTS, seed),
     "bypass": lambda suite, seed: baselines.bypass(suite, NUM_PROMPTS, seed),
     "weight change": lambda suite, seed: baselines.weight_change(suite, seed),
@@ -64,8 +64,8 @@ def main() -> None:
     rows = all_rows()
     kept = {(row["suite"], row["method"], row["seed"]) for row in rows}
     for suite in [] if options.stored else options.suites:
-        if suite in HELD_OUT and not options.held_out:
-            continue
+        if (suite in HELD_OUT and not options.held_out) or not truth_file(suite).exists():
+            continue  # a truth is kept before anything is scored
         for method in options.methods:
             for seed in [0] if method in UNSEEDED else options.seeds:
                 if (suite, method, seed) not in kept:
@@ -76,6 +76,11 @@ def main() -> None:
     print(text)
     if options.docs:
         probe_seeds.put_into(options.docs / "results.md", GAP, text)
+
+
+def num_prompts(suite: Suite) -> int:
+    """Of the gradient probe."""
+    return NUM_PROMPTS if suite.name in PLANTED else probe_seeds.NUM_PROMPTS
 
 
 def all_rows() -> list[Row]:
@@ -158,9 +163,14 @@ def sweeps(truth: ContributionReport) -> list[Verdict]:
     return found
 
 
+def truth_file(suite: str) -> Path:
+    """Where its exact sweep is kept."""
+    return TRUTHS / f"{suite}.json"
+
+
 def truth_of(suite: str) -> ContributionReport:
     """Its exact sweep."""
-    return ContributionReport.from_json((TRUTHS / f"{suite}.json").read_text(encoding="utf-8"))
+    return ContributionReport.from_json(truth_file(suite).read_text(encoding="utf-8"))
 
 
 def tables(rows: list[Row]) -> str:
