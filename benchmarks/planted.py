@@ -124,7 +124,8 @@ PLANTED: dict[str, Base] = {
         Changed("late-llama", base=LLAMA, change=garbled(5, 4)),
         Changed("middle-gpt_neox", base=NEOX, change=garbled(2, 2)),
         Changed("late-mixtral", base=MIXTRAL, change=garbled(5, 2)),
-        Changed("early-llama-dropout", base=DROPOUT, change=garbled(1, 8)),
+        Changed("early-llama", base=LLAMA, change=garbled(1, 4)),
+        Changed("middle-llama-dropout", base=DROPOUT, change=garbled(2, 8)),
         Changed("middle-llama-24", base=DEEP, change=garbled(14, 8), layers=[*range(2, 24, 3)]),
     )
 }
