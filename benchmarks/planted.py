@@ -126,7 +126,7 @@ PLANTED: dict[str, Base] = {
         Changed("late-mixtral", base=MIXTRAL, change=garbled(5, 2)),
         Changed("early-llama", base=LLAMA, change=garbled(1, 4)),
         Changed("middle-llama-dropout", base=DROPOUT, change=garbled(2, 8)),
-        Changed("middle-llama-24", base=DEEP, change=garbled(14, 8), layers=[*range(2, 24, 3)]),
+        Changed("middle-llama-24", base=DEEP, change=garbled(14, 8), layers=[*range(2, 24, 4)]),
     )
 }
 HELD_OUT = ["switch-llama", "middle-llama-24"]
