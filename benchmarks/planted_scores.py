@@ -20,8 +20,9 @@ from typing import Any
 import baselines
 import probe_seeds
 import torch
+from fidelity import ceiling
 from planted import HELD_OUT, PLANTED
-from probe_fidelity import NUM_PROMPTS, TRUTHS, scored
+from probe_fidelity import NUM_PROMPTS, SEPARATES, TRUTHS, scored
 from suites import SMALL, Suite
 
 from layerrl import ContributionReport, published_contributions
@@ -64,8 +65,8 @@ def main() -> None:
     rows = all_rows()
     kept = {(row["suite"], row["method"], row["seed"]) for row in rows}
     for suite in [] if options.stored else options.suites:
-        if (suite in HELD_OUT and not options.held_out) or not truth_file(suite).exists():
-            continue  # a truth is kept before anything is scored
+        if (suite in HELD_OUT and not options.held_out) or not separates(suite):
+            continue
         for method in options.methods:
             for seed in [0] if method in UNSEEDED else options.seeds:
                 if (suite, method, seed) not in kept:
@@ -163,14 +164,14 @@ def sweeps(truth: ContributionReport) -> list[Verdict]:
     return found
 
 
-def truth_file(suite: str) -> Path:
-    """Where its exact sweep is kept."""
-    return TRUTHS / f"{suite}.json"
+def separates(suite: str) -> bool:
+    """Whether there is a truth, kept before anything is scored, whose seeds agree."""
+    return (TRUTHS / f"{suite}.json").exists() and ceiling(truth_of(suite)) >= SEPARATES
 
 
 def truth_of(suite: str) -> ContributionReport:
     """Its exact sweep."""
-    return ContributionReport.from_json(truth_file(suite).read_text(encoding="utf-8"))
+    return ContributionReport.from_json((TRUTHS / f"{suite}.json").read_text(encoding="utf-8"))
 
 
 def tables(rows: list[Row]) -> str:

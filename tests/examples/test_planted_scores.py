@@ -91,7 +91,7 @@ def test_the_tables_by_hand(planted_scores: Any, tmp_path: Path) -> None:
         planted_scores.tables([row("y", "bypass", 0, 1.0, 2.0, 3.0, base="other")])
 
 
-def test_what_is_held_out_or_has_no_truth_is_not_scored(
+def test_only_suites_whose_truth_separates_layers_are_scored(
     planted_scores: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -102,7 +102,8 @@ def test_what_is_held_out_or_has_no_truth_is_not_scored(
 
     monkeypatch.setattr(planted_scores, "measured", measured)
     monkeypatch.setattr(planted_scores, "HELD_OUT", ["y"])
-    monkeypatch.setattr(planted_scores, "SUITES", dict.fromkeys("xyz"))
+    monkeypatch.setattr(planted_scores, "SUITES", dict.fromkeys("xyzw"))  # z has no truth
+    (tmp_path / "w.json").write_text(truth((0.1, 0.4), (0.2, 0.2), (0.4, 0.1)))
     for name in "xy":
         (tmp_path / f"{name}.json").write_text(truth((0.1, 0.1), (0.2, 0.2), (0.4, 0.4)))
     command = ["planted_scores.py", "--methods", "bypass", "spectrum", "--seeds", "0", "1"]
