@@ -3,9 +3,10 @@
     python benchmarks/planted.py             # say what each base knows
     python benchmarks/planted.py --ground    # their exact sweeps, which continue where they stopped
 
-Five bases were trained here until they knew a task well, and are kept in `benchmarks/bases`: one of
-them with layer dropout, one with 24 layers. The suites are these with one change, made anew by each
-call and bit for bit the same everywhere, or with a kept layer (`drift-llama`).
+Five bases were trained here until they knew a task well, one of them with layer dropout, one with
+24 layers. They are kept in `benchmarks/bases`. The suites are these with one change, made anew by
+each call and bit for bit the same everywhere, or with a kept layer (`drift-llama`). What has no file
+in `benchmarks/ground_truth` has no sweep yet.
 """
 
 import argparse

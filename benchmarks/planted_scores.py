@@ -184,6 +184,7 @@ def tables(rows: list[Row]) -> str:
         best = max(truth.scores, key=truth.scores.__getitem__)
         labels.append(f"`{suite}`, best: {best} of 0 to {truth.num_layers - 1}")
     columns = {m: [found[m] for found in by_suite.values()] for m in next(iter(by_suite.values()))}
+    columns = {method: column for method, column in columns.items() if any(column)}
     parts = []
     for claim, name, over in (
         ("Finds the best layer: regret", "regret", "mean"),
