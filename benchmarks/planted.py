@@ -5,8 +5,8 @@
 
 Five bases were trained here until they knew a task well, one of them with layer dropout, one with
 24 layers. They are kept in `benchmarks/bases`. The suites are these with one change, made anew by
-each call and bit for bit the same everywhere, or with a kept layer (`drift-llama`). What has no file
-in `benchmarks/ground_truth` has no sweep yet.
+each call and bit for bit the same everywhere, or with a kept layer (`drift-llama`). A suite without
+a file in `benchmarks/ground_truth` has no sweep yet.
 """
 
 import argparse
