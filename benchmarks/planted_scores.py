@@ -26,6 +26,7 @@ from probe_fidelity import NUM_PROMPTS, SEPARATES, TRUTHS, scored
 from suites import SMALL, Suite
 
 from layerrl import ContributionReport, published_contributions
+from layerrl.errors import ProbeError
 from layerrl.scores.position import position_scores
 from layerrl.statistics import spearman
 from layerrl.sweep.harness import weights_digest
@@ -47,7 +48,7 @@ METHODS: dict[str, Callable[[Suite, int], ContributionReport]] = {
 UNSEEDED = ["spectrum"]
 POSITIONS = {"first": 0.0, "middle": 0.5, "last": 1.0}
 Row = dict[str, Any]
-"""One score: `suite`, `method`, `seed`, `base` and the `scores` of layers."""
+"""One score: `suite`, `method`, `seed`, `base`, the `scores` of layers, and why it was `refused`."""
 Scores = dict[int, float]
 """By layer."""
 
@@ -91,10 +92,14 @@ def all_rows() -> list[Row]:
 
 
 def measured(suite: str, method: str, seed: int) -> Row:
-    """Score one suite."""
-    report = METHODS[method](SUITES[suite], seed)
+    """Score one suite. What a probe refuses to score counts as the middle, which is to train then."""
     base = weights_digest(SUITES[suite].model())
-    return {"suite": suite, "method": method, "seed": seed, "base": base, "scores": report.scores}
+    row = {"suite": suite, "method": method, "seed": seed, "base": base}
+    try:
+        return row | {"scores": METHODS[method](SUITES[suite], seed).scores}
+    except ProbeError as refusal:
+        middle = position_scores(truth_of(suite).num_layers, POSITIONS["middle"])
+        return row | {"scores": dict(enumerate(middle)), "refused": str(refusal)}
 
 
 @dataclass(frozen=True)
