@@ -48,7 +48,7 @@ METHODS: dict[str, Callable[[Suite, int], ContributionReport]] = {
 UNSEEDED = ["spectrum"]
 POSITIONS = {"first": 0.0, "middle": 0.5, "last": 1.0}
 Row = dict[str, Any]
-"""One score: `suite`, `method`, `seed`, `base`, the `scores` of layers, and why it was `refused`."""
+"""One score: `suite`, `method`, `seed`, `base`, `scores` of layers, and why it was `refused`."""
 Scores = dict[int, float]
 """By layer."""
 
@@ -92,7 +92,7 @@ def all_rows() -> list[Row]:
 
 
 def measured(suite: str, method: str, seed: int) -> Row:
-    """Score one suite. What a probe refuses to score counts as the middle, which is to train then."""
+    """Score one suite. What a probe refuses counts as the middle, which is to train then."""
     base = weights_digest(SUITES[suite].model())
     row = {"suite": suite, "method": method, "seed": seed, "base": base}
     try:

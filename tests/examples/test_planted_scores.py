@@ -3,10 +3,12 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport, Score
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +91,23 @@ def test_the_tables_by_hand(planted_scores: Any, tmp_path: Path) -> None:
     assert cells(2, "another sweep") == ["1.00 [1.00, 1.00]"] * 3
     with pytest.raises(SystemExit, match="y was scored on the base other, its truth is of b"):
         planted_scores.tables([row("y", "bypass", 0, 1.0, 2.0, 3.0, base="other")])
+
+
+def test_what_is_refused_counts_as_the_middle(
+    planted_scores: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(suite: Any, seed: int) -> None:
+        raise ProbeError("too little")
+
+    monkeypatch.setattr(planted_scores, "METHODS", {"gradient": refuses})
+    monkeypatch.setattr(planted_scores, "SUITES", {"x": SimpleNamespace(model=lambda: None)})
+    monkeypatch.setattr(planted_scores, "weights_digest", lambda model: "b")
+    (tmp_path / "x.json").write_text(truth((0.1, 0.1), (0.2, 0.2), (0.4, 0.4)))
+    assert planted_scores.measured("x", "gradient", 3) == {
+        **row("x", "gradient", 3),
+        "scores": {0: -0.5, 1: 0.0, 2: -0.5},
+        "refused": "too little",
+    }
 
 
 def test_only_suites_whose_truth_separates_layers_are_scored(
