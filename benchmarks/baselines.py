@@ -19,6 +19,9 @@ from layerrl.trained import TrainedLayers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+SEED = 42
+"""transformers' default: draws prompts and completions."""
+
 
 def report(method: str, scores: Sequence[float], fraction: float = 0.0) -> ContributionReport:
     """Scores without intervals, and the share of a full run that they cost."""
@@ -29,10 +32,10 @@ def report(method: str, scores: Sequence[float], fraction: float = 0.0) -> Contr
     )
 
 
-def gradient_norm(suite: Any, num_prompts: int) -> ContributionReport:
+def gradient_norm(suite: Any, num_prompts: int, seed: int = SEED) -> ContributionReport:
     """Euclidean norm of each layer's mean policy gradient at the base."""
     model = suite.model()
-    trainer = trainer_for(suite, model, "all")
+    trainer = trainer_for(suite, model, "all", seed)
     rollouts, scored = Rollouts(trainer, num_prompts), 0
     for parts in rollouts:
         for part in parts:
@@ -75,12 +78,12 @@ def _signal_to_noise(matrix: Tensor) -> float:
 
 
 @torch.no_grad()
-def bypass(suite: Any, num_prompts: int) -> ContributionReport:
+def bypass(suite: Any, num_prompts: int, seed: int = SEED) -> ContributionReport:
     """How much less likely the base's own rewarded answers are without the layer."""
     model = suite.model()
-    trainer = trainer_for(suite, model, "all")
+    trainer = trainer_for(suite, model, "all", seed)
     rollouts = Rollouts(trainer, num_prompts)
-    batches = [part for parts in rollouts for part in parts]
+    batches = _joined([part for parts in rollouts for part in parts])
     blocks = find_blocks(model).modules
 
     def likelihood() -> float:
@@ -103,14 +106,27 @@ def bypass(suite: Any, num_prompts: int) -> ContributionReport:
     return report("bypass", scores, passes / run_units(suite.args(), trainer))
 
 
+def _joined(parts: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """Micro-batches of equal lengths as one: small passes spend most of their time in Python."""
+    names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"
+    by_length: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for part in parts:
+        lengths = part["prompt_ids"].size(1), part["completion_ids"].size(1)
+        by_length.setdefault(lengths, []).append(part)
+    return [
+        {name: torch.cat([part[name] for part in same]) for name in names}
+        for same in by_length.values()
+    ]
+
+
 def _generated(rollouts: Rollouts) -> int:
     return len(rollouts.with_signal) * rollouts.trainer.num_generations
 
 
-def weight_change(suite: Any) -> ContributionReport:
+def weight_change(suite: Any, seed: int = SEED) -> ContributionReport:
     """Relative change of each layer in a full-parameter run."""
     model, base = suite.model(), suite.model()
-    trainer = trainer_for(suite, model, "full", full=True)
+    trainer = trainer_for(suite, model, "full", seed, full=True)
     trainer.train()
     selection = select_layers(model, "all")
     now, before = (TrainedLayers(m, selection).by_layer for m in (model, base))
@@ -127,9 +143,12 @@ def weight_change(suite: Any) -> ContributionReport:
     return report("weight change", changes, 1.0)
 
 
-def trainer_for(suite: Any, model: Any, selection: str, *, full: bool = False) -> Any:
+def trainer_for(
+    suite: Any, model: Any, selection: str, seed: int = SEED, *, full: bool = False
+) -> Any:
     """A suite's trainer, whose generation batch is one optimizer step."""
     args = only_training(suite.args(full=full))
+    args.seed = seed
     args.gradient_accumulation_steps = args.steps_per_generation
     return LayerMaskedGRPOTrainer(
         model,

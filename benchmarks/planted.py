@@ -3,9 +3,10 @@
     python benchmarks/planted.py             # say what each base knows
     python benchmarks/planted.py --ground    # their exact sweeps, which continue where they stopped
 
-Three bases were trained here until they knew a task well, and are kept in `benchmarks/bases`. The
-others are these with one change, made anew by each call and bit for bit the same everywhere, or
-with a kept layer (`drift-llama`). `alphabet-llama` and `switch-llama` have no sweep yet.
+Five bases were trained here until they knew a task well, one of them with layer dropout, one with
+24 layers. They are kept in `benchmarks/bases`. The suites are these with one change, made anew by
+each call and bit for bit the same everywhere, or with a kept layer (`drift-llama`). A suite without
+a file in `benchmarks/ground_truth` has no sweep yet.
 """
 
 import argparse
@@ -111,6 +112,8 @@ def drift() -> dict[str, Tensor]:
 
 
 LLAMA, NEOX, MIXTRAL = (Base(f"ordering-{name}") for name in ("llama", "gpt_neox", "mixtral"))
+DROPOUT = Base("ordering-llama-dropout", layer_dropout=0.2)
+DEEP = Base("ordering-llama-24", num_layers=24, hidden=32)
 DRIFTED = 4
 PLANTED: dict[str, Base] = {
     suite.name: suite
@@ -122,11 +125,14 @@ PLANTED: dict[str, Base] = {
         Changed("late-llama", base=LLAMA, change=garbled(5, 4)),
         Changed("middle-gpt_neox", base=NEOX, change=garbled(2, 2)),
         Changed("late-mixtral", base=MIXTRAL, change=garbled(5, 2)),
+        Changed("early-llama", base=LLAMA, change=garbled(1, 4)),
+        Changed("middle-llama-dropout", base=DROPOUT, change=garbled(2, 8)),
+        Changed("middle-llama-24", base=DEEP, change=garbled(14, 8), layers=[*range(2, 24, 4)]),
     )
 }
-HELD_OUT = ["late-llama", "middle-gpt_neox", "late-mixtral"]
-"""Scored once after every choice was made on the others. A variant of the score has been judged on
-them since, so that a new one needs new suites."""
+HELD_OUT = ["switch-llama", "middle-llama-24"]
+"""Scored last, once. `late-llama`, `middle-gpt_neox` and `late-mixtral` were held out until the
+score was chosen; a variant of it has been judged on them since, so that a new one needs others."""
 
 
 def main() -> None:

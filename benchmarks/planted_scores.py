@@ -1,118 +1,225 @@
-"""Does a cheap score find a layer that was planted? Every method on the suites of `planted.py`.
+"""What do cheap scores know of layers? Every method by five seeds on small and planted suites.
 
-    python benchmarks/planted_scores.py             # measure what is missing, print the table
-    python benchmarks/planted_scores.py --held-out  # the suites kept apart: to be looked at once
+    python benchmarks/planted_scores.py                       # measure what is missing
+    python benchmarks/planted_scores.py --held-out            # also the suites kept apart
+    python benchmarks/planted_scores.py --stored --docs docs  # write the tables
 
-Each finished score is a line of `benchmarks/planted_scores.jsonl`; delete lines to measure again.
+Each finished score is a line of `benchmarks/planted_scores.jsonl`; a stopped call continues there,
+delete lines to measure them again. The gradient probes of the suites that were not planted are
+those of `probe_seeds.py`.
 """
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import baselines
+import probe_seeds
 import torch
+from fidelity import ceiling
 from planted import HELD_OUT, PLANTED
-from probe_fidelity import NUM_PROMPTS, TRUTHS, scored
+from probe_fidelity import NUM_PROMPTS, SEPARATES, TRUTHS, scored
+from suites import SMALL, Suite
 
-from layerrl import ContributionReport
+from layerrl import ContributionReport, published_contributions
+from layerrl.errors import ProbeError
 from layerrl.scores.position import position_scores
 from layerrl.statistics import spearman
 from layerrl.sweep.harness import weights_digest
 
 STORE = Path(__file__).with_suffix(".jsonl")
+GAP = (
+    "<!-- planted_scores: written by benchmarks/planted_scores.py -->",
+    "<!-- planted_scores: end -->",
+)
+"""Where the tables are in `results.md`."""
+SUITES: dict[str, Suite] = {suite.name: suite for suite in SMALL} | PLANTED
+METHODS: dict[str, Callable[[Suite, int], ContributionReport]] = {
+    "gradient": lambda suite, seed: scored(suite, "gradient", num_prompts(suite), seed),
+    "gradient norm": lambda suite, seed: baselines.gradient_norm(suite, NUM_PROMPTS, seed),
+    "bypass": lambda suite, seed: baselines.bypass(suite, NUM_PROMPTS, seed),
+    "weight change": lambda suite, seed: baselines.weight_change(suite, seed),
+    "spectrum": lambda suite, _: baselines.spectrum(suite),
+}
+UNSEEDED = ["spectrum"]
+POSITIONS = {"first": 0.0, "middle": 0.5, "last": 1.0}
 Row = dict[str, Any]
-"""One score: `suite`, `method`, `seed`, `base` and the `scores` of layers."""
+"""One score: `suite`, `method`, `seed`, `base`, `scores` of layers, and why it was `refused`."""
+Scores = dict[int, float]
+"""By layer."""
 
 
 def main() -> None:
-    """Measure what is missing, print the table."""
+    """Measure what is missing, print the tables, put them into the docs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--held-out", action="store_true", help="the suites kept apart")
+    parser.add_argument("--seeds", type=int, nargs="+", default=probe_seeds.SEEDS)
+    parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=list(SUITES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--held-out", action="store_true", help="also the suites kept apart")
+    parser.add_argument("--stored", action="store_true", help="measure nothing")
+    parser.add_argument("--docs", type=Path, help="folder whose results.md gets the tables too")
     options = parser.parse_args()
-    suites = [
-        name
-        for name in PLANTED
-        if (name in HELD_OUT) == options.held_out and (TRUTHS / f"{name}.json").exists()
-    ]
-    text = STORE.read_text(encoding="utf-8") if STORE.exists() else ""
-    rows: list[Row] = [json.loads(line) for line in text.splitlines()]
-    for suite in suites:
-        for method, seeds in (("gradient", options.seeds), ("gradient norm", [0]), ("bypass", [0])):
-            for seed in seeds:
-                key = (suite, method, seed)
-                if not any((row["suite"], row["method"], row["seed"]) == key for row in rows):
-                    rows.append(measured(*key))
+    rows = all_rows()
+    kept = {(row["suite"], row["method"], row["seed"]) for row in rows}
+    for suite in [] if options.stored else options.suites:
+        if (suite in HELD_OUT and not options.held_out) or not separates(suite):
+            continue
+        for method in options.methods:
+            for seed in [0] if method in UNSEEDED else options.seeds:
+                if (suite, method, seed) not in kept:
+                    rows.append(measured(suite, method, seed))
                     with STORE.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
-    print(table(rows, suites))
+    text = tables(rows)
+    print(text)
+    if options.docs:
+        probe_seeds.put_into(options.docs / "results.md", GAP, text)
+
+
+def num_prompts(suite: Suite) -> int:
+    """Of the gradient probe."""
+    return NUM_PROMPTS if suite.name in PLANTED else probe_seeds.NUM_PROMPTS
+
+
+def all_rows() -> list[Row]:
+    """What was measured, with the gradient probes of the suites that were not planted."""
+    probes = [{**row, "method": "gradient"} for row in probe_seeds.stored()]
+    return [*(row for row in probes if row["suite"] in SUITES), *probe_seeds.stored(STORE)]
 
 
 def measured(suite: str, method: str, seed: int) -> Row:
-    """Score one suite."""
-    made = PLANTED[suite]
-    if method == "gradient":
-        report = scored(made, method, NUM_PROMPTS, seed)
-    else:
-        report = {"gradient norm": baselines.gradient_norm, "bypass": baselines.bypass}[method](
-            made, NUM_PROMPTS
-        )
-    base = weights_digest(made.model())
-    return {"suite": suite, "method": method, "seed": seed, "base": base, "scores": report.scores}
+    """Score one suite. What a probe refuses counts as the middle, which is to train then."""
+    base = weights_digest(SUITES[suite].model())
+    row = {"suite": suite, "method": method, "seed": seed, "base": base}
+    try:
+        return row | {"scores": METHODS[method](SUITES[suite], seed).scores}
+    except ProbeError as refusal:
+        middle = position_scores(truth_of(suite).num_layers, POSITIONS["middle"])
+        return row | {"scores": dict(enumerate(middle)), "refused": str(refusal)}
 
 
-def table(rows: list[Row], suites: list[str]) -> str:
-    """Best layer by the sweep, the layer that each method chooses, its regret and Spearman.
+@dataclass(frozen=True)
+class Verdict:
+    """What one score of a suite's layers is worth."""
 
-    The regret is a share of what the best layer gains over the base: full training gains less here.
-    """
-    lines = [
-        "| suite | method | best layer | chosen, by seed | regret | worst third avoided | Spearman "
-        "|",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for suite in suites:
-        path = TRUTHS / f"{suite}.json"
-        truth = ContributionReport.from_json(path.read_text(encoding="utf-8"))
-        true = truth.scores
-        found: dict[str, list[dict[int, float]]] = {}
-        for row in rows:
-            if row["suite"] == suite:
-                if row["base"] != truth.settings["base"]:
-                    raise SystemExit(
-                        f"{STORE}: {suite} was scored on the base {row['base']}, its truth is of "
-                        f"{truth.settings['base']}. Delete the line to score again."
-                    )
-                values = {int(layer): score for layer, score in row["scores"].items()}
-                found.setdefault(row["method"], []).append(values)
-        for name, centre in (("first layers", 0.0), ("middle", 0.5), ("last layers", 1.0)):
-            found[name] = [dict(enumerate(position_scores(truth.num_layers, centre)))]
-        best = max(true, key=true.__getitem__)
-        for method, scores in found.items():
-            chosen = [max(true, key=one.__getitem__) for one in scores]
-            regrets = [(true[best] - true[k]) / (true[best] - truth.base.score) for k in chosen]
-            agreed = [agreement(true, one) for one in scores]
-            avoided = [avoids(true, one) for one in scores]
-            figures = (fmean(regrets), fmean(avoided), median(agreed))
-            cells = (", ".join(map(str, chosen)), *(f"{figure:.2f}" for figure in figures))
-            lines.append(f"| `{suite}` | {method} | {best} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    found: float
+    """1 where the layer that it puts first is the best."""
+    regret: float
+    """What that layer gains less than the best, as a share of what the best gains over the base:
+    full training gains less than one layer in some suites."""
+    avoided: float
+    """Share of the worst third that is not in the score's best third."""
+    spearman: float
+    """With what the layers gain."""
 
 
-def avoids(true: dict[int, float], scores: dict[int, float]) -> float:
-    """Share of the worst third that is not in the method's best third."""
-    third = len(true) // 3
-    worst, best = sorted(true, key=true.__getitem__), sorted(true, key=scores.__getitem__)
-    return 1 - len({*worst[:third]} & {*best[-third:]}) / third
-
-
-def agreement(true: dict[int, float], scores: dict[int, float]) -> float:
-    """Spearman over the layers of the sweep."""
+def verdict(true: Scores, base: float, scores: Scores) -> Verdict:
+    """Compare on the layers of the sweep."""
+    by_truth, by_score = (sorted(true, key=values.__getitem__) for values in (true, scores))
+    best, chosen, third = by_truth[-1], max(true, key=scores.__getitem__), len(true) // 3
     pair = (torch.tensor([values[k] for k in true]).double() for values in (true, scores))
-    return spearman(*pair).item()
+    return Verdict(
+        found=float(chosen == best),
+        regret=(true[best] - true[chosen]) / (true[best] - base),
+        avoided=1 - len({*by_truth[:third]} & {*by_score[-third:]}) / third,
+        spearman=spearman(*pair).item(),
+    )
+
+
+def verdicts(suite: str, rows: list[Row]) -> dict[str, list[Verdict]]:
+    """Of each method, one for each seed."""
+    truth = truth_of(suite)
+    true, base, number = truth.scores, truth.base.score, truth.num_layers
+    by_method: dict[str, list[Verdict]] = {method: [] for method in METHODS}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        if row["base"] != truth.settings["base"]:
+            raise SystemExit(
+                f"{STORE}: {suite} was scored on the base {row['base']}, its truth is of "
+                f"{truth.settings['base']}. Delete the line to score again."
+            )
+        scores = {int(layer): score for layer, score in row["scores"].items()}
+        by_method[row["method"]].append(verdict(true, base, scores))
+    paper = published_contributions("Qwen3-1.7B-Base")
+    priors = {name: position_scores(number, centre) for name, centre in POSITIONS.items()}
+    priors["published"] = [paper.at_depth(layer / (number - 1)) for layer in range(number)]
+    for name, values in priors.items():
+        by_method[name] = [verdict(true, base, dict(enumerate(values)))]
+    best, third = max(true.values()), len(true) // 3
+    regret = (best - fmean(true.values())) / (best - base)
+    by_method["random"] = [Verdict(1 / len(true), regret, 1 - third / len(true), 0.0)]
+    by_method["another sweep"] = sweeps(truth)
+    return by_method
+
+
+def sweeps(truth: ContributionReport) -> list[Verdict]:
+    """What each seed of the sweep says of the mean of the others."""
+    by_seed = [
+        {layer: fmean(truth.layers[layer].scores[seed]) for layer in truth.scores}
+        for seed in range(len(truth.full.scores))
+    ]
+    found = []
+    for seed, scores in enumerate(by_seed):
+        others = by_seed[:seed] + by_seed[seed + 1 :]
+        true = {layer: fmean(other[layer] for other in others) for layer in scores}
+        found.append(verdict(true, truth.base.score, scores))
+    return found
+
+
+def separates(suite: str) -> bool:
+    """Whether there is a truth, kept before anything is scored, whose seeds agree."""
+    return (TRUTHS / f"{suite}.json").exists() and ceiling(truth_of(suite)) >= SEPARATES
+
+
+def truth_of(suite: str) -> ContributionReport:
+    """Its exact sweep."""
+    return ContributionReport.from_json((TRUTHS / f"{suite}.json").read_text(encoding="utf-8"))
+
+
+def tables(rows: list[Row]) -> str:
+    """One for each claim: suites by methods, over seeds; the last rows are over all suites."""
+    by_suite: dict[str, dict[str, list[Verdict]]] = {}
+    labels = []
+    for suite in (name for name in SUITES if any(row["suite"] == name for row in rows)):
+        by_suite[suite] = verdicts(suite, [row for row in rows if row["suite"] == suite])
+        truth = truth_of(suite)
+        best = max(truth.scores, key=truth.scores.__getitem__)
+        labels.append(f"`{suite}`, best: {best} of 0 to {truth.num_layers - 1}")
+    columns = {m: [found[m] for found in by_suite.values()] for m in next(iter(by_suite.values()))}
+    columns = {method: column for method, column in columns.items() if any(column)}
+    parts = []
+    for claim, name, over in (
+        ("Finds the best layer: regret", "regret", "mean"),
+        ("Avoids the worst third: share avoided", "avoided", "mean"),
+        ("Ranks all layers: Spearman", "spearman", "median"),
+    ):
+        lines = [f"| {claim} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+        values = [[[getattr(v, name) for v in c] for c in column] for column in columns.values()]
+        lines += map(row_of, labels, zip(*values, strict=True))
+        average = median if over == "median" else fmean
+        whole = [[*map(average, zip(*column, strict=False))] for column in values]
+        lines.append(row_of(f"{over} of the {len(labels)} suites", whole))
+        if name == "regret":
+            found = [[v.found for c in column for v in c] for column in columns.values()]
+            cells = (f"{sum(every):.3g} of {len(every)}" for every in found)
+            lines.append(f"| best layer found | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def row_of(label: str, by_method: Sequence[Sequence[float]]) -> str:
+    """Median [lowest, highest] of each method's seeds; a dash where nothing was measured."""
+    cells = []
+    for values in by_method:
+        if not values:
+            cells.append("-")
+            continue
+        spread = f" [{min(values):.2f}, {max(values):.2f}]" if len(values) > 1 else ""
+        cells.append(f"{median(values):.2f}{spread}")
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -51,18 +51,23 @@ def main() -> None:
     text = table(rows, options.suites, options.seeds)
     print(text)
     if options.docs:
-        page = options.docs / "results.md"
-        before, rest = page.read_text(encoding="utf-8").split(GAP[0])
-        _, after = rest.split(GAP[1])
-        page.write_text(f"{before}{GAP[0]}\n\n{text}\n\n{GAP[1]}{after}", encoding="utf-8")
+        put_into(options.docs / "results.md", GAP, text)
 
 
-def stored() -> list[Row]:
-    """Probes measured before. A line that a kill cut off is dropped from the file."""
-    text = STORE.read_text(encoding="utf-8") if STORE.exists() else ""
+def put_into(page: Path, gap: tuple[str, str], text: str) -> None:
+    """Replace what is between two marks of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(gap[0])
+    _, after = rest.split(gap[1])
+    page.write_text(f"{before}{gap[0]}\n\n{text}\n\n{gap[1]}{after}", encoding="utf-8")
+
+
+def stored(path: Path | None = None) -> list[Row]:
+    """Scores measured before. A line that a kill cut off is dropped from the file."""
+    path = path or STORE
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        STORE.write_text(whole, encoding="utf-8")
+        path.write_text(whole, encoding="utf-8")
     return [json.loads(line) for line in whole.splitlines()]
 
 

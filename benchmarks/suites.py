@@ -27,6 +27,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig
 
+from layerrl.blocks import find_blocks, replaced_forwards
+
 BASES = Path(__file__).parent / "bases"
 FOLDER = Path("runs/suites")
 NUM_LAYERS, HIDDEN = 12, 64
@@ -93,6 +95,8 @@ class Suite:
     pretraining_rate: float = 1e-3
     patience: float = math.inf
     """Seconds of pre-training after which what the base knows must do."""
+    layer_dropout: float = 0.0
+    """Chance of each layer to be left out of a step of pre-training."""
     rows: int = 256
     """Completions of a step."""
     rows_evaluated: int = 256
@@ -203,13 +207,16 @@ class Suite:
         labels = ids.masked_fill(
             torch.arange(ids.size(1), device=self.device) < asked[:, None], -100
         )
-        draw = torch.Generator().manual_seed(0)
+        draw, dropout = torch.Generator().manual_seed(0), random.Random(0)
+        blocks = find_blocks(model).modules
         known, step, started = 0.0, 0, time.monotonic()
         while known < self.knows and time.monotonic() - started < self.patience:
             batch = torch.randint(len(ids), (256,), generator=draw)
             rate = self.pretraining_rate * min(1.0, (step + 1) / 100)
             optimizer.param_groups[0]["lr"] = rate
-            logits = model(input_ids=ids[batch]).logits[:, first - 1 : -1]
+            left_out = [block for block in blocks if dropout.random() < self.layer_dropout]
+            with replaced_forwards(left_out, lambda _, __: lambda hidden, *a, **k: hidden):
+                logits = model(input_ids=ids[batch]).logits[:, first - 1 : -1]
             loss = cross_entropy(logits.mT, labels[batch, first:])
             optimizer.zero_grad()
             loss.backward()
