@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO on a CPU, where it is installed: `pip install deepspeed` (not a dependency)."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from layerrl import load_delta
 from layerrl.trainer import LayerSchedule
+from layerrl.trainer.checkpoints import why_incomplete
 from tests.grpo import PROMPTS
 from tests.launchers.launch import launch
 from tests.launchers.test_launchers import (
@@ -89,10 +91,13 @@ class FrozenChanges(TrainerCallback):
 
 
 class CheckpointLosesFrozen(TrainerCallback):
-    """Zeroes the frozen tensors in what DeepSpeed will load, as it once lost them on resume."""
+    """Zeroes the frozen tensors in what DeepSpeed will load, as it once lost them on resume.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `recorded`: the checkpoint keeps the record of its files as they were.
+    """
+
+    def __init__(self, folder: Path, *, recorded: bool) -> None:
+        self.folder, self.recorded = folder, recorded
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         file = self.folder / f"zero_pp_rank_{args.process_index}_mp_rank_00_model_states.pt"
@@ -100,6 +105,8 @@ class CheckpointLosesFrozen(TrainerCallback):
         for fragment in states["frozen_param_fragments"].values():
             fragment.zero_()
         torch.save(states, file)
+        if not self.recorded:
+            (self.folder.parent / "checksums.json").unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +154,12 @@ def found(folder: Path, one: Any) -> dict[str, list[Any]]:
     changed: Any = {"callbacks": [FrozenChanges()]}
     equal: Any = {"rollout_func": of_equal_length}
     turns: Any = {"callbacks": [LayerSchedule([1, 2], every=2)]}
-    damaged: Any = {"callbacks": [CheckpointLosesFrozen(Path(by_zero3) / "global_step3")]}
+    damaged: Any = {
+        recorded: {
+            "callbacks": [CheckpointLosesFrozen(Path(by_zero3) / "global_step3", recorded=recorded)]
+        }
+        for recorded in (True, False)
+    }
     changes = {
         "zero1": {**zero(1), **SAVING},
         "zero2": zero(2),
@@ -183,7 +195,8 @@ def found(folder: Path, one: Any) -> dict[str, list[Any]]:
         "zero3-path-bf16": {**three, "loads": False, "bf16": True},
         "zero3-optimizer": {"deepspeed": {**three["deepspeed"], "optimizer": {"type": "AdamW"}}},
         "zero1-to-zero3": {**three, "resume": by_zero1},
-        "zero3-damaged": {**three, "arguments": damaged, "resume": by_zero3},
+        "zero3-damaged": {**three, "arguments": damaged[True], "resume": by_zero3},
+        "zero3-lost": {**three, "arguments": damaged[False], "resume": by_zero3},
     }
     jobs = {name: job(folder, name, 2, **changed) for name, changed in changes.items()}
     variables = {"DS_ACCELERATOR": "cpu"}
@@ -215,6 +228,21 @@ def test_trains_the_layer_as_one_process_does(folder, found, one, name):
     assert distance(base.state_dict(), expected["weights"]) <= 1e-5
     model = AutoModelForCausalLM.from_pretrained(folder / name / "model", dtype=torch.float32)
     assert distance(model.state_dict(), expected["weights"]) <= 1e-5
+
+
+def test_a_checkpoint_whose_deletion_was_cut_off_in_a_file_of_deepspeed_s_is_incomplete(
+    folder, found, tmp_path
+):
+    assert found
+    checkpoint = Path(shutil.copytree(folder / "zero1" / "checkpoint-3", tmp_path / "checkpoint-3"))
+    assert not why_incomplete(checkpoint)
+    names = [f"global_step3/{path.name}" for path in (checkpoint / "global_step3").iterdir()]
+    assert names
+    for name in names:
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).unlink()
+        assert f"it lacks {name};" in why_incomplete(checkpoint)
+        (checkpoint / name).write_bytes(content)
 
 
 def test_does_not_take_a_checkpoint_written_without_it(found):
@@ -308,8 +336,13 @@ class TestZero3:
             assert "model.layers.0.mlp.up_proj.weight" in error
 
     def test_so_is_a_checkpoint_that_lost_the_frozen_tensors(self, found):
-        for error in found["zero3-damaged"]:
+        for error in found["zero3-lost"]:
             assert "FrozenTensorError" in error
+
+    def test_a_file_that_is_not_what_was_written_is_named_before(self, found):
+        for error in found["zero3-damaged"]:
+            assert "global_step3/zero_pp_rank_0_mp_rank_00_model_states.pt is damaged" in error
+            assert "its SHA-256 is another (2 of" in error
 
     def test_ends_with_its_best_checkpoint(self, folder, found):
         base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
