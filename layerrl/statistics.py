@@ -63,11 +63,10 @@ def bootstrap(
     right and wrong, get half a prompt of each beside them (Jeffreys' prior): prompts that are all
     right would leave no doubt without it. Draws of other scores are spread as Student's t says.
 
-    Another seed would have given other scores too. Where some runs have several, their variance
-    between seeds, less what single prompts make of it, is pooled over those runs, and every draw
-    of every run is moved by what a mean over its own seeds varies for it (with Student's t for a
-    variance that is estimated itself). With one seed everywhere nothing is known of it, and
-    nothing is added.
+    Another seed would have given other scores too. Where some runs have several, the variance
+    between seeds, less what single prompts make of it, is pooled over those runs, and moves every
+    draw of every run (with Student's t, for it is estimated itself). With one seed everywhere
+    nothing is known of it, and nothing is added.
 
     Args:
         runs: Name to scores, shape (S, P); S may differ between runs, P may not.
@@ -91,20 +90,17 @@ def bootstrap(
         for name, rows in runs.items()
     }
     draw = torch.Generator().manual_seed(seed)
-    weight_DP = torch.empty(num_draws, num_prompts, dtype=torch.double, device="cpu")
-    weight_DP.exponential_(generator=draw)
+    uniform_DP = torch.rand(num_draws, num_prompts, generator=draw, device="cpu")
+    weight_DP = -(-uniform_DP.double()).log1p()
     prior_D2, spread = torch.zeros(num_draws, 2, dtype=torch.double, device="cpu"), 1.0
     values = torch.cat([scores.flatten() for scores in scores_SP.values()]).unique()
     if len(values) == 2:  # a chi-square of one degree is a gamma variable of one half, doubled
         prior_D2 = torch.randn(prior_D2.shape, generator=draw, device="cpu").double().square() / 2
-    elif num_prompts > 1:  # the weights' variance, and the 0.975 quantiles of t and normal
-        freedom = num_prompts - 1
+    elif freedom := num_prompts - 1:  # the weights' variance, the 0.975 quantiles of t and normal
         spread = ((num_prompts + 1) / freedom) ** 0.5 * (1 + 1.2 / freedom)
     total_D = weight_DP.sum(dim=1) + prior_D2.sum(dim=1)
-    deviation_D = _deviation_of_seeds(
-        [scores for name, scores in scores_SP.items() if name not in seedless], num_draws
-    )
-    found = {}
+    seeded = [scores for name, scores in scores_SP.items() if name not in seedless]
+    deviation_D, found = _deviation_of_seeds(seeded, num_draws), {}
     for name, scores in scores_SP.items():
         own, mean = _generator(name, scores), scores.mean()
         # Which half of the prior is right differs from run to run.
@@ -168,6 +164,19 @@ def contribution_draws(score_D: Tensor, base_D: Tensor, full_D: Tensor) -> Tenso
     """
     gain_D, above_D = full_D - base_D, score_D - base_D
     return torch.where(gain_D > 0, above_D / gain_D, above_D.sign() * torch.inf)
+
+
+def over_average(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Resampled gains of layers in units of the average layer's in the same draw.
+
+    Args:
+        draws: Name to gains around 1 on average, shape (D,).
+
+    Returns:
+        Name to shares, very large in draws in which the average layer gained nothing.
+    """
+    average_D = sum(draws.values()) / len(draws)
+    return {name: gain_D / average_D.clamp(min=1e-3) for name, gain_D in draws.items()}
 
 
 def ranks(values: Sequence[float] | Tensor) -> Tensor:
