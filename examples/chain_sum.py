@@ -125,23 +125,22 @@ def evaluate(model: Any, tokenizer: Any, data: Dataset, tokens: int = MAX_NEW_TO
     """Greedy accuracy on `data`.
 
     A problem that occurs several times gets the same greedy answer each time: it is decoded once
-    and counted as often as it occurs. The interval is Jeffreys', for as many problems as weigh as
-    much as these (Kish's effective sample size).
+    and counted as often as it occurs.
     """
     keys = [str(prompt) for prompt in data["prompt"]]
     once = distinct(data)
     weights = np.array([keys.count(str(prompt)) for prompt in once["prompt"]], dtype=float)
     completions = answers(model, tokenizer, once, tokens)
-    accuracy = np.average(reward(completions, once["answer"]), weights=weights)
+    accuracy = float(np.average(reward(completions, once["answer"]), weights=weights))
+    return Score(accuracy, interval_of_share(accuracy, weights), completions)
+
+
+def interval_of_share(share: float, weights: np.ndarray) -> tuple[float, float]:
+    """Jeffreys' 95 % interval, for as many problems as weigh as much (Kish's effective size)."""
     size = weights.sum() ** 2 / (weights**2).sum()
-    ends = accuracy * size + 0.5, (1 - accuracy) * size + 0.5
-    draws = np.random.default_rng(0).beta(*ends, size=100_000)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Score(
-        accuracy=float(accuracy),
-        interval=(float(min(low, accuracy)), float(max(high, accuracy))),
-        completions=completions,
-    )
+    ends = share * size + 0.5, (1 - share) * size + 0.5
+    low, high = np.percentile(np.random.default_rng(0).beta(*ends, size=100_000), [2.5, 97.5])
+    return min(float(low), share), max(float(high), share)
 
 
 def distinct(data: Dataset) -> Dataset:

@@ -62,11 +62,9 @@ def bootstrap(
     The Bayesian bootstrap (Rubin, 1981): prompts get exponential weights. Scores of two values,
     right and wrong, get half a prompt of each beside them (Jeffreys' prior): prompts that are all
     right would leave no doubt without it. Draws of other scores are spread as Student's t says.
-
-    Another seed would have given other scores too. Where some runs have several, the variance
-    between seeds, less what single prompts make of it, is pooled over those runs, and moves every
-    draw of every run (with Student's t, for it is estimated itself). With one seed everywhere
-    nothing is known of it, and nothing is added.
+    Where some runs have several seeds, the variance between seeds, less what single prompts make
+    of it, is pooled over those runs, and moves every draw of every run (with Student's t, for it is
+    estimated). With one seed everywhere nothing is known of it, and nothing is added.
 
     Args:
         runs: Name to scores, shape (S, P); S may differ between runs, P may not.
@@ -90,8 +88,8 @@ def bootstrap(
         for name, rows in runs.items()
     }
     draw = torch.Generator().manual_seed(seed)
-    uniform_DP = torch.rand(num_draws, num_prompts, generator=draw, device="cpu")
-    weight_DP = -(-uniform_DP.double()).log1p()
+    weight_DP = torch.empty(num_draws, num_prompts, dtype=torch.double, device="cpu")
+    weight_DP.exponential_(generator=draw)
     prior_D2, spread = torch.zeros(num_draws, 2, dtype=torch.double, device="cpu"), 1.0
     values = torch.cat([scores.flatten() for scores in scores_SP.values()]).unique()
     if len(values) == 2:  # a chi-square of one degree is a gamma variable of one half, doubled
