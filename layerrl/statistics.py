@@ -60,8 +60,8 @@ def bootstrap(
     """Means of resampled scores, paired: every run sees the same prompts in the same draw.
 
     The Bayesian bootstrap (Rubin, 1981): prompts get exponential weights. Scores of two values,
-    right and wrong, get half a prompt of each beside them (Jeffreys' prior): prompts that are all
-    right would leave no doubt without it. Draws of other scores are spread as Student's t says.
+    right and wrong, get half a prompt of each beside them (Jeffreys' prior), and so do others of
+    which a run has only one, which would leave no doubt. The rest spreads as Student's t says.
     Where some runs have several seeds, the variance between seeds, less what single prompts make
     of it, is pooled over those runs, and moves every draw of every run (with Student's t, for it is
     estimated). With one seed everywhere nothing is known of it, and nothing is added.
@@ -90,22 +90,22 @@ def bootstrap(
     draw = torch.Generator().manual_seed(seed)
     weight_DP = torch.empty(num_draws, num_prompts, dtype=torch.double, device="cpu")
     weight_DP.exponential_(generator=draw)
-    prior_D2, spread = torch.zeros(num_draws, 2, dtype=torch.double, device="cpu"), 1.0
+    # A chi-square variable of one degree of freedom is a gamma variable of one half, doubled.
+    prior_D2 = torch.randn(num_draws, 2, generator=draw, device="cpu").double().square() / 2
     values = torch.cat([scores.flatten() for scores in scores_SP.values()]).unique()
-    if len(values) == 2:  # a chi-square of one degree is a gamma variable of one half, doubled
-        prior_D2 = torch.randn(prior_D2.shape, generator=draw, device="cpu").double().square() / 2
-    elif freedom := num_prompts - 1:  # the weights' variance, the 0.975 quantiles of t and normal
+    binary, freedom, spread = len(values) == 2, num_prompts - 1, 1.0
+    if freedom and not binary:  # the weights' variance, and the 0.975 quantiles of t and normal
         spread = ((num_prompts + 1) / freedom) ** 0.5 * (1 + 1.2 / freedom)
-    total_D = weight_DP.sum(dim=1) + prior_D2.sum(dim=1)
     seeded = [scores for name, scores in scores_SP.items() if name not in seedless]
     deviation_D, found = _deviation_of_seeds(seeded, num_draws), {}
     for name, scores in scores_SP.items():
         own, mean = _generator(name, scores), scores.mean()
         # Which half of the prior is right differs from run to run.
         turned_D1 = torch.randint(2, (num_draws, 1), generator=own, device="cpu").bool()
-        halves_D2 = torch.where(turned_D1, prior_D2.flip(1), prior_D2)
-        moved_D = weight_DP @ (scores.mean(dim=0) - mean) + halves_D2 @ (values[[0, -1]] - mean)
-        found[name] = mean + spread * moved_D / total_D
+        half_D2 = torch.where(turned_D1, prior_D2.flip(1), prior_D2)
+        half_D2 *= binary or len(scores.unique()) == 1
+        moved_D = weight_DP @ (scores.mean(dim=0) - mean) + half_D2 @ (values[[0, -1]] - mean)
+        found[name] = mean + spread * moved_D / (weight_DP.sum(dim=1) + half_D2.sum(dim=1))
         if name not in seedless:
             normal_D = torch.randn(num_draws, generator=own, device="cpu")
             found[name] += deviation_D * normal_D / len(scores) ** 0.5

@@ -52,7 +52,7 @@ class TestBootstrap:
         # Deviation of one seed 0.1414 with 12 degrees of freedom: the 0.975 quantile is 2.179.
         assert interval_of(draws["0"]).high == pytest.approx(0.5 + 0.1 * 2.179, rel=0.05)
         assert interval_of(draws["one"]).high == pytest.approx(0.5 + 0.1414 * 2.179, rel=0.05)
-        assert draws["base"].std() == pytest.approx(0, abs=1e-9)
+        assert draws["base"].std() < draws["one"].std() / 5
 
     def test_seeds_of_different_scores_have_nothing_in_common(self):
         here = bootstrap({"a": [[0.4] * 9, [0.6] * 9]})["a"]
