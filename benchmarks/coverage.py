@@ -156,16 +156,18 @@ def correlated(correlation: float, num_layers: int, sd: float) -> list[bool]:
 
 
 NUM_PARAMETERS, NUM_LAYERS, NUM_PROMPTS = 30, 6, 256
+SPREAD = 0.8
+"""Of the logarithm of gradients' norms: the largest of 256 is ten times their median."""
 STRENGTHS = torch.linspace(0.05, 0.3, NUM_LAYERS)[:, None].expand(-1, NUM_PARAMETERS)
 
 
 def gains() -> tuple[Tensor, Tensor]:
     """Held-out gains of a probe, shape (P, L), and what other prompts would gain by its steps."""
     shape = NUM_PROMPTS, NUM_LAYERS, NUM_PARAMETERS
-    size_P = torch.randn(NUM_PROMPTS, 1, 1, generator=RNG).exp()  # heavy tails
+    size_P = (SPREAD * torch.randn(NUM_PROMPTS, 1, 1, generator=RNG)).exp()
     gradient_PLN = size_P * (STRENGTHS + torch.randn(shape, generator=RNG))
     step_PLN = (gradient_PLN.cumsum(dim=0) - gradient_PLN).sign()
-    mean_PLN = math.e**0.5 * STRENGTHS.expand(shape)
+    mean_PLN = math.exp(SPREAD**2 / 2) * STRENGTHS.expand(shape)
     scored = slice(NUM_PROMPTS // 4, None)
     gains_PL, others_PL = (
         (g_PLN * step_PLN).sum(dim=-1)[scored].double() for g_PLN in (gradient_PLN, mean_PLN)
