@@ -5,7 +5,6 @@ Legend: R runs, S seeds, P evaluation prompts, D bootstrap draws.
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,12 +33,12 @@ class Interval:
         return f"[{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def interval_of(draws_D: Tensor, estimate: float = math.nan) -> Interval:
+def interval_of(draws_D: Tensor, estimate: float | None = None) -> Interval:
     """The central 95 % of draws.
 
     Args:
         draws_D: Resampled values.
-        estimate: What they are around: the interval is stretched to hold it. NaN: it is not.
+        estimate: What they are around: the interval is stretched to hold it.
 
     Returns:
         The interval.
@@ -47,7 +46,9 @@ def interval_of(draws_D: Tensor, estimate: float = math.nan) -> Interval:
     tail = (1 - _CONFIDENCE) / 2
     draws_D = draws_D.double()
     low, high = draws_D.quantile(draws_D.new_tensor([tail, 1 - tail])).tolist()
-    return Interval(min(low, estimate), max(high, estimate))  # NaN as second is never taken
+    if estimate is not None:
+        low, high = min(low, estimate), max(high, estimate)
+    return Interval(low, high)
 
 
 def bootstrap(
@@ -173,7 +174,7 @@ def over_average(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         Name to shares, very large in draws in which the average layer gained nothing.
     """
-    average_D = sum(draws.values()) / len(draws)
+    average_D = torch.stack([*draws.values()]).mean(dim=0)
     return {name: gain_D / average_D.clamp(min=1e-3) for name, gain_D in draws.items()}
 
 
