@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 FRAMEWORKS := verl openrlhf
 VERSIONS := lowest axolotl unsloth vllm-pins
-.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations test-peer $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu check lint types layers docs docstrings signatures package clean
+.PHONY: help bundle demo bench test test-slow test-vllm test-versions test-integrations test-deepspeed test-peer $(VERSIONS:%=test-%) $(FRAMEWORKS:%=test-%) test-gpu-image gpu has-gpu check lint types layers docs docstrings signatures package clean
 
 help:
 	@echo "make demo       train one layer of a real model: examples/quickstart.py (options in ARGS)"
@@ -18,8 +18,9 @@ help:
 	@echo "make test-versions  run the tests with other versions of what layerrl needs: $(VERSIONS:%=test-%)"
 	@echo "make test-vllm  test weight sync on vLLM's CPU build, in .venv-vllm (2.7 GB, Linux x86-64)"
 	@echo "make test-integrations  test the integrations with verl and OpenRLHF, each in a .venv-* (3 GB, Linux x86-64)"
+	@echo "make test-deepspeed  compare ZeRO with one process, with DeepSpeed in .venv-deepspeed (25 MB)"
 	@echo "make test-peer TRL=path  run TRL's own tests of its trainers on masked ones; path is a checkout of TRL"
-	@echo "make gpu        run the tests that need a GPU, then measure on it for 25 minutes (options in ARGS)"
+	@echo "make gpu        run the tests that need a GPU, then measure on it: half an hour (options in ARGS)"
 	@echo "make bundle PYTHON=3.12  download layerrl and what it needs into dist/bundle-3.12, for a machine without"
 	@echo "                a network that has that Python, and what WITHOUT=\"torch transformers accelerate\" names;"
 	@echo "                with EXTRA=gpu what make gpu needs, too"
@@ -75,27 +76,35 @@ $(VERSIONS:%=test-%) test-gpu-image: test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # On top of what PYTHON has, which may itself be an environment's: that is not among its system's
-# packages. Where there is a bundle, nothing is downloaded.
+# packages, and its pip serves where the system lacks ensurepip. Where there is a bundle, nothing is
+# downloaded.
 GPU := .venv-gpu
 GPU_OUTPUT ?= runs/gpu
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
-$(GPU)/.installed: pyproject.toml
+$(GPU)/.installed: pyproject.toml | has-gpu
 	@echo "Installing into $(GPU)"
-	$(PYTHON) -m venv --system-site-packages $(GPU)
+	$(PYTHON) -m venv --clear --without-pip --system-site-packages $(GPU)
 	$(PYTHON) -c '$(SITE)' > "$$($(GPU)/bin/python -c '$(SITE)')/python.pth"
+	$(GPU)/bin/python -m pip --version >/dev/null 2>&1 || $(GPU)/bin/python -m ensurepip
 	bundle=dist/bundle-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	if [ -d $$bundle ]; then $(GPU)/bin/python -m pip install --quiet --no-index --find-links $$bundle "layerrl[gpu]"; \
 	else $(GPU)/bin/python -m pip install --quiet -e ".[gpu,plot]"; fi
 	@touch $@
 
+# Before anything is downloaded, unless the benchmark is asked for on a CPU.
+has-gpu:
+ifeq (,$(findstring --device cpu,$(ARGS)))
+	@$(PYTHON) .ci/has_gpu.py
+endif
+
 # The tree comes before a bundled wheel of it. Tests run once, whatever they say: figures are wanted
-# all the same.
+# all the same. Out of time they are interrupted, as by Ctrl-C, and tell what failed until then.
 gpu: export PYTHONPATH := $(CURDIR)
 gpu: export HF_HUB_OFFLINE := 1
-gpu: $(GPU)/.installed
+gpu: has-gpu $(GPU)/.installed
 	@mkdir -p $(GPU_OUTPUT)
 	@test -f $(GPU_OUTPUT)/tests.txt || { echo "Running the tests: $(GPU_OUTPUT)/tests.txt"; \
-	timeout -k 10 400 $(GPU)/bin/python -u -m pytest -m cuda --continue-on-collection-errors tests \
+	OMP_NUM_THREADS=1 timeout --foreground -s INT -k 30 370 $(GPU)/bin/python -u -m pytest -m cuda $(PARALLEL) --continue-on-collection-errors tests \
 	> $(GPU_OUTPUT)/tests.partial 2>&1; mv $(GPU_OUTPUT)/tests.partial $(GPU_OUTPUT)/tests.txt; }
 	@tail -n 1 $(GPU_OUTPUT)/tests.txt
 	$(GPU)/bin/python -u benchmarks/gpu.py --output $(GPU_OUTPUT) $(ARGS)
@@ -120,6 +129,20 @@ test-vllm: $(VLLM)/.installed
 	.venv-$*/bin/python -m pip install --quiet --no-compile --no-deps -r $<
 	.venv-$*/bin/python -m pip install --quiet -c $< -e .
 	@touch $@
+
+# Beside what .venv has, in a folder that only these tests look into.
+DEEPSPEED := .venv-deepspeed
+$(DEEPSPEED)/.installed: tests/launchers/deepspeed-requirements.txt $(INSTALLED)
+	@echo "Installing DeepSpeed into $(DEEPSPEED): a minute"
+	rm -rf $(DEEPSPEED)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(DEEPSPEED) -r $<
+	@touch $@
+
+test-deepspeed: export PYTHONPATH := $(DEEPSPEED)
+test-deepspeed: export DS_ACCELERATOR := cpu
+test-deepspeed: export HF_HUB_OFFLINE := 1
+test-deepspeed: $(DEEPSPEED)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/launchers/test_deepspeed.py $(ARGS)
 
 test-integrations: $(FRAMEWORKS:%=test-%)
 

@@ -1,7 +1,7 @@
 """What layerrl is worth on a GPU, within a time budget: the figures of docs/gpu.md.
 
     make gpu                                  # the tests that need a GPU, then this
-    python benchmarks/gpu.py --budget 1500    # continues where it was stopped
+    python benchmarks/gpu.py --budget 600     # seconds; continues where it was stopped
     python benchmarks/gpu.py --report --page docs/gpu.md
     python benchmarks/gpu.py --device cpu --tiny    # that every stage runs
 
@@ -90,8 +90,9 @@ class Worker:
             context = multiprocessing.get_context("spawn")
             self.pipe, theirs = context.Pipe()
             log = self.output / "worker.log"
-            self.process = context.Process(target=gpu_measure.serve, args=(theirs, log))
-            self.process.start()
+            process = context.Process(target=gpu_measure.serve, args=(theirs, log))
+            process.start()  # a signal may end this here: one that has not begun cannot be stopped
+            self.process = process
             theirs.close()  # or its end would never be seen
         try:
             self.pipe.send(case | {"folder": str(self.output / "suite")})
@@ -119,6 +120,7 @@ class Worker:
 def main(arguments: list[str] | None = None) -> None:
     """Measure until the time is up, then write the page."""
     options = parse(arguments)
+    written = True
     if not options.report:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sys.exit("stopped; the same command continues"))
@@ -130,9 +132,21 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             worker.stop()
-            write_page(options.output / "journal.jsonl", options.output / "gpu.md")
+            written = report(options, options.output / "gpu.md")
     if options.page:
-        write_page(options.output / "journal.jsonl", options.page)
+        written &= report(options, options.page)
+    if not written:
+        sys.exit(1)
+
+
+def report(options: argparse.Namespace, page: Path) -> bool:
+    """Write the page, or say why not: whether it is written. The journal is whole either way."""
+    try:
+        write_page(options.output / "journal.jsonl", page)
+    except (OSError, ValueError) as error:
+        print(f"{page} was not written: {error}. --report writes it from the journal")
+        return False
+    return True
 
 
 def measure(options: argparse.Namespace, worker: Worker) -> None:
@@ -142,7 +156,9 @@ def measure(options: argparse.Namespace, worker: Worker) -> None:
     if machine is None or "failed" in machine:
         why = "it does not answer" if machine is None else machine["failed"]
         sys.exit(f"{options.device} cannot be used: {why}")
-    settings = {"machine": machine, "tiny": options.tiny, "versions": versions()}
+    # By name, for the sentence that tells what has changed.
+    there = dict(one.rsplit(maxsplit=1) for one in versions().split(", "))
+    settings = {"machine": machine, "tiny": options.tiny, "versions": there}
     with Journal(options.output, settings) as journal:
         options.room, options.old = machine["bytes"], len(journal.entries)
         shares = [STAGES[name][1] for name in options.stages]
@@ -254,17 +270,7 @@ def generated(options: argparse.Namespace) -> dict[str, Any]:
 def largest(options: argparse.Namespace) -> Stage:
     """The largest batch beside LoRA's and full training's, the largest model."""
     most = 6 if options.tiny else 10**4
-    for shape in ("Qwen3-8B", "Qwen3-1.7B")[: 1 if options.tiny else None]:
-        for method in ("masked", "lora-all", "full"):
-
-            def rows(number: int, shape: str = shape, method: str = method) -> dict[str, Any]:
-                return step(options, method, shape=shape, rows=number, cycles=0)
-
-            found = yield rows(4)
-            if fits(found):
-                per_row = max((found["peak_bytes"] - found["held_bytes"]) / 4, 1)
-                guess = int((options.room - found["held_bytes"]) / per_row) // 2 * 2
-                yield from bisected(rows, 4, max(guess, 6), 2, most)
+    yield from largest_batches(options, "Qwen3-8B", most)
 
     def layers(number: int) -> dict[str, Any]:
         return step(options, "masked", shape="Qwen3-32B", layers=number, rows=4, cycles=0)
@@ -276,6 +282,22 @@ def largest(options: argparse.Namespace) -> Stage:
     per_layer = (totals[1] - totals[0]) / 4
     guess = int((0.95 * options.room - totals[0]) / per_layer) + 4
     yield from bisected(layers, 0, max(guess, 1), 1, most)
+    if not options.tiny:
+        yield from largest_batches(options, "Qwen3-1.7B", most)
+
+
+def largest_batches(options: argparse.Namespace, shape: str, most: int) -> Stage:
+    """The largest batch of one model by every method."""
+    for method in ("masked", "lora-all", "full"):
+
+        def rows(number: int, method: str = method) -> dict[str, Any]:
+            return step(options, method, shape=shape, rows=number, cycles=0)
+
+        found = yield rows(4)
+        if fits(found):
+            per_row = max((found["peak_bytes"] - found["held_bytes"]) / 4, 1)
+            guess = int((options.room - found["held_bytes"]) / per_row) // 2 * 2
+            yield from bisected(rows, 4, max(guess, 6), 2, most)
 
 
 def fits(found: dict[str, Any]) -> bool:
@@ -348,7 +370,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], usage="%(prog)s [options]"
     )
     add = parser.add_argument
-    add("--budget", type=float, default=1500, help="seconds for everything")
+    add("--budget", type=float, default=1300, help="seconds for everything (%(default)d)")
     add("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     add("--device", default="cuda", choices=["cpu", "cuda"])
     add("--tiny", action="store_true", help="tiny models: that every stage runs, no figures")

@@ -7,6 +7,8 @@ from typing import Any
 
 from step_report import METHODS, by_setting, plot, spread, tables, tabulate
 
+from layerrl.files import written_whole
+
 Entries = list[dict[str, Any]]
 HEAD = """# On a GPU
 
@@ -14,12 +16,13 @@ Written by `benchmarks/gpu.py`. Models have the shapes that their names say, bfl
 at random, and made-up prompts: speed and memory do not ask what weights say.
 
 ```console
-$ make gpu ARGS="--budget 1500"
+$ make gpu
 ```
 
-runs the tests that need a GPU, then measures stage by stage within the budget, in seconds. It needs
-a Python with torch for the GPU. The rest comes from the network, or from a folder made on a machine
-that has one, for the version of Python and beside the packages of the one with the GPU:
+runs the tests that need a GPU, for at most 400 seconds, then measures stage by stage for at most
+1300 (`ARGS="--budget 600"`: 600). It needs a Python with torch for the GPU (`PYTHON=path`). The
+rest comes from the network, or from a folder made on a machine that has one, for the version of
+Python and beside the packages of the one with the GPU:
 
 ```console
 $ make bundle PYTHON=3.12 WITHOUT="torch transformers accelerate" EXTRA=gpu
@@ -29,6 +32,9 @@ All output is in `runs/gpu`: `tests.txt`, this page with its pictures (where mat
 `journal.jsonl` with every measurement, `worker.log` with what libraries printed. The same command
 continues where the time was up, unless the machine, a library or layerrl itself has changed.
 `python benchmarks/gpu.py --report --page docs/gpu.md` writes the page anywhere from the journal.
+
+What holds bit for bit is tested with `torch.use_deterministic_algorithms(True)`: without it, plain
+TRL on a GPU may differ from itself, from one run to the next.
 """
 NOT_YET = "Not measured."
 KINDS = {"selection": "layerrl, the middle layer", "LoRA r16": "LoRA, merged", "full": "full"}
@@ -42,8 +48,9 @@ SERVED = {
 def write_page(journal: Path, page: Path) -> None:
     """Write the page of a journal, of none as well, and the pictures beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-    head, *entries = [json.loads(line) for line in lines] or [{}]
+    text = journal.read_text(encoding="utf-8") if journal.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a kill may have cut off the last line
+    head, *entries = [json.loads(line) for line in whole.splitlines()] or [{}]
     # Of what was tried again, the last.
     latest = {json.dumps([entry["stage"], entry["case"]]): entry for entry in entries}
     entries = [{**e, **(e["case"] or {}), **e["found"]} for e in latest.values()]
@@ -64,7 +71,8 @@ def write_page(journal: Path, page: Path) -> None:
         if drawn:
             at = next(i for i, part in enumerate(parts) if part == f"## {after}") + 2
             parts.insert(at, f"![{after}]({file.name})")
-    page.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    with written_whole(page) as file:
+        file.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
 
 
 def described(settings: dict[str, Any] | None, entries: Entries) -> str:
@@ -72,9 +80,10 @@ def described(settings: dict[str, Any] | None, entries: Entries) -> str:
     if settings is None:
         return "**This has not been run yet**: below is what the page will hold."
     machine, minutes = settings["machine"], sum(entry.get("seconds", 0) for entry in entries) / 60
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     text = (
         f"{machine['name']}, {machine['bytes'] / 1e9:.0f} GB; {len(entries)} measurements in "
-        f"{minutes:.0f} minutes; {settings['versions']}."
+        f"{minutes:.0f} minutes; {versions}."
     )
     if settings["tiny"]:
         text += "\n\n**With `--tiny`**: the figures say nothing but that every stage runs."
@@ -89,6 +98,8 @@ def steps(entries: Entries) -> Iterator[str]:
         for e in {e["shape"]: e for e in entries if e["stage"] == "step"}.values():
             yield f"{e['shape']}: {e['rows']} completions of {e['prompt']} + {e['length']} tokens."
         yield tables(rows)
+        if not any(e.get("method") == "masked-4bit" for e in entries):
+            yield "Frozen layers in 4 bits: not measured, which needs bitsandbytes."
     failed = [
         f"- {METHODS[e['method']]}, {setting_of(e)}: {why_not(e)}"
         for e in entries

@@ -4,14 +4,16 @@
     python benchmarks/kills.py --times 20 --operations merge push
 
 Every second process is killed at a random moment of its operation, the others just before one of
-its calls that open, make, rename or delete a file, each call in turn. What lies there then must be
-whole or absent, and the same call must succeed, leave nothing else behind, and make what an
-undisturbed one makes. Each process is a fork of this one, which has everything imported. Runs are
-lines of a journal in `--output`; the same command continues after them. POSIX only.
+its calls that open, make, rename or delete a file, in an order that visits all of them. What lies
+there then must be whole or absent, and the same call must succeed, leave nothing else behind, and
+make what an undisturbed one makes. Each process is a fork of this one, which has everything
+imported. Runs are lines of a journal in `--output`; the same command continues after them. POSIX
+only.
 """
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import shutil
@@ -172,7 +174,12 @@ class Checkpoints(Operation):
         train(trainer, **resume)
 
     def check_killed(self, folder: Path, expected: Any) -> None:
-        pass  # a checkpoint that is half there is not taken: the result would be another
+        from layerrl.trainer.checkpoints import is_complete
+
+        for path in (folder / "out").glob("checkpoint-*"):
+            if is_complete(path):
+                lost = {*expected} - {*contents(path)}
+                assert not lost, f"{path.name} lacks {lost}, and would be resumed"
 
     def result(self, folder: Path) -> Any:
         last = folder / "out" / "checkpoint-4"
@@ -184,7 +191,7 @@ class Checkpoints(Operation):
         }
 
     def left_over(self, folder: Path) -> list[str]:
-        # An older checkpoint is transformers' to delete, with the next save.
+        # What is left of an older checkpoint is transformers' to delete, with a later save.
         return [name for name in os.listdir(folder / "out") if name[0] in "._"]
 
 
@@ -223,7 +230,11 @@ def watched(folder: Path, call: Callable[[str], None]) -> None:
     """Call something before everything that changes a file below a folder."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in WRITING and str(arguments[0]).startswith(str(folder)):
+        path = str(arguments[0]) if event in WRITING else ""
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # of a folder that is deleted
+            with suppress(OSError):  # no /proc
+                path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+        if path.startswith(str(folder)):
             writes = event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
             if writes:
                 call(event)
@@ -258,7 +269,10 @@ def killed(
     number = signal.Signals[case["signal"]]
     draw = random.Random(f"{case['operation']} {case['number']}")
     by_call = bool(case["number"] % 2 and calls)
-    at = case["number"] // 2 % max(calls, 1)
+    calls = max(calls, 1)
+    # Fifty kills are spread over all calls, and the next fifty come before others.
+    strides = range(max(1, calls // 50), calls + 2)
+    at = case["number"] // 2 * next(n for n in strides if math.gcd(n, calls) == 1) % calls
     count = 0
 
     def work() -> None:

@@ -4,8 +4,10 @@
     python benchmarks/soak.py --steps 500 --runs plain auto
 
 Each run generates, replays, evaluates and saves, in a process of its own; `plain` is TRL's trainer
-with the same settings. Memory is fitted over the last three quarters of the steps. Times are the
-process's own seconds, which other programs on the machine change little. Linux only.
+with the same settings. Memory is fitted over the last three quarters of the steps, with a 95 %
+interval by leaving out each tenth of them in turn. Times are the process's own seconds in each
+third of the steps, which other programs on the machine change less than a clock's; `around` is what
+a fixed piece of work took meanwhile, which shows how much they did. Linux only.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -58,15 +61,19 @@ def soaked(name: str, steps: int) -> dict[str, Any]:
     class Watch(TrainerCallback):
         def __init__(self) -> None:
             self.samples: list[tuple[int, int, int, int, int]] = []
-            self.times = [time.process_time()]
+            self.spans: list[float] = []
+            self.around: list[float] = []
+            self.begun = time.process_time()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.times.append(time.process_time())
+            self.spans.append(time.process_time() - self.begun)
             if state.global_step % every == 0:
+                self.around.append(seconds_of_fixed_work())
                 objects = len(gc.get_objects())
                 self.samples.append(
                     (state.global_step, resident(), descriptors(), hooks(model), objects)
                 )
+            self.begun = time.process_time()  # what was measured here is no part of a step
 
     kinds = {
         "plain": {},
@@ -98,22 +105,25 @@ def soaked(name: str, steps: int) -> dict[str, Any]:
     del trainer
     gc.collect()
     tail = [sample for sample in watch.samples if sample[0] > steps / 4]
-    quarter = steps // 4
-    # The first steps of a process load what later ones find.
-    spans = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
-    start = sum(spans[quarter // 5 : quarter]) / (quarter - quarter // 5)
-    end = sum(spans[-quarter:]) / quarter
+    memory, objects = ([(sample[0], sample[of]) for sample in tail] for of in (1, 4))
+    interval = leaving_out_tenths(memory)
     return {
         "run": name,
-        "steps": len(spans),
-        "rss_bytes_a_step": round(slope([(s[0], s[1]) for s in tail]), 1),
-        "objects_a_step": round(slope([(s[0], s[4]) for s in tail]), 3),
+        "steps": len(watch.spans),
+        "rss_bytes_a_step": round(slope(memory), 1),
+        "rss_95": [round(end, 1) for end in interval],
+        "rss_grown": memory[-1][1] - memory[0][1],
+        "objects_a_step": round(slope(objects), 3),
         "fds_grown": tail[-1][2] - tail[0][2],
         "hooks_grown": tail[-1][3] - tail[0][3],
         "fds_left": descriptors() - before["fds"],
         "hooks_left": hooks(model) - before["hooks"],
-        "last_to_first_quarter": round(end / start, 3),
-        "ms_a_step": round(1000 * end, 1),
+        # The first steps of a process load what later ones find.
+        "ms_a_step": [round(1000 * mean(third), 2) for third in thirds(watch.spans[steps // 20 :])],
+        "ms_a_step_median": [
+            round(1000 * median(third), 2) for third in thirds(watch.spans[steps // 20 :])
+        ],
+        "ms_around": [round(1000 * median(third), 2) for third in thirds(watch.around)],
     }
 
 
@@ -128,6 +138,27 @@ def slope(points: list[tuple[int, int]]) -> float:
     mean_y = sum(y for _, y in points) / len(points)
     above = sum((x - mean_x) * (y - mean_y) for x, y in points)
     return above / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def leaving_out_tenths(points: list[tuple[int, int]]) -> tuple[float, float]:
+    """Interval of the slope: the jackknife's, over tenths, as memory grows in jumps."""
+    size = len(points) // 10
+    slopes = [slope(points[: i * size] + points[(i + 1) * size :]) for i in range(10)]
+    error = (9 / 10 * sum((value - mean(slopes)) ** 2 for value in slopes)) ** 0.5
+    return slope(points) - 2.26 * error, slope(points) + 2.26 * error  # Student's t of 9
+
+
+def thirds(values: list[float]) -> list[list[float]]:
+    """First, second and last of what came one after the other."""
+    size = len(values) // 3
+    return [values[:size], values[size : 2 * size], values[-size:]]
+
+
+def seconds_of_fixed_work() -> float:
+    """The process's own seconds for something that never changes."""
+    begun = time.process_time()
+    sum(number * number for number in range(20_000))
+    return time.process_time() - begun
 
 
 def resident() -> int:

@@ -46,6 +46,7 @@ def base_checkpoint(model: str, cache: Path) -> str:
         plain.load_state_dict(quantized.state_dict())
         plain.generation_config = quantized.generation_config
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+        cache.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=cache, prefix=f"{BUNDLED}.") as unpacking:
             whole = Path(unpacking) / BUNDLED
             plain.save_pretrained(whole)

@@ -71,14 +71,7 @@ def merged_weights(model: nn.Module) -> set[str]:
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Any]:
-    """The modules that PEFT has put in the place of others.
-
-    Args:
-        model: Any model, wrapped or not.
-
-    Returns:
-        Plain name, as it is without adapters, to module; of several around one, the outermost.
-    """
+    """Plain name without adapters to the module that PEFT put there, the outermost of several."""
     found: dict[str, Any] = {}
     for path, module in _adapted(unwrap(model)):
         found.setdefault(without_wrappers(path), module)
@@ -86,14 +79,7 @@ def adapted_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def described_adapters(model: nn.Module) -> str:
-    """Describe adapters in a model that PEFT has not wrapped.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        A description; empty where there is nothing, and for a PEFT model.
-    """
+    """Adapters in a model that PEFT has not wrapped, in words; empty for any other."""
     if is_peft(model):
         return ""
     names = [name for name, _ in _adapted(unwrap(model))]

@@ -1,7 +1,8 @@
 """Checks of arguments that many functions take.
 
-`whole_number` and `finite_number` return None for what is none, where the caller has more to say;
-`check_...` raise the caller's error with a sentence that names the argument.
+`whole_number` and `finite_number` return None for what is none, where the caller has more to say.
+`check_...` return the value of the argument `name` as Python's own, or raise `error` with a
+sentence: the argument, what was given, what is expected.
 """
 
 from __future__ import annotations
@@ -19,16 +20,7 @@ T = TypeVar("T")
 
 
 def whole_number(value: Any, *, least: int | None = None) -> int | None:
-    """A number of things, or of a thing, as Python's own int.
-
-    Args:
-        value: What was given: an int, or one of numpy or torch.
-        least: The smallest that makes sense.
-
-    Returns:
-        The number; None if it is too small, of more than 64 bits, no whole number, or True or
-        False.
-    """
+    """A number of things as Python's own int; None if below `least`, no int, or over 64 bits."""
     own = plain(value)
     try:
         number = operator.index(own)
@@ -42,16 +34,7 @@ def whole_number(value: Any, *, least: int | None = None) -> int | None:
 def finite_number(
     value: Any, *, least: float | None = None, most: float | None = None
 ) -> float | None:
-    """A quantity, as Python's own float.
-
-    Args:
-        value: What was given: an int or float, or one of numpy or torch.
-        least: The smallest that makes sense.
-        most: The largest.
-
-    Returns:
-        The number; None if it is too small, too large, infinite, NaN, no number, or True or False.
-    """
+    """A quantity as Python's own float; None if it is no finite number from `least` to `most`."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
@@ -65,15 +48,7 @@ def finite_number(
 
 
 def shown(value: object, *, most: int = 80) -> str:
-    """A value in a message, whatever it is.
-
-    Args:
-        value: Any.
-        most: Characters to show.
-
-    Returns:
-        The beginning of its `repr`, or its type where that fails, as of an int of 5000 digits.
-    """
+    """The beginning of a value's `repr`, or its type where that fails (an int of 5000 digits)."""
     try:
         text = repr(value)
     except Exception:  # code of the value's own
@@ -85,21 +60,7 @@ def shown(value: object, *, most: int = 80) -> str:
 def check_count(
     name: str, value: object, error: type[Exception], *, least: int | None = 1, of: str = ""
 ) -> int:
-    """An argument that is a number of things, as Python's own int.
-
-    Args:
-        name: The argument's.
-        value: What was given for it.
-        error: What to raise.
-        least: The smallest that makes sense; None: any.
-        of: What it counts, after "expected".
-
-    Returns:
-        The number.
-
-    Raises:
-        Exception: As `error`, if it is no such number.
-    """
+    """A number of things: `of` says which, `least` the smallest that makes sense (None: any)."""
     number = whole_number(value, least=least)
     if number is None:
         above = "" if least is None else f" from {least} up"
@@ -115,21 +76,7 @@ def check_number(
     least: float | None = None,
     most: float | None = None,
 ) -> float:
-    """An argument that is a quantity, as Python's own float.
-
-    Args:
-        name: The argument's.
-        value: What was given for it.
-        error: What to raise.
-        least: The smallest that makes sense; None: any.
-        most: The largest; None: any.
-
-    Returns:
-        The number.
-
-    Raises:
-        Exception: As `error`, if it is no such number.
-    """
+    """A finite quantity, from `least` to `most` where they are given."""
     number = finite_number(value, least=least, most=most)
     if number is None:
         above = "" if least is None else f" from {least} {'up' if most is None else f'to {most}'}"
@@ -146,20 +93,7 @@ def check_switch(
 def check_switch(
     name: str, value: object, error: type[Exception], *, or_none: bool = False
 ) -> bool | None:
-    """An argument that is True or False, as Python's own.
-
-    Args:
-        name: The argument's.
-        value: What was given for it.
-        error: What to raise.
-        or_none: None will do.
-
-    Returns:
-        It.
-
-    Raises:
-        Exception: As `error`, if it is neither. A text such as "no" would count as True.
-    """
+    """True or False, or None where `or_none`. A text such as "no" would count as True."""
     own = plain(value)
     if own is None and or_none:
         return None
@@ -170,20 +104,7 @@ def check_switch(
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], error: type[Exception]) -> str:
-    """An argument that is one of a few words.
-
-    Args:
-        name: The argument's.
-        value: What was given for it.
-        choices: The words.
-        error: What to raise.
-
-    Returns:
-        It.
-
-    Raises:
-        Exception: As `error`, if it is none of them.
-    """
+    """One of a few words."""
     words = [*choices]
     if not isinstance(value, str) or value not in words:
         quoted = [f'"{word}"' for word in words]
@@ -193,20 +114,7 @@ def check_choice(name: str, value: object, choices: Iterable[str], error: type[E
 
 
 def check_path(name: str, value: object, error: type[Exception]) -> Path:
-    """An argument that names a file or folder, there or not.
-
-    Args:
-        name: The argument's.
-        value: What was given for it.
-        error: What to raise.
-
-    Returns:
-        The path.
-
-    Raises:
-        Exception: As `error`, if no file system could have it: no text or `os.PathLike` of one,
-            an empty one, or one with a NUL or half of a character in it.
-    """
+    """A path, there or not, that a file system could have: not empty, no NUL, no half character."""
     given = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(given, str):
         raise error(f"{name} is {shown(value)}, expected a path")
@@ -229,21 +137,7 @@ def check_kind(
     expected: str,
     error: type[Exception],
 ) -> T:
-    """An argument that is an instance of a class.
-
-    Args:
-        name: The argument's.
-        value: What was given for it.
-        kinds: The class, or several.
-        expected: It in words, and what to do where that is not plain.
-        error: What to raise.
-
-    Returns:
-        It.
-
-    Raises:
-        Exception: As `error`, if it is none.
-    """
+    """An instance of a class, or of one of several; `expected` says it in words."""
     if not isinstance(value, kinds):
         raise error(f"{name} is {shown(value)}, expected {expected}")
     return value

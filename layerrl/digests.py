@@ -11,15 +11,7 @@ if TYPE_CHECKING:
 
 
 def json_digest(*values: Any, sort_keys: bool = True) -> str:
-    """The SHA-256 of JSON values.
-
-    Args:
-        *values: The values; what JSON does not know counts as its text.
-        sort_keys: Whether the order of keys makes no difference.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """The SHA-256 of JSON values in hexadecimal; what JSON does not know counts as its text."""
     hashed = hashlib.sha256()
     for value in values:
         hashed.update(json.dumps(value, sort_keys=sort_keys, default=str).encode())
@@ -27,16 +19,6 @@ def json_digest(*values: Any, sort_keys: bool = True) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """The SHA-256 of a file.
-
-    Args:
-        file: The file.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        OSError: If it cannot be read.
-    """
+    """The SHA-256 of a file in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

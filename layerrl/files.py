@@ -80,14 +80,7 @@ def made_whole(path: Path) -> Iterator[Path]:
 
 
 def why_unwritten(error: BaseException | None) -> str:
-    """Why something could not be written.
-
-    Args:
-        error: What was raised instead, by Python, torch, safetensors or tokenizers.
-
-    Returns:
-        The reason; empty of errors of another kind.
-    """
+    """Why Python, torch, safetensors or tokenizers could not write; empty of other errors."""
     text = str(error)
     if isinstance(error, RuntimeError) and _OF_TORCH.search(text):
         return "torch could not write one of its files. Is the disk full?"

@@ -134,26 +134,32 @@ def frozen_rows(model: nn.Module, selection: LayerSelection) -> Iterator[tuple[s
 
 
 def fingerprints_of_rows(
-    model: nn.Module, selection: LayerSelection, *, device: torch.device | None = None
+    model: nn.Module,
+    selection: LayerSelection,
+    *,
+    device: torch.device | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, str]:
-    """The fingerprints of `frozen_rows`, by names as `"model.embed_tokens.weight[0:49152]"`."""
+    """The fingerprints of `frozen_rows`, by names as `"model.embed_tokens.weight[0:49152]"`.
+
+    Args:
+        model: The model the selection fits, wrapped or not.
+        selection: What trains.
+        device: As `fingerprints` takes it.
+        dtypes: Plain name of a tensor to what its rows count as converted to; None: as they are.
+
+    Returns:
+        Name to fingerprint.
+    """
     rows = {
-        f"{name}[{run.start}:{run.stop}]": values
+        f"{name}[{run.start}:{run.stop}]": values.to((dtypes or {}).get(name, values.dtype))
         for name, run, values in frozen_rows(model, selection)
     }
     return fingerprints(rows, device=device)
 
 
 def saved_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All that is saved with a model.
-
-    Args:
-        model: Any, wrapped or not.
-
-    Returns:
-        Plain name to parameter or persistent buffer, each once; and further names of shared ones,
-        to the first.
-    """
+    """Parameters and persistent buffers, each once; further names of shared ones, to the first."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}

@@ -81,15 +81,7 @@ class Journal:
         self._file.close()
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Record one finished run, on disk when this returns.
-
-        Args:
-            entry: JSON values.
-
-        Raises:
-            JournalError: If it is no entry of this journal, or cannot be written; what was there
-                before is unharmed.
-        """
+        """Record one finished run, on disk when this returns; earlier ones are unharmed."""
         with refused_as(JournalError, "an entry of a journal"):
             made = fitted(self._kind, parsed(json.dumps(entry)))
         self._write(entry)
@@ -182,15 +174,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") 
 
 
 def write_beside(path: Path, text: str) -> None:
-    """Write a file beside a journal, whole or not at all.
-
-    Args:
-        path: The file, which may exist.
-        text: What it is to hold.
-
-    Raises:
-        JournalError: If it cannot be written.
-    """
+    """Write a file beside a journal, whole or not at all."""
     try:
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -36,14 +36,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 
 def updates_in_backward(optimizer: Any) -> bool:
-    """Whether an optimizer updates each tensor while the backward runs, and not in its `step`.
-
-    Args:
-        optimizer: An optimizer, or what `TrainingArguments.optim` calls it.
-
-    Returns:
-        True for LOMO and for transformers' layer-wise optimizers.
-    """
+    """Whether an optimizer, or one of this `optim`, updates in the backward: LOMO, layer-wise."""
     if isinstance(optimizer, str):
         return optimizer.endswith("_layerwise") or optimizer in [name.lower() for name in _LOMO]
     optimizer = unwrap_optimizer(optimizer)

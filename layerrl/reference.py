@@ -115,16 +115,7 @@ class ReferenceModel(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """All of the policy's names; frozen tensors come as copies, so that writing is harmless.
-
-        Args:
-            prefix: As of any module.
-            recurse: As of any module.
-            remove_duplicate: As of any module.
-
-        Yields:
-            Name and the reference's value.
-        """
+        """The policy's names; frozen tensors come as copies, so that writing is harmless."""
         [policy] = self._policy
         own = self._own_values()
         for name, parameter in policy.named_parameters(prefix, recurse, remove_duplicate):

@@ -25,13 +25,13 @@ _GENERATING = {
 }
 _REWARDING = {
     **_GENERATING,
-    "_get_per_token_logps_and_entropies(model, ...)": "replay the prefix where completions are "
-    "scored",
+    "_get_per_token_logps_and_entropies(model, ...)": "replay the prefix where it is scored",
     "_calculate_rewards(inputs, ...)": "choose layers by what is rewarded",
 }
 _REWARDING_ATTRIBUTES = {
     "beta": "put the reference back that the trainer is made without",
     "_metrics": "keep the probe's metrics apart from the training's",
+    "_logs": "log each completion with the step that trains on it",
     "num_generations": "tell a prompt's completions from another's",
     "num_generations_eval": "evaluate each prompt once where it is decoded greedily",
     "num_iterations": "have log-probabilities kept with a batch",
@@ -156,6 +156,7 @@ SEAMS: tuple[Seam, ...] = (
             "processing_class": "check its tokens, and save it with a delta",
             "callback_handler.callbacks": "refuse callbacks that frozen tensors would break",
             "accelerator.state": "know the launcher",
+            "state.save_to_json": "record a checkpoint's files before it is pushed",
         },
         attribute=True,
     ),
@@ -185,9 +186,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     *_seams(
         "transformers.trainer",
-        {
-            "validate_quantization_for_training(model)": "train on a quantised base",
-        },
+        {"validate_quantization_for_training(model)": "train on a quantised base"},
         by=_EVERY,
     ),
     *_seams(

@@ -68,14 +68,7 @@ def check_class(cls: type) -> None:
 
 
 def check_made(trainer: Any) -> None:
-    """Compare what is set in a trainer, when it has been made, with what its class needs.
-
-    Args:
-        trainer: The trainer, or what it sends vLLM weights with.
-
-    Raises:
-        FrameworkError: If an attribute has another name.
-    """
+    """Compare what is set in a trainer that was made, or in its vLLM, with what its class needs."""
     gone = []
     for seam in SEAMS:
         if not seam.attribute or seam.by is None or _base(type(trainer), seam.by) is None:

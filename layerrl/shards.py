@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def parts(tensor: Tensor) -> Tensor:
-    """What each process holds of a tensor, as one that torch knows to be in parts.
+    """A tensor as torch shards it: as a `DTensor` where ZeRO-3 shards a parameter in its own way.
 
-    Between passes ZeRO-3 leaves a parameter empty and keeps each process's part in an attribute:
-    the elements in a row, as many for each, padded at the end.
+    Between passes ZeRO-3 leaves a parameter empty and keeps each rank's shard in an attribute:
+    the elements in a row, as many on each rank, padded at the end.
 
     Args:
         tensor: Any.
@@ -58,21 +58,21 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that this process holds: all of it where it is not sharded."""
+    """This rank's shard: all of the tensor where it is not sharded."""
     held = parts(tensor)
     return held.to_local() if isinstance(held, DTensor) else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part."""
+    """Whether each rank holds a shard."""
     return isinstance(parts(tensor), DTensor)
 
 
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole value, in parts where a parameter is: those of the first process's value.
+    """Shard a full value as a parameter is, by rank 0's value.
 
     Args:
-        value: Of the parameter's shape; on every process, sharded already or not.
+        value: Of the parameter's shape; on every rank, sharded already or not.
         parameter: Says how to shard.
 
     Returns:
@@ -133,7 +133,7 @@ def whole_state(state_dict: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state dict without shards: the one that it would have in one process.
 
     Args:
-        state_dict: What the optimizer gives. Every process has to ask.
+        state_dict: What the optimizer gives. Collective: call on every rank.
 
     Returns:
         The same, with whole tensors on the CPU in place of sharded ones.

@@ -45,32 +45,13 @@ def refused_as(error: type[LayerRLError], said: object, advice: str = "") -> Ite
 
 
 def bytes_of(file: Path) -> bytes:
-    """All of a file that is none of a device, a pipe or a folder.
-
-    Args:
-        file: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        OSError: If it cannot be read.
-        Misfit: If it is no file, or too large.
-    """
+    """All of a file that is none of a device, a pipe or a folder, and not too large."""
     refuse_unusual(file, most=MOST_BYTES)
     return file.read_bytes()
 
 
 def refuse_unusual(file: Path, *, most: float = math.inf) -> None:
-    """Refuse what opening might wait for, or what is too large.
-
-    Args:
-        file: The file; it may be missing.
-        most: Bytes that it may have.
-
-    Raises:
-        Misfit: If it is no file, or has more.
-    """
+    """Refuse a file that opening might wait for, or over `most` bytes; it may be missing."""
     try:
         found = file.stat()
     except FileNotFoundError:
@@ -117,18 +98,7 @@ def parsed(text: str | bytes) -> Any:
 
 
 def decoded(text: str | bytes, **hooks: Any) -> Any:
-    """The value of a JSON text of whoever wrote it.
-
-    Args:
-        text: UTF-8.
-        **hooks: Of `json.loads`.
-
-    Returns:
-        Its value.
-
-    Raises:
-        Misfit: If it is no JSON.
-    """
+    """The value of a JSON text in UTF-8 of whoever wrote it; `hooks` are `json.loads`'s."""
     if not isinstance(text, str | bytes | bytearray):
         raise Misfit(is_not("the text of JSON", text))
     try:
@@ -176,19 +146,7 @@ def version_of(
 
 @contextmanager
 def tensors_in(file: Path) -> Iterator[Any]:
-    """A safetensors file, open.
-
-    Args:
-        file: The file.
-
-    Yields:
-        What `safe_open` returns.
-
-    Raises:
-        OSError: If it cannot be read.
-        SafetensorError: If its header is damaged.
-        Misfit: If it is no file.
-    """
+    """A safetensors file, open; a `Misfit` if it is no file."""
     refuse_unusual(file)
     with safe_open(file, framework="pt") as opened:
         yield opened

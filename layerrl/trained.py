@@ -73,26 +73,11 @@ class TrainedLayers:
         )
 
     def trained_rows(self, name: str, value: Tensor) -> Tensor:
-        """What trains of a tensor.
-
-        Args:
-            name: Its plain name.
-            value: Its value, of any time.
-
-        Returns:
-            The rows that train, where these are not all.
-        """
+        """The rows of a tensor, by its plain name, that train; mostly all."""
         return value[list(self.selection.token_rows)] if name in self.frozen_rows else value
 
     def follow(self, model: nn.Module) -> bool:
-        """Go on in parts: of other parameters under FSDP2, of the same ones under ZeRO-3.
-
-        Args:
-            model: The model as it is now.
-
-        Returns:
-            Whether a launcher has sharded the model since the last time.
-        """
+        """Switch to the sharded parameters, if a launcher has sharded them since the last time."""
         if self.in_parts:
             return False
         now = {plain_name(name): p for name, p in unwrap(model).named_parameters()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from layerrl import LayerMaskedMixin
 from layerrl.trainer import ready
+from layerrl.trainer.arguments import behind
 
 # TRL's alias accepts no function that is annotated to return list[float], and none that is async.
 WIDER = {"RewardFunc": "str | PreTrainedModel | Callable[..., Any]"}
@@ -22,11 +23,6 @@ def masked_trainers() -> list[type]:
     """The classes of the module, in its order."""
     found = [value for value in vars(ready).values() if inspect.isclass(value)]
     return [cls for cls in found if cls.__module__ == ready.__name__]
-
-
-def wrapped(cls: type) -> type:
-    """The trainer behind the mixin."""
-    return cls.__mro__[cls.__mro__.index(LayerMaskedMixin) + 1]
 
 
 class _Plain(ast.NodeTransformer):
@@ -56,7 +52,7 @@ def _names(arguments: ast.arguments) -> set[str]:
     return {node.id for node in ast.walk(arguments) if isinstance(node, ast.Name)}
 
 
-def _origins(module: Any, names: set[str]) -> dict[str, str]:
+def origins_of(module: Any, names: set[str]) -> dict[str, str]:
     """The modules that names of a module are to be imported from."""
     package = module.__name__.split(".")
     found = {}
@@ -65,6 +61,9 @@ def _origins(module: Any, names: set[str]) -> dict[str, str]:
             above = ".".join(package[: -node.level]) if node.level else ""
             origin = ".".join(part for part in (above, node.module) if part)
             found |= {alias.name: origin for alias in node.names}
+        elif isinstance(node, ast.Import):  # import torch.nn as nn
+            whole = {alias.asname: alias.name.rpartition(".") for alias in node.names}
+            found |= {name: origin for name, (origin, _, last) in whole.items() if name == last}
         elif isinstance(node, ast.Assign):
             defined = (target.id for target in node.targets if isinstance(target, ast.Name))
             found |= dict.fromkeys(defined, module.__name__)
@@ -77,17 +76,17 @@ def stub() -> str:
     """The text of the stub, not yet formatted."""
     own = _arguments(LayerMaskedMixin)
     origins = {LayerMaskedMixin.__name__: LayerMaskedMixin.__module__}
-    origins |= _origins(sys.modules[LayerMaskedMixin.__module__], _names(own))
+    origins |= origins_of(sys.modules[LayerMaskedMixin.__module__], _names(own))
     classes = []
     for cls in masked_trainers():
-        behind = wrapped(cls)
-        taken, module = _arguments(behind), sys.modules[behind.__module__]
-        origins = _origins(module, _names(taken)) | origins | {behind.__name__: behind.__module__}
+        plain = behind(cls, LayerMaskedMixin)[0]
+        taken, module = _arguments(plain), sys.modules[plain.__module__]
+        origins = origins_of(module, _names(taken)) | origins | {plain.__name__: plain.__module__}
         taken.kwonlyargs += own.kwonlyargs
         taken.kw_defaults += own.kw_defaults
         parameters = ast.unparse(taken)
         classes.append(
-            f"class {cls.__name__}({LayerMaskedMixin.__name__}, {behind.__name__}):\n"
+            f"class {cls.__name__}({LayerMaskedMixin.__name__}, {plain.__name__}):\n"
             f"    def __init__({parameters}) -> None: ..."
         )
     imports = [f"from {origin} import {name}" for name, origin in origins.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from difflib import get_close_matches
 from importlib import import_module
@@ -120,14 +121,22 @@ def _unknown_keys(path: str, known: Collection[str], parser: ArgumentParser) -> 
     import yaml
 
     try:
-        config = yaml.safe_load(
-            check_path("--config", path, LayerRLError).read_text(encoding="utf-8")
-        )
+        text = check_path("--config", path, LayerRLError).read_text(encoding="utf-8")
+        config, nodes = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {path}: {' '.join(str(error).split())}")
     if not isinstance(config, dict):
         wrong = f"expected a mapping of options to values, got {config!r:.80}"
         parser.error(f"--config {path}: {wrong}")
+    for node in [value for key, value in nodes.value if key.value == "layers"]:
+        for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            # YAML 1.1 counts 1:2 in sixties and 010 in eights.
+            if part.tag.endswith(":int") and not re.fullmatch(r"[-+]?(0|[1-9]\d*)", part.value):
+                number = yaml.safe_load(part.value)
+                parser.error(
+                    f"--config {path}: layers: {part.value} is the number {number} in YAML. Write "
+                    f'"{part.value}" in quotes, or the number'
+                )
     return [str(key) for key in config if key not in known and key != "env"]
 
 

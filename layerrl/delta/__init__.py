@@ -29,7 +29,7 @@ from layerrl.delta.fitting import (
 )
 from layerrl.delta.folder import META, TENSORS, Delta, difference, new_folder
 from layerrl.delta.hub import push_delta
-from layerrl.delta.in_memory import checked, compared, names_by_rows, whole_tensors
+from layerrl.delta.in_memory import checked, compared, kept_rows, names_by_rows, whole_tensors
 from layerrl.delta.loaded import deltas_in, disabled, keeping, refuse_disabled, unload_delta
 from layerrl.delta.placing import put_tensors
 from layerrl.delta.processing import check_processing, save_processing, sums_of
@@ -39,7 +39,7 @@ from layerrl.delta.stacks import read_deltas
 from layerrl.delta.switching import Deltas
 from layerrl.digests import json_digest
 from layerrl.errors import DeltaError
-from layerrl.frozen import fingerprints, fingerprints_of_rows
+from layerrl.frozen import fingerprints
 from layerrl.selection import LayerSelection
 from layerrl.shards import whole
 
@@ -99,7 +99,7 @@ def save_delta(
         return Path(path)
     _check_trained(model, tensors, base)
     if found is not None:
-        _check_unchanged(base, found, fingerprints_of_rows(model, selection))
+        _check_unchanged(base, found, kept_rows(model, selection, base))
     config = getattr(unwrap(model), "config", None)
     if base.config is not None and config is not None:
         check_settings(base.config, computing_settings(config), "the base was recorded from")
@@ -242,7 +242,8 @@ def load_delta(
             is not the one that the delta was made from, or its dtype would make a trained value
             infinite; if two of a union train the same tensor;
             if deltas in the model are disabled or switched by a `Deltas`; or if `keep_base` is True
-            and an earlier delta's base was not kept. The model is then as it was.
+            and an earlier delta's base was not kept. The model is then as it was, and so it is
+            after an interruption where the base is kept.
     """
     there, union = deltas_in(model), check_switch("union", union, DeltaError)
     keep_base = check_switch("keep_base", keep_base, DeltaError, or_none=True)

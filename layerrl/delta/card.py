@@ -148,7 +148,17 @@ layerrl.load_delta(model, {delta})
 ```
 
 Or write a whole model: `layerrl.merge_delta({base}, {delta}, "merged")`.
+{_of_rows(meta, selection)}
+"""
 
+
+def _of_rows(meta: Mapping[str, Any], selection: LayerSelection) -> str:
+    """What base new tokens need: mostly another one than was published under its name."""
+    if not selection.token_rows:
+        return ""
+    return f"""
+The base is the model with resized embeddings ({meta["base"]["vocabulary"]:,} rows) and the new
+tokens' rows as they were before training: one without them, or with others, is refused.
 """
 
 

@@ -115,13 +115,14 @@ def check_rounding(pairs: Iterable[tuple[str, Tensor, Tensor]], where: str, advi
     Raises:
         DeltaError: If a finite value would become infinite.
     """
-    lost = trained = 0
+    lost = changed = 0
     infinite: dict[str, int] = {}
     for name, before, tensor in pairs:
-        trained += tensor.numel()
         if tensor.dtype != before.dtype:
             rounded, before = tensor.to(before.dtype), before.detach().to(tensor.device)
-            lost += int(((rounded == before) & (tensor != before)).sum())
+            is_other = tensor != before  # few of an embedding of which new tokens' rows train
+            changed += int(is_other.sum())
+            lost += int(((rounded == before) & is_other).sum())
             if count := int((tensor.isfinite() & ~rounded.isfinite()).sum()):
                 infinite[name] = count
     if infinite:
@@ -132,8 +133,9 @@ def check_rounding(pairs: Iterable[tuple[str, Tensor, Tensor]], where: str, advi
         )
     if lost:
         warn(
-            f"{lost / trained:.1%} of the trained elements changed by less than the base's dtype "
-            f"can hold: in {where} they are as before training. {advice} to keep them."
+            f"{lost} elements ({lost / changed:.1%} of those that training changed) changed by "
+            f"less than the base's dtype can hold: in {where} they are as before training. "
+            f"{advice} to keep them."
         )
 
 

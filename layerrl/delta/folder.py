@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerrl.checks import check_path
 from layerrl.delta.description import Version2, read
 from layerrl.delta.record import DeltaBase, dtype_name
@@ -67,12 +69,18 @@ class Delta:
         said = f"{self.path / TENSORS} is damaged"
         with refused_as(DeltaError, said), tensors_in(self.path / TENSORS) as stored:
             tensor = stored.get_tensor(name)
+        candidates = iter([tensor])
         if name in self.by_rows:
-            tensor = self._with_other_rows(name, tensor, below(name))
+            candidates = self._with_other_rows(name, tensor, below(name))
+        mark = ""
+        for tensor in candidates:
+            mark = fingerprints({name: tensor})[name]
+            if mark == self.fingerprints[name]:
+                break
         checks = {
             "dtype": (dtype_name(tensor), self.dtypes[name]),
             "shape": (list(tensor.shape), self.base.shapes[name]),
-            "fingerprint": (fingerprints({name: tensor})[name], self.fingerprints[name]),
+            "fingerprint": (mark, self.fingerprints[name]),
         }
         for what, (found, written) in checks.items():
             if found != written:
@@ -82,17 +90,27 @@ class Delta:
                 )
         return tensor
 
-    def _with_other_rows(self, name: str, rows: Tensor, below: Tensor) -> Tensor:
-        """A tensor of which the folder has some rows, the others being the base's."""
+    def _with_other_rows(self, name: str, rows: Tensor, below: Tensor) -> Iterator[Tensor]:
+        """A tensor of which the folder has some rows, the others being the base's.
+
+        Yields:
+            It, with the others as they are; then as they may have been rounded: of a stage below
+            that was merged into half precision, or a base that is here in more bits than it was.
+
+        Raises:
+            DeltaError: If the base has the tensor packed.
+        """
         if list(below.shape) != self.base.shapes[name]:  # not compared: it is packed
             raise DeltaError(
                 f"the delta at {self.path} holds the new tokens' rows of {name!r}, and this base "
                 f"has it packed in shape {list(below.shape)}, expected {self.base.shapes[name]}: "
                 "load the base with its embedding and head in full precision"
             )
-        tensor = below.detach().to(rows.dtype, copy=True)
-        tensor[list(self.selection.token_rows)] = rows.to(tensor.device)
-        return tensor
+        recorded = getattr(torch, self.base.dtypes[name])
+        for dtype in dict.fromkeys((below.dtype, recorded, torch.bfloat16, torch.float16)):
+            tensor = below.detach().to(dtype).to(rows.dtype, copy=True)
+            tensor[list(self.selection.token_rows)] = rows.to(tensor.device)
+            yield tensor
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Delta:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from layerrl.adapters import adapter_tensors
 from layerrl.blocks import unwrap
 from layerrl.delta.fitting import (
@@ -27,7 +29,7 @@ from layerrl.delta.record import (
 from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import hint, refuse_overlap
 from layerrl.errors import DeltaError, SelectionError
-from layerrl.frozen import saved_tensors
+from layerrl.frozen import fingerprints_of_rows, saved_tensors
 from layerrl.selection.parts import rows_kept
 
 if TYPE_CHECKING:
@@ -98,6 +100,25 @@ def checked(
 def names_by_rows(model: nn.Module, selection: LayerSelection) -> set[str]:
     """Names in a checkpoint of the tensors of which some rows train; mostly none."""
     return set(checkpoint_form(model, stand_ins(_by_rows(model, selection))))
+
+
+def kept_rows(model: nn.Module, selection: LayerSelection, base: DeltaBase) -> dict[str, str]:
+    """What `DeltaBase.kept_rows` would be of a model now, in the dtypes of the record.
+
+    Args:
+        model: The trained model.
+        selection: What was trained.
+        base: The record, of the same trained tensors.
+
+    Returns:
+        Name of some rows to their fingerprint.
+    """
+    dtypes = {
+        name: getattr(torch, base.dtypes[known])
+        for name, parameter in _by_rows(model, selection).items()
+        for known in checkpoint_form(model, stand_ins({name: parameter}))
+    }
+    return fingerprints_of_rows(model, selection, dtypes=dtypes)
 
 
 def _by_rows(model: nn.Module, selection: LayerSelection) -> dict[str, nn.Parameter]:

@@ -84,7 +84,8 @@ def keeping(
         keep_base: As `load_delta` takes it.
 
     Yields:
-        Nothing. Nothing is kept if the block raises.
+        Nothing. If the block raises, nothing is kept, and what it has written already is taken
+        back where it would have been.
 
     Raises:
         DeltaError: If the base below an earlier delta is to be kept, which was not.
@@ -97,10 +98,14 @@ def keeping(
         raise DeltaError(_not_kept(model, earlier))
     if keep_base is None:
         keep_base = 2 * _nbytes(trained.values()) <= _nbytes(inner.parameters())
-    base = None
-    if keep_base and (earlier is None or earlier.base is not None):
-        base = copies(trained) | ((earlier and earlier.base) or {})
-    yield
+    keeps = keep_base and (earlier is None or earlier.base is not None)
+    own = copies(trained) if keeps else {}
+    base = own | ((earlier and earlier.base) or {}) if keeps else None
+    try:
+        yield
+    except BaseException:
+        put_values(model, own)
+        raise
     marks = (earlier.marks if earlier else {}) | _marks(trained)
     deltas = [*(earlier.deltas if earlier else []), *deltas]
     around = surroundings(model, marks)

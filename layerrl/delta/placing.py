@@ -35,19 +35,7 @@ def put_tensors(
 def memory_form(
     model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The opposite of `checkpoint_form`, a few tensors at a time.
-
-    Args:
-        model: As `put_tensors` takes it.
-        trained: As `put_tensors` takes it.
-        tensors: As `put_tensors` takes it.
-
-    Returns:
-        Names of `trained` and their full values.
-
-    Raises:
-        DeltaError: As `put_tensors`, when it is called.
-    """
+    """The opposite of `checkpoint_form`, a few tensors at a time, for `put_tensors`."""
     form = checkpoint_form(model, stand_ins(trained))
     num_elements = sum(shape(parameter).numel() for parameter in trained.values())
     if sum(tensor.numel() for tensor in form.values()) != num_elements:
@@ -122,7 +110,7 @@ def surroundings(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     matrices = {
         name: p
         for name, p in named.items()
-        if id(p) not in out and p.dim() > 1 and type(p) is nn.Parameter
+        if id(p) not in out and p.dim() > 1 and p.numel() and type(p) is nn.Parameter
         if not (is_sharded(p) or p.is_meta)
     }
     few = [*matrices][:: max(1, len(matrices) // 8)]

@@ -85,16 +85,7 @@ def check_processing(processing_class: Any) -> None:
 
 
 def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> None:
-    """Write a tokenizer or processor, and the model's generation settings.
-
-    Args:
-        processing_class: Anything with `save_pretrained`.
-        model: The model that it was used with.
-        folder: Where to.
-
-    Raises:
-        DeltaError: If the tokenizer does not fit the model.
-    """
+    """Write a tokenizer or processor that fits the model, and its generation settings."""
     check_processing(processing_class)
     refuse_misfit(processing_class, model)
     processing_class.save_pretrained(folder)
@@ -128,16 +119,7 @@ def replaced_by(files: Iterable[str]) -> set[str]:
 
 
 def copy_processing(source: Path, files: Mapping[str, str], made: Path) -> None:
-    """Copy a delta's files into a merged folder.
-
-    Args:
-        source: The delta's folder.
-        files: Name to SHA-256.
-        made: Where to.
-
-    Raises:
-        DeltaError: If one is missing or was changed.
-    """
+    """Copy a delta's files into a merged folder, each compared with its SHA-256."""
     for name, sum_then in files.items():
         if not (source / name).is_file():
             raise DeltaError(f"{source / name} is missing, which was written with the delta")

@@ -45,35 +45,24 @@ def read_deltas(
         raise DeltaError("path is empty, no delta was given: expected a folder or several")
     if revision is None or isinstance(revision, str):
         revision = [revision] * len(paths)
-    texts = isinstance(revision, list | tuple) and all(
-        each is None or isinstance(each, str) for each in revision
-    )
-    if not texts:
+    revisions: Sequence[str | None] = listed(revision)
+    if not all(each is None or isinstance(each, str) for each in revisions):
         raise DeltaError(
             f"revision is {shown(revision)}, expected a branch, tag or commit, or a list of them"
         )
-    if len(revision) != len(paths):
+    if len(revisions) != len(paths):
         raise DeltaError(
             f"revision is {revision!r:.80} for {len(paths)} deltas: expected one for each (None "
             "for a folder), or one string"
         )
     return [
         Delta.read(delta_folder(one, revision=its, token=token))
-        for one, its in zip(paths, revision, strict=True)
+        for one, its in zip(paths, revisions, strict=True)
     ]
 
 
 def refuse_overlap(delta: Delta, names: Iterable[str], above: Mapping[str, Delta]) -> None:
-    """Deltas of a union must replace different tensors.
-
-    Args:
-        delta: One of them.
-        names: The tensors that it replaces.
-        above: Name to delta of the tensors that those before it replace.
-
-    Raises:
-        DeltaError: If one is among both.
-    """
+    """Refuse a union whose delta replaces tensors that one of `above`, by name, replaces."""
     if twice := sorted({*names} & {*above}):
         raise DeltaError(
             f"{twice[0]!r} is replaced by both {above[twice[0]].path} and {delta.path} "

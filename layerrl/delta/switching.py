@@ -112,8 +112,13 @@ class Deltas:
         refuse_another(self._model, self._loaded, self._base)
         values = {} if name is None else self._values[name]
         back = self._base if name is None else {n: self._base[n] for n in self._changed}
+        there = {} if self.current is None else self._values[self.current]
         self._changed = self._changed | values  # until all are written
-        put_values(self._model, back | values)
+        try:
+            put_values(self._model, back | values)
+        except BaseException:
+            put_values(self._model, {n: there.get(n, self._base[n]) for n in back | values})
+            raise
         self._changed, self.current = values, name
 
     def __repr__(self) -> str:

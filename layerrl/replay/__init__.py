@@ -100,15 +100,7 @@ class PrefixReplay:
 
     @contextmanager
     def batch(self, *, training: bool) -> Iterator[None]:
-        """Forget the batch before; passes inside are over a new one and recorded.
-
-        Args:
-            training: Whether the batch is for training or for evaluation, which has recordings of
-                its own.
-
-        Yields:
-            Nothing.
-        """
+        """Forget the batch before, of training or of evaluation; passes inside are recorded."""
         self._batches.pop(training, None)
         self._batches[training] = Recordings(self.max_bytes - self.num_bytes, partly=False)
         self._is_new_batch = True

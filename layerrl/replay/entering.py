@@ -73,18 +73,22 @@ def _asked_of_prefix(config: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype in which autocast computes on a device.
-
-    Args:
-        device: Of any type.
-
-    Returns:
-        None where it is off, and on devices that it does not know.
-    """
+    """The dtype in which autocast computes on a device; None where it is off or unknown."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def matmul_precisions() -> tuple[str, str]:
+    """How float32 is multiplied.
+
+    Returns:
+        `fp32_precision` of GPUs and of CPUs. `torch.get_float32_matmul_precision` raises where
+        these were set, as transformers does for `tf32` and `torch_compile`.
+    """
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +159,11 @@ def entry_of(
             hidden_BTH.dtype,
             device,
             autocast_dtype(device),
-            torch.get_float32_matmul_precision(),
+            matmul_precisions(),
             torch.backends.cuda.flash_sdp_enabled(),
             torch.backends.cuda.mem_efficient_sdp_enabled(),
             torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
         ),
         state=state_of(prefix),
         sample=sampled(tensors),

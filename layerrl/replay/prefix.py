@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerrl.randomness import random_state, same_random_state
 from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, version
-from layerrl.replay.entering import Request, autocast_dtype, entry_of
+from layerrl.replay.entering import Request, autocast_dtype, entry_of, matmul_precisions
 from layerrl.replay.recordings import Recording, gathered, whole_call
 from layerrl.replay.state import depends_on_other_rows, state_of, unfit
 
@@ -300,5 +300,5 @@ def _same_memory(tensor: Tensor, other: Tensor) -> bool:
 def _computed_in(hidden_BTH: Tensor) -> torch.dtype:
     """The dtype that says how far results are rounded."""
     device = hidden_BTH.device
-    reduced = torch.get_float32_matmul_precision() != "highest" and device.type != "cpu"
+    reduced = device.type != "cpu" and not {*matmul_precisions()} <= {"none", "ieee"}
     return autocast_dtype(device) or (torch.bfloat16 if reduced else hidden_BTH.dtype)

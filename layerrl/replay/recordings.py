@@ -78,12 +78,7 @@ class Recordings:
         return False
 
     def add(self, entry: Entry, recording: Recording) -> None:
-        """Keep a recording that fits.
-
-        Args:
-            entry: What entered layer 0.
-            recording: What left. Its hidden states must not be written to by others.
-        """
+        """Keep a recording that fits, whose hidden states others must not write to."""
         self.num_bytes += recording.hidden_BTH.nbytes
         rows = self._rows.setdefault(entry.circumstances, {})
         rows.update({key: (recording, index) for index, key in enumerate(entry.rows)})

@@ -159,14 +159,7 @@ def _value(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def unfit(prefix: Sequence[nn.Module]) -> str | None:
-    """Why what the prefix computes is no function of what enters it, if it is not.
-
-    Args:
-        prefix: The frozen layers.
-
-    Returns:
-        A clause, or None where nothing is known against it.
-    """
+    """Why what the prefix computes is no function of what enters it; None if it is."""
     if any(_GLOBAL_HOOKS):
         return "every module carries a global hook, which sees the layers run"
     why = next(filter(None, map(_unfit, modules_of(prefix))), None)

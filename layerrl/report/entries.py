@@ -115,15 +115,7 @@ def check_report(report: ContributionReport) -> None:
 
 
 def still_missing(runs: Mapping[str, Score], settings: Mapping[str, Any]) -> str:
-    """Runs and seeds that were asked for and are not there yet, in a clause; empty if none.
-
-    Args:
-        runs: By name: a layer's number, `"base"` or `"full"`.
-        settings: Of the report.
-
-    Returns:
-        How many runs are missing, and how many have fewer seeds than asked for.
-    """
+    """Runs and seeds that were asked for and are not there yet, in a clause; empty if none."""
     seeds, asked = len(settings.get("seeds", ())), settings.get("layers")
     wanted = {
         n: run for n, run in runs.items() if asked is None or not n.isdigit() or int(n) in asked
@@ -137,18 +129,7 @@ def still_missing(runs: Mapping[str, Score], settings: Mapping[str, Any]) -> str
 
 
 def check_layer(layer: object, num_layers: int) -> int:
-    """A layer that a report is asked for.
-
-    Args:
-        layer: What was given.
-        num_layers: Layers of the report.
-
-    Returns:
-        Its number.
-
-    Raises:
-        ReportError: If there is none of this number.
-    """
+    """The number of a layer that a report is asked for."""
     number = whole_number(layer, least=0)
     if number is None or number >= num_layers:
         raise ReportError(f"layer is {shown(layer)}, expected an int from 0 to {num_layers - 1}")
@@ -194,15 +175,7 @@ def _set_numbers(
     counts: tuple[str, ...] = (),
     least: float | None = None,
 ) -> None:
-    """Check fields and make them Python's own numbers, which JSON takes.
-
-    Args:
-        entry: What has them; changed.
-        needed: Names of quantities.
-        optional: The same, which may be None.
-        counts: Names of counts.
-        least: The smallest that makes sense.
-    """
+    """Make fields Python's own numbers, which JSON takes; `optional` ones may be None."""
     for name in (*needed, *optional):
         value = getattr(entry, name)
         if value is not None or name in needed:

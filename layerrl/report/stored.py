@@ -22,18 +22,7 @@ def as_json(report: ContributionReport) -> str:
 
 
 def report_in(kind: type[ContributionReport], text: str | bytes) -> ContributionReport:
-    """The report that a text is of.
-
-    Args:
-        kind: The class.
-        text: The JSON.
-
-    Returns:
-        The report.
-
-    Raises:
-        ReportError: If it is no report, or one of a version that this layerrl does not know.
-    """
+    """The report that a JSON text is of."""
     with refused_as(ReportError, "not the JSON of a ContributionReport"):
         data = parsed(text)
         version_of(data, "version", VERSION, ReportError, "the JSON of a ContributionReport")

@@ -50,16 +50,7 @@ def cells(
 
 
 def remarks(report: ContributionReport, runs: Mapping[str, Score], missing: str) -> list[str]:
-    """What has to be known to read the table.
-
-    Args:
-        report: The report.
-        runs: All its runs by name.
-        missing: Which of those asked for are missing; empty: none.
-
-    Returns:
-        A sentence or two each.
-    """
+    """What has to be known to read the table, in sentences; `missing` is a clause or empty."""
     found = [f"Partial: {missing}."] if missing else []
     try:
         _ = report.contributions

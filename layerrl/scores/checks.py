@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import wraps
 from inspect import iscoroutinefunction
@@ -128,17 +128,7 @@ _EVALUATED_WITH = (
 
 
 def check_rewards(reward_funcs: Any) -> list[Any]:
-    """One reward or several: functions, models, or ids of models.
-
-    Args:
-        reward_funcs: As the trainer takes them.
-
-    Returns:
-        Them.
-
-    Raises:
-        ProbeError: If one is none of these, or there is none.
-    """
+    """One reward or several, as a list: functions, models, or ids of models."""
     functions = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     for each in functions:
         if isinstance(each, str):
@@ -153,19 +143,9 @@ def check_rewards(reward_funcs: Any) -> list[Any]:
 
 
 def check_seeds(seeds: Any) -> list[int]:
-    """Different seeds of all random number generators, in order.
-
-    Args:
-        seeds: What was given.
-
-    Returns:
-        Them, as Python's own ints.
-
-    Raises:
-        ProbeError: If they are none, or fewer than one.
-    """
+    """Different seeds of all random number generators, in order, as Python's own ints."""
     numbers: list[int | None] = []
-    if not isinstance(seeds, str | bytes | Mapping | Set):
+    if not isinstance(seeds, str | bytes | Mapping | set | frozenset):
         with suppress(TypeError):  # one number, or none
             numbers = [whole_number(seed, least=0) for seed in seeds]
     found = [number for number in numbers if number is not None and number < 2**32]
@@ -177,15 +157,7 @@ def check_seeds(seeds: Any) -> list[int]:
 
 
 def check_length(name: str, args: Any) -> None:
-    """Refuse arguments of a run without steps.
-
-    Args:
-        name: What the caller names them.
-        args: A trainer's.
-
-    Raises:
-        ProbeError: If they ask for none.
-    """
+    """Refuse arguments of a run without steps; `name` is what the caller names them."""
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ProbeError(
             f"{name} has max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs}, "

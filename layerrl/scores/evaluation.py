@@ -71,8 +71,9 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
 
     Args:
         trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-        look: Called with the rows of each rewarded batch, and their rewards as the trainer weighs
-            them; NaN where no function gave one.
+        look: Called with the rows of each rewarded batch, and rewards as the trainer weighs them,
+            NaN where no function gave one: in several processes with this one's rows and the
+            rewards of all, in the order of their ranks.
 
     Yields:
         Nothing.
@@ -110,11 +111,14 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
     """
 
     def look(inputs: Any, rewards: list[float]) -> None:
-        without = [row for row, reward in zip(inputs, rewards, strict=True) if math.isnan(reward)]
+        without = [number for number, reward in enumerate(rewards) if math.isnan(reward)]
         if without:
+            # Each process has the rewards of all, and its own rows.
+            first, shown = without[0] - trainer.accelerator.process_index * len(inputs), ""
+            if 0 <= first < len(inputs):
+                shown = f", the first of them for the prompt {inputs[first].get('prompt')!r:.200}"
             raise ProbeError(
-                f"{len(without)} of {len(rewards)} completions got no reward, the first of them "
-                f"for the prompt {without[0].get('prompt')!r:.200}: "
+                f"{len(without)} of {len(rewards)} completions got no reward{shown}: "
                 f"{', '.join(trainer.reward_func_names)} returned None, each saying that it does "
                 "not apply. Give every prompt a reward that does."
             )
@@ -124,15 +128,7 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
 
 
 def rewarded_differently(rewards: Sequence[float], num_generations: int) -> list[bool]:
-    """Whether any two completions of a prompt got different rewards, for each prompt.
-
-    Args:
-        rewards: Of a whole batch, the completions of a prompt side by side; NaN for none.
-        num_generations: Completions of a prompt.
-
-    Returns:
-        One for each prompt.
-    """
+    """For each prompt, whether its completions got different rewards; NaN is none."""
     groups = (rewards[i : i + num_generations] for i in range(0, len(rewards), num_generations))
     return [len({r for r in group if not math.isnan(r)}) > 1 for group in groups]
 
@@ -142,15 +138,7 @@ def replaced_rewards(
     trainer: Any,
     wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
 ) -> Iterator[None]:
-    """Do something around a trainer's rewards.
-
-    Args:
-        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-        wrap: Makes another of what takes a batch and gives each function's rewards, shape (B, F).
-
-    Yields:
-        Nothing.
-    """
+    """Wrap what takes a batch and gives each function's rewards, shape (B, F)."""
     with replaced(trainer, _calculate_rewards=wrap(trainer._calculate_rewards)):
         yield
 

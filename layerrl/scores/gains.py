@@ -42,9 +42,9 @@ def held_out_gains(
         prompts: For each prompt, what computes its loss: one call for each micro-batch, whose
             losses add up. No calls: a prompt whose gradient is zero.
         epsilon: Adam's.
-        add_up: Adds a prompt's gradient up over all processes, in place, where each has a part of
-            its rows. Every process has to have as many prompts; gradients are used when all are
-            whole, in the same order in each. None: in one process.
+        add_up: Adds a prompt's gradient up over all ranks, in place, where each has a part of its
+            rows. Collective: called once for each prompt, so every rank needs as many prompts;
+            gradients are used when all are whole, in the same order on each. None: in one process.
 
     Returns:
         Shape (P, L), float64, layers in order. The first prompts' steps know few prompts.

@@ -131,12 +131,7 @@ def _against_average(gains_PL: Tensor, rollouts: Rollouts) -> list[list[float]]:
 
 
 def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts) -> None:
-    """Warn where the average layer's gain may be none, and say how many prompts would tell.
-
-    Args:
-        gains_PL: Of each prompt for each layer.
-        rollouts: The prompts.
-    """
+    """Warn where the average layer's gain may be none, and say how many prompts would tell."""
     gains_P, tried = gains_PL[int(len(gains_PL) * _UNSCORED) :].mean(dim=1), len(gains_PL)
     error = (gains_P.std() / len(gains_P) ** 0.5).item()
     found = gains_P.mean().item() / error if error else math.inf
@@ -150,27 +145,12 @@ def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts) -> None:
 
 
 def units_of_a_pass(args: Any) -> int:
-    """Forward passes that a training pass over a completion is worth.
-
-    Args:
-        args: The trainer's.
-
-    Returns:
-        One for the forward and two for the backward; one more where activations are recomputed.
-    """
+    """Forward passes that a training pass is worth: 3, or 4 where activations are recomputed."""
     return 4 if args.gradient_checkpointing else 3
 
 
 def run_units(args: Any, trainer: Any) -> float:
-    """Forward passes that a whole run is worth, a generated completion and a reference one each.
-
-    Args:
-        args: The run's arguments.
-        trainer: A trainer of such a run.
-
-    Returns:
-        Passes of one completion.
-    """
+    """Forward passes that a whole run is worth; a generated completion and a reference are one."""
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = args.max_steps * per_step
     if args.max_steps <= 0:
@@ -206,14 +186,7 @@ def check_trainer(trainer: Any, asked: str) -> None:
 
 
 def check_signal(rollouts: Rollouts) -> None:
-    """Refuse answers that nothing can be learned from.
-
-    Args:
-        rollouts: All of them.
-
-    Raises:
-        TooLittleSignalError: If too few prompts have completions that were rewarded differently.
-    """
+    """Refuse prompts of which too few have completions that were rewarded differently."""
     trainer = rollouts.trainer
     if not rollouts.num_tokens:
         raise TooLittleSignalError(

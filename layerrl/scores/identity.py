@@ -33,26 +33,12 @@ def settings_of(args: Any) -> dict[str, Any]:
 
 
 def digest(*values: Any) -> str:
-    """A digest of JSON values.
-
-    Args:
-        *values: The values; what JSON does not know counts as its text.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """A digest of JSON values in 16 digits; what JSON does not know counts as its text."""
     return json_digest(*values)[:16]
 
 
 def digest_of_rows(dataset: Dataset) -> str:
-    """The number of rows of a data set, and their digest.
-
-    Args:
-        dataset: The rows. Images and other files count as they are stored.
-
-    Returns:
-        Both, as text.
-    """
+    """Number of rows and digest of a data set; images and files count as they are stored."""
     return f"{len(dataset)} rows {digest(*stored_rows(dataset))}"
 
 

@@ -59,15 +59,7 @@ class Method:
 def without_interval(
     selection: LayerSelection, values: Sequence[float | None]
 ) -> tuple[Score, ...]:
-    """The layers of a report, from one number each.
-
-    Args:
-        selection: Layers that were to be scored.
-        values: A number for each layer of the model; None where it is not known.
-
-    Returns:
-        A score for each layer of the model, `"missing"` outside the selection.
-    """
+    """A score for each layer of the model: `"missing"` where it is None or not selected."""
     return tuple(
         Score(score=value)
         if value is not None and layer in selection.layers

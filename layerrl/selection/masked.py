@@ -83,15 +83,7 @@ class TrainingMask:
             self._trains = False
 
     def put_on(self, selection: LayerSelection, model: nn.Module) -> None:
-        """Require gradients of a selection alone.
-
-        Args:
-            selection: What trains.
-            model: The trainer's model.
-
-        Raises:
-            SelectionError: If the selection does not fit the model; nothing is changed then.
-        """
+        """Require gradients of a selection alone; of one that does not fit, nothing changes."""
         trained, kept = selection.parameters(model), rows_kept(selection, unwrap(model))
         self._paused = None
         self.take_off()
@@ -123,11 +115,7 @@ class TrainingMask:
         return self._before | changed
 
     def pause(self) -> dict[str, bool]:
-        """Let another mask take this one's place while it waits.
-
-        Returns:
-            The user's flags.
-        """
+        """Let another mask take this one's place while it waits, given the user's flags."""
         model = self._model
         assert model is not None
         users = self._users_flags(model)
@@ -138,11 +126,7 @@ class TrainingMask:
         return users
 
     def resume(self) -> bool:
-        """Wait again after `pause`, unless the trainer has been masked for a training since.
-
-        Returns:
-            Whether it waits.
-        """
+        """Whether it waits again: not if the trainer has been masked for a training since."""
         paused, self._paused = self._paused, None
         if paused is None:
             return False
@@ -176,15 +160,7 @@ def _mask(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
 def _without_gradient(
     trained: Mapping[str, nn.Parameter], kept: Mapping[str, Sequence[slice]]
 ) -> list[RemovableHandle]:
-    """Let the gradient of some rows be zero: before it is summed up, averaged, clipped or scaled.
-
-    Args:
-        trained: Name to tensor, each of which requires a gradient.
-        kept: Name to rows.
-
-    Returns:
-        What removes the hooks again.
-    """
+    """Hooks that make the gradient of rows zero before it is summed, averaged or clipped."""
     return [trained[name].register_hook(partial(_zeroed, runs)) for name, runs in kept.items()]
 
 

@@ -137,15 +137,7 @@ def is_scale(scale: object) -> bool:
 
 
 def check_boosts(boosts: Any, layers: tuple[int, ...]) -> None:
-    """Refuse what is no selection's boosts.
-
-    Args:
-        boosts: What was given.
-        layers: Layers that train.
-
-    Raises:
-        SelectionError: If it is no tuple of boosts, ascending, of these layers.
-    """
+    """Refuse what is no tuple of boosts of these layers, ascending."""
     fits = isinstance(boosts, tuple) and all(
         isinstance(boost, tuple)
         and len(boost) == 3

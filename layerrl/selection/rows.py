@@ -133,14 +133,7 @@ def resolved(
 
 
 def token_tensors(base: nn.Module) -> set[str]:
-    """Plain names of the tensors that have a row for each token.
-
-    Args:
-        base: The model, unwrapped.
-
-    Returns:
-        Those of the token embedding and of the head, both names of a tied one.
-    """
+    """Plain names of the tensors with a row for each token: embedding and head, tied ones too."""
     ends = [end for end in (embedding_of(base), head_of(base)) if end is not None]
     return {
         plain_name(f"{path}.{name}")
@@ -151,16 +144,7 @@ def token_tensors(base: nn.Module) -> set[str]:
 
 
 def check_rows(selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]) -> None:
-    """Refuse rows that the embedding does not have, or trains anyway.
-
-    Args:
-        selection: What trains.
-        base: The model, unwrapped.
-        parts: The names of the tensors of each part.
-
-    Raises:
-        SelectionError: If it is so.
-    """
+    """Refuse rows that the embedding does not have, or trains anyway."""
     tensors = by_rows(selection, base, parts)
     embedding = embedding_of(base).weight
     if all(parameter is not embedding for parameter in tensors.values()):

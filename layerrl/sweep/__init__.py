@@ -115,14 +115,7 @@ class Sweep:
             )
 
     def report(self, entries: Sequence[Entry]) -> ContributionReport:
-        """The report of what a journal holds.
-
-        Args:
-            entries: The journal's.
-
-        Returns:
-            The report; what is missing in it is `"missing"`.
-        """
+        """The report of a journal's entries; what is missing in them is `"missing"`."""
         records = _Records(entries)
         _, dropped = self._standing(records)
         known = {entry.seed for entry in entries if entry.seed is not None}

@@ -107,11 +107,12 @@ class Harness:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._base = _tensors(self._model)
+        backends: Any = torch.backends
         for args in (self._args, self._full_args):
             args.__dict__.pop("_setup_devices", None)  # this process may see other devices
             _ = args.device  # looks now: it resets what an Accelerator made before would need
             if args.tf32 is not None:  # set when args are made, and not when they are unpickled
-                torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+                backends.fp32_precision = "tf32" if args.tf32 else "ieee"
 
     @property
     def base(self) -> str:

@@ -70,16 +70,7 @@ class EarlyMask(TrainerCallback, AbstractContextManager[None]):
         """Plain names of what would have been announced without it."""
 
     def on_init_end(self, *args: object, model: nn.Module, **kwargs: object) -> None:
-        """Require gradients of what will be sent.
-
-        Args:
-            *args: Not used.
-            model: The trainer's model.
-            **kwargs: Not used.
-
-        Raises:
-            SelectionError: If the selection does not fit the model.
-        """
+        """Require gradients of what will be sent."""
         parameters = {plain_name(name): p for name, p in unwrap(model).named_parameters()}
         trained = arguments.chosen_early(model, self._choice).parameters(model)
         sent = frozenset(with_fused_siblings(parameters, trained))
@@ -165,7 +156,7 @@ class AnnouncedSync(PartialSync):
         """Announce what the engine does not have yet.
 
         Returns:
-            It, by name. Every process has to ask.
+            It, by name. Collective: call on every rank.
 
         Raises:
             TrainerError: While it is read, if TRL makes something else of it.

@@ -35,10 +35,15 @@ REMOVED = {
 """Keywords and values that layerrl took, and what to do instead."""
 
 
+def behind(cls: type, mixin: type) -> tuple[type, ...]:
+    """The classes that follow the mixin and its own bases: the trainer first."""
+    *_, last, _ = mixin.__mro__
+    return cls.__mro__[cls.__mro__.index(last) + 1 :]
+
+
 def signature(cls: type, mixin: type) -> inspect.Signature:
     """The signature of the class behind the mixin, with the mixin's own keywords."""
-    after = cls.__mro__[cls.__mro__.index(mixin) + 1]
-    parameters = list(inspect.signature(after).parameters.values())
+    parameters = list(inspect.signature(behind(cls, mixin)[0]).parameters.values())
     own = inspect.signature(mixin.__init__).parameters.values()
     added = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
     keep = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -48,9 +53,9 @@ def signature(cls: type, mixin: type) -> inspect.Signature:
 
 def refuse_other_classes(cls: type, mixin: type) -> None:
     """Behind the mixin there has to be a trainer."""
-    behind = cls.__mro__[cls.__mro__.index(mixin) + 1 : -1]
-    if not any(issubclass(base, Trainer) for base in behind):
-        given = ", ".join(base.__name__ for base in behind) or "nothing"
+    *bases, _ = behind(cls, mixin)
+    if not any(issubclass(base, Trainer) for base in bases):
+        given = ", ".join(base.__name__ for base in bases) or "nothing"
         raise TrainerError(
             f"{cls.__name__} has {given} behind {mixin.__name__}, expected a trainer of TRL or "
             f"transformers. Put the mixin in front of one: class {cls.__name__}({mixin.__name__}, "
@@ -60,11 +65,16 @@ def refuse_other_classes(cls: type, mixin: type) -> None:
 
 def names(cls: type, mixin: type) -> list[str]:
     """The arguments of the first class behind the mixin that spells them out."""
-    for behind in cls.__mro__[cls.__mro__.index(mixin) + 1 :]:
-        found = list(inspect.signature(behind.__init__).parameters)[1:]
+    for base in behind(cls, mixin):
+        found = list(inspect.signature(base.__init__).parameters)[1:]
         if "model" in found:
             return found
     return []
+
+
+def generates(cls: type, mixin: type) -> bool:
+    """Whether the trainer scores completions of its own: the mixin itself has the hook for all."""
+    return any(hasattr(base, "_generate_and_score_completions") for base in behind(cls, mixin))
 
 
 def refuse_removed(given: Iterable[str], error: type[LayerRLError]) -> None:
@@ -124,9 +134,9 @@ def check_args(cls: type, mixin: type, args: object, name: str = "args") -> None
     Raises:
         TrainerError: If the trainer behind the mixin names another class for them.
     """
-    for behind in cls.__mro__[cls.__mro__.index(mixin) + 1 :]:
+    for base in behind(cls, mixin):
         try:
-            kinds = get_type_hints(behind.__init__).get("args")
+            kinds = get_type_hints(base.__init__).get("args")
         except Exception:  # of names that exist for type checkers alone
             continue
         named = get_args(kinds) or [kinds]

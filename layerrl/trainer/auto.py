@@ -49,17 +49,7 @@ class AutoSelection:
 
     @classmethod
     def of(cls, selection: object) -> AutoSelection | None:
-        """What a selection asks for, if it asks for this.
-
-        Args:
-            selection: As the trainer is given it.
-
-        Returns:
-            None for any other selection.
-
-        Raises:
-            SelectionError: If it does not say how many.
-        """
+        """The choice that `selection` leaves to the trainer; None where it leaves none."""
         if not isinstance(selection, str) or selection.partition(":")[0] != "auto":
             return None
         found = re.fullmatch(r"auto(?::(\d{1,9}))?", selection)
@@ -71,14 +61,7 @@ class AutoSelection:
         return cls(int(found[1] or 1))
 
     def check_number(self, num_layers: int) -> None:
-        """Refuse to choose more layers than there are.
-
-        Args:
-            num_layers: Decoder layers of the model.
-
-        Raises:
-            SelectionError: If it has fewer.
-        """
+        """Refuse to choose more layers than the model has."""
         if self.num_chosen > num_layers:
             raise SelectionError(
                 f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
@@ -197,6 +180,9 @@ class AutoSelection:
         for name, values in batch.metrics.items():
             metrics[name] += values
         metrics["num_tokens"] = [trainer.state.num_input_tokens_seen]
+        for (name, *inside), values in batch.tables.items():
+            held = trainer._logs[name]
+            (held[inside[0]] if inside else held).extend(values)
         set_random_state(batch.random_state)
         return batch.inputs
 
@@ -208,10 +194,12 @@ class AutoSelection:
     ) -> dict[str, Any]:
         metrics, before = trainer._metrics["train"], trainer.state.num_input_tokens_seen
         metrics.clear()  # of the probe's passes over the batch before
+        _clear_tables(trainer)
         inputs = answer(rows)
         counted = trainer.state.num_input_tokens_seen - before
         state = random_state(trainer.accelerator.device)
-        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), state))
+        tables = {name: [*values] for name, values in _tables(trainer).items()}
+        self._batches.append(_Batch(rows, dict(inputs), counted, dict(metrics), tables, state))
         return inputs
 
     def clear(self) -> None:
@@ -251,6 +239,7 @@ class AutoSelection:
             self._probing = False
             trainer.use_adaptive_entropy = adapts
             trainer._metrics["train"].clear()  # a training's are not the probe's
+            _clear_tables(trainer)
             for parameter in trainer.model.parameters():
                 parameter.grad = None
 
@@ -299,4 +288,21 @@ class _Batch(NamedTuple):
     inputs: dict[str, Any]
     num_tokens: float
     metrics: dict[str, list[float]]
+    tables: dict[tuple[str, ...], list[Any]]
     random_state: Any
+
+
+def _tables(trainer: Any) -> dict[tuple[str, ...], Any]:
+    """The columns of the last batch that TRL shows with `log_completions`, some in groups."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, held in trainer._logs.items():
+        if not isinstance(held, dict):
+            found[(name,)] = held
+        else:
+            found |= {(name, column): values for column, values in held.items()}
+    return found
+
+
+def _clear_tables(trainer: Any) -> None:
+    for held in trainer._logs.values():
+        held.clear()

@@ -33,9 +33,9 @@ class TrainerCall:
     """The arguments of one masked trainer: checked, before weights are loaded where possible.
 
     Args:
-        wrapped: The trainer as its class behind the mixin sees it: `super()` of the mixin.
-        known: The wrapped trainer's arguments, by position.
-        args: What it was given by position.
+        cls: The masked trainer's class.
+        mixin: The mixin.
+        args: What the wrapped trainer was given by position.
         kwargs: What it was given by name.
         selection: The mixin's keyword, as it was given; the others alike.
         prefix_cache_bytes: See `LayerMaskedMixin`.
@@ -48,8 +48,8 @@ class TrainerCall:
 
     def __init__(
         self,
-        wrapped: Any,
-        known: list[str],
+        cls: type,
+        mixin: type,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
@@ -58,9 +58,10 @@ class TrainerCall:
         master_weights: bool,
         checkpoint_format: str,
     ) -> None:
+        known = arguments.names(cls, mixin)
         given = {**dict(zip(known, args, strict=False)), **kwargs}
         model, self._trainer_args = given.get("model"), given.get("args")
-        arguments.check_given(type(wrapped.__self__), wrapped.__thisclass__, given)
+        arguments.check_given(cls, mixin, given)
         self.adapts = adapters.has_adapters(model, given.get("peft_config"))
         """Whether PEFT's adapters train, and not the model's own tensors."""
         arguments.check_keywords(
@@ -93,17 +94,16 @@ class TrainerCall:
         refuse_readers(given.get("callbacks") or (), self.checkpoint_format)
         self.early = None
         """The mask under which an asynchronous trainer announces its weights."""
-        if self.adapts and announces(type(wrapped.__self__)):
-            adapters.refuse_announcing(type(wrapped.__self__).__name__)
-        if not full and announces(type(wrapped.__self__)):
+        if self.adapts and announces(cls):
+            adapters.refuse_announcing(cls.__name__)
+        if not full and announces(cls):
             own_transfer = given.get("weight_transfer") is not None
             self.early = EarlyMask(self._choice, own_transfer=own_transfer)
             callbacks = [*(given.get("callbacks") or ()), self.early]
             args, kwargs = arguments.with_argument(known, args, kwargs, "callbacks", callbacks)
         self._vocabulary = Vocabulary(model, described, given.get("processing_class"))
-        generates = hasattr(wrapped, "_generate_and_score_completions")
         self.reference: arguments.Reference = arguments.second_model(
-            given, known, generates=generates
+            given, known, generates=arguments.generates(cls, mixin)
         )
         """What the reference is asked by."""
         if self.adapts:
@@ -181,15 +181,7 @@ class TrainerCall:
         return select_layers(model, choice)
 
     def check_made(self, trainer: Any, selection: LayerSelection) -> None:
-        """What only the trainer that was made can tell.
-
-        Args:
-            trainer: The trainer.
-            selection: What trains of its model.
-
-        Raises:
-            LayerRLError: If its vocabulary has changed, or `"auto"` could not choose.
-        """
+        """Refuse what only the trainer that was made shows: its vocabulary, what `"auto"` needs."""
         self._vocabulary.check(trainer.model, trainer.processing_class, selection)
         if self.auto is not None:
             self.auto.check(trainer, selection.num_layers)

@@ -21,15 +21,7 @@ if TYPE_CHECKING:
 
 
 def refuse_callbacks(callbacks: Iterable[TrainerCallback], selection: LayerSelection) -> None:
-    """Refuse callbacks of TRL that cannot tell frozen parameters from trained ones.
-
-    Args:
-        callbacks: The trainer's.
-        selection: What trains.
-
-    Raises:
-        SelectionError: If one averages the parameters that train as if they were all.
-    """
+    """Refuse callbacks of TRL that average trained parameters as if they were all."""
     for callback in callbacks:
         if isinstance(callback, BEMACallback) and not selection.full:
             raise SelectionError(
@@ -100,13 +92,7 @@ class SyncReference(SyncRefModelCallback):
     def sync_target_model(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: nn.Module, target_model: ReferenceModel, alpha: float
     ) -> None:
-        """Mix the policy's trained tensors into a `ReferenceModel`.
-
-        Args:
-            model: The policy; not used, `target_model` knows its trained tensors.
-            target_model: The `ReferenceModel`, changed.
-            alpha: Share of the policy.
-        """
+        """Mix a share `alpha` of the policy into the `ReferenceModel`."""
         # TRL would gather what ZeRO-3 has in parts; both sides here are in the same parts.
         for value, tensor in zip(target_model.initial, target_model.trained.values(), strict=True):
             value = with_parameter(value, tensor).data

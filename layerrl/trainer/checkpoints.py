@@ -18,13 +18,14 @@ from layerrl.delta.hub import hub_errors
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.files import why_unwritten, written_whole
 from layerrl.frozen import fingerprints
-from layerrl.schema import Misfit
+from layerrl.replacing import replaced
+from layerrl.schema import Misfit, fitted
 from layerrl.shards import shape, whole
 from layerrl.stored import bytes_of, decoded
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
-from layerrl.trainer.checksums import CHECKSUMS, write_checksums
+from layerrl.trainer.checksums import CHECKSUMS, missing_files, write_checksums
 from layerrl.trainer.run_summary import summary_of
 from layerrl.warning import warn
 
@@ -49,15 +50,7 @@ def delta_in(folder: Path) -> Path | None:
 
 
 def refuse_readers(callbacks: Iterable[Any], checkpoint_format: str) -> None:
-    """Callbacks that take a checkpoint's folder for a whole model.
-
-    Args:
-        callbacks: What the trainer is given.
-        checkpoint_format: What its checkpoints will hold.
-
-    Raises:
-        SelectionError: If one would be given a delta.
-    """
+    """Refuse callbacks that take a checkpoint, which holds a delta, for a whole model."""
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
         if checkpoint_format == "delta" and _READERS & {base.__name__ for base in kind.__mro__}:
@@ -101,14 +94,26 @@ class Checkpoints:
                 folder.rename(_replaced(folder))
         trainer.accelerator.wait_for_everyone()  # before another process writes into it
         self._written = folder
-        try:
-            yield
+        state, save_state, waited = trainer.state, trainer.state.save_to_json, False
+
+        def save_last(path: str) -> None:
+            nonlocal waited
+            waited = True
             trainer.accelerator.wait_for_everyone()  # every process has written its files
-            if trainer.args.should_save:
-                write_checksums(folder)
+            state.stateful_callbacks[CHECKSUMS] = [state.global_step]
+            save_state(path)
+            write_checksums(folder)
+
+        try:
+            # Transformers pushes, and deletes older checkpoints, when it has saved the state.
+            with replaced(state, save_to_json=save_last):
+                yield
+            if not waited:  # for the one that saves the state
+                trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.wait_for_everyone()
         except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 put_back(folder)
                 cause = error.__cause__ if isinstance(error, DeltaError) else error
                 if reason := why_unwritten(cause):
@@ -132,7 +137,7 @@ class Checkpoints:
         """Save a model, or the delta that a checkpoint holds in place of one.
 
         Args:
-            output_dir: Folder; None: the args' own. Every process has to call this.
+            output_dir: Folder; None: the args' own. Collective: call on every rank.
             is_internal: Whether transformers asks, for a checkpoint or to push.
             save_model: The wrapped trainer's own.
         """
@@ -278,9 +283,16 @@ def put_back(folder: Path) -> None:
     """
     before = _replaced(folder)
     if is_complete(before) and not is_complete(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         before.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
+    _remove(before)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; of a link to one, as to another disk, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_complete(output_dir: Path) -> Path | None:
@@ -294,8 +306,29 @@ def last_complete(output_dir: Path) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has what transformers writes last."""
+    """Whether a checkpoint has all that was written into it."""
+    return not why_incomplete(folder)
+
+
+def why_incomplete(folder: Path) -> str:
+    """What a checkpoint lacks that was written to its end, and not deleted in part since.
+
+    Args:
+        folder: The checkpoint's.
+
+    Returns:
+        A clause; empty of a complete one.
+    """
     try:
-        return bool(decoded(bytes_of(folder / TRAINER_STATE_NAME)))
+        state = fitted(dict[str, Any], decoded(bytes_of(folder / TRAINER_STATE_NAME)))
     except (OSError, Misfit):
-        return False
+        state = {}
+    if not state:
+        return f"it has no readable {TRAINER_STATE_NAME}"
+    missing = missing_files(folder)
+    noted, record = state.get("stateful_callbacks"), [state.get("global_step")]
+    if isinstance(noted, dict) and noted.get(CHECKSUMS) == record:  # else another wrote it
+        missing += [CHECKSUMS] * (not (folder / CHECKSUMS).exists())
+    if not missing:
+        return ""
+    return f"it lacks {', '.join(missing[:3])}; to resume from it all the same, name its folder"

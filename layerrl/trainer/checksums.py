@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +12,11 @@ from layerrl.delta.description import Sha256
 from layerrl.digests import file_digest, json_digest
 from layerrl.errors import DeltaError
 from layerrl.files import written_whole
-from layerrl.schema import Rule, fitted
+from layerrl.schema import Misfit, Rule, fitted
 from layerrl.stored import bytes_of, parsed, refused_as
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from layerrl.errors import LayerRLError
@@ -40,10 +42,26 @@ def write_checksums(folder: Path) -> None:
     Raises:
         OSError: If a file cannot be read, or the record not be written.
     """
-    sums = {name: file_digest(file) for name, file in _files(folder).items()}
+    sums = _sums(_files(folder))
     record = {"format_version": _VERSION, "files": sums, "sha256": json_digest(sums)}
     with written_whole(folder / CHECKSUMS) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Files that a checkpoint's record has and its folder does not: it was deleted in part.
+
+    Args:
+        folder: The checkpoint's.
+
+    Returns:
+        Their names; none without a record, or of one that `check_files` refuses.
+    """
+    try:
+        written = fitted(_Checksums, parsed(bytes_of(folder / CHECKSUMS)))
+    except (OSError, Misfit):
+        return []
+    return sorted({*written.files} - {*_files(folder)})
 
 
 def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
@@ -62,20 +80,21 @@ def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
     record = folder / CHECKSUMS
     if not record.exists():  # written by another tool, or by an older layerrl
         return
-    advice = f"Resume from another checkpoint or, if you changed it yourself, delete {record}."
+    advice = (
+        f"Resume from another checkpoint or, if you changed it yourself, delete {record} and "
+        "resume from its folder by name."
+    )
     with refused_as(DeltaError, f"{record} is damaged", advice):
         written = fitted(_Checksums, parsed(bytes_of(record)))
     if json_digest(written.files) != written.sha256:
         raise DeltaError(f"{record} is damaged: its own checksum differs. {advice}") from because
     with refused_as(DeltaError, f"a file of {folder} cannot be read", advice):
-        changed = [
-            file
-            for name, file in _files(folder).items()
-            if name in written.files and file_digest(file) != written.files[name]
-        ]
+        files = {n: file for n, file in _files(folder).items() if n in written.files}
+        changed = [n for n, found in _sums(files).items() if found != written.files[n]]
     if changed:
+        file = folder / changed[0]
         raise DeltaError(
-            f"{changed[0]} is damaged or was changed after it was written: its SHA-256 is another "
+            f"{file} is damaged or was changed after it was written: its SHA-256 is another "
             f"({len(changed)} of {len(written.files)} files differ). Nothing was loaded. {advice}"
             f"{f' What it holds: {because}' if because else ''}"
         ) from because
@@ -87,4 +106,23 @@ def _files(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    return {name: path for name, path in files.items() if name not in (CARD, CHECKSUMS)}
+    # No file of a checkpoint has a name that is no text, which JSON could not hold.
+    return {
+        name: path
+        for name, path in files.items()
+        if name not in (CARD, CHECKSUMS) and name.isprintable()
+    }
+
+
+def _sums(files: Mapping[str, Path]) -> dict[str, str]:
+    """The SHA-256 of files by name, of several at once: a sharded checkpoint has many."""
+    with ThreadPoolExecutor() as pool:
+        found = zip(files, pool.map(_sum, files.values()), strict=True)
+        return {name: digest for name, digest in found if digest is not None}
+
+
+def _sum(file: Path) -> str | None:
+    try:
+        return file_digest(file)
+    except FileNotFoundError:  # gone since it was listed: another tool's temporary file
+        return None

@@ -106,14 +106,7 @@ def refuse_launcher(
 
 
 def refuse_threads(args: Any) -> None:
-    """Several devices in one process, which the oldest TRL does not refuse itself.
-
-    Args:
-        args: The trainer's args.
-
-    Raises:
-        LauncherError: If transformers would wrap the model in `nn.DataParallel`.
-    """
+    """Refuse several devices in one process (`nn.DataParallel`), as the oldest TRL does not."""
     if args.n_gpu > 1:
         raise LauncherError(
             f"transformers would run {args.n_gpu} devices from one process, through "
@@ -145,14 +138,7 @@ def _refuse_parts_elsewhere(selection: LayerSelection, settings: Mapping[str, An
 
 
 def refuse_schedule(args: Any) -> None:
-    """Launchers that settle once for all which tensors have gradients.
-
-    Args:
-        args: The trainer's.
-
-    Raises:
-        LauncherError: Under FSDP2 and DeepSpeed; under DDP unless it looks for unused parameters.
-    """
+    """Refuse launchers that settle once which tensors have gradients, as DDP may."""
     kind = AcceleratorState().distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise LauncherError(
@@ -176,7 +162,7 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
 
 
 def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
-    """Each process's value, if all have come to the same place."""
+    """Each rank's value, if all have come to the same place: a collective."""
     try:
         found = gather_object([(at, value)])
     except RuntimeError as error:  # a process has ended, or did not come in time (ddp_timeout)
@@ -200,7 +186,7 @@ def raise_together(error: FrozenTensorError | None, at: str, accelerator: Accele
     Args:
         error: What this one found.
         at: Where it looked, as a user knows it.
-        accelerator: The trainer's; every process has to call this.
+        accelerator: The trainer's. Collective: call on every rank.
 
     Raises:
         FrozenTensorError: If one found something.
@@ -222,7 +208,7 @@ def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -
     Args:
         given: The trainer's arguments by name, as this process was given them. What differs has
             another `repr`.
-        accelerator: The trainer's; every process has to call this.
+        accelerator: The trainer's. Collective: call on every rank.
 
     Raises:
         LauncherError: In all processes, if one was given something else.
@@ -298,10 +284,10 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
 def optimizer_in_one_piece(optimizer: Optimizer) -> Iterator[None]:
     """Inside, an optimizer gives and takes the state that it would have in one process.
 
-    What it gives is gathered once, on entry: afterwards one process may ask alone.
+    What it gives is gathered once, on entry: afterwards one rank may ask alone.
 
     Args:
-        optimizer: One over sharded parameters. Every process has to enter.
+        optimizer: One over sharded parameters. Collective: enter on every rank.
 
     Yields:
         Nothing.
@@ -328,7 +314,7 @@ def as_in_one_process(trainer: Any) -> Iterator[None]:
     Such a checkpoint is for any number of processes. Whole models keep transformers' own format.
 
     Args:
-        trainer: The masked trainer. Every process has to enter.
+        trainer: The masked trainer. Collective: enter on every rank.
 
     Yields:
         Nothing.

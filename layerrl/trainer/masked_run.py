@@ -165,7 +165,8 @@ class MaskedRun:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
 
         Args:
-            at: Where every process checks now, and all raise what one finds. Empty: this alone.
+            at: Where every rank checks now, and all raise what one finds: a collective. Empty: this
+                rank alone.
 
         Raises:
             FrozenTensorError: If one changed.
@@ -209,7 +210,7 @@ class MaskedRun:
 
         Args:
             path: Folder to make.
-            writes: Whether this process does; every one has to call this.
+            writes: Whether this rank does. Collective: call on every rank.
 
         Returns:
             The folder.
@@ -306,14 +307,7 @@ class MaskedRun:
             self._clipped = metrics.clipped_norms(self.layers.by_part, trained)
 
     def metrics_of_step(self, grad_norm: float | None) -> dict[str, float]:
-        """The layers' metrics.
-
-        Args:
-            grad_norm: The norm of the whole gradient before it was clipped, where it is known.
-
-        Returns:
-            Name to value.
-        """
+        """The layers' metrics by name; `grad_norm` is the gradient's before it was clipped."""
         layers = self.layers
         found = {"layerrl/trained_parameters": float(layers.num_training)}
         if self._clipped is not None and grad_norm is not None:

@@ -26,15 +26,7 @@ class Norms(NamedTuple):
 
 
 def clipped_norms(by_part: ByPart, trained: Iterable[nn.Parameter]) -> Norms:
-    """The norms of the gradients as they are now.
-
-    Args:
-        by_part: The trained tensors of each layer and part.
-        trained: All that train, inside layers and outside.
-
-    Returns:
-        The norm of all, and of each part. Every process has to ask where they are sharded.
-    """
+    """Norms of the present gradients: all, and by part. Collective where they are sharded."""
 
     def now(parameters: Iterable[nn.Parameter]) -> Tensor:
         return norm(p.grad for p in parameters if p.grad is not None)
@@ -43,15 +35,7 @@ def clipped_norms(by_part: ByPart, trained: Iterable[nn.Parameter]) -> Norms:
 
 
 def before_clipping(total: float, clipped: Norms) -> dict[str, Tensor]:
-    """Each part's share of the gradient's norm, before clipping.
-
-    Args:
-        total: The norm of the whole gradient before it was clipped.
-        clipped: What it was clipped to.
-
-    Returns:
-        A norm for each part.
-    """
+    """Each part's share of the gradient's norm before clipping, `total` in all."""
     factor = torch.where(clipped.total > 0, clipped.total.new_tensor(total) / clipped.total, 0.0)
     return {part: factor * value for part, value in clipped.by_part.items()}
 

@@ -1,37 +1,29 @@
-"""The mixin that puts a selection into a TRL trainer: which hook asks which collaborator."""
+"""The mixin that puts a selection into a TRL trainer: what it takes, makes, and is asked."""
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-from layerrl.delta.hub import hub_errors
 from layerrl.errors import SelectionError
 from layerrl.seams import check_class, check_made
 from layerrl.selection.masked import TrainingMask
-from layerrl.trainer import arguments, callbacks, launchers
+from layerrl.trainer import arguments, callbacks
 from layerrl.trainer.call import TrainerCall
-from layerrl.trainer.checkpoints import Checkpoints, refuse_readers
-from layerrl.trainer.masked_run import MaskedRun
+from layerrl.trainer.checkpoints import Checkpoints
 from layerrl.trainer.resuming import CheckpointReader
+from layerrl.trainer.saving_hooks import SavingHooks
+from layerrl.trainer.training_hooks import TrainingHooks
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable
-
-    from torch import nn
-    from torch.optim import Optimizer
-    from transformers import Trainer as _Wrapped
+    from pathlib import Path
 
     from layerrl.selection import LayerSelection
-else:
-    _Wrapped = object
+    from layerrl.trainer.masked_run import MaskedRun
 
 
-class LayerMaskedMixin(_Wrapped):
+class LayerMaskedMixin(TrainingHooks, SavingHooks):
     """Put in front of a TRL trainer, trains only the layers of a selection and pays only for them.
 
     `class MyTrainer(LayerMaskedMixin, GRPOTrainer)` takes a few keywords more than the trainer it
@@ -113,8 +105,8 @@ class LayerMaskedMixin(_Wrapped):
     ) -> None:
         check_class(type(self))
         self._call = call = TrainerCall(
-            super(),
-            arguments.names(type(self), LayerMaskedMixin),
+            type(self),
+            LayerMaskedMixin,
             args,
             kwargs,
             selection=selection,
@@ -139,10 +131,6 @@ class LayerMaskedMixin(_Wrapped):
         chosen = call.selection_for(self.model, self.processing_class)
         call.check_made(self, chosen)
         self._select(chosen)
-
-    def _select(self, selection: LayerSelection) -> None:
-        self.masked_run = MaskedRun(self, self._call, selection)
-        self._mask.put_on(selection, self.model)
 
     @property
     def selection(self) -> LayerSelection:
@@ -178,10 +166,10 @@ class LayerMaskedMixin(_Wrapped):
         """Save only what was trained, as a delta on the model the trainer was made with.
 
         Args:
-            path: Folder to make.
+            path: Folder to make. Collective: call on every rank.
 
         Returns:
-            The folder; None on every process but the main one, which writes it.
+            The folder; None on every rank but rank 0, which writes it.
 
         Raises:
             DeltaError: If the folder exists or cannot be written.
@@ -194,154 +182,3 @@ class LayerMaskedMixin(_Wrapped):
         self._checkpoints.describe(saved, beside="nothing")
         self.accelerator.wait_for_everyone()
         return saved if writes else None
-
-    # What the wrapped trainer calls. Each takes and returns what its own method does.
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the selected layers; a frozen tensor that changes is a `FrozenTensorError`."""
-        args, kwargs = self._reader.resumed(args, kwargs)
-        try:
-            callbacks.refuse_callbacks(self.callback_handler.callbacks, self.selection)
-            with self._mask.during_training():
-                if self.model_init is None:
-                    self.masked_run.check_adapters()
-                    self._mask.put_on(self.selection, self.model)
-                if not self._call.decided:
-                    self._choose()
-                if self.model_init is None:
-                    self._before_sharding()
-                return super().train(*args, **kwargs)
-        except BaseException:
-            self.masked_run.sync_everything()  # what failed may have been a sync
-            raise
-        finally:
-            self._reader.folder = None
-            self._checkpoints.warn_of_failed_pushes()
-            self.masked_run.replay.clear()
-            self._call.forget_batches()
-
-    def _choose(self) -> None:
-        selection = self._call.decide(self, self._reader.folder)
-        self._mask.take_off()
-        try:
-            self._select(selection)
-        except BaseException:
-            self._select(self._call.undecide(self.model))
-            raise
-
-    def _before_sharding(self) -> None:
-        self.masked_run.check_whole("train()")
-        if launchers.uses_deepspeed(self.accelerator):  # it loads all but the reference itself
-            self._reader.load_reference()
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; before training, ZeRO-3 shards the model for it."""
-        self.masked_run.check_whole("evaluate()")
-        return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict; before training, ZeRO-3 shards the model for it."""
-        self.masked_run.check_whole("predict()")
-        return super().predict(*args, **kwargs)
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new model from the trainer's `model_init`, which it is masked on from now on."""
-        model: Any = super().call_model_init(trial)
-        if hasattr(self, "masked_run"):  # not the first one, which is masked when all else is made
-            selection = self._call.selection_for(model, self.processing_class)
-            self._mask.take_off()
-            self.model = model
-            if self.place_model_on_device:
-                self._move_model_to_device(model, self.args.device)
-            self._select(selection)
-            self._before_sharding()
-        return model
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """The optimizer that the args name, over the trained tensors, each at its layer's rate."""
-        self.masked_run.find_trained()
-        make = partial(super().create_optimizer, *args, **kwargs)
-        return self.masked_run.optimizer.made(self, make)
-
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """The scheduler: asked for when the model is sharded, and no checkpoint loaded yet."""
-        self.masked_run.follow_shards()
-        self.masked_run.find_trained()
-        if not launchers.uses_deepspeed(self.accelerator):  # which wraps it in one of its own
-            self.masked_run.optimizer.fit_another(self)
-        return super().create_scheduler(*args, **kwargs)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss, whose backward ends at the first trained layer."""
-        with self.masked_run.loss():
-            return super().compute_loss(*args, **kwargs)
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """A batch, or one that the choice of the layers has generated."""
-        auto = self._call.auto
-        return self._answered(inputs) if auto is None else auto.batch(self, inputs, self._answered)
-
-    def _answered(self, inputs: Any) -> dict[str, Any]:
-        with self.masked_run.batch():
-            return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Scores of completions, before the loss and in it; no generation comes through here."""
-        with self.masked_run.scoring():
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the layers' metrics beside those of a training step."""
-        if "loss" in logs:
-            logs.update(self.masked_run.metrics_of_step(logs.get("grad_norm")))
-        super().log(logs, *args, **kwargs)
-
-    def add_callback(self, callback: Any) -> None:
-        """Add a callback that does not take a delta for a whole model."""
-        refuse_readers([callback], getattr(self, "checkpoint_format", "full"))
-        super().add_callback(callback)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole model, after checking that only the selection changed.
-
-        A delta that lies in the folder is brought to the same state; a checkpoint holds a delta
-        alone where `checkpoint_format` is `"delta"`.
-        """
-        sharded = launchers.shards_model(self.accelerator)
-        # A model that each process has whole may be saved by one of them, a checkpoint never.
-        together = sharded or (_internal_call and output_dir is not None)
-        self.masked_run.check_frozen("save_model()" if together else "")
-        self._checkpoints.save(output_dir, _internal_call, super().save_model)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card, and into it how to load a delta beside it."""
-        super().create_model_card(*args, **kwargs)
-        self._checkpoints.describe()
-
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Make the repository to push to; a hub that refuses is a `DeltaError`."""
-        with hub_errors("push to", self.args.hub_model_id):
-            super().init_hf_repo(*args, **kwargs)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push the whole model, the delta and the card; a hub that refuses is a `DeltaError`."""
-        with hub_errors("push to", self.args.hub_model_id):
-            return super().push_to_hub(*args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = Path(self._get_output_dir(trial=trial), folder)
-        with self._checkpoints.all_or_nothing(folder), launchers.as_in_one_process(self):
-            super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._reader.load(resume_from_checkpoint, resumes=True):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._reader.load(self.state.best_model_checkpoint, resumes=False):
-            super()._load_best_model()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with launchers.as_in_one_process(self):
-            super()._load_optimizer_and_scheduler(checkpoint)

@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 
+from layerrl.checks import check_path, plain
 from layerrl.delta import put_tensors, tensors_of_run
 from layerrl.delta.description import Fingerprint
 from layerrl.errors import DeltaError, LayerRLError
@@ -27,9 +28,9 @@ from layerrl.trainer.checkpoints import (
     FINGERPRINTS,
     REFERENCE,
     delta_in,
-    is_complete,
     last_complete,
     put_back,
+    why_incomplete,
 )
 from layerrl.trainer.checksums import check_files
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
@@ -62,12 +63,14 @@ class CheckpointReader:
             Both; `folder` is the checkpoint that they name.
 
         Raises:
-            DeltaError: If there is none, or none was written to its end.
+            DeltaError: If there is none, or none was written to its end, or it is no path.
         """
         name = "resume_from_checkpoint"
         given = args[0] if args else kwargs.get(name)
-        found = self._last_whole() if given is True else given
-        self.folder = Path(found) if found else None
+        found = plain(given)  # numpy's True and False
+        found = self._last_whole() if found is True else found
+        begins = found is None or found is False
+        self.folder = None if begins else check_path(name, found, DeltaError)
         if found is given:
             return args, kwargs
         return with_argument([name], args, kwargs, name, found)
@@ -82,16 +85,17 @@ class CheckpointReader:
         last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if last is None:
             raise DeltaError(f"there is no checkpoint in {output_dir} to resume")
-        if is_complete(Path(last)):
+        if not (why := why_incomplete(Path(last))):
             return last
         earlier = last_complete(output_dir)
         if earlier is None:
             raise DeltaError(
-                f"there is no whole checkpoint in {output_dir}: {last} was not written to its end"
+                f"there is no whole checkpoint in {output_dir}: {last} was not written to its end, "
+                f"or was deleted in part ({why})"
             )
         warn(
-            f"{last} was not written to its end (it has no readable {TRAINER_STATE_NAME}): going "
-            f"on from {earlier}",
+            f"{last} was not written to its end, or was deleted in part ({why}): going on from "
+            f"{earlier}",
         )
         return str(earlier)
 
@@ -99,7 +103,7 @@ class CheckpointReader:
         """Load a checkpoint of this run, or nothing of it.
 
         Args:
-            checkpoint: Its folder. Every process has to call this.
+            checkpoint: Its folder. Collective: call on every rank.
             resumes: Whether its optimizer's and trainer's states will be loaded, too.
 
         Returns:
@@ -112,6 +116,8 @@ class CheckpointReader:
             LayerRLError: Of another kind, where it is of another run.
         """
         run, folder = self._trainer.masked_run, Path(checkpoint)
+        if not resumes and not folder.is_dir():  # the best one, of a run that has moved since
+            return False
         try:
             values = self._checked(folder, resumes=resumes)
         except LayerRLError as error:

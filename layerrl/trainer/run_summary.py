@@ -16,14 +16,7 @@ _ON_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+|[\w.-]+)@")
 
 
 def summary_of(trainer: Any) -> RunSummary:
-    """The method, data set, versions and log of a run.
-
-    Args:
-        trainer: A trainer of TRL or transformers.
-
-    Returns:
-        The summary. Its data set is that of `load_dataset("user/name")`; others have no name.
-    """
+    """The method, data set (of `load_dataset("user/name")`), versions and log of a run."""
     return RunSummary(
         trainer=getattr(trainer, "_name", None),
         tags=tuple(getattr(trainer, "_tag_names", ())),
@@ -40,14 +33,7 @@ def summary_of(trainer: Any) -> RunSummary:
 
 
 def dataset_of(dataset: Any) -> str | None:
-    """The repository that a data set's files were downloaded from.
-
-    Args:
-        dataset: Any of `datasets`, or another.
-
-    Returns:
-        `"user/name"`; None of one that has none, or several.
-    """
+    """The hub's name of a data set whose files were downloaded; None of none or several."""
     files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     names = {match[1] for file in files if (match := _ON_HUB.match(str(file)))}
     return names.pop() if len(names) == 1 else None

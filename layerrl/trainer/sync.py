@@ -147,7 +147,7 @@ class WeightSync(PartialSync):
         return getattr(type(self._generation), name)(self._generation, *args, **kwargs)
 
     def freshen(self) -> None:
-        """Sync if a checkpoint was loaded since the last time. Every process has to ask."""
+        """Sync if a checkpoint was loaded since the last time. Collective: call on every rank."""
         if self._stale:
             self.sync_weights()
 

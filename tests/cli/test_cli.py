@@ -417,6 +417,8 @@ class TestTrain:
             ("- 1", "expected a mapping of options to values, got [1]"),
             ("", "expected a mapping of options to values, got None"),
             ("a: [", "--config bad.yaml: while parsing a flow node"),
+            ("layers: 1:2", 'layers: 1:2 is the number 62 in YAML. Write "1:2" in quotes'),
+            ("layers: [3, 010]", "layers: 010 is the number 8 in YAML"),
             ("max_steps: two", "invalid int value: 'two'"),
             ("learning_rate: fast", "invalid float value: 'fast'"),
         ],

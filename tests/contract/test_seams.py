@@ -507,10 +507,10 @@ class TestTable:
         overridden = {
             node.attr
             for file, node in self.nodes(ast.Attribute)
-            if file in ("trainer/mixin.py", "agents/gigpo.py")
+            if file.endswith(("_hooks.py", "trainer/mixin.py", "agents/gigpo.py"))
             and ast.unparse(node.value) == "super()"
         }
-        assert "_save_checkpoint" in overridden
+        assert {"_save_checkpoint", "create_optimizer"} <= overridden
         assert overridden - {"__new__", "__init__", "__init_subclass__", "__post_init__"} <= (
             self.names
         )

@@ -10,11 +10,12 @@ from pathlib import Path
 import jedi
 import pytest
 from trl import GRPOTrainer
+from trl.experimental.cpo import CPOTrainer
 
 from layerrl.seams import TESTED, installed_version
 from layerrl.trainer import GiGPOTrainer
 from layerrl.trainer import ready as module
-from tests.signatures import masked_trainers, stub
+from tests.signatures import masked_trainers, origins_of, stub
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(module.__file__ or "").with_suffix(".pyi")
@@ -51,6 +52,12 @@ def test_typed_signatures_are_those_at_runtime(cls: type) -> None:
     else:  # an older TRL may take less
         assert {*there.parameters} <= {*here.parameters}
     assert {"model", "args", "selection", "master_weights"} <= {*here.parameters}
+
+
+@only_with_newest
+def test_names_of_an_import_with_as_are_found() -> None:
+    """TRL's CPO has `import torch.nn as nn`."""
+    assert origins_of(sys.modules[CPOTrainer.__module__], {"nn"}) == {"nn": "torch"}
 
 
 @only_with_newest

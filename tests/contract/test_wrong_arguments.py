@@ -765,12 +765,13 @@ def test_no_masked_trainer_takes_other_args(cls: type, args: Any, world: World) 
     "argument",
     [
         {"seeds": np.array([0, 1])},
+        {"seeds": dict.fromkeys([4, 5]).keys()},
         {"seeds": [np.int64(3)], "greedy": np.True_, "halving": np.False_},
         {"resources": {"num_cpus": np.float64(1)}},
     ],
     ids=str,
 )
-def test_numbers_of_numpy_pass_the_probes_checks(argument: dict[str, Any], world: World) -> None:
+def test_numbers_of_any_kind_pass_the_probes_checks(argument: dict[str, Any], world: World) -> None:
     # What comes after all checks of values is refused: prompts that are trained on.
     arguments: Any = probing(world) | argument | {"eval_dataset": world.data}
     with pytest.raises(ProbeError, match="evaluation prompts are trained on"):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.testing import assert_close
 from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
@@ -14,6 +15,7 @@ from layerrl.reference import ReferenceModel
 from tests.devices import on_any_device
 from tests.grpo import QUIETLY, make
 from tests.models import tiny
+from tests.replays import eager
 from tests.runs import (
     NO_CHECKPOINTING,
     REENTRANT,
@@ -38,6 +40,8 @@ CHECKPOINTING = {"default": {}, "off": NO_CHECKPOINTING, "reentrant": REENTRANT}
 REUSED = {"beta": 0.04, "num_iterations": 2}
 # Halves add up to the very same frozen tensor, which plain TRL mixes with itself as well.
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+
+HALF = [{"bf16": True}, {"dtype": torch.bfloat16, "masked": {"master_weights": False}}]
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SLIDING = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -379,6 +383,30 @@ class TestReplay:
         assert len({int(count) for counts in padding for count in counts}) >= 3
         # The old policy, and the first replays of the reference and of the policy, to be compared.
         assert passes.ran == [True] * 3 + [False] * 7
+
+    @pytest.mark.parametrize("precision", HALF, ids=["autocast", "bfloat16"])
+    def test_stays_where_padding_has_a_kernel_of_its_own(self, base, monkeypatch, precision):
+        """As on GPUs, where flash attention takes no mask, and none is given without padding."""
+        fused, unmasked = torch.nn.functional.scaled_dot_product_attention, set()
+
+        def chosen(*args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+            unmasked.add(attn_mask is None)
+            kernel = fused if attn_mask is None else eager
+            return kernel(*args, attn_mask=attn_mask, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", chosen)
+        few = {"per_device_train_batch_size": 2, "num_generations": 2, "steps_per_generation": 4}
+        prompts = {"train_dataset": Dataset.from_dict({"prompt": ["abc", "def", "ghi", "j"] * 4})}
+        plain, masked = pair(base, **REUSED, **few, **precision, max_steps=16, arguments=prompts)
+        seen = batches(masked)
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        parts = [[batch["prompt_mask"], batch["completion_mask"]] for batch in seen]
+        padded = {bool((torch.cat(masks, dim=1) == 0).any()) for masks in parts}
+        assert padded == unmasked == {True, False}
+        replay = masked.masked_run.replay
+        assert replay.enabled
+        assert replay.num_replayed > len(seen) // 2
 
     def test_forgets_the_recording_when_training_ends(self, base, tmp_path):
         trainer = make(load(base), tmp_path, selection=2, **REUSED)

@@ -9,13 +9,16 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from layerrl.errors import JournalError
 from layerrl.journal import Journal
+from tests.runs import no_file_above
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = [
@@ -114,6 +117,22 @@ def test_what_goes_wrong_in_a_measurement_is_its_result(worker: Any, tmp_path: P
     assert found == {"failed": "the process ended, exit status -9"}
 
 
+@pytest.mark.parametrize("too_much", [False, True])
+def test_a_process_that_keeps_memory_is_replaced(gpu: Any, tmp_path: Path, too_much: bool) -> None:
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    worker, found = gpu.Worker(tmp_path), {"left_bytes": gpu.LEFT + too_much, "seconds": 1}
+    worker.process = Namespace(pid=child.pid, join=lambda *_: child.poll())
+    worker.pipe = Namespace(
+        send=lambda _: None, poll=lambda _: True, recv=lambda: found, close=lambda: None
+    )
+    try:
+        assert worker.measure({}, 1) == {"seconds": 1}
+        assert (worker.process is None) == too_much
+    finally:
+        worker.stop()
+    assert child.wait(10) == -signal.SIGKILL
+
+
 class Stub:
     """In place of the process: what each case is to find."""
 
@@ -186,7 +205,7 @@ def test_a_mistake_in_a_stage_ends_no_other(
 
 def test_a_mistake_in_a_stage_is_on_its_page(gpu: Any, tmp_path: Path) -> None:
     machine = {"name": "a GPU", "bytes": 1e9}
-    settings = {"machine": machine, "tiny": False, "versions": "torch 1"}
+    settings = {"machine": machine, "tiny": False, "versions": {"torch": "1"}}
     with Journal(tmp_path, settings) as journal:
         for name in gpu.STAGES:
             found = {"failed": f"ZeroDivisionError('{name}')"}
@@ -219,6 +238,72 @@ def test_the_largest_is_found_from_any_guess(gpu: Any, limit: int, guess: int) -
     assert len(tried) < 16
 
 
+def test_the_largest_model_is_looked_for_before_the_batches_of_a_small_one(gpu: Any) -> None:
+    search, shapes, found = gpu.largest(Namespace(tiny=False, room=85e9)), [], None
+    with suppress(StopIteration):
+        while True:
+            case = search.send(found)
+            shapes.append(case["shape"])
+            found = {"planned_bytes": 1e9 * case.get("layers", 0)}  # and no peak: it does not fit
+    assert list(dict.fromkeys(shapes)) == ["Qwen3-8B", "Qwen3-32B", "Qwen3-1.7B"]
+
+
+def test_what_has_changed_since_is_named(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = gpu.parse(["--device", "cpu", "--stages", "serving", "--output", str(tmp_path)])
+    worker = Stub({"name": "a CPU", "bytes": 1e9})
+    monkeypatch.setattr(gpu, "versions", lambda: "torch 2.11.0+cu130, layerrl sources a")
+    gpu.measure(options, worker)
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    monkeypatch.setattr(gpu, "versions", lambda: "torch 2.11.0+cu130, layerrl sources b")
+    with pytest.raises(JournalError, match=r"\. versions\.layerrl sources: 'a' there, 'b'"):
+        gpu.measure(options, worker)
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+
+
+def test_a_page_that_cannot_be_written_is_told_and_leaves_the_one_before(
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = {"name": "a GPU", "bytes": 1e9}
+    with Journal(tmp_path, {"machine": machine, "tiny": False, "versions": {}}):
+        pass
+    page = tmp_path / "page.md"
+    page.write_text("before")
+    with no_file_above(64), pytest.raises(SystemExit, match="1"):
+        gpu.main(["--report", "--output", str(tmp_path), "--page", str(page)])
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{page} was not written: [Errno 27] File too large")
+    assert page.read_text() == "before"
+    assert {file.name for file in tmp_path.iterdir()} == {"journal.jsonl", "page.md"}
+
+
+def test_a_line_that_a_kill_cut_off_is_not_on_the_page(gpu: Any, tmp_path: Path) -> None:
+    machine = {"name": "a GPU", "bytes": 1e9}
+    with Journal(tmp_path, {"machine": machine, "tiny": False, "versions": {}}) as journal:
+        journal.append({"stage": "serving", "case": {"kind": "sync"}, "found": {"failed": "oh"}})
+    with journal.path.open("a") as file:
+        file.write('{"stage": "serving", "ca')
+    gpu.main(["--report", "--output", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    assert "1 measurements" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_make_gpu_says_at_once_what_it_lacks() -> None:
+    for python, sentence in (
+        (sys.executable, f"make gpu needs a GPU, and torch {torch.__version__} of"),
+        (f"{sys.executable} -S", f"and {sys.executable} has no torch: give another"),
+    ):
+        ended = subprocess.run(
+            ["make", "gpu", f"PYTHON={python}"], cwd=ROOT, check=False, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert ended.returncode != 0
+        assert ended.stdout == ""
+        [line] = [line for line in ended.stderr.splitlines() if not line.startswith("make: ")]
+        assert sentence in line
+
+
 SMALL = {"device": "cpu", "tiny": True, "folder": "unused"}
 
 
@@ -234,7 +319,7 @@ def test_too_small_a_device_and_out_of_memory_are_told_with_the_plan(
     too_small = measures.step(case)
     assert too_much["planned_bytes"] == too_small["planned_bytes"] == plan["planned_bytes"] > 0
     machine = {"name": "a GPU", "bytes": 1e9}
-    settings = {"machine": machine, "tiny": False, "versions": "torch 1"}
+    settings = {"machine": machine, "tiny": False, "versions": {"torch": "1"}}
     with Journal(tmp_path, settings) as journal:
         for found, shape in ((too_much, "Qwen3-8B"), (too_small, "Qwen3-1.7B")):
             entry = {"stage": "step", "case": case | {"shape": shape}, "seconds": 1.0}
@@ -294,6 +379,9 @@ def test_the_page_of_the_documentation_is_what_the_command_writes(gpu: Any, tmp_
             ["--tiny", "--budget", "3"],
             "--budget is 3, expected a number of seconds, at least 30:",
         ),
+        (["--budget", "0"], "--budget is 0, expected a number of seconds, at least 120: no"),
+        (["--budget", "-5"], "--budget is -5, expected a number of seconds, at least 120: no"),
+        (["--budget", "soon"], "argument --budget: invalid float value: 'soon'"),
         (["--stages", "magic"], "invalid choice: 'magic'"),
         (["--device", "cpu", "--output", f"{__file__}/out"], "cannot use"),
         (["--device", "cpu", "--page", f"{__file__}/page.md"], "cannot use"),

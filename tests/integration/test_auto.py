@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, RLOOConfig
 
 from layerrl import ContributionReport, LayerMaskedMixin, contribution_probe, select_layers
@@ -80,6 +81,33 @@ def test_nothing_is_generated_or_rewarded_twice(tmp_path):
     trainer(tmp_path / "plain", 0, plain).train()
     assert len(auto.asked) == len(plain.asked) == 3
     assert auto.asked == plain.asked
+
+
+class Shown(TrainerCallback):
+    """The rows that TRL would print at each step."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.rows: list[list[list[Any]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        logs = self.trainer._logs
+        columns = logs["prompt"], logs["completion"], *logs["rewards"].values()
+        if state.global_step == len(self.rows) + 1:
+            self.rows.append([[*column] for column in columns])
+
+
+def test_completions_are_logged_with_the_step_that_trains_on_them(tmp_path):
+    reward, shown = Counting(), Shown()
+    batches = {"per_device_train_batch_size": 64, "max_steps": 5, "logging_steps": 1}
+    run = trainer(tmp_path, "auto", reward, **batches, arguments={"callbacks": [shown]})
+    shown.trainer = run
+    run.train()
+    assert len(reward.asked) == len(shown.rows) == 5  # four of them before the first step
+    for asked, (prompts, completions, rewards) in zip(reward.asked, shown.rows, strict=True):
+        assert prompts == asked
+        assert rewards == Counting()(prompts=prompts, completions=completions)
+    assert len({str(rows) for rows in shown.rows}) == 5
 
 
 def test_batches_of_few_prompts_are_taken_until_there_are_enough(tmp_path):

@@ -17,7 +17,16 @@ from layerrl import load_delta
 from layerrl.trainer import LayerSchedule
 from tests.grpo import PROMPTS
 from tests.launchers.launch import launch
-from tests.launchers.test_launchers import AUTO, AUTO2, CONFIGS, LAYER, SAVING, distance
+from tests.launchers.test_launchers import (
+    AUTO,
+    AUTO2,
+    CONFIGS,
+    LAYER,
+    PROBE,
+    PROBE2,
+    SAVING,
+    distance,
+)
 from tests.launchers.worker import FROZEN, rollout
 from tests.models import tiny
 from tests.runs import in_layers, saved
@@ -124,6 +133,7 @@ def one(folder: Path) -> Any:
         "best": job(folder, "one-best", 1, **BEST, per_device_eval_batch_size=8),
         "half": job(folder, "one-half", 1, **HALF),
         "auto": job(folder, "one-auto", 1, **AUTO),
+        "probe": job(folder, "one-probe", 1, **PROBE),
     }
     return {name: run for name, [run] in launch(folder / "jobs-one", jobs, num_processes=1).items()}
 
@@ -142,6 +152,8 @@ def found(folder: Path, one: Any) -> dict[str, list[Any]]:
         "zero1": {**zero(1), **SAVING},
         "zero2": zero(2),
         "zero1-auto": {**zero(1), **AUTO2},
+        "zero1-probe": {**zero(1), **PROBE2},
+        "zero1-half": {**zero(1), **HALF, "bf16": True},
         "resumed": {**zero(1), "resume": by_zero1},
         "foreign": {**zero(1), "resume": by_one},
         "zero3": {**three, **SAVING},
@@ -217,6 +229,28 @@ def test_layers_are_chosen_as_in_one_process(found, one):
         assert distance(process["weights"], one["auto"]["weights"]) <= 1e-5
 
 
+def test_a_probe_by_gradients_is_that_of_one_process(found, one):
+    for report in found["zero1-probe"]:
+        assert not isinstance(report, str), report
+        assert report.scores == pytest.approx(one["probe"].scores, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["zero1-half", "zero3-half"])
+def test_loses_no_small_steps_of_a_model_in_half_precision(folder, found, one, name):
+    """But for elements next to where one rounds up and another down."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    before, expected = base.state_dict(), one["half"]["weights"]
+    for process in found[name]:
+        assert not isinstance(process, str), process
+        weights = process["weights"]
+        moved = {n: (weights[n] != before[n]).sum().item() for n in before}
+        assert {n for n, count in moved.items() if count} <= {
+            n for n in before if in_layers(n, [LAYER])
+        }
+        assert sum(moved.values()) > 400
+        assert sum((weights[n] != expected[n]).sum().item() for n in before) < 20
+
+
 @pytest.mark.parametrize("name", ["zero1-bf16", "zero3-bf16", "zero3-path-bf16"])
 def test_does_not_let_deepspeed_round_what_is_frozen(found, name):
     for error in found[name]:
@@ -282,20 +316,6 @@ class TestZero3:
         load_delta(base, folder / "zero3-best" / "checkpoint-2")
         for process in found["zero3-best"]:
             assert distance(process["weights"], base.state_dict()) == 0
-
-    def test_loses_no_small_steps_of_a_model_in_half_precision(self, folder, found, one):
-        """But for elements next to where one rounds up and another down."""
-        base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-        before, expected = base.state_dict(), one["half"]["weights"]
-        for process in found["zero3-half"]:
-            assert not isinstance(process, str), process
-            weights = process["weights"]
-            moved = {n: (weights[n] != before[n]).sum().item() for n in before}
-            assert {n for n, count in moved.items() if count} <= {
-                n for n in before if in_layers(n, [LAYER])
-            }
-            assert sum(moved.values()) > 400
-            assert sum((weights[n] != expected[n]).sum().item() for n in before) < 20
 
     def test_layers_that_take_turns_are_refused(self, found):
         for error in found["zero3-schedule"]:

@@ -29,7 +29,7 @@ from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
 from tests.grpo import config, make
 from tests.launchers.launch import launch
-from tests.launchers.worker import FROZEN, held
+from tests.launchers.worker import FROZEN, held, no_reward_for_k
 from tests.models import tiny, tiny_config
 from tests.runs import bits, in_layers, load, saved
 
@@ -50,6 +50,10 @@ ROWS |= {"weight_decay": 0.1}
 AUTO = {"selection": "auto", "num_generations": 2, "max_steps": 3}
 AUTO |= {"per_device_train_batch_size": 6}
 AUTO2 = {**AUTO, "per_device_train_batch_size": 3}
+# Four batches, each as above.
+PROBE = {**AUTO, "probes": 12}
+PROBE2 = {**AUTO2, "probes": 12}
+HALF = {"dtype": "bfloat16", "max_steps": 2}
 MIXED = {"dtype": "float32", "bf16": True, "max_steps": 3}
 # Two prompts of six completions, in any number of processes that divides twelve.
 MANY = {"num_generations": 6, "max_steps": 2}
@@ -125,7 +129,7 @@ class Runs:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
-            lora=LORA, auto=AUTO, dpo=DPO, sft=SFT, mixed=MIXED,
+            lora=LORA, auto=AUTO, probe=PROBE, dpo=DPO, sft=SFT, mixed=MIXED, half=HALF,
         )  # fmt: skip
 
     @cached_property
@@ -140,7 +144,8 @@ class Runs:
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
-            auto=AUTO2, dpo=DPO, sft=SFT, mixed=MIXED, changed=CHANGED,
+            auto=AUTO2, probe=PROBE2, dpo=DPO, sft=SFT, mixed=MIXED, half=HALF, changed=CHANGED,
+            unrewarded={**PROBE2, "rewards": no_reward_for_k},
             disagree=[{"selection": layer} for layer in (1, 2)],
             disagree_auto=[{"selection": name} for name in ("auto", "all")],
             disagree_format=[
@@ -157,9 +162,9 @@ class Runs:
             uneven=UNEVEN, resumed={"resume": self.checkpoint("ddp")}, boosted=BOOSTED,
             generated={"arguments": {"rollout_func": None}, "max_steps": 2},
             schedule={"selection": [1, 2], "arguments": schedule()},
-            half={"dtype": "bfloat16", "max_steps": 2}, asynchronous={"asynchronous": True},
+            half=HALF, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
-            rows=ROWS, changed=CHANGED, auto=AUTO2, dpo=DPO, sft=SFT,
+            rows=ROWS, changed=CHANGED, auto=AUTO2, probe=PROBE2, dpo=DPO, sft=SFT,
             elsewhere=ELSEWHERE,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
@@ -195,10 +200,7 @@ class Runs:
     @cached_property
     def again(self) -> dict[str, list[Any]]:
         assert self.fsdp2
-        return self._launch(
-            "again", 1, resumed={"resume": self.checkpoint("fsdp2")},
-            half={"dtype": "bfloat16", "max_steps": 2},
-        )  # fmt: skip
+        return self._launch("again", 1, resumed={"resume": self.checkpoint("fsdp2")})
 
     @property
     def deltas(self) -> list[str]:
@@ -309,14 +311,31 @@ def test_layers_are_chosen_as_in_one_process(runs, launched):
     found, [expected] = getattr(runs, launched)["auto"], runs.one["auto"]
     assert_same(found, [expected], 1e-6)
     assert [process["wrapper"] for process in found] == [WRAPPERS[launched]] * 2
-    report = expected["report"]
-    assert report.method == "gradient"
-    for process in found:
-        scores = process["report"].layers
-        for now, before in zip(scores, report.layers, strict=True):
+    assert_same_report([process["report"] for process in found], expected["report"])
+
+
+@LAUNCHED
+def test_a_probe_by_gradients_is_that_of_one_process(runs, launched):
+    assert_same_report(getattr(runs, launched)["probe"], *runs.one["probe"])
+
+
+def assert_same_report(found: list[Any], expected: Any) -> None:
+    """The same in every process, and that of one but for the order of additions."""
+    assert expected.method == "gradient"
+    for report in found:
+        assert not isinstance(report, str), report
+        for now, before in zip(report.layers, expected.layers, strict=True):
             assert now.scores[0] == pytest.approx(before.scores[0], rel=1e-6, abs=1e-9)
-        assert process["report"].settings == report.settings
-        assert scores == found[0]["report"].layers
+        of_batch: Any = {"args": None}  # a process's size of a batch and its rank
+        assert {**report.settings, **of_batch} == {**expected.settings, **of_batch}
+        assert report.layers == found[0].layers
+
+
+def test_a_completion_without_reward_is_told_in_every_process(runs):
+    for error in runs.ddp["unrewarded"]:
+        assert "completions got no reward" in error
+    with_prompt = ["for the prompt" in error for error in runs.ddp["unrewarded"]]
+    assert any(with_prompt)
 
 
 @pytest.mark.slow
@@ -345,6 +364,18 @@ def test_mixed_precision_trains_as_in_one_process_but_for_rounding(runs, launche
         assert {value.dtype for value in weights.values()} == {torch.float32}
         moved = distance(before, expected["weights"])
         assert distance(weights, expected["weights"]) < 0.2 * moved
+
+
+@LAUNCHED
+def test_half_precision_is_stepped_in_float32(runs, launched):
+    """Gradients are rounded once more on their way: the masters agree as far as those do."""
+    [expected] = runs.one["half"]
+    for process in getattr(runs, launched)["half"]:
+        assert not isinstance(process, str), process
+        masters = {k for k in process["optimizer"] if k.endswith(": master")}
+        assert masters
+        assert {process["optimizer"][name].dtype for name in masters} == {torch.float32}
+        assert distance(process["weights"], expected["weights"]) < 1e-2
 
 
 @LAUNCHED
@@ -538,16 +569,6 @@ class TestFSDP2:
 
     def test_may_load_the_weights_in_one_process(self, runs):
         assert_same(runs.efficient["layer"], runs.one["layer"], 1e-12)
-
-    def test_steps_half_precision_in_float32(self, runs):
-        """Gradients are rounded once more on their way: the masters agree as far as those do."""
-        [expected] = runs.again["half"]
-        for process in runs.fsdp2["half"]:
-            assert not isinstance(process, str), process
-            masters = {k for k in process["optimizer"] if k.endswith(": master")}
-            assert masters
-            assert {process["optimizer"][name].dtype for name in masters} == {torch.float32}
-            assert distance(process["weights"], expected["weights"]) < 1e-2
 
 
 class TestRefused:

@@ -8,6 +8,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from layerrl import load_delta
+from layerrl import LayerMaskedGRPOTrainer, contribution_probe, load_delta
 from layerrl.blocks import is_peft, unwrap
 from layerrl.delta import Deltas, disabled, unload_delta
 from layerrl.errors import LayerRLError
-from tests.grpo import make
+from tests.grpo import PROMPTS, config, make, tokenizer
 
 COMPLETION = 5
 FROZEN = "model.layers.0.mlp.up_proj.weight"
@@ -50,6 +52,11 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
         length = 2 + seed % (COMPLETION - 1)
         completions.append([4 + (seed * (k + 3) + k * k) % 60 for k in range(length)])
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def letters(completions: list[str], **_: Any) -> list[float]:
+    """A reward for which the gradients of different prompts agree."""
+    return [float(sum(letter < "P" for letter in text)) for text in completions]
 
 
 class Traffic(TorchDispatchMode):
@@ -106,13 +113,16 @@ def run(
     evaluates_changed: bool = False,
     case: str | None = None,
     calls: str | None = "train",
+    probes: int = 0,
+    rewards: Any = None,
     **changes: Any,
-) -> dict[str, Any]:
+) -> Any:
     """One training, and all that the other processes are asked to agree with.
 
     `loads`: the model is loaded here; otherwise the trainer does, from its path.
     `calls`: the trainer's method, or none, to call with a folder in place of training.
     `case`: one of `tests.trainers`, in place of GRPO.
+    `probes`: prompts of `contribution_probe`, in place of training; `rewards`: its function.
     `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
     unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
@@ -129,13 +139,23 @@ def run(
         model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     else:
         model, settings["model_init_kwargs"] = base, {"dtype": dtype}
+    settings["accelerator_config"] = configured
+    if probes:
+        return contribution_probe(
+            model,
+            reward_funcs=rewards or letters,
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
+            processing_class=tokenizer(),
+            args=config(output, **settings),
+            budget=probes,
+            trainer_class=partial(LayerMaskedGRPOTrainer, rollout_func=rollout),
+        )
     trainer = make(
         model,
         output,
         selection=selection,
         arguments={"rollout_func": rollout, **(arguments or {})},
         **settings,
-        accelerator_config=configured,
     )
     if evaluates_changed:
         trainer.model.get_parameter(FROZEN).data.view(-1)[0] += 1
@@ -211,6 +231,11 @@ def run_asynchronous(base: str, output: str, *, selection: Any, **_: Any) -> dic
         engine = Server.latest.engine
         found |= {"sent": engine.syncs, "served": engine.model.state_dict()}
     return found
+
+
+def no_reward_for_k(completions: list[str], prompts: list[str], **_: Any) -> list[float | None]:
+    """Of rows in one process, while another has none of them."""
+    return [None if "k" in prompt else 1.0 for prompt in prompts]
 
 
 def run_with_deltas(base: str, *, deltas: list[str], **_: Any) -> dict[str, dict[str, Tensor]]:

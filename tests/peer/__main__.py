@@ -1,43 +1,57 @@
 """Run TRL's tests of its trainers on masked ones: what `make test-peer TRL=path` does.
 
-    python -m tests.peer PATH-OF-A-CHECKOUT-OF-TRL [--modes full last]
+    python -m tests.peer PATH-OF-A-CHECKOUT-OF-TRL [--modes full last] [-k NAMES]
 
 Plain TRL is run first: what fails there, for want of a GPU, a package or a network, does not count.
 Everything that passes there must pass with the trained layers selected, unless `known.toml` says
-why not; where every parameter trains, each training must end at the same bits. Modes that are not
-named are compared as they were when they ran last.
+why not. Under "full" each training must end at the bits of TRL's, and with the last layer at those
+of TRL's with the others frozen by hand.
+
+Results are kept in `.cache/peer` under a digest of what was run: code, tests and versions. A run
+that was broken off goes on at the next test, and a mode that has ended is not run again.
 """
 
 import argparse
+import hashlib
+import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from tests.peer.comparing import Comparison, compared, different_trainings, known, results
+from tests.peer.comparing import BY_HAND, PLAIN, SELECTIONS, judged, results
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / ".cache" / "peer"
-PLAIN, BY_HAND = "plain", "by hand"
-SELECTIONS = ("full", "all", "last")
-# Which trainings end at the same bits as which.
-SAME = {"full": PLAIN, "last": BY_HAND}
-FILES = (
-    *(
-        f"tests/test_{name}_trainer.py"
-        for name in ("grpo", "rloo", "dpo", "kto", "sft", "reward", "distillation")
-    ),
-    *(
-        f"tests/experimental/test_{name}_trainer.py"
-        for name in ("cpo", "gkd", "gmpo", "online_dpo", "orpo", "tpo")
-    ),
-)
+MODES = (PLAIN, BY_HAND, *SELECTIONS)
+PACKAGES = ("accelerate", "datasets", "jmespath", "peft", "torch", "transformers", "trl")
+
+
+def digest(files: Iterable[Path], *others: str) -> str:
+    """Of files and of the versions that are installed."""
+    made = hashlib.sha256(repr(others).encode())
+    for package in PACKAGES:
+        there = importlib.metadata.distributions(name=package)
+        made.update(repr([package, *(one.version for one in there)]).encode())
+    for file in sorted(files):
+        made.update(file.read_bytes())
+    return made.hexdigest()[:12]
+
+
+def results_of(mode: str, checkout: Path, names: str) -> Path:
+    """The file of a mode's results: another one where anything differs that is run."""
+    files = [HERE / "peer_plugin.py", HERE / "stand_ins.py", *checkout.glob("tests/**/*.py")]
+    if mode in SELECTIONS:
+        files += ROOT.glob("layerrl/**/*.py")
+    return CACHE / f"{mode}-{digest(files, names)}.jsonl"
 
 
 def stand_ins(checkout: Path, environment: dict[str, str]) -> Path:
     """The folder with models and data, made if it is not there."""
-    folder = CACHE / "hub"
+    scripts = [HERE / "stand_ins.py", *checkout.glob("scripts/**/*.py")]
+    folder = CACHE / f"hub-{digest(scripts)}"
     if not folder.exists():
         made = CACHE / "hub.partial"
         subprocess.run(["rm", "-rf", str(made)], check=True)
@@ -48,18 +62,27 @@ def stand_ins(checkout: Path, environment: dict[str, str]) -> Path:
     return folder
 
 
-def run(mode: str, checkout: Path, options: list[str]) -> None:
-    """Run the tests in one process; its output is beside the results."""
+def run(mode: str, checkout: Path, names: str, file: Path) -> None:
+    """Run the tests in one process; its output is beside the results.
+
+    Raises:
+        SystemExit: If it did not come to its end.
+    """
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     # The folder itself, as a checkout of TRL has a package named tests, too.
-    paths = [str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE), str(ROOT), *map(os.path.abspath, given)]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONSAFEPATH": "1",  # the TRL that is installed, not the one that the checkout has
     }
     hub = stand_ins(checkout, environment)
-    written = CACHE / f"{mode}.partial"
-    written.unlink(missing_ok=True)
+    written = file.with_suffix(".partial")
+    if written.exists():  # without a line that was not written to its end
+        text = written.read_text()
+        written.write_text(text[: text.rfind("\n") + 1])
     environment |= {
         "LAYERRL_PEER": mode,
         "LAYERRL_PEER_HUB": str(hub),
@@ -68,62 +91,52 @@ def run(mode: str, checkout: Path, options: list[str]) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "peer_plugin", "-p", "no:cacheprovider"]
     command += ["-c", os.devnull, f"--rootdir={checkout}", "-q", "-W", "ignore", "--tb=short"]
     # A file that cannot be imported is one of tests that fail on TRL's trainers.
-    command.append("--continue-on-collection-errors")
-    files = [name for name in FILES if (checkout / name).exists()]
-    with (CACHE / f"{mode}.log").open("w") as log:
-        subprocess.run(
-            [*command, "-m", "not slow", *options, *files],
+    command += ["--continue-on-collection-errors", "-m", "not slow", "-k", names]
+    log = file.with_suffix(".log")
+    with log.open("a") as output:
+        status = subprocess.run(
+            [*command, *trainer_tests(checkout)],
             cwd=checkout,
             env=environment,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             check=False,  # what fails is in the results
-        )
-    written.rename(CACHE / f"{mode}.jsonl")
+        ).returncode
+    if not file.exists():
+        sys.exit(f"{mode}: pytest ended early, with status {status}: see {log}; run again to go on")
 
 
-def told(selection: str, comparison: Comparison) -> str:
-    """One line, and one for each test that is not as it should be."""
-    lines = [f"{selection}: {comparison.passed} of {comparison.run} tests pass"]
-    lines += [f"  fails: {test}: {why.splitlines()[0]}" for test, why in comparison.failed.items()]
-    lines += [f"  passes, and is in known.toml: {test}" for test in comparison.stale]
-    return "\n".join(lines)
+def trainer_tests(checkout: Path) -> list[str]:
+    """The files of tests of trainers, those of TRL's stable part first."""
+    files = [*checkout.glob("tests/test_*_trainer.py")]
+    files += checkout.glob("tests/experimental/test_*_trainer.py")
+    return [str(file.relative_to(checkout)) for file in sorted(files, reverse=True)]
 
 
 def main() -> int:
     """Run, compare, print.
 
     Returns:
-        1 if a test fails without being known to, or is known to and passes.
+        1 if anything is not as it should be, and not known to be so.
     """
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.peer")
     parser.add_argument("checkout", type=Path)
-    modes = (PLAIN, BY_HAND, *SELECTIONS)
-    parser.add_argument("--modes", nargs="*", choices=modes, default=modes)
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     parser.add_argument("-k", default="", help="tests by name, as pytest has it")
     asked = parser.parse_args()
     checkout = asked.checkout.resolve()
-    if not (checkout / FILES[0]).is_file():
-        parser.error(f"{checkout} is no checkout of TRL: it has no {FILES[0]}")
+    if not (checkout / "tests" / "test_sft_trainer.py").is_file():
+        parser.error(f"{checkout} is no checkout of TRL: it has no tests/test_sft_trainer.py")
+    files = {mode: results_of(mode, checkout, asked.k) for mode in MODES}
     for mode in asked.modes:
-        run(mode, checkout, ["-k", asked.k] if asked.k else [])
-    found = {mode: results(CACHE / f"{mode}.jsonl") for mode in modes if _ran(mode)}
-    right = True
-    for selection in filter(found.__contains__, SELECTIONS):
-        listed = known(HERE / "known.toml", selection)
-        comparison = compared(found[PLAIN], found[selection], listed)
-        right = right and not comparison.failed and not comparison.stale
-        print(told(selection, comparison))
-        other = SAME.get(selection)
-        if other in found:
-            number, different = different_trainings(found[other], found[selection])
-            print(f"  {number - len(different)} of {number} trainings end as {other} TRL's do")
-            print(*(f"    not: {test}" for test in different), sep="\n")
+        if not files[mode].exists():
+            run(mode, checkout, asked.k, files[mode])
+    found = {mode: results(file) for mode, file in files.items() if file.exists()}
+    if PLAIN not in found:
+        parser.error(f"nothing to compare with: {PLAIN!r} has not been run on these tests")
+    right, text = judged(found, HERE / "known.toml", whole=not asked.k)
+    print(text)
     return 0 if right else 1
-
-
-def _ran(mode: str) -> bool:
-    return (CACHE / f"{mode}.jsonl").exists()
 
 
 if __name__ == "__main__":

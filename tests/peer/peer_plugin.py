@@ -3,7 +3,8 @@
 Loaded with `-p peer_plugin` before TRL's tests are imported, never from the package `tests`: a
 checkout of TRL has one of that name. `LAYERRL_PEER` says what trains: a selection; `plain` for
 TRL's trainers; `by hand` for TRL's with all but the last layer frozen. `LAYERRL_PEER_RESULTS` is
-the file that gets the lines, `LAYERRL_PEER_HUB` the folder of `stand_ins.py`.
+the file that gets the lines, and the ending `.jsonl` with the last of them; `LAYERRL_PEER_HUB` is
+the folder of `stand_ins.py`.
 """
 
 import gc
@@ -11,9 +12,12 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +26,17 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import numpy as np
 import pytest
 import torch
-import transformers
 from peft import PeftModel
+from transformers import Trainer
 
-from layerrl import LayerMaskedMixin, select_layers
+from layerrl import LayerMaskedMixin
 
-TRAINERS = {
-    "trl": ("DPO", "Distillation", "GRPO", "KTO", "RLOO", "Reward", "SFT"),
-    "trl.experimental.cpo": ("CPO",),
-    "trl.experimental.gkd": ("GKD",),
-    "trl.experimental.gmpo": ("GMPO",),
-    "trl.experimental.online_dpo": ("OnlineDPO",),
-    "trl.experimental.orpo": ("ORPO",),
-    "trl.experimental.tpo": ("TPO",),
-}
 PLAIN, BY_HAND = "plain", "by hand"
 MODE = os.environ["LAYERRL_PEER"]
 SELECTION: Any = -1 if MODE == "last" else MODE
 MASKED = MODE not in (PLAIN, BY_HAND)
+RESULTS = Path(os.environ["LAYERRL_PEER_RESULTS"])
+BEGUN = "begun, and the process ended"
 
 _trainings: list[str] = []
 
@@ -68,12 +65,18 @@ def digest(model: Any) -> str:
     return found.hexdigest()[:16]
 
 
+def freeze_by_hand(model: torch.nn.Module) -> None:
+    """Leave what trains of the last layer, found without layerrl: the longest list's last."""
+    lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
+    trains = {id(parameter) for parameter in max(lists, key=len)[-1].parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trains)
+
+
 def _noting(train: Any) -> Any:
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if MODE == BY_HAND:
-            chosen = select_layers(self.model, -1).parameters(self.model)
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name in chosen)
+            freeze_by_hand(self.model)
         result = train(self, *args, **kwargs)
         _trainings.append(digest(self.model))
         return result
@@ -90,6 +93,15 @@ def _missing(name: str) -> Any:
     return lambda *_, **__: pytest.fail(f"the installed TRL has no {name}")
 
 
+def places() -> Iterator[Any]:
+    """The modules that tests import trainers from."""
+    yield importlib.import_module("trl")
+    root = importlib.import_module("trl.experimental")
+    for part in pkgutil.iter_modules(root.__path__, "trl.experimental."):
+        with suppress(ImportError):  # of what is not installed
+            yield importlib.import_module(part.name)
+
+
 def pytest_configure() -> None:
     """Put everything in place before a test file is imported."""
     os.chdir(os.environ["LAYERRL_PEER_HUB"])
@@ -97,21 +109,45 @@ def pytest_configure() -> None:
     for name in ("trl.import_utils", "trl.trainer.sft_trainer"):
         module: Any = importlib.import_module(name)
         module.__getattr__ = _missing
-    transformers.Trainer.train = _noting(transformers.Trainer.train)
-    if MASKED:
-        for name, kinds in TRAINERS.items():
-            module = importlib.import_module(name)
-            for kind in kinds:
-                if plain := getattr(module, f"{kind}Trainer", None):  # an old TRL has not all
-                    setattr(module, f"{kind}Trainer", masked(plain))
+    Trainer.train = _noting(Trainer.train)
+    for module in places():
+        for name in filter(re.compile("[A-Z].*Trainer$").match, dir(module)):
+            plain = getattr(module, name)
+            if MASKED and issubclass(plain, Trainer) and not issubclass(plain, LayerMaskedMixin):
+                setattr(module, name, masked(plain))
     gc.collect()
     gc.freeze()  # or each of the many collections would look through all that was imported
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Go on where the last run broke off: a test that ended two of them is not tried again."""
+    RESULTS.touch()
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    last = {line["test"]: line["outcome"] for line in lines}
+    begun = Counter(line["test"] for line in lines if line["outcome"] == BEGUN)
+    done = {test for test, outcome in last.items() if outcome != BEGUN or begun[test] > 1}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = [item for item in items if item.nodeid not in done]
+
+
+def write(test: str, outcome: str, why: str = "", seconds: float = 0.0) -> None:
+    """One line of results."""
+    line = {
+        "test": test,
+        "outcome": outcome,
+        "why": why,
+        "trainings": list(_trainings),
+        "seconds": round(seconds, 2),
+    }
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """The same random numbers whatever ran before, and whatever trains."""
     _trainings.clear()
+    write(item.nodeid, BEGUN, BEGUN)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -154,13 +190,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         why = ""
         if report.failed and call.excinfo is not None:
             why = f"{call.excinfo.type.__name__}: {call.excinfo.value}"[:2000]
-        line = {
-            "test": item.nodeid,
-            "outcome": report.outcome,
-            "why": why,
-            "trainings": list(_trainings),
-            "seconds": round(call.duration, 2),
-        }
-        with Path(os.environ["LAYERRL_PEER_RESULTS"]).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        write(item.nodeid, report.outcome, why, call.duration)
     return report
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Give the results their name if nothing kept a test from being run."""
+    if exitstatus in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.TESTS_FAILED,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
+        RESULTS.rename(RESULTS.with_suffix(".jsonl"))

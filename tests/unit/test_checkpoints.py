@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from layerrl import load_delta, select_layers
@@ -281,7 +282,7 @@ class TestResume:
         train(straight)
         shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
         resumed = trainer_on(base, tmp_path / "out", max_steps=6, save_steps=3)
-        resumed.train(resume_from_checkpoint=True)
+        resumed.train(resume_from_checkpoint=np.True_)  # as of a comparison
         assert_same_but_summary(resumed, straight)
         assert checkpoints(tmp_path / "out") == {"checkpoint-3", "checkpoint-6"}
 
@@ -396,6 +397,27 @@ class TestBestModel:
         assert_close(bits(trainer.model), best, rtol=0, atol=0)
         assert checkpoints(tmp_path / "out") == {"checkpoint-2", "checkpoint-4"}
 
+    def test_of_a_run_that_has_moved_is_left_out_as_in_trl(self, base, tmp_path, caplog):
+        trainer = trainer_on(
+            base,
+            tmp_path / "out",
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            arguments={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})},
+        )
+        trainer.add_callback(BestIsElsewhere())
+        trainer.train()
+        assert "Could not locate the best model" in caplog.text
+
+
+class BestIsElsewhere(TrainerCallback):
+    """As in a run that was resumed on another machine, and found no better one there."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.best_metric, state.best_model_checkpoint = -1e9, "/nowhere/checkpoint-1"
+        state.best_global_step = None
+
 
 class TestRefused:
     def refuse(self, base: Path, out: Path, checkpoint: Path, match: str, **changes: Any) -> None:
@@ -426,6 +448,11 @@ class TestRefused:
     )
     def test_a_checkpoint_of_another_selection(self, base, tmp_path, checkpoint, layers, match):
         self.refuse(base, tmp_path / "new", checkpoint, match, selection=layers, beta=0.04)
+
+    @pytest.mark.parametrize("given", [3, "", b"out", ["out"]])
+    def test_what_is_no_path(self, base, tmp_path, given):
+        with pytest.raises(DeltaError, match=r"resume_from_checkpoint is .*expected a path"):
+            trainer_on(base, tmp_path / "out").train(resume_from_checkpoint=given)
 
     def test_a_checkpoint_of_another_choice_of_modules(self, base, tmp_path, checkpoint):
         selection = select_layers(load(base), 2, modules="mlp.*")

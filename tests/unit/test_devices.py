@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing import assert_close
 
 from layerrl.errors import ProbeError
+from layerrl.replay.arguments import RowKeys
 from layerrl.shards import sharded_like, with_parameter
 from layerrl.sweep.harness import Harness, _tensors, model_on_cpu
 from layerrl.trainer.metrics import norm
@@ -31,6 +32,15 @@ def test_a_norm_over_tensors_on_two_devices():
     with FakeTensorMode(allow_non_fake_inputs=True):
         found = norm([on("cuda:1", 3), on("cuda:0", 2, 2)])
     assert str(found.device) == "cuda:1"
+
+
+def test_a_row_has_one_key_of_arguments_on_two_devices(monkeypatch):
+    def keys(rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+
+    monkeypatch.setattr("layerrl.replay.arguments.row_keys", keys)
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # once they are added up
+        RowKeys(2).of([("mask", on("cuda:0", 2, 3)), ("positions", on("cuda:1", 2, 3))])
 
 
 def test_a_kept_value_follows_its_parameter():
@@ -136,11 +146,11 @@ def test_the_copy_of_the_base_lies_on_the_cpu(tmp_path):
 
 def test_a_worker_multiplies_as_the_args_say(tmp_path, monkeypatch):
     given = harness(tmp_path)
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.fp32_precision
     try:
-        for tf32, precision in ((True, "high"), (False, "highest")):
+        for tf32, precision in ((True, "tf32"), (False, "ieee")):
             given._args.tf32 = tf32
             pickle.loads(pickle.dumps(given))
-            assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.cuda.matmul.fp32_precision == precision
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.fp32_precision = before

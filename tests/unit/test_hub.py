@@ -86,10 +86,31 @@ def test_each_save_leaves_the_result_at_the_top(hub, base, tmp_path, strategy):
     inside = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
     assert hub.pushes.count("top") == 2
     if inside is not None:
+        assert "checksums.json" in {path.name for path in (hub.folder / inside).iterdir()}
         assert_result_is_at(hub.folder / inside, base, trainer, tmp_path / "again")
         resumed = make(load(base), tmp_path / "resumed", selection=2, max_steps=2)
         resumed.train(resume_from_checkpoint=str(hub.folder / inside))
         assert_close(bits(resumed.model), bits(trainer.model), rtol=0, atol=0)
+
+
+def test_a_checkpoint_on_the_hub_has_no_checksums_of_an_earlier_one(hub, base, tmp_path):
+    """Uploads run beside the training, and may come before the last file is written or after."""
+    late = []
+    upload = hub.upload_folder
+
+    def in_the_background(*, path_in_repo=None, **of: Any) -> Any:
+        if path_in_repo is not None and not late:
+            late.append(lambda: upload(path_in_repo=path_in_repo, **of))
+            return type("Job", (), {"is_done": lambda _: True})()
+        for job in late if path_in_repo is None else ():
+            job()
+        return upload(path_in_repo=path_in_repo, **of)
+
+    hub.upload_folder = in_the_background
+    trainer = trained(base, tmp_path, hub_strategy="checkpoint")
+    resumed = make(load(base), tmp_path / "resumed", selection=2, max_steps=2)
+    resumed.train(resume_from_checkpoint=str(hub.folder / "last-checkpoint"))
+    assert_close(bits(resumed.model), bits(trainer.model), rtol=0, atol=0)
 
 
 def test_the_card_says_how_to_load_it_and_that_it_is_no_model(hub, base, tmp_path):

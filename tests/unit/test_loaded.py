@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -473,7 +475,8 @@ class TestSeveral:
 
     def test_a_generator_of_paths(self, made):
         model = made.model()
-        load_delta(model, (str(made[name]) for name in ("one", "two")))
+        nowhere = dict.fromkeys(["one", "two"]).values()
+        load_delta(model, (str(made[name]) for name in ("one", "two")), revision=nowhere)
         assert_same(model, made.after["two"])
 
     def test_unrounded_stages_of_a_bfloat16_base(self, made, tmp_path):
@@ -545,6 +548,33 @@ class TestSeveral:
             load_delta(model, made["a"], keep_base=keep)
 
 
+def interrupted(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Do something that is interrupted at the fifth tensor that it writes."""
+    number = itertools.count(1)
+
+    def interrupt(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        if next(number) == 5:
+            raise KeyboardInterrupt
+        return value
+
+    monkeypatch.setattr("layerrl.delta.placing.sharded_like", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        act()
+    monkeypatch.undo()
+    assert next(number) > 5
+
+
+def test_an_interrupted_load_leaves_the_model_as_it_was(made, monkeypatch):
+    model = made.model()
+    interrupted(monkeypatch, lambda: load_delta(model, made["one"], keep_base=True))
+    assert_same(model, made.base)
+    load_delta(model, made["one"], keep_base=True)
+    interrupted(monkeypatch, lambda: load_delta(model, made["two"], keep_base=True))
+    assert_same(model, made.after["one"])
+    unload_delta(model)
+    assert_same(model, made.base)
+
+
 class TestDeltas:
     @pytest.fixture
     def switch(self, made) -> tuple[PreTrainedModel, Deltas]:
@@ -591,6 +621,15 @@ class TestDeltas:
             switch[1].use(name)
         assert written[1][:9] == written[0]
         assert written[2] == written[1][9:] + written[0]
+
+    def test_an_interrupted_switch_leaves_the_model_as_it_was(self, made, switch, monkeypatch):
+        model, deltas = switch
+        for before, after in ((None, "a"), ("a", "c"), ("stages", None)):
+            deltas.use(before)
+            expected = bits(model)
+            interrupted(monkeypatch, lambda after=after: deltas.use(after))
+            assert_same(model, expected)
+            assert deltas.current == before
 
     def test_says_what_is_in_use(self, switch):
         _, deltas = switch

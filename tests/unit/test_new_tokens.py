@@ -72,12 +72,14 @@ def base_is_untied(base: Path) -> bool:
     return not json.loads((base / "config.json").read_text())["tie_word_embeddings"]
 
 
-def made_here(model: PreTrainedModel, folder: Path, *, layers: int, name: str) -> Path:
+def made_here(
+    model: PreTrainedModel, folder: Path, *, layers: int, name: str, also: str = "new_tokens:64-65"
+) -> Path:
     """A delta of a layer and the new rows, all of which have moved."""
-    selection, before = select_layers(model, layers, also="new_tokens"), copy.deepcopy(model)
+    selection, before = select_layers(model, layers, also=also), copy.deepcopy(model)
     with torch.no_grad():
         for end in {id(e): e for e in ends(model).values()}.values():
-            end[64:] += 1
+            end[[*selection.token_rows]] += 1
         model.model.layers[layers].mlp.up_proj.weight += 1
     return save_delta(model, folder / name, selection=selection, base=before)
 
@@ -501,6 +503,39 @@ class TestOnDisk:
         wide = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
         load_delta(wide, delta)
         assert_close(bits(wide), bits(model.float()), rtol=0, atol=0)
+
+    def test_of_rows_on_a_stage_that_was_merged_and_rounded(self, base, tmp_path):
+        """The second stage was made from rows that float32 holds and bfloat16 had rounded."""
+        resized(base, torch.bfloat16).save_pretrained(tmp_path / "narrow")
+        wide = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+        stages = [made_here(wide, tmp_path, layers=1, name="one", also="new_tokens:8-9")]
+        merge_delta(tmp_path / "narrow", stages[0], tmp_path / "first")
+        wide = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=torch.float32)
+        stages.append(made_here(wide, tmp_path, layers=2, name="two"))
+        merge_delta(tmp_path / "narrow", stages, tmp_path / "merged")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.bfloat16)
+        load_delta(loaded, stages)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+        wide.to(torch.bfloat16)
+        assert_close(bits(merged), bits(wide), rtol=0, atol=0)
+        assert_close(bits(loaded), bits(wide), rtol=0, atol=0)
+
+    def test_a_model_that_trained_in_float32_on_a_bfloat16_record(self, base, tmp_path):
+        model = resized(base, torch.bfloat16)
+        model.save_pretrained(tmp_path / "narrow")
+        selection = select_layers(model, 1, also="new_tokens")
+        record = DeltaBase.of(model, selection)
+        model.float()
+        with torch.no_grad():
+            model.lm_head.weight[65] += 1e-4
+        save_delta(model, tmp_path / "delta", selection=selection, base=record)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+        load_delta(loaded, tmp_path / "delta")
+        assert_close(bits(loaded), bits(model), rtol=0, atol=0)
+        with torch.no_grad():
+            model.lm_head.weight[3] += 1
+        with pytest.raises(DeltaError, match=r"weight\[0:64\]"):
+            save_delta(model, tmp_path / "other", selection=selection, base=record)
 
     def test_damaged_rows_are_refused(self, base, tmp_path):
         made_here(resized(base), tmp_path, layers=1, name="delta")

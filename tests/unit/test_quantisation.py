@@ -11,10 +11,13 @@ from transformers.utils.quantization_config import QuantizationMethod
 from layerrl import load_delta, merge_delta, select_layers
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
+from tests.devices import DEVICE, on_any_device
 from tests.grpo import make
 from tests.models import tiny, tiny_config
 from tests.replays import Pair, call, ids, warnings
 from tests.runs import assert_trained, bits, load, metric, saved, train
+
+pytestmark = on_any_device
 
 LAYER = 2
 SIZE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
@@ -155,7 +158,7 @@ class TestTraining:
         model = quantised(base, kind)
         make(model, tmp_path, selection=LAYER)
         plain = quantised(base, kind).dequantize(dtype=torch.bfloat16)
-        tokens = torch.arange(4, 36)[None]
+        tokens = torch.arange(4, 36, device=DEVICE)[None]
         gradients = []
         for each in (model, plain):
             with torch.no_grad():
@@ -169,7 +172,7 @@ class TestTraining:
 
     @in_each_kind
     def test_an_evaluation_before_it_is_made_mixes_up_no_scales(self, base, kind, tmp_path):
-        model, tokens = quantised(base, kind), torch.arange(4, 36)[None]
+        model, tokens = quantised(base, kind), torch.arange(4, 36, device=DEVICE)[None]
         with torch.no_grad():
             expected = model.train()(tokens).logits.float()
             model.eval()(tokens)

@@ -30,7 +30,8 @@ from layerrl.errors import (
     SelectionError,
     TrainerError,
 )
-from layerrl.trainer import LayerMaskedRewardTrainer
+from layerrl.trainer import LayerMaskedRewardTrainer, LayerMaskedSFTTrainer
+from layerrl.trainer.arguments import behind, generates
 from tests.grpo import QUIETLY, make, reward, tokenizer
 from tests.models import tiny, tiny_config
 from tests.runs import bits
@@ -1080,6 +1081,12 @@ class TestClasses:
     def test_need_the_mixin_in_front(self):
         with pytest.raises(TrainerError, match=r"Mine has nothing behind LayerMaskedMixin"):
             type("Mine", (GRPOTrainer, LayerMaskedMixin), {})
+
+    def test_have_the_trainer_behind_all_bases_of_the_mixin(self):
+        """These have the hooks of any trainer, which says nothing of this one."""
+        assert behind(LayerMaskedSFTTrainer, LayerMaskedMixin)[0] is SFTTrainer
+        assert not generates(LayerMaskedSFTTrainer, LayerMaskedMixin)
+        assert generates(LayerMaskedGRPOTrainer, LayerMaskedMixin)
 
     def test_are_masked_once(self):
         with pytest.raises(TypeError, match=r"\(MRO\) for bases LayerMaskedMixin, LayerM"):

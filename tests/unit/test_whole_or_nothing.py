@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -22,7 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from layerrl import LayerMaskedMixin, load_delta, merge_delta
 from layerrl.errors import DeltaError, FrozenTensorError
-from layerrl.trainer.checkpoints import CheckpointWriteError
+from layerrl.trainer.checkpoints import CheckpointWriteError, last_complete, why_incomplete
+from layerrl.trainer.checksums import check_files, write_checksums
 from tests.grpo import make
 from tests.models import tiny
 from tests.runs import bits, freeze_by_hand, load, no_file_above, optimizer_state, saved, train
@@ -191,6 +193,16 @@ class TestFullDisk:
                 trainer.train()
         assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == {"checkpoint-1"}
 
+    def test_a_checkpoint_that_was_moved_and_linked_is_replaced(self, base, tmp_path):
+        out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+        on(base, out, max_steps=1).train()
+        (out / "checkpoint-1").rename(elsewhere)
+        (out / "checkpoint-1").symlink_to(elsewhere)
+        for _ in range(2):
+            on(base, out, max_steps=1).train()
+            assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-1"]
+        assert (elsewhere / "trainer_state.json").exists()
+
     def test_a_failed_push_keeps_the_checkpoint(self, base, tmp_path, monkeypatch):
         monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: None)
         monkeypatch.setattr(Trainer, "_push_from_checkpoint", no_space)
@@ -273,6 +285,63 @@ class TestKilled:
             on(base, tmp_path / "out").train(resume_from_checkpoint=True)
 
 
+class TestHalfDeleted:
+    """A checkpoint whose deletion was cut off, by the kill of a run that deletes older ones."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+        base = saved(tmp_path_factory.mktemp("deleted") / "base")
+        trainer = on(base, base.parent / "out", beta=0.04)
+        train(trainer)
+        return base, trainer
+
+    def test_is_none_to_resume_from_wherever_it_was_cut_off(self, straight):
+        base, _ = straight
+        checkpoint = base.parent / "out" / "checkpoint-2"
+        names = sorted(path.name for path in checkpoint.iterdir() if path.name != "README.md")
+        assert {"trainer_state.json", "checksums.json", "optimizer.pt", "rng_state.pth"} <= {*names}
+        assert last_complete(checkpoint.parent) == checkpoint
+        kept = {name: (checkpoint / name).read_bytes() for name in names}
+        for shift in range(len(names)):  # each is the first to go, and the last
+            for name in [*names[shift:], *names[:shift]]:
+                (checkpoint / name).unlink()
+                assert why_incomplete(checkpoint)
+                assert last_complete(checkpoint.parent) == checkpoint.with_name("checkpoint-1")
+            for name, content in kept.items():
+                (checkpoint / name).write_bytes(content)
+        assert last_complete(checkpoint.parent) == checkpoint
+
+    @pytest.mark.parametrize(
+        "gone", ["optimizer.pt", "rng_state.pth", "delta.json", "checksums.json"]
+    )
+    def test_is_said_and_the_run_goes_on_from_the_one_before(self, straight, tmp_path, gone):
+        base, trainer = straight
+        out = Path(shutil.copytree(base.parent / "out", tmp_path / "out"))
+        (out / "checkpoint-2" / gone).unlink()
+        resumed = on(base, out, beta=0.04)
+        message = rf"checkpoint-2 was .*deleted in part \(it lacks {gone}; .*on from .*point-1$"
+        with pytest.warns(UserWarning, match=message):
+            resumed.train(resume_from_checkpoint=True)
+        assert_close(bits(resumed.model), bits(trainer.model), rtol=0, atol=0)
+
+    def test_by_its_name_is_taken_all_the_same(self, straight, tmp_path):
+        base, _ = straight
+        checkpoint = Path(shutil.copytree(base.parent / "out" / "checkpoint-1", tmp_path / "c"))
+        (checkpoint / "checksums.json").unlink()
+        on(base, tmp_path / "out", beta=0.04).train(resume_from_checkpoint=str(checkpoint))
+
+    def test_is_not_what_plain_trl_wrote_after_it(self, straight, tmp_path):
+        """Its state is that which it was resumed with, and it keeps no record of its files."""
+        base, _ = straight
+        out = tmp_path / "out"
+        full = {"arguments": {"checkpoint_format": "full"}, "max_steps": 1}
+        on(base, out, selection="full", **full).train()
+        plain = make(load(base), out, max_steps=2, save_strategy="steps", save_steps=1)
+        plain.train(resume_from_checkpoint=True)
+        assert last_complete(out) == out / "checkpoint-2"
+
+
 def refused(trainer: Any, checkpoint: Path, match: str, error: type = DeltaError) -> None:
     """Resuming raises, and nothing of the run has changed."""
     before = bits(trainer.model)
@@ -291,6 +360,22 @@ def flip(file: Path, bit: int) -> None:
     data = bytearray(file.read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     file.write_bytes(data)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="file systems of another kind")
+def test_files_of_others_do_not_disturb_the_checksums(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("optimizer.pt", "sub/state.bin", os.fsdecode(b"no text \xff"), "gone.tmp"):
+        (tmp_path / name).write_bytes(b"content")
+    (tmp_path / "nowhere").symlink_to("/nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    write_checksums(tmp_path)
+    (tmp_path / "gone.tmp").unlink()
+    check_files(tmp_path)
+    flip(tmp_path / "sub" / "state.bin", 3)
+    with pytest.raises(DeltaError, match=r"sub/state\.bin is damaged .*\(1 of 3 files differ"):
+        check_files(tmp_path)
 
 
 class TestBitFlips:

@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from layerrl.reference import ReferenceModel
+from layerrl.replay.prefix import _computed_in
 from layerrl.replay.recordings import Recording, gathered
 from tests.devices import DEVICE, on_any_device
 from tests.devices import generator as draws
 from tests.models import tiny, tiny_config
-from tests.replays import FIRST, B, H, Pair, T, assert_unpatched, call, ids, warnings
+from tests.replays import FIRST, B, H, Pair, T, assert_unpatched, call, eager, ids, warnings
 
 pytestmark = [on_any_device, pytest.mark.usefixtures("made_on_device")]
 
@@ -439,6 +440,34 @@ class TestUsers:
             pair.both(lambda model: model.set_attn_implementation(implementation))
             assert pair.replays(call(), call()) == [implementation == "sdpa", 1]
 
+    @pytest.mark.parametrize("kernel", ["flash", "mem_efficient", "math", "cudnn"])
+    def test_switch_a_kernel_of_attention_off(self, kernel):
+        pair, enable = Pair(llama()), getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
+        before = getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
+        with pair.batch():
+            assert pair.replays(call(), call()) == [0, 1]
+            enable(not before)
+            try:
+                assert pair.replays(call(), call()) == [0, 1]
+            finally:
+                enable(before)
+            assert pair.same(call())
+
+    def test_multiply_in_tf32_as_transformers_sets_it(self):
+        """After which torch refuses to tell its `float32_matmul_precision`."""
+        pair, before = Pair(llama()), torch.backends.fp32_precision
+        with pair.batch():
+            assert pair.replays(call(), call()) == [0, 1]
+            torch.backends.fp32_precision = "tf32"
+            try:
+                assert pair.replays(call(), call()) == [0, 1]
+                elsewhere = torch.empty(1, device="meta")
+                assert _computed_in(elsewhere) == torch.bfloat16
+            finally:
+                torch.backends.fp32_precision = before
+            assert _computed_in(elsewhere) == torch.float32
+            assert pair.same(call())
+
     def test_change_a_setting_of_a_frozen_layer(self):
         pair = Pair(llama())
         with pair.batch():
@@ -638,19 +667,6 @@ def test_rows_are_gathered_whatever_autocast_computes_in(dtype):
             found = gathered([(rows, 2), (rows, 0)])
         assert found.dtype == dtype
         assert torch.equal(found, rows.hidden_BTH[[2, 0]])
-
-
-def eager(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, scale: Any = None, **_: Any
-) -> Tensor:
-    """Attention whose weights are rounded before they are multiplied, as no fused kernel does."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = query @ key.mT * scale
-    if attn_mask is None:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 @pytest.fixture
