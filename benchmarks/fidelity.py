@@ -1,6 +1,6 @@
 """How well scores of layers predict what the layers turn out to contribute.
 
-Legend: D draws, L layers.
+Legend: L layers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from layerrl.report import Score
-from layerrl.statistics import Interval, bootstrap, interval_of, spearman
+from layerrl.statistics import spearman
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,19 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement of one probe with the truth of one suite.
-
-    Draws hold the noise of both, on top of what the values have of it already; one draw: unknown.
-    """
+    """Agreement of one probe with the truth of one suite."""
 
     spearman: float
-    spearman_D: Tensor
     kendall: float
-    kendall_D: Tensor
     beyond_depth: float
     """Spearman of what a parabola over depth leaves of both; NaN where it leaves nothing. To be
     compared with that of position priors, which are no parabolas and so not 0."""
-    beyond_depth_D: Tensor
     regret: float
     """C of the best layer minus C of the one that the probe would choose."""
     top3: float
@@ -53,8 +47,6 @@ def kendall(first: Tensor, second: Tensor) -> Tensor:
 def fidelity(truth: ContributionReport, probe: ContributionReport) -> Fidelity:
     """Compare on the layers that both scored."""
     shared = sorted({*truth.scores} & {*probe.scores})
-    true_DL, found_DL = draws(truth, shared), draws(probe, shared)
-    true_DL, found_DL = torch.broadcast_tensors(true_DL, found_DL)
     true_L, found_L = (
         torch.tensor([report.scores[k] for k in shared], dtype=torch.double)
         for report in (truth, probe)
@@ -64,11 +56,8 @@ def fidelity(truth: ContributionReport, probe: ContributionReport) -> Fidelity:
     best, chosen = (values.argsort(descending=True).tolist() for values in (true_L, found_L))
     return Fidelity(
         spearman=spearman(true_L, found_L).item(),
-        spearman_D=spearman(true_DL, found_DL),
         kendall=kendall(true_L, found_L).item(),
-        kendall_D=kendall(true_DL, found_DL),
         beyond_depth=spearman(*(without_trend(v, shared) for v in (true_L, found_L))).item(),
-        beyond_depth_D=spearman(*(without_trend(v, shared) for v in (true_DL, found_DL))),
         regret=(true_L[best[0]] - true_L[chosen[0]]).item() / gain if gain > 0 else float("nan"),
         top3=len({*best[:3]} & {*chosen[:3]}) / 3,
         avoided=1 - len({*best[-third:]} & {*chosen[:third]}) / third,
@@ -89,9 +78,8 @@ def at_random(truth: ContributionReport) -> Fidelity:
     true_L = torch.tensor([*truth.scores.values()], dtype=torch.double)
     gain = truth.full.score - truth.base.score
     third = max(len(true_L) // 3, 1) / len(true_L)
-    none_1 = torch.zeros(1, dtype=torch.double)
     regret = (true_L.max() - true_L.mean()).item() / gain
-    return Fidelity(0.0, none_1, 0.0, none_1, 0.0, none_1, regret, 3 / len(true_L), 1 - third)
+    return Fidelity(0.0, 0.0, 0.0, regret, 3 / len(true_L), 1 - third)
 
 
 def of_seeds(truth: ContributionReport, *, early: bool = False) -> Fidelity | None:
@@ -118,29 +106,11 @@ def of_seeds(truth: ContributionReport, *, early: bool = False) -> Fidelity | No
         return replace(truth, layers=tuple(map(entry_of, truth.layers)))
 
     found = [fidelity(only([*{*seeds} - {seed}]), only([seed], early)) for seed in seeds]
-    means = {
-        field.name: sum(getattr(one, field.name.removesuffix("_D")) for one in found) / len(found)
-        for field in fields(Fidelity)
-    }
-    return Fidelity(**{n: torch.tensor([v]) if n.endswith("_D") else v for n, v in means.items()})
+    names = [field.name for field in fields(Fidelity)]
+    return Fidelity(**{n: sum(getattr(one, n) for one in found) / len(found) for n in names})
 
 
 def ceiling(truth: ContributionReport) -> float:
     """The noise ceiling: rank correlation of one seed with the mean of the others."""
     found = of_seeds(truth)
     return float("nan") if found is None else found.spearman
-
-
-def draws(report: ContributionReport, layers: Sequence[int]) -> Tensor:
-    """Resampled scores, shape (D, L); one row where nothing can be resampled."""
-    runs = {str(k): report.layers[k].scores for k in layers if report.layers[k].scores is not None}
-    if len(runs) < len(layers):
-        return torch.tensor([[report.scores[k] for k in layers]], dtype=torch.double)
-    found = bootstrap(runs)
-    return torch.stack([found[str(k)] for k in layers], dim=-1)
-
-
-def interval(draws_D: Tensor) -> Interval:
-    """95 % of the draws that are defined."""
-    known = draws_D[~draws_D.isnan()]
-    return interval_of(known) if len(known) else Interval(float("nan"), float("nan"))

@@ -12,7 +12,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,15 @@ from fidelity import (
     at_random,
     ceiling,
     fidelity,
-    interval,
     of_seeds,
     without_trend,
 )
 from suites import FOLDER, SUITES
-from torch import Tensor
 
 from layerrl import ContributionReport, contribution_probe
 from layerrl.report import Score
 from layerrl.scores.position import position_scores
-from layerrl.statistics import Interval, spearman
+from layerrl.statistics import spearman
 from layerrl.sweep.harness import weights_digest
 
 TRUTHS = Path(__file__).parent / "ground_truth"
@@ -161,7 +159,6 @@ class Overall:
     """One probe over suites."""
 
     spearman: float
-    interval: Interval
     share: float | None
     """Of a full run."""
 
@@ -180,17 +177,10 @@ def compare(
         print("| probe | Spearman | Kendall | beyond depth | regret | top 3 | avoided | cost |")
         print("|---|---|---|---|---|---|---|---|")
         for probe, found, share in fidelities(name, truths, probes):
-            rows = (
-                (found.spearman, found.spearman_D),
-                (found.kendall, found.kendall_D),
-                (found.beyond_depth, found.beyond_depth_D),
-            )
-            cells = (
-                *(shown(*row) for row in rows),
-                *(f"{value:.2f}" for value in (found.regret, found.top3, found.avoided)),
-                percent(share),
-            )
-            print(f"| {probe} | {' | '.join(cells)} |")
+            cells = [f"{value:.2f}" for value in astuple(found)]
+            if probe in probes and (interval := truth.spearman(kept(name, probe))[1]):
+                cells[0] += f" {interval:.2f}"
+            print(f"| {probe} | {' | '.join((*cells, percent(share)))} |")
             if counts:
                 counted.setdefault(probe, []).append((found, share))
         if {"gradient", "published"} <= {*probes}:
@@ -207,40 +197,21 @@ def compare(
         found = [fidelity for fidelity, _ in results]
         shares = [share for _, share in results if share is not None]
         middle = statistics.median(one.spearman for one in found)
-        draws_D = median_draws([one.spearman_D for one in found])
         means = [
             f"{statistics.fmean(getattr(one, name) for one in found):.2f}"
             for name in ("regret", "top3", "avoided")
         ]
         share = statistics.median(shares) if shares else None
-        overall[probe] = Overall(middle, interval(draws_D), share)
-        print(f"| {probe} | {shown(middle, draws_D)} | {' | '.join(means)} | {percent(share)} |")
+        overall[probe] = Overall(middle, share)
+        print(f"| {probe} | {middle:.2f} | {' | '.join(means)} | {percent(share)} |")
     if len(ours := counted.get("gradient", ())) == number:
         print("\nMean Spearman of gradient, less that of")
         for probe, results in counted.items():
             if probe not in ("gradient", "by lot") and len(results) == number:
                 pairs = [(one, other) for (one, _), (other, _) in zip(ours, results, strict=True)]
                 mean = statistics.fmean(a.spearman - b.spearman for a, b in pairs)
-                found = [(a.spearman_D - b.spearman_D).nan_to_num() for a, b in pairs]
-                size = max(map(len, found))
-                draws_D = torch.stack([d.expand(size) for d in found]).mean(dim=0)
-                known = len(results[0][0].spearman_D) > 1
-                print(f"- {probe}: {shown(mean, draws_D if known else draws_D[:1], '+.2f')}")
+                print(f"- {probe}: {mean:+.2f}")
     return overall
-
-
-def shown(value: float, draws_D: Tensor, spec: str = ".2f") -> str:
-    """A value with its interval, where there is one.
-
-    Draws have more noise than the value, which pulls correlations towards 0. Where that puts the
-    value itself outside, they are no interval of it and are named for what they are.
-    """
-    if len(draws_D) < 2:
-        return f"{value:{spec}}"
-    found = interval(draws_D)
-    if value in found:
-        return f"{value:{spec}} {found:{spec}}"
-    return f"{value:{spec}} (resampled: {found.low:{spec}} to {found.high:{spec}})"
 
 
 def agreement(name: str, *layers: int) -> str:
@@ -267,9 +238,6 @@ def picture(overall: dict[str, Overall], path: Path) -> None:
         x = share * 1.6 ** at.setdefault(share, 0)  # side by side
         at[share] += 1
         own = name == "gradient"
-        if one.spearman in one.interval:  # or it is none, see `shown`
-            ends = one.interval.low, one.interval.high
-            ax.plot([x, x], ends, color="C0" if own else "0.6", lw=1.5)
         ax.plot(x, one.spearman, "o", color="C0" if own else "0.6")
         ax.text(x, -0.97, name, rotation=90, ha="center", va="bottom", fontsize=8)
     ax.axhline(0, color="0.85", zorder=0)
@@ -323,12 +291,6 @@ def fitted_prior(name: str, truths: dict[str, ContributionReport]) -> Contributi
 def prior(truth: ContributionReport, centre: float) -> ContributionReport:
     """The position prior for as many layers."""
     return baselines.report("position", position_scores(truth.num_layers, centre))
-
-
-def median_draws(draws: list[Tensor]) -> Tensor:
-    """Medians over suites, draw by draw; suites are independent."""
-    size = max(map(len, draws))
-    return torch.stack([found_D.expand(size) for found_D in draws]).quantile(0.5, dim=0)
 
 
 def percent(share: float | None) -> str:

@@ -159,7 +159,7 @@ def show(found: dict[str, Any], options: Any) -> None:
     )
     for name in names:
         mean, full = (sum(map(sum, scores[n])) / sum(map(len, scores[n])) for n in (name, "full"))
-        own = f"{interval_of(draws[name]):.3f}"
+        own = f"{interval_of(draws[name], mean):.3f}"
         difference = f"{interval_of(draws[name] - draws['full']):+.3f}"
         rewards = [run["rewards"] for run in runs[name] if "rewards" in run]
         ends = [

@@ -126,21 +126,22 @@ def evaluate(model: Any, tokenizer: Any, data: Dataset, tokens: int = MAX_NEW_TO
     """Greedy accuracy on `data`.
 
     A problem that occurs several times gets the same greedy answer each time: it is decoded once
-    and counted as often as it occurs, and the interval (bootstrap) is over distinct problems.
+    and counted as often as it occurs.
     """
     keys = [str(prompt) for prompt in data["prompt"]]
     once = distinct(data)
     weights = np.array([keys.count(str(prompt)) for prompt in once["prompt"]], dtype=float)
     completions = answers(model, tokenizer, once, tokens)
-    right = np.array(reward(completions, once["answer"]))
-    draws = np.random.default_rng(0).integers(len(right), size=(10_000, len(right)))
-    sampled = (right * weights)[draws].sum(1) / weights[draws].sum(1)
-    low, high = np.percentile(sampled, [2.5, 97.5])
-    return Score(
-        accuracy=float((right * weights).sum() / weights.sum()),
-        interval=(float(low), float(high)),
-        completions=completions,
-    )
+    accuracy = float(np.average(reward(completions, once["answer"]), weights=weights))
+    return Score(accuracy, interval_of_share(accuracy, weights), completions)
+
+
+def interval_of_share(share: float, weights: np.ndarray) -> tuple[float, float]:
+    """Jeffreys' 95 % interval, for as many problems as weigh as much (Kish's effective size)."""
+    size = weights.sum() ** 2 / (weights**2).sum()
+    ends = share * size + 0.5, (1 - share) * size + 0.5
+    low, high = np.percentile(np.random.default_rng(0).beta(*ends, size=100_000), [2.5, 97.5])
+    return min(float(low), share), max(float(high), share)
 
 
 def distinct(data: Dataset) -> Dataset:

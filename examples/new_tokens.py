@@ -206,10 +206,8 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
             for parts in ([row[:5] for row in rewards], [row[-5:] for row in rewards])
             if parts
         ]
-        line = (
-            f"{arm:15} {mean:5.3f}  {interval_of(draws[arm].clamp(0, 1)):.3f}  {' -> '.join(ends)}"
-        )
-        print(line.rstrip())
+        interval = interval_of(draws[arm].clamp(0, 1), mean)
+        print(f"{arm:15} {mean:5.3f}  {interval:.3f}  {' -> '.join(ends)}".rstrip())
 
 
 def parse() -> argparse.Namespace:

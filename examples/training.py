@@ -196,7 +196,7 @@ def show(scores: dict[str, list[float]], against: str) -> None:
     for name, row in scores.items():
         mean, other = (sum(values) / len(values) for values in (row, scores[against]))
         difference = interval_of(draws[name] - draws[against])
-        own = f"{interval_of(draws[name]):.3f}"
+        own = f"{interval_of(draws[name], mean):.3f}"
         to = f"{mean - other:+{3 + len(against)}.3f}"
         print(f"{name:{width}} {mean:8.3f}  {own}  {to}  {difference:+.3f}")
 

@@ -85,7 +85,7 @@ def show(rows: dict[str, list[float]]) -> None:
     for name, row in rows.items():
         mean, ours = (sum(values) / len(values) for values in (row, rows[vote]))
         gain = f"{ours - mean:+.3f}  {interval_of(draws[vote] - draws[name]):+.3f}"
-        own = f"{interval_of(draws[name]):.3f}"
+        own = f"{interval_of(draws[name], mean):.3f}"
         print(f"{name:22} {mean:8.3f}  {own}  {gain if name != vote else ''}".rstrip())
 
 

@@ -18,9 +18,9 @@ class Comparison:
     correlation: float
     """Rank correlation (Spearman) over the layers that both have."""
     interval: Interval | None
-    """Where 95 % of it lie when both reports are resampled; None if nothing can be resampled. No
-    confidence interval: resampling adds noise to both, which pulls correlations towards 0, so that
-    it may not hold even the correlation itself."""
+    """95 % credible interval of the correlation that scores without noise would have; None if
+    nothing can be resampled. Noise pulls a correlation towards 0, so that it may reach further
+    from 0 than from the correlation itself."""
     quantity: str
     """What differs: `"C"`, or `"score"` where contributions are undefined."""
     values: dict[int, tuple[float, float]]
@@ -43,11 +43,10 @@ class Comparison:
         return rows
 
     def _remarks(self) -> list[str]:
-        """The sentences printed with the table: correlation, range, differences."""
+        """The sentences printed with the table: correlation, interval, differences."""
         shown = ""
         if self.interval is not None:
-            low, high = self.interval.low, self.interval.high
-            shown = f" ({low:.2f} to {high:.2f} resampled, which pulls it towards 0)"
+            shown = f" {self.interval:.2f}"
         remarks = [f"Rank correlation (Spearman) {self.correlation:.2f}{shown}"]
         intervals = [found for found in self.differences.values() if found is not None]
         if not self.values:

@@ -33,12 +33,22 @@ class Interval:
         return f"[{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def interval_of(draws_D: Tensor) -> Interval:
-    """The central 95 % of bootstrap draws."""
+def interval_of(draws_D: Tensor, estimate: float | None = None) -> Interval:
+    """The central 95 % of draws.
+
+    Args:
+        draws_D: Resampled values.
+        estimate: What they are around: the interval is stretched to hold it.
+
+    Returns:
+        The interval.
+    """
     tail = (1 - _CONFIDENCE) / 2
     draws_D = draws_D.double()
-    low, high = draws_D.quantile(draws_D.new_tensor([tail, 1 - tail]))
-    return Interval(low.item(), high.item())
+    low, high = draws_D.quantile(draws_D.new_tensor([tail, 1 - tail])).tolist()
+    if estimate is not None:
+        low, high = min(low, estimate), max(high, estimate)
+    return Interval(low, high)
 
 
 def bootstrap(
@@ -50,10 +60,12 @@ def bootstrap(
 ) -> dict[str, Tensor]:
     """Means of resampled scores, paired: every run sees the same prompts in the same draw.
 
-    Another seed would have given other scores too. Where some runs have several, their variance
-    between seeds is pooled over those runs, and every draw of every run is moved by what a mean
-    over its own seeds varies for it (with Student's t for a variance that is estimated itself).
-    With one seed everywhere nothing is known of it, and nothing is added.
+    The Bayesian bootstrap (Rubin, 1981): prompts get exponential weights. Scores of two values,
+    right and wrong, get half a prompt of each beside them (Jeffreys' prior), and so do others of
+    which a run has only one, which would leave no doubt. The rest spreads as Student's t says.
+    Where some runs have several seeds, the variance between seeds, less what single prompts make
+    of it, is pooled over those runs, and moves every draw of every run (with Student's t, for it is
+    estimated). With one seed everywhere nothing is known of it, and nothing is added.
 
     Args:
         runs: Name to scores, shape (S, P); S may differ between runs, P may not.
@@ -72,31 +84,58 @@ def bootstrap(
         raise ValueError(f"scores of {sorted(sizes)} prompts, expected one number above 0 for all")
     [num_prompts] = sizes
     # On the CPU whatever torch's default device is: the same draws everywhere.
-    draw = torch.Generator().manual_seed(seed)
-    shape = (num_draws, num_prompts)
-    picked_DP = torch.randint(num_prompts, shape, generator=draw, device="cpu")
-    # How often each prompt was drawn, as a share: a product with scores is then a mean.
-    share_DP = torch.zeros(shape, dtype=torch.double, device="cpu")
-    share_DP.scatter_add_(1, picked_DP, torch.full_like(share_DP, 1 / num_prompts))
     scores_SP = {
         name: torch.tensor([[*row] for row in rows], dtype=torch.double, device="cpu")
         for name, rows in runs.items()
     }
-    found = {name: share_DP @ scores.mean(dim=0) for name, scores in scores_SP.items()}
-    means_S = {n: scores.mean(dim=1) for n, scores in scores_SP.items() if n not in seedless}
-    freedom = sum(len(means) - 1 for means in means_S.values())
-    if freedom:
-        squares = sum((means - means.mean()).square().sum() for means in means_S.values())
-        # Not from `draw`: what two reports' seeds did has nothing in common, as their prompts may.
-        pooled = _generator("variance", *scores_SP.values())
-        normal_FD = torch.randn(freedom, num_draws, generator=pooled, device="cpu")
-        chi2_D = normal_FD.double().square().sum(dim=0)
-        deviation_D = (squares / chi2_D).sqrt()
-        for name, means in means_S.items():
-            own = _generator(name, scores_SP[name])
+    draw = torch.Generator().manual_seed(seed)
+    weight_DP = torch.empty(num_draws, num_prompts, dtype=torch.double, device="cpu")
+    weight_DP.exponential_(generator=draw)
+    # A chi-square variable of one degree of freedom is a gamma variable of one half, doubled.
+    prior_D2 = torch.randn(num_draws, 2, generator=draw, device="cpu").double().square() / 2
+    values = torch.cat([scores.flatten() for scores in scores_SP.values()]).unique()
+    binary, freedom, spread = len(values) == 2, num_prompts - 1, 1.0
+    if freedom and not binary:  # the weights' variance, and the 0.975 quantiles of t and normal
+        spread = ((num_prompts + 1) / freedom) ** 0.5 * (1 + 1.2 / freedom)
+    seeded = [scores for name, scores in scores_SP.items() if name not in seedless]
+    deviation_D, found = _deviation_of_seeds(seeded, num_draws), {}
+    for name, scores in scores_SP.items():
+        own, mean = _generator(name, scores), scores.mean()
+        # Which half of the prior is right differs from run to run.
+        turned_D1 = torch.randint(2, (num_draws, 1), generator=own, device="cpu").bool()
+        half_D2 = torch.where(turned_D1, prior_D2.flip(1), prior_D2)
+        half_D2 *= binary or len(scores.unique()) == 1
+        moved_D = weight_DP @ (scores.mean(dim=0) - mean) + half_D2 @ (values[[0, -1]] - mean)
+        found[name] = mean + spread * moved_D / (weight_DP.sum(dim=1) + half_D2.sum(dim=1))
+        if name not in seedless:
             normal_D = torch.randn(num_draws, generator=own, device="cpu")
-            found[name] = found[name] + deviation_D * normal_D / len(means) ** 0.5
+            found[name] += deviation_D * normal_D / len(scores) ** 0.5
     return found
+
+
+def _deviation_of_seeds(scores: Sequence[Tensor], num_draws: int) -> Tensor:
+    """Standard deviation between seeds, that single prompts do not make, in each draw.
+
+    Args:
+        scores: Those of each run, shape (S, P).
+        num_draws: Number of draws.
+
+    Returns:
+        Shape (D,), 0 where no run has two seeds.
+    """
+    freedom = sum(len(run) - 1 for run in scores)
+    if not freedom:
+        return torch.zeros(num_draws, dtype=torch.double, device="cpu")
+    squares = sum((run.mean(dim=1) - run.mean()).square().sum() for run in scores)
+    # What a seed does to single prompts is in what resampled prompts vary.
+    left = [run - run.mean(dim=0) - run.mean(dim=1, keepdim=True) + run.mean() for run in scores]
+    num_prompts = scores[0].shape[1]
+    of_prompts = sum(run.square().sum() for run in left) / (freedom * max(num_prompts - 1, 1))
+    # Not from prompts' generator: what two reports' seeds did has nothing in common.
+    pooled = _generator("variance", *scores)
+    normal_FD = torch.randn(freedom, num_draws, generator=pooled, device="cpu")
+    chi2_D = normal_FD.double().square().sum(dim=0)
+    return (squares / chi2_D - of_prompts / num_prompts).clamp(min=0).sqrt()
 
 
 def _generator(what_for: str, *scores: Tensor) -> torch.Generator:
@@ -124,6 +163,19 @@ def contribution_draws(score_D: Tensor, base_D: Tensor, full_D: Tensor) -> Tenso
     """
     gain_D, above_D = full_D - base_D, score_D - base_D
     return torch.where(gain_D > 0, above_D / gain_D, above_D.sign() * torch.inf)
+
+
+def over_average(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Resampled gains of layers in units of the average layer's in the same draw.
+
+    Args:
+        draws: Name to gains around 1 on average, shape (D,).
+
+    Returns:
+        Name to shares, very large in draws in which the average layer gained nothing.
+    """
+    average_D = torch.stack([*draws.values()]).mean(dim=0)
+    return {name: gain_D / average_D.clamp(min=1e-3) for name, gain_D in draws.items()}
 
 
 def ranks(values: Sequence[float] | Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,11 @@ from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
 from layerrl.report.entries import Cost, Score, check_layer, check_report, still_missing
-from layerrl.report.ranking import Ranking
+from layerrl.report.ranking import Ranking, resampled
 from layerrl.report.stored import as_json, report_in
 from layerrl.report.table import cells, remarks
 from layerrl.selection import LayerSelection
-from layerrl.statistics import Interval, bootstrap, contribution, contribution_draws, interval_of
+from layerrl.statistics import Interval, contribution, contribution_draws, interval_of
 from layerrl.tables import as_html, as_text
 from layerrl.warning import warn
 
@@ -30,9 +29,8 @@ __all__ = ["ContributionReport", "Cost", "Score"]
 class ContributionReport:
     """Every layer's score and contribution, with 95 % intervals where they can be had.
 
-    Intervals are bootstrap intervals over evaluation prompts, paired between layers, base and full.
-    Where runs have several seeds, they also hold what seeds vary, taken as the same for every run;
-    with one seed they say nothing about another seed.
+    Intervals are over prompts (Bayesian bootstrap), paired between layers, base and full. Where
+    runs have several seeds they hold what seeds vary, taken as the same for every run.
     """
 
     method: str
@@ -75,12 +73,7 @@ class ContributionReport:
     @cached_property
     def _draws(self) -> dict[str, Tensor]:
         """Resampled means, shape (D,), of all that was scored prompt by prompt."""
-        runs = {name: run.scores for name, run in self._runs.items() if run.scores is not None}
-        if not runs:
-            return {}
-        # Reports on the same prompts see the same ones in the same draw, and others do not.
-        prompts = self.settings.get("eval_dataset", runs)
-        return bootstrap(runs, seedless=("base",), seed=zlib.crc32(str(prompts).encode()))
+        return resampled(self._runs, self.method, self.settings)
 
     @property
     def scores(self) -> dict[int, float]:
@@ -134,7 +127,7 @@ class ContributionReport:
             ReportError: If there is no such layer.
         """
         draws_D = self._draws_at(layer, shares=False)
-        return None if draws_D is None else interval_of(draws_D)
+        return None if draws_D is None else interval_of(draws_D, self.scores[layer])
 
     def contribution_interval(self, layer: int) -> Interval | None:
         """95 % interval of a layer's contribution.
@@ -213,8 +206,8 @@ class ContributionReport:
             other: The other report.
 
         Returns:
-            The correlation, and where 95 % of it lie when both reports are resampled, which is no
-            confidence interval (`Comparison.interval`); None where there is nothing to resample.
+            The correlation, and the 95 % interval of that of the values without their noise
+            (`Comparison.interval`); None where there is nothing to resample.
 
         Raises:
             ReportError: If it is no report, or fewer than three layers can be compared.
@@ -300,7 +293,7 @@ class ContributionReport:
         shares = {k: (c, self.contribution_interval(k)) for k, c in self._defined().items()}
         return cells(
             self._runs,
-            {name: interval_of(draws_D) for name, draws_D in self._draws.items()},
+            {n: interval_of(draws_D, self._runs[n].score) for n, draws_D in self._draws.items()},
             {str(layer): share for layer, share in shares.items()},
         )
 

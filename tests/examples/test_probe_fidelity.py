@@ -71,7 +71,6 @@ def test_a_quarter_of_another_seed_is_judged_by_the_others_ends(load: Any) -> No
     truth = report(layers=(*rows, Score(scores=((9.0,),))))  # one seed says nothing of seeds
     assert of_seeds(truth).spearman == pytest.approx(1)
     assert of_seeds(truth).regret == 0
-    assert len(of_seeds(truth).spearman_D) == 1  # no interval
     assert of_seeds(truth, early=True).spearman == pytest.approx(-1)
     assert of_seeds(truth, early=True).regret == pytest.approx((0.3 - 0.1) / 0.5)
     assert of_seeds(report(layers=tuple(rows[:2]))) is None
@@ -112,11 +111,6 @@ def test_bases_that_are_kept_are_those_of_their_truths(load: Any) -> None:
         assert found == module.truth_of(name).settings["base"], name
 
 
-def test_the_median_of_two_suites_lies_between_them(load: Any) -> None:
-    found = load("probe_fidelity").median_draws([torch.tensor([0.0, 0.4]), torch.tensor([1.0])])
-    assert found.tolist() == pytest.approx([0.5, 0.7])
-
-
 def test_the_mean_along_a_run(load: Any) -> None:
     entry = Score(scores=((1.0, 0.0),), curve=((2, ((0.0, 0.0),)), (4, ((0.5, 0.0),))))
     [found] = load("probe_fidelity").along(report(layers=(entry,))).layers
@@ -148,18 +142,9 @@ def test_every_probe_scores_every_layer(load: Any, tmp_path: Path, monkeypatch: 
     assert load("fidelity").fidelity(same, changed).spearman == 1
 
 
-def test_an_interval_that_misses_its_estimate_is_not_called_one(load: Any) -> None:
-    module = load("probe_fidelity")
-    draws = torch.linspace(0.4, 0.8, 41)
-    assert module.shown(0.5, draws) == "0.50 [0.41, 0.79]"
-    assert module.shown(0.9, draws) == "0.90 (resampled: 0.41 to 0.79)"
-    assert module.shown(0.9, draws[:1]) == "0.90"
-    assert module.shown(0.5, draws, "+.1f") == "+0.5 [+0.4, +0.8]"
-
-
 def test_a_picture_of_what_costs_and_what_does_not(load: Any, tmp_path: Path) -> None:
     module = load("probe_fidelity")
-    some = module.Overall(0.5, module.interval(torch.tensor([0.2, 0.8])), 0.1)
+    some = module.Overall(0.5, 0.1)
     overall = {"gradient": some, "by lot": replace(some, share=0.0), "?": replace(some, share=None)}
     module.picture(overall, tmp_path / "probes.png")
     assert (tmp_path / "probes.png").stat().st_size > 10_000

@@ -13,6 +13,7 @@ from layerrl import select_layers
 from layerrl.errors import ReportError
 from layerrl.report import ContributionReport, Score
 from layerrl.scores.published import published_contributions
+from layerrl.statistics import spearman
 from tests.models import tiny_config
 
 mpl.use("Agg")
@@ -225,6 +226,22 @@ class TestSpearman:
         correlation, interval = report(0.4, 0.4, 0.4).spearman(report(0.4, 0.4, 0.4))
         assert math.isnan(correlation)
         assert interval is None
+
+    def test_its_interval_holds_the_correlation_without_noise(self):
+        """Of close orders: what is resampled once more is below the truth in most trials."""
+        generator, held = torch.Generator().manual_seed(0), 0
+        for _ in range(30):
+            true_2K = torch.randn(2, 12, generator=generator).double()
+            true_2K[1] = 0.95 * true_2K[0] + (1 - 0.95**2) ** 0.5 * true_2K[1]
+            noise_2KP = torch.randn(2, 12, 60, generator=generator).double()
+            here, there = (
+                ContributionReport(method="train", layers=tuple(Score(scores=(row,)) for row in of))
+                for of in (true_2K[..., None] + 3 * noise_2KP).tolist()
+            )
+            correlation, interval = here.spearman(there)
+            assert correlation in interval
+            held += spearman(*true_2K).item() in interval
+        assert held >= 26, held
 
     def test_of_published_numbers_has_no_interval(self):
         made = published_contributions("Qwen3-1.7B-Base")

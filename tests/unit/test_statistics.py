@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from layerrl.statistics import Interval, bootstrap, contribution, interval_of, ranks, spearman
+from layerrl.statistics import (
+    Interval,
+    bootstrap,
+    contribution,
+    interval_of,
+    over_average,
+    ranks,
+    spearman,
+)
 
 
 class TestContribution:
@@ -52,7 +60,7 @@ class TestBootstrap:
         # Deviation of one seed 0.1414 with 12 degrees of freedom: the 0.975 quantile is 2.179.
         assert interval_of(draws["0"]).high == pytest.approx(0.5 + 0.1 * 2.179, rel=0.05)
         assert interval_of(draws["one"]).high == pytest.approx(0.5 + 0.1414 * 2.179, rel=0.05)
-        assert draws["base"].std() == pytest.approx(0, abs=1e-9)
+        assert draws["base"].std() < draws["one"].std() / 5
 
     def test_seeds_of_different_scores_have_nothing_in_common(self):
         here = bootstrap({"a": [[0.4] * 9, [0.6] * 9]})["a"]
@@ -73,6 +81,37 @@ class TestBootstrap:
                 differ += 0 not in interval_of(draws["0"] - draws["1"])
         assert 930 <= covered <= 985, covered
         assert differ <= 70, differ
+
+    def test_what_prompts_vary_is_not_added_once_more_as_seeds(self):
+        """Noise of single answers alone: a mean of three seeds and 50 prompts has 150 of them."""
+        noise = torch.randn(12, 3, 50, generator=torch.Generator().manual_seed(0)).double()
+        draws = bootstrap({str(run): rows for run, rows in enumerate(noise.tolist())})
+        deviations = torch.stack([draws_D.std() for draws_D in draws.values()])
+        assert deviations.mean().item() == pytest.approx(150**-0.5, rel=0.15)
+
+    def test_few_graded_prompts_are_as_unsure_as_students_t_says(self):
+        interval = interval_of(bootstrap({"a": [[-2.0, -1.0, 0.0, 1.0, 2.0]]})["a"])
+        # Standard deviation 1.58, the 0.975 quantile of t(4) 2.776.
+        assert interval.high == pytest.approx(1.58 / 5**0.5 * 2.776, rel=0.15)
+
+    def test_shares_have_jeffreys_interval(self):
+        draws = bootstrap({"a": [[1.0] * 9 + [0.0] * 69]}, num_draws=40_000)["a"]
+        # The quantiles of Beta(9.5, 69.5).
+        assert interval_of(draws).low == pytest.approx(0.0587, abs=0.002)
+        assert interval_of(draws).high == pytest.approx(0.2002, abs=0.003)
+
+    @pytest.mark.parametrize("other", [[0.0, 1.0] * 20, [0.0, 0.125, 0.75, 1.0] * 10])
+    def test_prompts_that_are_all_alike_leave_doubt(self, other):
+        draws = bootstrap({"none": [[0.0] * 40], "other": [other]})
+        interval = interval_of(draws["none"], 0.0)
+        assert 0.04 < interval.high < 0.08  # three in forty, the rule says
+        assert interval.low == 0
+
+    def test_units_of_the_average_are_resampled_with_it(self):
+        hard_P = torch.rand(50, generator=torch.Generator().manual_seed(0)).double()
+        draws = over_average(bootstrap({str(k): [(k * hard_P).tolist()] for k in (1, 2, 3)}))
+        assert interval_of(draws["1"]).low == pytest.approx(0.5)
+        assert interval_of(draws["3"]).high == pytest.approx(1.5)
 
     @pytest.mark.parametrize("scores", [[[]], [[1.0], [1.0, 2.0]]])
     def test_scores_of_other_prompts_are_refused(self, scores):
