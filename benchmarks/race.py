@@ -1,7 +1,7 @@
 """Does a short race between the probe's best layers choose better than the probe alone?
 
     python benchmarks/race.py              # the tables, from stored files, in seconds
-    python benchmarks/race.py --docs docs  # the same, written into appendix.md
+    python benchmarks/race.py --docs docs  # the same, written into results.md
 
 The probe's order of layers gives the candidates. They are trained alone, all with one seed of the
 sweep. Each time they are evaluated, those that are behind the leader are dropped: the 95 % interval
@@ -28,10 +28,17 @@ from layerrl.report import Score
 
 HERE = Path(__file__).parent
 STORES = [HERE / "planted_scores.jsonl", HERE / "probe_seeds.jsonl"]
-LATE = ["drift-llama", "late-llama", "late-mixtral", "middle-gpt_neox", "middle-llama"]
-EARLY = ["addition-llama", "sorting-gpt_neox", "sorting-llama"]
+LATE = [
+    "drift-llama",
+    "late-llama",
+    "late-mixtral",
+    "middle-gpt_neox",
+    "middle-llama",
+    "middle-llama-dropout",
+]
+EARLY = ["addition-llama", "sorting-gpt_neox", "sorting-llama", "early-llama", "switch-llama"]
 GAP = ("<!-- race: written by benchmarks/race.py -->", "<!-- race: end -->")
-"""Where the tables are in `appendix.md`."""
+"""Where the tables are in `results.md`."""
 ALL = 1000
 """More candidates than a suite has layers."""
 KEPT = ", the probe's first unless it is dropped"
@@ -88,13 +95,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--late", nargs="+", default=LATE, help="suites, best layer not early")
     parser.add_argument("--early", nargs="+", default=EARLY, help="suites, best layer early")
-    parser.add_argument("--docs", type=Path, help="folder whose appendix.md gets the tables too")
+    parser.add_argument("--docs", type=Path, help="folder whose results.md gets the tables too")
     options = parser.parse_args()
     late, early = ([suite(name) for name in names] for names in (options.late, options.early))
     text = f"{by_race(late, early)}\n\n{by_suite([*late, *early])}"
     print(text)
     if options.docs:
-        page = options.docs / "appendix.md"
+        page = options.docs / "results.md"
         before, rest = page.read_text(encoding="utf-8").split(GAP[0])
         _, after = rest.split(GAP[1])
         page.write_text(f"{before}{GAP[0]}\n\n{text}\n\n{GAP[1]}{after}", encoding="utf-8")

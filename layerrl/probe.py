@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 METHODS = {
     "train": "layerrl.sweep.exact",
     "gradient": "layerrl.scores.gradient",
+    "race": "layerrl.sweep.race",
     "position": "layerrl.scores.position",
     "published": "layerrl.scores.published",
 }
@@ -47,7 +48,7 @@ def contribution_probe(
     budget: int = 256,
     seeds: Sequence[int] = (0,),
     trainer_class: type = LayerMaskedGRPOTrainer,
-    # Of method="train" alone:
+    # Of methods that train, "train" and "race":
     eval_dataset: Dataset | None = None,
     full_args: Any = None,
     greedy: bool = True,
@@ -62,6 +63,7 @@ def contribution_probe(
     |---|---|---|
     | `"train"` | measures C(k), each layer's share of the full-parameter gain | everything |
     | `"gradient"` | what a step in the layer alone would gain on other prompts | rollouts |
+    | `"race"` | half a run of the three layers that `"gradient"` ranks first | everything |
     | `"published"` | C(k) of the paper's Qwen3-1.7B at the same relative depth | nothing |
     | `"position"` | how near the layer is to the middle | nothing |
 
@@ -76,6 +78,10 @@ def contribution_probe(
     pass serves all layers. `"published:NAME"` takes another of the paper's models, and
     `"position:0.37"` another centre than the middle. A method takes no notice of what it does not
     need.
+
+    `"race"`, or `"race:5"` for five candidates: `"gradient"` on all layers, then the runs of
+    `"train"` for its best, stopped after half of `args.max_steps`. Scores are those of then; the
+    other layers are `"dropped"`. Both stages are kept in `output_dir`, where `"train"` goes on.
 
     Scores of `"gradient"` change with the seed, which draws prompts and completions; their
     intervals are over the prompts of one seed. On eleven small suites it found the layer that
@@ -98,7 +104,7 @@ def contribution_probe(
             depends on its seed, probe again with another one.
         trainer_class: A masked trainer class, or a factory with its arguments.
         eval_dataset: Other prompts, each once, to score every run on. This and what follows is for
-            `"train"` alone.
+            methods that train.
         full_args: Other arguments for the full-parameter run of `"train"`, whose best learning rate
             is smaller than a single layer's. What they say of generation and rewards must be the
             same. None: `args`.
@@ -108,8 +114,8 @@ def contribution_probe(
             is below zero, once that one has half of the full gain. The others go on from where they
             were, as if nothing had happened. Dropped layers have no contribution. Being behind
             early is no proof of being behind at the end.
-        output_dir: Folder of the journal, the report and the checkpoints of unfinished runs of
-            `"train"`. With Ray on several machines, one that they share.
+        output_dir: Folder of the journal, the report and the checkpoints of unfinished runs.
+            With Ray on several machines, one that they share.
         executor: `"serial"`, or `"ray"` for a Ray cluster: the one that `ray.init` connected to,
             or else this machine. The results are the same.
         resources: What one run takes of a Ray cluster, as `num_cpus`, `num_gpus` and `memory`.

@@ -20,8 +20,9 @@ _DOES = "Score each layer of a model with TRL's GRPO options, and print the repo
 _MORE = """\
 All options of TRL's GRPO script, as those that it needs:
   --dataset_name FOLDER|FILE|HUB_ID      --reward_funcs my_module.reward
---method train measures exactly and takes hours. It continues in --output_dir,
-and scores on --dataset_test_split, which --eval_strategy steps loads."""
+--method train measures exactly, race the best three for half a run each: hours.
+Both continue in --output_dir, and score on --dataset_test_split, which
+--eval_strategy steps loads."""
 
 
 def _parser() -> ArgumentParser:
@@ -42,7 +43,7 @@ def _parser() -> ArgumentParser:
 
 
 def _add(parser: ArgumentParser) -> None:
-    parser.add_argument("--method", help="gradient (default), train, position, published")
+    parser.add_argument("--method", help="gradient (default), race, train, position, published")
     parser.add_argument("--budget", type=int, metavar="N", help="prompts (default: 256)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="not --seed (default: 0)")
     parser.add_argument("--out", metavar="FILE", help="write the report's JSON there, too")

@@ -60,7 +60,7 @@ def remarks(report: ContributionReport, runs: Mapping[str, Score], missing: str)
         found.append(f"C: {error}" if measured else ranks)
     counts = {len(run.scores) for run in runs.values() if run.scores is not None}
     if counts == {1}:
-        seeds = "One seed a run" if report.method == "train" else "One seed"
+        seeds = "One seed a run" if report.method in ("train", "race") else "One seed"
         found.append(f"{seeds}: the intervals say nothing about another seed.")
     rates = [
         rate

@@ -34,7 +34,7 @@ class Request:
     budget: int
     seeds: Sequence[int]
     trainer_class: type
-    # Of method="train" alone:
+    # Of methods that train:
     eval_dataset: Any
     full_args: Any
     greedy: bool

@@ -17,7 +17,7 @@ from layerrl.report import ContributionReport, Cost, Score
 from layerrl.report.entries import Scores
 from layerrl.schema import Amount, Count, Rule
 from layerrl.sweep.executors import executor
-from layerrl.sweep.halving import below_the_cut, rungs
+from layerrl.sweep.halving import below_the_cut, cycle, rungs
 from layerrl.sweep.harness import Run
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Sweep:
         args: Arguments of the single layers' runs.
         settings: What the runs have in common, for the journal.
         halving: Drop layers on the way that have fallen behind.
+        stop: Step to stop the layers' runs at, in which case there is no full run; None: the end.
         folder: Folder of the journal.
     """
 
@@ -77,12 +78,14 @@ class Sweep:
         args: Any,
         settings: dict[str, Any],
         halving: bool,
+        stop: int | None,
         folder: Path,
     ) -> None:
         self._harness, self._folder, self._settings = harness, folder, settings
         self._num_layers, self._layers, self._seeds = num_layers, layers, seeds
         self._steps = args.max_steps
-        self._rungs = rungs(args.max_steps, _cycle(args)) if halving else ()
+        self._rungs = rungs(args.max_steps, cycle(args)) if halving else ()
+        self._stop = stop
 
     def run(self, where: str, resources: Mapping[str, float]) -> ContributionReport:
         """Do what the journal does not hold yet, and report."""
@@ -92,7 +95,7 @@ class Sweep:
             bar = self._bar(journal.entries)
             stack.callback(bar.close)
             self._update(bar, None, journal.entries)
-            for stop in (*self._rungs, None):
+            for stop in (*self._rungs, self._stop):
                 missing = list(self._missing(_Records(journal.entries), stop))
                 if not missing:
                     continue
@@ -120,15 +123,15 @@ class Sweep:
         _, dropped = self._standing(records)
         known = {entry.seed for entry in entries if entry.seed is not None}
         seeds = (*self._seeds, *sorted(known - {*self._seeds}))
-        full = records.score("full", seeds)
+        full = records.score("full", seeds) if self._stop is None else None
         seconds = math.fsum(entry.seconds for entry in entries)
-        of_one = full.seconds / len(full.scores) if full.scores else 0.0
+        of_one = full.seconds / len(full.scores) if full and full.scores else 0.0
         return ContributionReport(
-            method="train",
+            method="train" if self._stop is None else "race",
             layers=tuple(
                 records.dropped(str(layer), seeds, dropped[layer])
                 if layer in dropped
-                else records.score(str(layer), seeds)
+                else records.score(str(layer), seeds, self._stop)
                 for layer in range(self._num_layers)
             ),
             base=records.score("base", (None,)),
@@ -152,11 +155,14 @@ class Sweep:
         """What to do before anything can be dropped at a rung, or at the end."""
         alive, _ = self._standing(records)
         wanted = [Run(str(layer), seed, stop) for seed in self._seeds for layer in alive]
-        if stop == (*self._rungs, None)[0]:
-            whole = [Run("base"), *(Run("full", seed) for seed in self._seeds)]
+        if stop == (*self._rungs, self._stop)[0]:
+            full = self._seeds if self._stop is None else ()
+            whole = [Run("base"), *(Run("full", seed) for seed in full)]
             wanted = sorted([*whole, *wanted], key=lambda run: (run.seed is not None, run.seed))
         for run in wanted:
-            if records.at(run) is None and records.at(run._replace(stop=None)) is None:
+            # Who went on to the end is not dropped any more, wherever else it was looked at.
+            passed = stop != self._stop and records.at(run._replace(stop=None)) is not None
+            if records.at(run) is None and not passed:
                 yield run, records.brought_to(run)
 
     def _standing(self, records: _Records) -> tuple[list[int], dict[int, str]]:
@@ -187,15 +193,17 @@ class Sweep:
     def _progress(self, entries: Sequence[Entry]) -> tuple[float, float]:
         """Whole runs done, and how many there will be if nothing more is dropped."""
         alive, dropped = self._standing(_Records(entries))
+        whole = 1 if self._stop is None else self._stop / self._steps
+        full = ["full"] if self._stop is None else []
         come: dict[tuple[str, int | None], float] = {
-            (n, s): 0.0 for n in ("full", *map(str, (*alive, *dropped))) for s in self._seeds
+            (n, s): 0.0 for n in (*full, *map(str, (*alive, *dropped))) for s in self._seeds
         }
         for entry in entries:
             if (run := (entry.name, entry.seed)) in come:
                 share = 1 if entry.stop is None else entry.stop / self._steps
-                come[run] = max(come[run], share)
+                come[run] = min(whole, max(come[run], share))
         gone = sum(share for (name, _), share in come.items() if name in map(str, dropped))
-        return sum(come.values()), len(self._seeds) * (1 + len(alive)) + gone
+        return sum(come.values()), len(self._seeds) * (len(full) + len(alive)) * whole + gone
 
     def _update(self, bar: tqdm, run: Run | None, entries: Sequence[Entry]) -> ContributionReport:
         report = self.report(entries)
@@ -238,9 +246,9 @@ class _Records:
         """The step at which a run stopped last, 0 if it never ran."""
         return max((e.stop for e in self._of(run) if e.stop is not None), default=0)
 
-    def score(self, name: str, seeds: Sequence[int | None]) -> Score:
-        """What a layer, base or full scored at the end, with the seeds that are done."""
-        found = [self.at(Run(name, seed)) for seed in seeds]
+    def score(self, name: str, seeds: Sequence[int | None], stop: int | None = None) -> Score:
+        """What a layer, base or full scored at a step or the end, with the seeds that are done."""
+        found = [self.at(Run(name, seed, stop)) for seed in seeds]
         scores = tuple(tuple(row) for row in found if row is not None)
         if not scores:
             return Score(status="missing", **self._spent(name, seeds))
@@ -268,9 +276,3 @@ class _Records:
             "steps": sum(e.steps for e in entries),
             "curve": tuple(curve),
         }
-
-
-def _cycle(args: Any) -> int:
-    """Optimizer steps on one generation batch."""
-    forwards = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
-    return forwards // math.gcd(forwards, args.gradient_accumulation_steps)

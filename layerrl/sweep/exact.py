@@ -19,12 +19,33 @@ from layerrl.sweep.executors import EXECUTORS, check_resources
 from layerrl.sweep.harness import Harness
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
     from layerrl.report import ContributionReport
     from layerrl.scores.method import Request
     from layerrl.selection import LayerSelection
 
 
-def _score(selection: LayerSelection, request: Request) -> ContributionReport:
+def measured(
+    selection: LayerSelection,
+    request: Request,
+    *,
+    choose: Callable[[dict[str, Any]], Sequence[int]] | None = None,
+    stop: int | None = None,
+) -> ContributionReport:
+    """Train layers alone and score them.
+
+    Args:
+        selection: Layers to score.
+        request: The arguments.
+        choose: Takes the journal's settings when all else is checked, and says which of the layers
+            to train; None: all.
+        stop: As `Sweep` takes it.
+
+    Returns:
+        The report.
+    """
     greedy = check_switch("greedy", request.greedy, ProbeError)
     halving = check_switch("halving", request.halving, ProbeError)
     folder = check_path("output_dir", request.output_dir, ProbeError)
@@ -53,18 +74,20 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
             # machines.
             folder=folder / "runs" / digest(settings),
         )
+        settings = {"base": harness.base, **settings}
         sweep = Sweep(
             harness,
             num_layers=selection.num_layers,
-            layers=selection.layers,
+            layers=selection.layers if choose is None else choose(settings),
             seeds=runs.seeds,
             args=args,
-            settings={"base": harness.base, **settings},
+            settings=settings,
             halving=halving,
+            stop=stop,
             folder=folder,
         )
         one = {"num_gpus": 1} if args.device.type == "cuda" else {"num_cpus": 1}
         return sweep.run(request.executor, one if resources is None else resources)
 
 
-METHOD = Method(score=_score, needs=(*ROLLOUTS, "eval_dataset", "output_dir"))
+METHOD = Method(score=measured, needs=(*ROLLOUTS, "eval_dataset", "output_dir"))

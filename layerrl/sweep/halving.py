@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerrl.statistics import bootstrap, interval_of
 
@@ -26,6 +26,12 @@ def rungs(num_steps: int, cycle: int = 1) -> tuple[int, ...]:
     """
     found = {math.ceil(num_steps * share / cycle) * cycle for share in _SHARES}
     return tuple(sorted(step for step in found if step < num_steps))
+
+
+def cycle(args: Any) -> int:
+    """Optimizer steps on one generation batch."""
+    forwards = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1)
+    return forwards // math.gcd(forwards, args.gradient_accumulation_steps)
 
 
 def below_the_cut(

@@ -75,7 +75,7 @@ def test_suites_count_once(races: Any) -> None:
 def test_the_docs_say_what_is_stored(races: Any) -> None:
     late, early = ([races.suite(name) for name in names] for names in (races.LATE, races.EARLY))
     text = f"{races.by_race(late, early)}\n\n{races.by_suite([*late, *early])}"
-    page = (ROOT / "docs" / "appendix.md").read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
     before, after = (page.index(mark) for mark in races.GAP)
     written = page[before + len(races.GAP[0]) : after].strip()
     assert written == text, "run benchmarks/race.py --docs docs, and correct the texts"

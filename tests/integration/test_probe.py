@@ -352,6 +352,90 @@ class TestHalving:
         assert again.scores == whole.scores
 
 
+def letters(completions: list[str], **_: Any) -> list[float]:
+    """Something that a gradient says anything of."""
+    return [float(sum(letter < "P" for letter in text)) for text in completions]
+
+
+def numbers_of(report: Any) -> list[Any]:
+    """Scores, steps and notes of layers."""
+    return [(entry.scores, entry.note, entry.curve) for entry in report.layers]
+
+
+class TestRace:
+    """Four steps, of which a race takes two."""
+
+    def race(self, model: Any, folder: Any, method: str = "race:2", **changes: Any) -> Any:
+        values = {
+            "method": method,
+            "layers": "all",
+            "budget": 32,
+            "reward_funcs": letters,
+            "train_dataset": Dataset.from_dict({"prompt": PROMPTS * 32}),
+            "args": config(folder / "unused", max_steps=4),
+        }
+        return probe(model, folder, **(values | changes))
+
+    def test_trains_the_best_of_the_probe_for_half_a_run(self, model, tmp_path):
+        cheap = self.race(model, tmp_path / "cheap", "gradient")
+        first, second, third = sorted(cheap.scores, key=cheap.scores.__getitem__, reverse=True)
+        before = bits(model)
+        report = self.race(model, tmp_path)
+        assert_close(bits(model), before, rtol=0, atol=0)
+        assert set(report.scores) == {first, second}
+        assert runs(tmp_path) == [("base", None), *((str(k), 0) for k in sorted(report.scores))]
+        assert [report.layers[k].steps for k in (first, second, third)] == [2, 2, 0]
+        assert report.layers[third].status == "dropped"
+        assert report.layers[first].note.startswith('rank 1 of "gradient"')
+        assert not report.partial
+        assert report.full is None
+        assert ContributionReport.from_json((tmp_path / "report.json").read_text()) == report
+        along = config(tmp_path / "unused", max_steps=4, eval_strategy="steps", eval_steps=2)
+        whole = self.race(model, tmp_path / "whole", "train", layers=[first], args=along)
+        assert dict(whole.layers[first].curve)[2] == report.layers[first].scores
+
+    def test_the_same_call_and_a_sweep_go_on_from_it(self, model, tmp_path, monkeypatch):
+        raced = self.race(model, tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr("layerrl.sweep.race.GRADIENT", None)  # is not asked again
+            assert numbers_of(self.race(model, tmp_path)) == numbers_of(raced)
+        layer = max(raced.scores, key=raced.scores.__getitem__)
+        whole = self.race(model, tmp_path, "train", layers=[layer])
+        alone = self.race(model, tmp_path / "alone", "train", layers=[layer])
+        assert whole.layers[layer].scores == alone.layers[layer].scores
+        assert whole.layers[layer].steps == 4
+        assert runs(tmp_path)[-2:] == [("full", 0), (str(layer), 0)]
+        again = self.race(model, tmp_path)
+        assert [entry.scores for entry in again.layers] == [entry.scores for entry in raced.layers]
+
+    def test_says_what_it_cannot_tell_apart(self, model, tmp_path):
+        with pytest.warns(UserWarning, match=r"after 2 steps, layers \d .* are not resolved from"):
+            self.race(model, tmp_path)
+
+    @pytest.mark.parametrize("method", ["race:1", "race:4", "race:x", "race:²", "race:-2"])
+    def test_candidates_that_are_none(self, model, tmp_path, method):
+        with pytest.raises(ProbeError, match=f"method='{method}' with 3 layers to score"):
+            self.race(model, tmp_path, method)
+
+    def test_is_refused_before_the_probe(self, model, tmp_path):
+        with pytest.raises(ProbeError, match="max_steps is -1: a race ends after half"):
+            self.race(model, tmp_path, args=config(tmp_path / "unused", max_steps=-1))
+        with pytest.raises(ProbeError, match="halving=True with method='race'"):
+            self.race(model, tmp_path, halving=True)
+        with pytest.raises(ProbeError, match="needs eval_dataset"):
+            self.race(model, tmp_path, eval_dataset=None)
+        with pytest.raises(ProbeError, match="eval_dataset"):
+            self.race(model, tmp_path, eval_dataset=TRAIN)
+        assert not list(tmp_path.glob("gradient-*"))
+
+    def test_a_kept_probe_of_other_layers_is_refused(self, model, tmp_path):
+        self.race(model, tmp_path)
+        [kept] = tmp_path.glob("gradient-*.json")
+        kept.write_text(contribution_probe(tiny("llama", 2), method="position").to_json())
+        with pytest.raises(ReportError, match="has scores of other layers"):
+            self.race(model, tmp_path)
+
+
 class TestJournal:
     def test_the_same_call_continues(self, model, tmp_path):
         undisturbed = probe(model, tmp_path / "undisturbed")
