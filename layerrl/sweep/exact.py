@@ -39,8 +39,7 @@ def measured(
     Args:
         selection: Layers to score.
         request: The arguments.
-        choose: Takes the journal's settings when all else is checked, and says which of the layers
-            to train; None: all.
+        choose: Given the journal's settings, when all is checked, which to train; None: all.
         stop: As `Sweep` takes it.
 
     Returns:
