@@ -128,25 +128,28 @@ def _without_noise(values_2K: Tensor, draws_D2K: Tensor) -> Tensor:
         draws_D2K: The same, resampled.
 
     Returns:
-        Draws from the posterior, shape (D, 2, K), around their mean over layers.
+        Draws from the posterior, shape (D, 2, K), around their mean over layers, each report's in a
+        unit of its own.
     """
     num_draws, num_layers = len(draws_D2K), values_2K.shape[1]
-    seen = (values_2K - values_2K.mean(dim=1, keepdim=True)).flatten()
-    noise_DN = (draws_D2K - draws_D2K.mean(dim=2, keepdim=True)).flatten(1)
+    seen_2K = values_2K - values_2K.mean(dim=1, keepdim=True)
+    # Each report in a unit of its own: one may be of losses, and the other of shares.
+    unit_21 = seen_2K.norm(dim=1, keepdim=True)
+    seen = (seen_2K / unit_21).flatten()
+    noise_DN = ((draws_D2K - draws_D2K.mean(dim=2, keepdim=True)) / unit_21).flatten(1)
     tails_2 = noise_DN.new_tensor([0.025, 0.975])
     # Student's t of few seeds has no variance: cut off, as much as takes 8.7 % from a normal one.
     noise_DN = noise_DN.clamp(*noise_DN.quantile(tails_2, dim=0)) - noise_DN.mean(dim=0)
     noise_NN = noise_DN.T @ noise_DN / num_draws / 0.913
-    square_2 = seen.square().view(2, -1).sum(dim=1)
-    true_2 = square_2 - noise_NN.diagonal().view(2, -1).sum(dim=1)
-    scale_2 = (true_2.maximum(square_2 / 20) / (num_layers - 1)).sqrt()
+    true_2 = 1 - noise_NN.diagonal().view(2, -1).sum(dim=1)
+    scale_2 = (true_2.clamp(min=1 / 20) / (num_layers - 1)).sqrt()
     angle_G = torch.linspace(-3.8, 3.8, 39, dtype=torch.double, device="cpu")
     r_G11 = angle_G.tanh()[:, None, None]
     eye_22, eye_KK = (torch.eye(n, dtype=torch.double, device="cpu") for n in (2, num_layers))
     between_G22 = (eye_22 + (1 - eye_22) * r_G11) * scale_2 * scale_2[:, None]
     true_GNN = torch.stack([torch.kron(one, eye_KK - 1 / num_layers) for one in between_G22])
     # Without this the mean over layers, which is 0, would have no variance.
-    floor = 1e-9 * square_2.max() * torch.eye(2 * num_layers, dtype=torch.double, device="cpu")
+    floor = 1e-9 * torch.eye(2 * num_layers, dtype=torch.double, device="cpu")
     factor_GNN = torch.linalg.cholesky(true_GNN + noise_NN + floor)
     left_GN = torch.linalg.solve_triangular(factor_GNN, seen[:, None], upper=False)[..., 0]
     log_G = -left_GN.square().sum(dim=1) / 2 - factor_GNN.diagonal(dim1=1, dim2=2).log().sum(dim=1)

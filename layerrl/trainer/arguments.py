@@ -43,7 +43,8 @@ def behind(cls: type, mixin: type) -> tuple[type, ...]:
 
 def signature(cls: type, mixin: type) -> inspect.Signature:
     """The signature of the class behind the mixin, with the mixin's own keywords."""
-    parameters = list(inspect.signature(behind(cls, mixin)[0]).parameters.values())
+    made_by = next(base for base in behind(cls, mixin) if "__init__" in vars(base))
+    parameters = list(inspect.signature(made_by).parameters.values())
     own = inspect.signature(mixin.__init__).parameters.values()
     added = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
     keep = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]

@@ -25,7 +25,7 @@ from layerrl.stored import bytes_of, decoded
 from layerrl.trainer import launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
-from layerrl.trainer.checksums import CHECKSUMS, missing_files, write_checksums
+from layerrl.trainer.checksums import CHECKSUMS, missing_files, update_checksums, write_checksums
 from layerrl.trainer.run_summary import summary_of
 from layerrl.warning import warn
 
@@ -111,10 +111,13 @@ class Checkpoints:
             if not waited:  # for the one that saves the state
                 trainer.accelerator.wait_for_everyone()
             trainer.accelerator.wait_for_everyone()
+            if trainer.args.should_save:
+                update_checksums(folder)
         except BaseException as error:
             if trainer.args.should_save and not is_complete(folder):
                 _remove(folder)
-                put_back(folder)
+                if _replaced(folder).exists():  # as a whole, whatever it held
+                    _replaced(folder).rename(folder)
                 cause = error.__cause__ if isinstance(error, DeltaError) else error
                 if reason := why_unwritten(cause):
                     last = last_complete(folder.parent)

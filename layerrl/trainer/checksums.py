@@ -42,7 +42,30 @@ def write_checksums(folder: Path) -> None:
     Raises:
         OSError: If a file cannot be read, or the record not be written.
     """
-    sums = _sums(_files(folder))
+    _write(folder, _sums(_files(folder)))
+
+
+def update_checksums(folder: Path) -> None:
+    """Record what a trainer of another class wrote or deleted when its base class had saved.
+
+    Args:
+        folder: The checkpoint's; without a record, it is left alone.
+
+    Raises:
+        OSError: As `write_checksums`.
+    """
+    record = folder / CHECKSUMS
+    if not record.exists():
+        return
+    known = fitted(_Checksums, parsed(bytes_of(record))).files
+    files, since = _files(folder), record.stat().st_mtime_ns
+    later = {n: f for n, f in files.items() if n not in known or _written(f) >= since}
+    sums = {n: digest for n, digest in known.items() if n in files} | _sums(later)
+    if sums != known:
+        _write(folder, sums)
+
+
+def _write(folder: Path, sums: Mapping[str, str]) -> None:
     record = {"format_version": _VERSION, "files": sums, "sha256": json_digest(sums)}
     with written_whole(folder / CHECKSUMS) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -119,6 +142,13 @@ def _sums(files: Mapping[str, Path]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
         found = zip(files, pool.map(_sum, files.values()), strict=True)
         return {name: digest for name, digest in found if digest is not None}
+
+
+def _written(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _sum(file: Path) -> str | None:

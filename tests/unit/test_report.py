@@ -243,6 +243,22 @@ class TestSpearman:
             held += spearman(*true_2K).item() in interval
         assert held >= 26, held
 
+    @pytest.mark.parametrize("unit", [1e-5, 1e-12, 1e8])
+    def test_its_interval_does_not_depend_on_the_unit_of_the_scores(self, unit):
+        generator = torch.Generator().manual_seed(0)
+        noise_2KP = 0.3 * torch.randn(2, 12, 200, generator=generator).double()
+        first, second = torch.arange(12)[:, None] / 10 + noise_2KP
+
+        def of(rows: torch.Tensor) -> ContributionReport:
+            layers = tuple(Score(scores=(tuple(row),)) for row in rows.tolist())
+            return ContributionReport(method="train", layers=layers, settings={"eval_dataset": ""})
+
+        correlation, interval = of(first).spearman(of(second))
+        found, moved = of(first).spearman(of(second * unit))
+        assert found == correlation
+        assert (moved.low, moved.high) == pytest.approx((interval.low, interval.high), abs=0.02)
+        assert interval.low > 0.9
+
     def test_of_published_numbers_has_no_interval(self):
         made = published_contributions("Qwen3-1.7B-Base")
         assert made.spearman(made) == (pytest.approx(1), None)

@@ -1059,6 +1059,15 @@ class TestSignature:
         own = ["selection", *KEYWORDS]
         assert list(inspect.signature(Mixed).parameters) == ["args", "note", *own, "kwargs"]
 
+    def test_a_class_between_that_has_no_constructor_hides_nothing(self):
+        class Between:
+            pass
+
+        class Mixed(LayerMaskedMixin, Between, GRPOTrainer):
+            pass
+
+        assert inspect.signature(Mixed) == inspect.signature(LayerMaskedGRPOTrainer)
+
     def test_of_a_class_with_its_own_constructor_is_its_own(self):
         assert list(inspect.signature(Mine).parameters) == ["args", "verbose", "kwargs"]
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOTrainer
 
 from layerrl import LayerMaskedMixin, load_delta, merge_delta
 from layerrl.errors import DeltaError, FrozenTensorError
@@ -184,6 +185,19 @@ class TestFullDisk:
         assert (checkpoint / "delta.safetensors").read_bytes() == before
         on(base, tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
 
+    def test_leaves_one_without_an_optimizer_too(self, base, tmp_path):
+        """Somebody deleted it to save space: it is no complete checkpoint, but not ours to drop."""
+        on(base, tmp_path / "out", max_steps=1).train()
+        checkpoint = tmp_path / "out" / "checkpoint-1"
+        (checkpoint / "optimizer.pt").unlink()
+        before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+        trainer = on(base, tmp_path / "out", max_steps=1, learning_rate=3e-2)
+        with pytest.MonkeyPatch.context() as patch:
+            trainer.add_callback(FillsAt(1, lambda: fill_disk("optimizer", patch, trainer)))
+            with pytest.raises(OSError, match="No space left"):
+                trainer.train()
+        assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
     def test_of_whole_models_does_too(self, base, tmp_path):
         full = {"arguments": {"checkpoint_format": "full"}, "max_steps": 3}
         trainer = on(base, tmp_path / "out", **full)
@@ -340,6 +354,33 @@ class TestHalfDeleted:
         plain = make(load(base), out, max_steps=2, save_strategy="steps", save_steps=1)
         plain.train(resume_from_checkpoint=True)
         assert last_complete(out) == out / "checkpoint-2"
+
+
+class SavesMore(GRPOTrainer):
+    """Goes on when its base class has saved, as GRPO with adaptive entropy does."""
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (folder / "more.json").write_text("{}")
+        (folder / "optimizer.pt").unlink()
+        state = json.loads((folder / "trainer_state.json").read_text())
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+class MaskedSavesMore(LayerMaskedMixin, SavesMore):
+    pass
+
+
+def test_what_a_class_behind_the_mixin_saves_is_recorded(base, tmp_path):
+    on(base, tmp_path / "out", trainer=MaskedSavesMore).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert last_complete(tmp_path / "out") == checkpoint
+    check_files(checkpoint)
+    with pytest.warns(UserWarning, match="no optimizer.pt"):
+        on(base, tmp_path / "out", max_steps=3).train(resume_from_checkpoint=True)
+    (checkpoint / "more.json").write_text("[]")
+    refused(on(base, tmp_path / "new"), checkpoint, r"more\.json is damaged")
 
 
 def refused(trainer: Any, checkpoint: Path, match: str, error: type = DeltaError) -> None:
