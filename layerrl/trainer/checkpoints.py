@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
+from transformers import TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -39,6 +40,7 @@ _DELTA = ("delta.safetensors", "delta.json")  # the description last: it vouches
 _OLD_DELTA = "delta"  # the sub-folder that had them once
 FINGERPRINTS = "layerrl_fingerprints"
 _READERS = {"MergeModelCallback"}  # TRL's; others upload the folder and load nothing
+_CONTROL = TrainerControl.__name__
 _WHOLE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 
@@ -100,7 +102,8 @@ class Checkpoints:
             nonlocal waited
             waited = True
             trainer.accelerator.wait_for_everyone()  # every process has written its files
-            state.stateful_callbacks[CHECKSUMS] = [state.global_step]
+            # Where a reader ignores it, and which each save makes anew.
+            state.stateful_callbacks.setdefault(_CONTROL, {})[CHECKSUMS] = True
             save_state(path)
             write_checksums(folder)
 
@@ -329,9 +332,11 @@ def why_incomplete(folder: Path) -> str:
     if not state:
         return f"it has no readable {TRAINER_STATE_NAME}"
     missing = missing_files(folder)
-    noted, record = state.get("stateful_callbacks"), [state.get("global_step")]
-    if isinstance(noted, dict) and noted.get(CHECKSUMS) == record:  # else another wrote it
-        missing += [CHECKSUMS] * (not (folder / CHECKSUMS).exists())
+    noted: Any = state
+    for key in ("stateful_callbacks", _CONTROL, CHECKSUMS):
+        noted = noted.get(key) if isinstance(noted, dict) else None
+    if noted and not (folder / CHECKSUMS).exists():  # else another trainer wrote it
+        missing.append(CHECKSUMS)
     if not missing:
         return ""
     return f"it lacks {', '.join(missing[:3])}; to resume from it all the same, name its folder"

@@ -356,6 +356,17 @@ class TestHalfDeleted:
         assert last_complete(out) == out / "checkpoint-2"
 
 
+@pytest.mark.parametrize("selection", ["full", None])
+def test_transformers_misses_no_callback(base, tmp_path, caplog, selection):
+    """The state says that there is a record of the files, where plain TRL overlooks it, too."""
+    full = {"arguments": {"checkpoint_format": "full"}}
+    on(base, tmp_path / "out", selection="full", max_steps=1, **full).train()
+    restores = {"restore_callback_states_from_checkpoint": True, "max_steps": 2}
+    resumed = make(load(base), tmp_path / "out", selection=selection, **restores)
+    resumed.train(resume_from_checkpoint=True)
+    assert "not included in current configuration" not in caplog.text
+
+
 class SavesMore(GRPOTrainer):
     """Goes on when its base class has saved, as GRPO with adaptive entropy does."""
 
