@@ -170,7 +170,7 @@ def check_arguments(args: Any, full_args: Any, *, greedy: bool, halving: bool) -
     check_length("full_args", full_args)
     if args.world_size > 1:
         raise ProbeError(
-            f"{args.world_size} processes: method='train' runs in one. Start one, or spread the "
+            f"{args.world_size} processes: methods that train run in one. Start one, or spread the "
             'runs over machines with executor="ray"'
         )
     if halving and args.max_steps <= 0:

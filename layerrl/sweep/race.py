@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from layerrl.checks import check_path, shown
+from layerrl.checks import check_path, check_switch, whole_number
 from layerrl.errors import ProbeError, ReportError
 from layerrl.journal import Journal, write_beside
 from layerrl.report import ContributionReport, Cost, Score
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
 
 _CANDIDATES = 3
-"""In the evaluation, more gained nothing that was resolved (docs/appendix.md)."""
+"""More gain nothing that was resolved (docs/results.md)."""
 _MOST_PROMPTS = 100
 """Times as many prompts as there are: above that, a number of them is no advice."""
 
@@ -84,7 +84,7 @@ def _candidates(variant: str, num_layers: int) -> int:
 def _half(request: Request) -> int:
     """The step after half a run, where a generation batch ends."""
     args = request.args
-    if request.halving:
+    if check_switch("halving", request.halving, ProbeError):
         raise ProbeError(
             "halving=True with method='race': candidates are trained for half a run, and none is "
             "dropped before. Leave halving out, or take method='train'."
@@ -105,7 +105,8 @@ def _probe(
     folder = check_path("output_dir", request.output_dir, ProbeError)
     with Journal(folder, settings, Entry):
         pass  # a folder of other runs is refused before anything is generated
-    asked = [[*selection.layers], shown(request.budget), check_seeds(request.seeds)[0]]
+    budget = whole_number(request.budget, least=1)
+    asked = [[*selection.layers], budget, check_seeds(request.seeds)[0]]
     file = folder / f"gradient-{digest(settings, *asked)}.json"
     if not file.exists():
         write_beside(file, GRADIENT.score(selection, request).to_json())
