@@ -5,6 +5,7 @@ Legend: R runs, S seeds, P evaluation prompts, D bootstrap draws.
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,15 +38,19 @@ def interval_of(draws_D: Tensor, estimate: float | None = None) -> Interval:
     """The central 95 % of draws.
 
     Args:
-        draws_D: Resampled values.
+        draws_D: Resampled values. NaN, such as a difference of infinite ones, lies on either side.
         estimate: What they are around: the interval is stretched to hold it.
 
     Returns:
         The interval.
     """
     tail = (1 - _CONFIDENCE) / 2
-    draws_D = draws_D.double()
-    low, high = draws_D.quantile(draws_D.new_tensor([tail, 1 - tail])).tolist()
+    draws_D, found = draws_D.double(), []
+    for share, far in ((tail, -math.inf), (1 - tail, math.inf)):
+        known_D = draws_D.nan_to_num(far, math.inf, -math.inf)
+        end = known_D.quantile(draws_D.new_tensor(share)).item()
+        found.append(far if math.isnan(end) else end)  # between two that are infinite
+    low, high = found
     if estimate is not None:
         low, high = min(low, estimate), max(high, estimate)
     return Interval(low, high)
@@ -158,11 +163,12 @@ def contribution_draws(score_D: Tensor, base_D: Tensor, full_D: Tensor) -> Tenso
         full_D: Those of the full-parameter run.
 
     Returns:
-        Shape (D,), infinite in draws in which the full run gained nothing. Where the gain is
-        resolved those are so few that quantiles hold, as in Fieller's interval for a ratio.
+        Shape (D,), infinite in draws in which the full run gained nothing and the layer did not
+        score as the base. Where the gain is resolved those are so few that quantiles hold, as in
+        Fieller's interval for a ratio.
     """
     gain_D, above_D = full_D - base_D, score_D - base_D
-    return torch.where(gain_D > 0, above_D / gain_D, above_D.sign() * torch.inf)
+    return torch.where(above_D == 0, 0.0, above_D / gain_D.clamp(min=0))
 
 
 def over_average(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:

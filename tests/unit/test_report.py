@@ -56,6 +56,19 @@ class TestNumbers:
             assert value in made.contribution_interval(layer)
             assert made.scores[layer] in made.interval(layer)
 
+    def test_a_layer_that_scores_as_the_base_has_an_interval(self):
+        """In a few draws of a gain that is barely resolved, nothing was gained."""
+        row = [0.0] * 8
+        made = ContributionReport(
+            method="train",
+            layers=(Score(scores=(row,)),),
+            base=Score(scores=(row,)),
+            full=Score(scores=(([1.0] * 4 + [0.0] * 4),)),
+        )
+        assert made.contributions == {0: 0.0}
+        interval = made.contribution_interval(0)
+        assert interval.low < 0 < interval.high
+
     def test_a_gain_that_is_not_resolved_leaves_contributions_undefined(self):
         made = report(0.1, 0.3, full=0.125)
         with pytest.raises(

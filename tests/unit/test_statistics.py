@@ -1,5 +1,7 @@
 """Arithmetic on scores, against hand-worked numbers, scipy-free definitions and known truth."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from layerrl.statistics import (
     Interval,
     bootstrap,
     contribution,
+    contribution_draws,
     interval_of,
     over_average,
     ranks,
@@ -19,6 +22,24 @@ class TestContribution:
         assert contribution(0.5, 0.2, 0.8) == pytest.approx(0.5)
         assert contribution(0.9, 0.2, 0.8) == pytest.approx(7 / 6)
         assert contribution(0.1, 0.2, 0.8) == pytest.approx(-1 / 6)
+
+    def test_of_draws_is_infinite_where_nothing_was_gained_but_by_the_layer(self):
+        base_D = torch.tensor([0.2, 0.2, 0.2, 0.2])
+        draws_D = contribution_draws(
+            torch.tensor([0.5, 0.5, 0.1, 0.2]), base_D, torch.tensor([0.8, 0.2, 0.1, 0.2])
+        )
+        # A layer that scores as the base has no share, also of no gain.
+        assert draws_D.tolist() == pytest.approx([0.5, math.inf, -math.inf, 0.0])
+
+    def test_draws_that_are_unknown_widen_an_interval_and_leave_it_one(self):
+        known_D = torch.linspace(0, 1, 4000)
+        some_D = torch.cat([known_D, torch.full((20,), math.nan)])
+        low, high = interval_of(some_D).low, interval_of(some_D).high
+        assert 0.01 < low < 0.025 < 0.975 < high < 0.99
+        for far in (math.nan, math.inf, -math.inf):
+            many = interval_of(torch.cat([known_D, torch.full((400,), far)]))
+            assert math.isinf(many.low) == (far != math.inf)
+            assert math.isinf(many.high) == (far != -math.inf)
 
 
 class TestRanks:
