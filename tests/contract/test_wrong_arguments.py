@@ -410,7 +410,9 @@ DOORS |= {
         probing,
         {
             "model": MODEL,
-            "method": Kind(more=("train:x", "position:nan", "position:2", "published:x")),
+            "method": Kind(
+                more=("train:x", "race:x", "race:1", "position:nan", "position:2", "published:x")
+            ),
             "reward_funcs": Kind(
                 lambda v: is_path(v) or (callable(v) and not isinstance(v, type)), ([reward, 5], [])
             ),

@@ -359,4 +359,4 @@ def test_a_mutated_file_is_a_sentence_or_means_the_same(name):
 
     mutate()
     print(f"{name}: {counts[0]} files, {counts[1]} refused")
-    assert counts[0] / 5 < counts[1] < counts[0]
+    assert counts[0] / 10 < counts[1] < counts[0]
