@@ -78,7 +78,7 @@ class Sweep:
         args: Any,
         settings: dict[str, Any],
         halving: bool,
-        stop: int | None,
+        stop: int | None = None,
         folder: Path,
     ) -> None:
         self._harness, self._folder, self._settings = harness, folder, settings
