@@ -98,7 +98,7 @@ def parsed(text: str | bytes) -> Any:
 
 
 def decoded(text: str | bytes, **hooks: Any) -> Any:
-    """The value of a JSON text in UTF-8 of whoever wrote it; `hooks` are `json.loads`'s."""
+    """Parse untrusted JSON in UTF-8; `hooks` are keywords of `json.loads`."""
     if not isinstance(text, str | bytes | bytearray):
         raise Misfit(is_not("the text of JSON", text))
     try:

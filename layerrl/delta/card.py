@@ -153,7 +153,7 @@ Or write a whole model: `layerrl.merge_delta({base}, {delta}, "merged")`.
 
 
 def _of_rows(meta: Mapping[str, Any], selection: LayerSelection) -> str:
-    """What base new tokens need: mostly another one than was published under its name."""
+    """Say which base new tokens need: usually one resized after it was published."""
     if not selection.token_rows:
         return ""
     return f"""

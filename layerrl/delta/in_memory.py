@@ -103,7 +103,7 @@ def names_by_rows(model: nn.Module, selection: LayerSelection) -> set[str]:
 
 
 def kept_rows(model: nn.Module, selection: LayerSelection, base: DeltaBase) -> dict[str, str]:
-    """What `DeltaBase.kept_rows` would be of a model now, in the dtypes of the record.
+    """The fingerprints of a model's rows that do not train, in the dtypes of the record.
 
     Args:
         model: The trained model.

@@ -50,7 +50,7 @@ def cells(
 
 
 def remarks(report: ContributionReport, runs: Mapping[str, Score], missing: str) -> list[str]:
-    """What has to be known to read the table, in sentences; `missing` is a clause or empty."""
+    """Sentences below the table. `missing`: a clause that names missing runs, or empty."""
     found = [f"Partial: {missing}."] if missing else []
     try:
         _ = report.contributions

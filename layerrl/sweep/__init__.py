@@ -247,7 +247,7 @@ class _Records:
         return max((e.stop for e in self._of(run) if e.stop is not None), default=0)
 
     def score(self, name: str, seeds: Sequence[int | None], stop: int | None = None) -> Score:
-        """What a layer, base or full scored at a step or the end, with the seeds that are done."""
+        """The score of a layer, base or full at a step (None: the end), over the finished seeds."""
         found = [self.at(Run(name, seed, stop)) for seed in seeds]
         scores = tuple(tuple(row) for row in found if row is not None)
         if not scores:

@@ -88,7 +88,7 @@ def executor(
 
 
 def check_resources(resources: Any) -> dict[str, float]:
-    """What one run takes of a cluster, as Ray names it: name to amount, from 0 up."""
+    """Check the resources of one run: Ray's names to amounts, from 0 up."""
     check_kind("resources", resources, Mapping, f"a dict of {sorted(_RESOURCES)}", ProbeError)
     unknown = [name for name in resources if not isinstance(name, str) or name not in _RESOURCES]
     if unknown:

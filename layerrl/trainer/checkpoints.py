@@ -317,7 +317,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def why_incomplete(folder: Path) -> str:
-    """What a checkpoint lacks that was written to its end, and not deleted in part since.
+    """Name the files that a checkpoint lacks: its writing or its deletion was cut off.
 
     Args:
         folder: The checkpoint's.

@@ -22,7 +22,7 @@ else:
 
 
 class SavingHooks(_Wrapped):
-    """What the wrapped trainer calls to save. Each takes and returns what its own method does."""
+    """Overrides of methods that save. Each takes and returns what the trainer's own does."""
 
     masked_run: MaskedRun
     checkpoint_format: str

@@ -359,4 +359,6 @@ def test_a_mutated_file_is_a_sentence_or_means_the_same(name):
 
     mutate()
     print(f"{name}: {counts[0]} files, {counts[1]} refused")
-    assert counts[0] / 10 < counts[1] < counts[0]
+    # Most of a trainer's state is a log, in which any number will do.
+    least = 10 if name == "trainer_state.json" else 5
+    assert counts[0] / least < counts[1] < counts[0]
