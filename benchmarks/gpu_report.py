@@ -19,10 +19,10 @@ weights and made-up prompts: speed and memory do not depend on the values of wei
 $ make gpu
 ```
 
-The command runs the tests that need a GPU, for at most 400 seconds. Then it measures stage by stage,
-for at most 1300 seconds (`ARGS="--budget 600"`: 600). It needs a Python with torch for the GPU
-(`PYTHON=path`). Other packages come from the network, or from a folder. Make the folder on a machine
-with a network, for the GPU machine's version of Python, without the packages that it already has:
+The command runs the tests that need a GPU, for at most 400 seconds. Then it measures stage by
+stage, for at most 1300 seconds (`ARGS="--budget 600"`: 600). It needs a Python with torch for the
+GPU (`PYTHON=path`). Other packages come from the network, or from a folder. Make the folder on a
+machine with a network, for the GPU machine's version of Python, without the packages that it has:
 
 ```console
 $ make bundle PYTHON=3.12 WITHOUT="torch transformers accelerate" EXTRA=gpu
@@ -35,11 +35,12 @@ $ make bundle PYTHON=3.12 WITHOUT="torch transformers accelerate" EXTRA=gpu
 | `journal.jsonl` | every measurement |
 | `worker.log` | what libraries printed |
 
-The same command continues where the time was up, unless the machine, a library or layerrl has changed.
+The same command continues where the time was up, unless the machine, a library or layerrl has
+changed.
 `python benchmarks/gpu.py --report --page docs/gpu.md` writes the page from the journal.
 
-Bit-for-bit tests use `torch.use_deterministic_algorithms(True)`. Without it, two runs of plain TRL on
-a GPU may differ.
+Bit-for-bit tests use `torch.use_deterministic_algorithms(True)`. Without it, two runs of plain TRL
+on a GPU may differ.
 """
 NOT_YET = "Not measured."
 KINDS = {"selection": "layerrl, the middle layer", "LoRA r16": "LoRA, merged", "full": "full"}
