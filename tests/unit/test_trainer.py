@@ -355,7 +355,7 @@ class TestFlagsAreRestored:
         runs = []
         for replaced in (False, True):
             trainer = make(tiny("llama", 3), tmp_path / str(replaced), selection=1, beta=0.5)
-            trainer.train()
+            train(trainer)
             trainer.optimizer = trainer.lr_scheduler = None
             if replaced:
                 trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
