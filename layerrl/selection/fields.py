@@ -69,7 +69,7 @@ def checked(selection: LayerSelection) -> dict[str, Any]:
             f"learning_rate_scale needs one positive finite factor for each of {len(given)} "
             f"layers, got {shown(factors)}"
         )
-    check_boosts(selection.boosts, selection.layers)
+    check_boosts(selection.boosts, tuple(given))
     beside = selection.modules is not None or selection.also or selection.stack != "text"
     if selection.full and (len(given) != num_layers or beside):
         raise SelectionError(
