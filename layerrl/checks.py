@@ -115,7 +115,10 @@ def check_choice(name: str, value: object, choices: Iterable[str], error: type[E
 
 def check_path(name: str, value: object, error: type[Exception]) -> Path:
     """A path, there or not, that a file system could have: not empty, no NUL, no half character."""
-    given = os.fspath(value) if isinstance(value, os.PathLike) else value
+    given: object = value
+    if isinstance(value, os.PathLike):
+        with suppress(Exception):  # code of the value's own
+            given = os.fspath(value)
     if not isinstance(given, str):
         raise error(f"{name} is {shown(value)}, expected a path")
     try:

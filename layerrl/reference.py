@@ -198,8 +198,9 @@ class ReferenceModel(nn.Module):
         """The reference's values by name."""
         return dict(zip(self._trained, self.initial, strict=True))
 
-    def follow(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Take over the parameters that the policy has now, as after it has been sharded."""
+    def follow(self, policy: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
+        """Take over the policy, and the parameters it has now, as after it has been sharded."""
+        self._policy = (policy,)
         self._trained = {name: trained[name] for name in self._trained}
         for index, parameter in enumerate(self._trained.values()):
             value = sharded_like(self.initial[index], parameter)

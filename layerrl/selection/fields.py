@@ -25,15 +25,15 @@ _OF_VERSION_1 = ("num_layers", "layers", "learning_rate_scale", "modules", "full
 _LEFT_OUT = ((), "text")  # defaults of later fields
 
 
-def checked(selection: LayerSelection) -> tuple[tuple[str, ...], tuple[float, ...]]:
+def checked(selection: LayerSelection) -> dict[str, Any]:
     """Refuse fields that make no sense, alone or together.
 
     Args:
         selection: One that is being made.
 
     Returns:
-        Its `also`, with rows named in one way, and its `learning_rate_scale`, 1.0 for each layer
-        where it was left out.
+        Fields by name, as they are kept: numbers as Python's own, which JSON can hold, `also` with
+        rows named in one way, `learning_rate_scale` 1.0 for each layer where it was left out.
 
     Raises:
         SelectionError: If they make none.
@@ -47,7 +47,8 @@ def checked(selection: LayerSelection) -> tuple[tuple[str, ...], tuple[float, ..
         raise SelectionError(f"also is a tuple of parts and globs, got {shown(selection.also)}")
     check_choice("stack", selection.stack, STACKS, SelectionError)
     also = with_named_rows(selection.also)
-    last = check_count("num_layers", selection.num_layers, SelectionError) - 1
+    num_layers = check_count("num_layers", selection.num_layers, SelectionError)
+    last = num_layers - 1
     given = [integer(layer) for layer in selection.layers]
     if not given and selection.also:
         if selection.modules is not None:
@@ -68,13 +69,19 @@ def checked(selection: LayerSelection) -> tuple[tuple[str, ...], tuple[float, ..
             f"learning_rate_scale needs one positive finite factor for each of {len(given)} "
             f"layers, got {shown(factors)}"
         )
-    check_boosts(selection.boosts, selection.layers)
+    check_boosts(selection.boosts, tuple(given))
     beside = selection.modules is not None or selection.also or selection.stack != "text"
-    if selection.full and (len(given) != selection.num_layers or beside):
+    if selection.full and (len(given) != num_layers or beside):
         raise SelectionError(
             '"full" trains every parameter: it takes no layers, modules, also, stack'
         )
-    return also, factors
+    return {
+        "num_layers": num_layers,
+        "layers": tuple(given),
+        "learning_rate_scale": tuple(map(float, factors)),
+        "also": also,
+        "boosts": tuple((layer, glob, float(factor)) for layer, glob, factor in selection.boosts),
+    }
 
 
 def as_json(values: Mapping[str, Any]) -> str:

@@ -67,9 +67,8 @@ class LayerSelection:
     """Whose layers they are: `"text"`, the decoder's, or `"vision"`, those of the vision tower."""
 
     def __post_init__(self) -> None:
-        also, scales = checked(self)
-        object.__setattr__(self, "also", also)
-        object.__setattr__(self, "learning_rate_scale", scales)
+        for name, value in checked(self).items():
+            object.__setattr__(self, name, value)
 
     def _described(self) -> dict[str, str]:
         """What trains, by kind."""

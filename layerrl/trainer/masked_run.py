@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from layerrl.selection import LayerSelection
     from layerrl.trainer.call import TrainerCall
@@ -84,12 +84,7 @@ class MaskedRun:
             known = self.frozen.fingerprints
             base = DeltaBase.of(model, selection, frozen=known, device=accelerator.device)
             self.base = launchers.of_main_process(base, accelerator)
-        self.replay = PrefixReplay(
-            model,
-            selection,
-            call.prefix_cache_bytes,
-            agree=partial(launchers.agree, accelerator),
-        )
+        self.replay = self._replay_of(model)
         self.optimizer = MaskedOptimizer(self.layers, master_weights=call.master_weights)
         self._clipped: metrics.Norms | None = None
         self.initial: Mapping[str, Tensor] = {}
@@ -106,6 +101,10 @@ class MaskedRun:
             self.sync = WeightSync(trainer.vllm_generation, model, selection)
         elif call.early is not None and call.decided:
             self.sync = AnnouncedSync(trainer, selection, call.early)
+
+    def _replay_of(self, model: nn.Module) -> PrefixReplay:
+        agree = partial(launchers.agree, self._trainer.accelerator)
+        return PrefixReplay(model, self.selection, self._call.prefix_cache_bytes, agree=agree)
 
     def _set_reference(self) -> None:
         """Before anything trains, the model is its own reference."""
@@ -146,8 +145,10 @@ class MaskedRun:
 
         `load_state_dict(assign=True)` does, and another model in `trainer.model`.
         """
-        before = self.layers.parameters
-        self.layers.find(self._trainer.model)
+        before, model = self.layers.parameters, self._trainer.model
+        if unwrap(model) is not unwrap(self.layers.model):
+            self.replay = self._replay_of(model)
+        self.layers.find(model)
         if any(self.layers.parameters[name] is not p for name, p in before.items()):
             self._follow_tensors()
 
@@ -157,7 +158,7 @@ class MaskedRun:
         initial = {name: sharded_like(v, trained[name]) for name, v in self.initial.items()}
         if reference is not None:
             shared = any(value is reference.initial[0] for value in self.initial.values())
-            reference.follow(trained)
+            reference.follow(self._trainer.model, trained)
             initial = reference.tensors if shared else initial
         self.initial = initial
 

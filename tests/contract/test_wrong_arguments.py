@@ -61,6 +61,13 @@ class Odd:
     __repr__ = __str__ = __eq__ = __bool__ = __len__ = __hash__ = __format__ = _refuse
 
 
+class OddPath:
+    """A path that cannot be asked for its text."""
+
+    def __fspath__(self) -> str:
+        raise RuntimeError("asked")
+
+
 class Scalar:
     """What libraries with numbers of their own have."""
 
@@ -124,6 +131,7 @@ JUNK: dict[str, Callable[[], Any]] = {
     "meta tensor": lambda: torch.ones(2, device="meta"),
     "error": lambda: ValueError("x"),
     "path of NUL": lambda: Path("a\0b"),
+    "OddPath": OddPath,
     "model class": lambda: nn.Linear,
     "Scalar": Scalar,
     "Odd": Odd,
@@ -152,7 +160,8 @@ def is_float(value: Any, least: float = -np.inf, most: float = np.inf) -> bool:
 
 
 def is_path(value: Any) -> bool:
-    return isinstance(value, str | PathLike) and "\0" not in str(value) and str(value).strip() != ""
+    is_path = isinstance(value, str | PathLike) and not isinstance(value, OddPath)
+    return is_path and "\0" not in str(value) and str(value).strip() != ""
 
 
 @dataclass(frozen=True, slots=True)

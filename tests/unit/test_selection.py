@@ -7,6 +7,7 @@ import re
 import time
 import weakref
 from collections import deque
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -757,6 +758,20 @@ def test_full_model_of_any_depth_has_no_frozen_prefix():
 def test_impossible_value_is_refused(changes, message):
     with pytest.raises(SelectionError, match=re.escape(message)):
         LayerSelection(**{"num_layers": 4, "layers": (1,), **changes})
+
+
+def test_numbers_of_other_libraries_become_pythons_own():
+    selection = LayerSelection(
+        num_layers=np.int64(4),
+        layers=(np.int64(1), torch.tensor(2)),
+        learning_rate_scale=(np.float32(0.5), Fraction(1, 4)),
+        boosts=((1, "mlp", torch.tensor(2.0)),),
+    )
+    same = LayerSelection(
+        num_layers=4, layers=(1, 2), learning_rate_scale=(0.5, 0.25), boosts=((1, "mlp", 2.0),)
+    )
+    assert selection == LayerSelection.from_json(selection.to_json()) == same
+    assert hash(selection) == hash(same)
 
 
 VALID = {

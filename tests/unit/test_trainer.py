@@ -351,6 +351,19 @@ class TestFlagsAreRestored:
         with pytest.raises(FrozenTensorError, match=r"lm_head\.weight"):
             trainer.check_frozen()
 
+    def test_and_reference_and_replay_are_of_another_model_that_took_its_place(
+        self, model, tmp_path
+    ):
+        trainer = make(model, tmp_path, selection=1, beta=0.5)
+        at_the_start = bits(model)
+        with torch.no_grad():
+            for name in names_of(model, 1):
+                model.get_parameter(name).add_(1)
+        trainer.model = trainer.model_wrapped = copy.deepcopy(model)
+        trainer.create_optimizer()
+        assert_close(bits(trainer.ref_model), at_the_start, rtol=0, atol=0)
+        assert trainer.masked_run.replay.model is trainer.model
+
     def test_after_trained_tensors_were_replaced_by_others(self, model, flags, tmp_path):
         trainer = make(model, tmp_path, selection=1)
         mine = {name: value.clone() for name, value in model.state_dict().items()}
