@@ -64,6 +64,7 @@ class TrainerCall:
         arguments.check_given(cls, mixin, given)
         self.adapts = adapters.has_adapters(model, given.get("peft_config"))
         """Whether PEFT's adapters train, and not the model's own tensors."""
+        self._adapters = [*model.peft_config] if is_peft(model) else []
         arguments.check_keywords(
             kwargs,
             byte_counts={"prefix_cache_bytes": prefix_cache_bytes},
@@ -127,6 +128,7 @@ class TrainerCall:
         with (
             arguments.without_reference_model(self._trainer_args, self.reference),
             nullcontext() if self._full or self.adapts else quantised_base(self._trainer_args),
+            adapters.reference_of_default(self._adapters),
             self.early or nullcontext(),
         ):
             yield
