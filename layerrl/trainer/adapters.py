@@ -93,6 +93,7 @@ def reference_of_default(names: Collection[str]) -> Iterator[None]:
         Nothing.
 
     Raises:
+        KeyError: Any other.
         SelectionError: If it has adapters, and none of this name.
     """
     try:
