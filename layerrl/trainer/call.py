@@ -98,8 +98,7 @@ class TrainerCall:
         if self.adapts and announces(cls):
             adapters.refuse_announcing(cls.__name__)
         if not full and announces(cls):
-            own_transfer = given.get("weight_transfer") is not None
-            self.early = EarlyMask(self._choice, own_transfer=own_transfer)
+            self.early = EarlyMask(self._choice, own_transfer=given.get("weight_transfer") is not None)
             callbacks = [*(given.get("callbacks") or ()), self.early]
             args, kwargs = arguments.with_argument(known, args, kwargs, "callbacks", callbacks)
         self._vocabulary = Vocabulary(model, described, given.get("processing_class"))
