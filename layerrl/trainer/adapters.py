@@ -22,7 +22,7 @@ from layerrl.trainer.whole_models import CheckpointError
 from layerrl.warning import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 ADAPTED = "adapted_base.json"
@@ -83,11 +83,11 @@ def check_adapters(model: nn.Module) -> None:
 
 
 @contextmanager
-def reference_of_default(names: Collection[str]) -> Iterator[None]:
+def reference_of_default(model: Any) -> Iterator[None]:
     """Inside, TRL makes the reference of a PEFT model: a copy of the adapter "default".
 
     Args:
-        names: The model's adapters; none of one that is not PEFT's.
+        model: The trainer's, of any kind, or what it is loaded from.
 
     Yields:
         Nothing.
@@ -99,7 +99,8 @@ def reference_of_default(names: Collection[str]) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        if error.args != ("default",) or not names or "default" in names:
+        names = [*model.peft_config] if is_peft(model) else ["default"]
+        if error.args != ("default",) or "default" in names:
             raise
         raise SelectionError(
             f"a PEFT model with the adapters {sorted(names)} was given to a trainer with a "

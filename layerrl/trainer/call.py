@@ -64,7 +64,6 @@ class TrainerCall:
         arguments.check_given(cls, mixin, given)
         self.adapts = adapters.has_adapters(model, given.get("peft_config"))
         """Whether PEFT's adapters train, and not the model's own tensors."""
-        self._adapters = [*model.peft_config] if is_peft(model) else []
         arguments.check_keywords(
             kwargs,
             byte_counts={"prefix_cache_bytes": prefix_cache_bytes},
@@ -98,7 +97,8 @@ class TrainerCall:
         if self.adapts and announces(cls):
             adapters.refuse_announcing(cls.__name__)
         if not full and announces(cls):
-            self.early = EarlyMask(self._choice, own_transfer=given.get("weight_transfer") is not None)
+            own_transfer = given.get("weight_transfer") is not None
+            self.early = EarlyMask(self._choice, own_transfer=own_transfer)
             callbacks = [*(given.get("callbacks") or ()), self.early]
             args, kwargs = arguments.with_argument(known, args, kwargs, "callbacks", callbacks)
         self._vocabulary = Vocabulary(model, described, given.get("processing_class"))
@@ -127,7 +127,7 @@ class TrainerCall:
         with (
             arguments.without_reference_model(self._trainer_args, self.reference),
             nullcontext() if self._full or self.adapts else quantised_base(self._trainer_args),
-            adapters.reference_of_default(self._adapters),
+            adapters.reference_of_default([*self.args, self.kwargs.get("model")][0]),
             self.early or nullcontext(),
         ):
             yield
