@@ -131,7 +131,7 @@ def contribution_probe(
         ReportError: If the paper has no such model.
         SelectionError: If the layers do not fit the model.
     """
-    entry, variant = _method(method)
+    entry, variant = method_of(method)
     request = Request(
         model=model,
         variant=variant,
@@ -162,6 +162,11 @@ def contribution_probe(
         raise ProbeError(f"{selection}: layers alone are scored. Select them without also.")
     if selection.is_boosted:
         raise ProbeError(f"{selection}: layers are scored alike. Select them without boost.")
+    if entry.reads_weights and all(parameter.is_meta for parameter in model.parameters()):
+        raise ProbeError(
+            f"method={method!r} reads weights, and this {type(model).__name__} is on the meta "
+            "device, without any: load it with from_pretrained"
+        )
     return entry.score(selection, request)
 
 
@@ -188,8 +193,18 @@ def _check_trainer_class(trainer_class: Any, args: Any, full_args: Any) -> None:
             check_kind(name, given, TrainingArguments, "the trainer's arguments", ProbeError)
 
 
-def _method(method: object) -> tuple[Method, str]:
-    """The method of a name, and its variant: what follows the colon."""
+def method_of(method: object) -> tuple[Method, str]:
+    """The method of a name, and its variant: what follows the colon.
+
+    Args:
+        method: As `contribution_probe` takes it.
+
+    Returns:
+        Both.
+
+    Raises:
+        ProbeError: If there is none of this name.
+    """
     name, _, variant = method.partition(":") if isinstance(method, str) else ("", "", "")
     refuse_removed([f"method={shown(method)}"], ProbeError)
     entry: Method | None = import_module(METHODS[name]).METHOD if name in METHODS else None

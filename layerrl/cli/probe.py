@@ -14,6 +14,8 @@ from layerrl.errors import LayerRLError
 from layerrl.seams import imported
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from layerrl.cli.scripts import Options
 
 _DOES = "Score each layer of a model with TRL's GRPO options, and print the report."
@@ -74,7 +76,6 @@ def run(argv: list[str]) -> None:
         raise LayerRLError(f"--out {out}: {problem}. Name a new file for the report.")
 
     from layerrl import contribution_probe
-    from layerrl.blocks import meta_model
     from layerrl.files import written_whole
     from layerrl.selection.select import layers_in
     from layerrl.stored import refused_as
@@ -82,7 +83,7 @@ def run(argv: list[str]) -> None:
     if isinstance(given.get("layers"), str):
         given["layers"] = layers_in(given["layers"])
     asked = {name: given[name] for name in _ASKED if name in given}
-    on = {"model": meta_model(config_of(model))} if options is None else _on(options)
+    on = {"model": _alone(model, given)} if options is None else _on(options)
     report = contribution_probe(**on, **asked)
     print(report)
     if out is not None:
@@ -92,6 +93,22 @@ def run(argv: list[str]) -> None:
 
 
 _ASKED = ("method", "budget", "seeds", "layers", "modules")
+
+
+def _alone(model: str, given: dict[str, Any]) -> nn.Module:
+    """The model of a method that generates nothing, with its weights if it reads them."""
+    from layerrl.blocks import meta_model
+    from layerrl.probe import method_of
+
+    config = config_of(model)
+    method, _ = method_of(given.get("method", "gradient"))
+    if method.needs or not method.reads_weights:  # what it needs is missing, and it says so
+        return meta_model(config)
+    with imported():
+        from trl.trainer.utils import create_model_from_path
+
+    with in_a_sentence():
+        return create_model_from_path(model)
 
 
 def _on(options: Options) -> dict[str, Any]:

@@ -98,11 +98,15 @@ def _table(delta: Delta) -> str:
 
 def _draw(held: Any, file: Path) -> None:
     from layerrl import ContributionReport
+    from layerrl.files import written_whole
 
     if not isinstance(held, ContributionReport):
         raise ReportError(f"--plot {file}: only a report is drawn, and this is none")
     axes = held.plot()
+    # The format is the name's, which is not yet that of what is written.
+    format_of = file.suffix.removeprefix(".") or None
     try:
-        axes.figure.savefig(file, dpi=150)
+        with written_whole(file) as temporary, temporary.open("wb") as stream:
+            axes.figure.savefig(stream, dpi=150, format=format_of)
     except (OSError, ValueError) as error:
         raise ReportError(f"cannot write {file}: {error}") from error

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from layerrl.delta.fitting import Marks
     from layerrl.delta.record import DeltaBase
     from layerrl.selection import LayerSelection
 
@@ -196,6 +197,7 @@ def compared(
     base: DeltaBase,
     stored: Mapping[str, str],
     above: Mapping[str, Callable[[], Tensor]],
+    marks: Marks | None = None,
 ) -> Comparison:
     """Compare a checkpoint with a record, tensor by tensor.
 
@@ -205,14 +207,15 @@ def compared(
         stored: As `stored_names` gives it.
         above: Name in the checkpoint to what a delta puts in its place: it counts as it is, or as
             the checkpoint's dtype rounds it.
+        marks: Fingerprints of the checkpoint as it is, taken so far; more are added.
 
     Returns:
         What differs.
     """
-    found = Comparison(base)
+    found = Comparison(base, marks={} if marks is None else marks)
     for name, tensor in _shown(checkpoint.tensors(only=stored), "comparing", len(stored)):
         new = above[name]() if name in above else None
-        found.add(stored[name], *([tensor] if new is None else [new, new.to(tensor.dtype)]))
+        found.add(stored[name], name, *([tensor] if new is None else [new, new.to(tensor.dtype)]))
     return found
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from layerrl.errors import SelectionError
 
 _IN_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+Marks = dict[tuple[str, torch.dtype], list[str]]
+"""Name of a tensor and dtype that it was converted to, to its fingerprint."""
 _COMPUTING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 STAGES = (
     " If an earlier stage trained them, save that stage's delta and give both in order: "
@@ -47,12 +49,15 @@ class Comparison:
     """Those that are quantised on one side."""
     extra: list[str] = field(default_factory=list)
     """Tensors of a model that the record has not."""
+    marks: Marks = field(default_factory=dict)
+    """Fingerprints taken so far, which comparisons of one model with several records share."""
 
-    def add(self, name: str, *candidates: Tensor) -> None:
+    def add(self, name: str, there: str, *candidates: Tensor) -> None:
         """Compare a tensor with its record.
 
         Args:
             name: Its recorded name.
+            there: Its name in what is compared.
             *candidates: The tensor; several if either of them would do. In any dtype: it counts as
                 converted to the recorded one.
 
@@ -71,17 +76,20 @@ class Comparison:
             self.shapes[name] = list(tensor.shape)
         else:
             dtype = getattr(torch, self.base.dtypes[name])
+            # What a delta puts there is another tensor for each stack.
+            marks = self.marks if len(candidates) == 1 else {}
             try:
-                found = [
-                    fingerprints({"": t.detach() if t.dtype == dtype else t.detach().to(dtype)})[""]
-                    for t in candidates
-                ]
+                if (there, dtype) not in marks:
+                    marks[there, dtype] = [
+                        fingerprints({"": t if t.dtype == dtype else t.detach().to(dtype)})[""]
+                        for t in candidates
+                    ]
             except RuntimeError as error:  # no conversion to a dtype of packed values
                 raise DeltaError(
                     f"{name!r} is {tensor.dtype} and cannot be compared with the recorded "
                     f"{self.base.dtypes[name]}: {error}"
                 ) from error
-            if self.base.fingerprints[name] not in found:
+            if self.base.fingerprints[name] not in (found := marks[there, dtype]):
                 self.values[name] = found[0], fingerprints({"": tensor.detach()})[""]
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from layerrl.delta.fitting import Marks
     from layerrl.delta.folder import Delta
     from layerrl.delta.record import DeltaBase
     from layerrl.selection import LayerSelection
@@ -49,6 +50,7 @@ def checked(
     union: bool = False,
     others: Sequence[Delta] = (),
     there: Sequence[Delta] = (),
+    marks: Marks | None = None,
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
     """What deltas put into a model, if it is what they were made from.
 
@@ -58,6 +60,7 @@ def checked(
         union: Whether each was made from the base, and they train different tensors.
         others: Further deltas that the caller was given, for hints.
         there: Deltas in the model, for hints.
+        marks: Fingerprints of the model as it is, taken so far.
 
     Returns:
         Name in the model to parameter, and name in a checkpoint to value, as `put_tensors` takes
@@ -71,11 +74,12 @@ def checked(
     source: dict[str, Delta] = {}
     config = getattr(unwrap(model), "config", None)
     settings = None if config is None else computing_settings(config)
+    marks = {} if marks is None else marks
     for index, delta in enumerate(deltas):
         trained |= _parameters(model, delta)
         if union:
             refuse_overlap(delta, delta.fingerprints, source)
-        found = compared(model, delta.base, above={} if union else tensors)
+        found = compared(model, delta.base, above={} if union else tensors, marks=marks)
         if found.extra and delta.version > 1:
             raise DeltaError(
                 f"{type(unwrap(model)).__name__} has {len(found.extra)} tensors that the base of "
@@ -172,6 +176,7 @@ def compared(
     *,
     leave_out: Collection[str] = frozenset(),
     above: Mapping[str, Tensor] | None = None,
+    marks: Marks | None = None,
 ) -> Comparison:
     """Compare a model with a record, tensor by tensor. Collective where the model is sharded.
 
@@ -181,11 +186,12 @@ def compared(
         leave_out: Recorded names not to compare.
         above: Recorded name to what a delta puts in its place: it counts as it is, or as the
             model's dtype rounds it.
+        marks: Fingerprints of the model as it is, taken so far; more are added.
 
     Returns:
         What differs.
     """
-    found, above = Comparison(base), above or {}
+    found, above = Comparison(base, marks={} if marks is None else marks), above or {}
     tensors, tied = saved_tensors(model)
     names: dict[str, list[str]] = {}
     for alias, first in checkpoint_names(model, tensors, tied).items():
@@ -195,7 +201,7 @@ def compared(
             recorded = {base.tied.get(n, n) for n in (name, *names.get(name, ()))}
             for known in sorted(recorded & {*base.fingerprints} - {*leave_out}):
                 new = above.get(known)
-                found.add(known, *([tensor] if new is None else [new, new.to(tensor.dtype)]))
+                found.add(known, name, *([tensor] if new is None else [new, new.to(tensor.dtype)]))
             if not recorded & {*base.fingerprints}:
                 found.extra.append(name)
     return found

@@ -24,6 +24,7 @@ from layerrl.delta.checkpoint import (
     tensors_of,
 )
 from layerrl.delta.fitting import (
+    Marks,
     check_base,
     check_model_type,
     check_rounding,
@@ -98,13 +99,14 @@ def merge_delta(
     config: Any = checkpoint.config if model is None else model.config
     settings = computing_settings(config)
     above: dict[str, _Replaced] = {}
+    marks: Marks = {}
     for index, delta in enumerate(deltas):
         stored = stored_names(checkpoint, delta.base, model)
         own = _replaced(checkpoint, delta, stored, {} if union else above)
         _check_selection(delta, checkpoint, model, stored, set(own))
         if union:
             refuse_overlap(delta, own, {name: above[name].delta for name in above})
-        found = compared(checkpoint, delta.base, stored, {} if union else above)
+        found = compared(checkpoint, delta.base, stored, {} if union else above, marks)
         check_base(delta, found, config=settings, hint=hint(deltas, index, union=union))
         read = ((each.name, each()) for each in own.values())
         warn_of_nonfinite(read, f"the delta at {delta.path}")

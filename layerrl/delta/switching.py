@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from layerrl.delta.fitting import Marks
+
 
 class Deltas:
     """Several deltas of one base in one model, of which one is in use, switched in place.
@@ -70,8 +72,9 @@ class Deltas:
         others = [delta for stack in deltas.values() for delta in stack]
         self._values: dict[str, dict[str, Tensor]] = {}
         touched: dict[str, nn.Parameter] = {}
+        marks: Marks = {}
         for name, stack in deltas.items():
-            trained, tensors = checked(model, stack, others=others)
+            trained, tensors = checked(model, stack, others=others, marks=marks)
             values = memory_form(model, trained, tensors)
             self._values[name] = {n: like(value, trained[n]) for n, value in values}
             touched |= trained

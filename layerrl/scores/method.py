@@ -52,6 +52,8 @@ class Method:
     """Scores the layers of a selection. Layers outside it are `"missing"` in the report."""
     needs: tuple[str, ...] = ()
     """Arguments of `contribution_probe` that must be given; checked before `score` is called."""
+    reads_weights: bool = True
+    """Whether a model on `meta`, of which only the shape is known, is refused."""
     has_variants: bool = False
     """Whether it can be asked for as `"NAME:VARIANT"`."""
 

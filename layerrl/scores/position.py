@@ -48,4 +48,4 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
     )
 
 
-METHOD = Method(score=_score, has_variants=True)
+METHOD = Method(score=_score, reads_weights=False, has_variants=True)

@@ -57,9 +57,8 @@ class LayerSelection:
     full: bool = False
     """Every parameter trains, embeddings, final norm and head included."""
     also: tuple[str, ...] = ()
-    """Parts outside the layers that train, too: `"head"`, `"final_norm"`, `"embeddings"`,
-    `"projector"`, rows of the embedding (`"new_tokens:49152-49153"`), or globs of full names. With
-    some, `layers` may be empty."""
+    """Parts outside the layers that train, too, as `select_layers` takes them, rows of the
+    embedding by their numbers (`"new_tokens:49152-49153"`). With some, `layers` may be empty."""
     boosts: tuple[Boost, ...] = ()
     """Factors that take the place of the layer's: `(layer or None, glob or part of also, factor)`,
     ascending, with None for every layer."""

@@ -17,6 +17,8 @@ _WORDS = (
     '"all" (every block), "full" (every parameter), "middle", "middle:K", "first:K", "last:K", '
     '"LO%:HI%"'
 )
+PARTS = ("head", "final_norm", "embeddings", "projector", "new_tokens")
+"""Parts outside the layers that have names; `parts.py` says where each one's tensors are."""
 
 
 def resolve(
@@ -134,8 +136,7 @@ def parts(also: str | Iterable[str] | None, *, full: bool) -> tuple[str, ...]:
         raise SelectionError('"full" trains every parameter, also those outside the layers')
     if not are_globs(given):
         raise SelectionError(
-            'also names parts outside the layers: "head", "final_norm", "embeddings", "projector", '
-            '"new_tokens" '
+            f"also names parts outside the layers: {', '.join(map(repr, PARTS))} "
             f"or globs of full names, such as 'model.norm.*'; got {shown(also)}"
         )
     return tuple(dict.fromkeys(given))

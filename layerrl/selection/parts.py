@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from layerrl.blocks import Blocks, embedding_of, find_blocks, head_of, plain_name
 from layerrl.errors import SelectionError
-from layerrl.selection.parsing import matches
+from layerrl.selection.parsing import PARTS, matches
 from layerrl.selection.rows import check_rows, frozen_rows, names_rows, token_tensors
 from layerrl.selection.towers import projectors
 
@@ -24,7 +24,6 @@ ABOVE = {
 """Parts that come after the last layer of a stack: those below the first that trains stay frozen
 below all that trains."""
 _SHOWN = 12
-_PARTS = ("head", "final_norm", "embeddings", "projector", "new_tokens")
 
 
 def names_in_parts(
@@ -142,12 +141,12 @@ def _named_parameters(base: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _explain_missing(part: str, base: nn.Module, blocks: Blocks, outside: list[str]) -> str:
     text = f"{type(base).__name__} has nothing that also={part!r} names"
-    if part not in _PARTS and not names_rows(part):
+    if part not in PARTS and not names_rows(part):
         text = f"also={part!r} matches no tensor outside the layers"
         inside = [n for n, _ in _named_parameters(base) if n.startswith(f"{blocks.path}.")]
         if any(matches(name, part) for name in inside):
             text += ", only in them: choose those with layers and modules"
-        text += f" (expected {', '.join(map(repr, _PARTS))}, or a glob of full names)"
+        text += f" (expected {', '.join(map(repr, PARTS))}, or a glob of full names)"
     others = f" and {len(outside) - _SHOWN} others" * (len(outside) > _SHOWN)
     shown = ", ".join(outside[:_SHOWN]) or "no tensor"
     return f"{text}. Outside its layers it has {shown}{others}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from layerrl.trainer.whole_models import CheckpointError
 from layerrl.warning import warn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 ADAPTED = "adapted_base.json"
@@ -78,6 +80,33 @@ def check_adapters(model: nn.Module) -> None:
         )
     if problem:
         raise SelectionError(f"a selection was given together with a PEFT model {problem}.")
+
+
+@contextmanager
+def reference_of_default(model: Any) -> Iterator[None]:
+    """Inside, TRL makes the reference of a PEFT model: a copy of the adapter "default".
+
+    Args:
+        model: The trainer's, of any kind, or what it is loaded from.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        KeyError: Any other.
+        SelectionError: If it has adapters, and none of this name.
+    """
+    try:
+        yield
+    except KeyError as error:
+        names = [*model.peft_config] if is_peft(model) else ["default"]
+        if error.args != ("default",) or "default" in names:
+            raise
+        raise SelectionError(
+            f"a PEFT model with the adapters {sorted(names)} was given to a trainer with a "
+            "reference, which TRL makes of the adapter 'default': load it under that name "
+            "(adapter_name='default', as PEFT does by itself), or set beta=0 where there is a beta."
+        ) from error
 
 
 def note_base(folder: Path, digest: str | None) -> None:

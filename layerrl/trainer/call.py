@@ -127,6 +127,7 @@ class TrainerCall:
         with (
             arguments.without_reference_model(self._trainer_args, self.reference),
             nullcontext() if self._full or self.adapts else quantised_base(self._trainer_args),
+            adapters.reference_of_default([*self.args, self.kwargs.get("model")][0]),
             self.early or nullcontext(),
         ):
             yield

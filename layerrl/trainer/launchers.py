@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
 from accelerate.utils.constants import FSDP_MODEL_NAME
 
-from layerrl.errors import DeltaError, FrozenTensorError, LauncherError
+from layerrl.errors import DeltaError, LauncherError
 from layerrl.shards import sharded_state, whole_state
 from layerrl.stored import bytes_of, refused_as
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim import Optimizer
 
+    from layerrl.errors import LayerRLError
     from layerrl.selection import LayerSelection
 
 _Record = TypeVar("_Record")
@@ -180,26 +181,27 @@ def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
     return [other for _, other in found]
 
 
-def raise_together(error: FrozenTensorError | None, at: str, accelerator: Accelerator) -> None:
+def raise_together(error: LayerRLError | None, at: str, accelerator: Accelerator) -> None:
     """Raise on every rank what one has found: the others would wait in the next collective.
 
     Args:
-        error: What this one found.
+        error: What this one found. Others get a plain one of its class.
         at: Where it looked, as a user knows it.
         accelerator: The trainer's. Collective: call on every rank.
 
     Raises:
-        FrozenTensorError: If one found something.
+        LayerRLError: If one found something.
         LauncherError: If another process is elsewhere, or has ended.
     """
-    found = [""]
+    found: list[tuple[type[LayerRLError], str] | None] = []
     if accelerator.num_processes > 1:
-        found = _of_all("" if error is None else str(error), at, accelerator)
+        found = _of_all(None if error is None else (type(error), str(error)), at, accelerator)
     if error is not None:
         raise error
-    for rank, text in enumerate(found):
-        if text:
-            raise FrozenTensorError(f"process {rank} found: {text}")
+    for rank, of_rank in enumerate(found):
+        if of_rank is not None:
+            kind, text = of_rank
+            raise kind(f"process {rank} found: {text}")
 
 
 def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -> None:

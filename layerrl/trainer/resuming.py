@@ -125,7 +125,7 @@ class CheckpointReader:
                 check_files(folder, because=error)
             raise
         if resumes:
-            check_files(folder)
+            self._check_files(folder)
         if values is None:
             return not resumes and self._found_adapters(folder)
         tensors, reference = values
@@ -196,9 +196,19 @@ class CheckpointReader:
         if delta is not None:
             tensors_of_run(delta, run.selection, run.base, self._trainer.model)
             reference = _reference_in(self.folder, run.reference, beta)
-        check_files(self.folder)
+        self._check_files(self.folder)
         if reference:
             run.reference.load_tensors(reference)
+
+    def _check_files(self, folder: Path) -> None:
+        """Compare a checkpoint with its record: one process of each node reads all of it."""
+        error, accelerator = None, self._trainer.accelerator
+        if accelerator.is_local_main_process:
+            try:
+                check_files(folder)
+            except DeltaError as found:
+                error = found
+        launchers.raise_together(error, "the files of a checkpoint", accelerator)
 
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""

@@ -18,10 +18,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import GRPOConfig, SFTConfig
 
 import layerrl
-from layerrl import ContributionReport, contribution_probe, merge_delta, select_layers
+from layerrl import (
+    ContributionReport,
+    LayerSelection,
+    contribution_probe,
+    merge_delta,
+    select_layers,
+)
 from layerrl.cli import COMMANDS, main
 from layerrl.cli.options import selection_of
 from layerrl.cli.scripts import METHODS
+from layerrl.scores import position
+from layerrl.scores.method import Method, Request
 from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedSFTTrainer
 from tests.grpo import PROMPTS, tokenizer
 from tests.models import tiny
@@ -477,6 +485,22 @@ class TestProbe:
             "missing", "done", "done", "missing",
         ]  # fmt: skip
 
+    @pytest.mark.parametrize("reads_weights", [True, False])
+    def test_loads_the_model_of_a_method_that_reads_weights(
+        self, monkeypatch: pytest.MonkeyPatch, reads_weights: bool
+    ) -> None:
+        models = []
+
+        def score(selection: LayerSelection, request: Request) -> layerrl.ContributionReport:
+            models.append(request.model)
+            return middle.score(selection, request)
+
+        middle, method = position.METHOD, Method(score=score, reads_weights=reads_weights)
+        monkeypatch.setattr(position, "METHOD", method)
+        assert main(["probe", "base", "--method", "position"]) == 0
+        [model] = models
+        assert {p.is_meta for p in model.parameters()} == {not reads_weights}
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
@@ -568,6 +592,17 @@ class TestMergeAndShow:
         assert "trained   layer 2 of 4" in lines
         assert f"base      {here / 'base'}" in lines
         assert "tensors   9 in float32" in lines
+
+    def test_show_draws_in_the_place_of_a_whole_file(self, tmp_path: Path) -> None:
+        (tmp_path / "report.json").write_text(
+            layerrl.published_contributions("Qwen3-1.7B-Base").to_json()
+        )
+        picture, same_file = tmp_path / "x.svg", tmp_path / "same"
+        picture.write_text("before")
+        same_file.hardlink_to(picture)
+        assert main(["show", str(tmp_path / "report.json"), "--plot", str(picture)]) == 0
+        assert "<svg" in picture.read_text()
+        assert same_file.read_text() == "before"  # not written into: a reader sees one or the other
 
     def test_show_json(self, capsys: pytest.CaptureFixture[str], sft: object) -> None:
         assert main(["show", "out-sft/delta", "--json"]) == 0

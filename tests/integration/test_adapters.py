@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import (
     IA3Config,
     LoraConfig,
@@ -486,6 +487,23 @@ class TestBadInput:
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         with pytest.raises(SelectionError, match="a PEFT model of PromptTuningConfig"):
             make(get_peft_model(load(folder), config), folder.parent / "run", selection=2)
+
+    @pytest.mark.parametrize("name", ["GRPO", "DPO"])
+    def test_no_adapter_that_trl_makes_a_reference_of(self, folder, name):
+        case = trainers.CASES[name]
+        args = case.config(str(folder.parent / "run"), beta=0.04, **trainers.QUIETLY)
+        model = get_peft_model(load(folder), LoraConfig(r=2), adapter_name="mine")
+        before = bits(model)
+        with pytest.raises(SelectionError, match=r"with the adapters \['mine'\] .*'default'"):
+            case.masked(
+                model,
+                args=args,
+                train_dataset=Dataset.from_dict(case.rows),
+                processing_class=tokenizer(),
+                selection=2,
+                **case.arguments(),
+            )
+        assert_close(bits(model), before, rtol=0, atol=0)
 
     def test_several_adapters_at_once(self, folder):
         model = get_peft_model(load(folder), LoraConfig(r=2))

@@ -17,6 +17,7 @@ from layerrl import (
     published_contributions,
     select_layers,
 )
+from layerrl.blocks import meta_model
 from layerrl.errors import ProbeError, ReportError, SelectionError
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
@@ -216,6 +217,10 @@ class TestBadInput:
     def test_a_removed_method_says_what_to_take_instead(self, model):
         with pytest.raises(ProbeError, match=r"method='rollout' was removed: .*method='gradient'"):
             contribution_probe(model, method="rollout")
+
+    def test_a_model_without_weights(self, model, tmp_path):
+        with pytest.raises(ProbeError, match=r"'gradient' reads weights, .* on the meta device"):
+            gradient(meta_model(model.config), tmp_path, budget=16)
 
     def test_what_is_missing_is_named(self, model):
         with pytest.raises(ProbeError, match="'gradient' needs reward_funcs, train_dataset, args,"):

@@ -151,6 +151,7 @@ class Runs:
             disagree_format=[
                 {"arguments": {"checkpoint_format": name}} for name in ("delta", "full")
             ],
+            damaged={"resume": self.damaged},
             left=LEFT,  # the last, as the second process has ended then
         )  # fmt: skip
 
@@ -206,6 +207,16 @@ class Runs:
     def deltas(self) -> list[str]:
         """Of one layer, and of two."""
         return [str(self.folder / "one" / job / "delta") for job in ("layer", "boosted")]
+
+    @property
+    def damaged(self) -> str:
+        """A checkpoint in which only a file has changed that nothing but its checksum tells of."""
+        folder = self.folder / "damaged"
+        if not folder.exists():
+            shutil.copytree(self.checkpoint("one"), folder)
+            with (folder / "config.json").open("a") as file:
+                file.write("\n")
+        return str(folder)
 
     def checkpoint(self, launched: str, job: str = "layer") -> str:
         return str(self.folder / launched / job / "checkpoint-3")
@@ -512,6 +523,11 @@ class TestCheckpoints:
             assert distance(process["weights"], whole["weights"]) <= 1e-12
             assert distance(process["optimizer"], whole["optimizer"]) <= 1e-12
             assert process["log"][4]["grad_norm"] == pytest.approx(whole["log"][4]["grad_norm"])
+
+    def test_are_read_for_damage_by_one_process(self, runs):
+        errors = runs.ddp["damaged"]
+        assert "config.json is damaged or was changed" in errors[0]
+        assert errors[1] == errors[0].replace("Error: ", "Error: process 0 found: ", 1)
 
     @LAUNCHED
     def test_hold_the_same_files_and_tensors(self, runs, launched):

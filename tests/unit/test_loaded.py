@@ -19,9 +19,10 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
-from layerrl.delta import DeltaBase, Deltas, disabled, unload_delta
+from layerrl.delta import DeltaBase, Deltas, disabled, fitting, unload_delta
 from layerrl.delta.placing import put_values
 from layerrl.errors import DeltaError
+from layerrl.frozen import fingerprints
 from tests.devices import on_any_device
 from tests.grpo import make
 from tests.models import tiny
@@ -599,6 +600,19 @@ class TestDeltas:
         deltas.use(None)
         assert_same(model, made.base)
         assert objects(model) == before
+
+    def test_reads_the_base_once_for_all_of_them(self, made, monkeypatch):
+        num_elements = []
+
+        def counted(tensors: dict[str, Tensor]) -> dict[str, str]:
+            num_elements.extend(tensor.numel() for tensor in tensors.values())
+            return fingerprints(tensors)
+
+        monkeypatch.setattr(fitting, "fingerprints", counted)
+        for paths in ([made["a"]], [made["a"], made["b"], made["c"]]):
+            num_elements.clear()
+            Deltas(model := made.model(), {path.name: path for path in paths})
+            assert sum(num_elements) == sum(tensor.numel() for tensor in bits(model).values())
 
     def test_copies_only_the_tensors_of_both(self, switch):
         model, deltas = switch
