@@ -71,7 +71,12 @@ def stand_ins(checkout: Path) -> Path:
         subprocess.run(["rm", "-rf", str(made)], check=True)
         made.mkdir(parents=True)
         command = [sys.executable, str(HERE / "stand_ins.py"), str(checkout)]
-        subprocess.run(command, cwd=made, env=environment(), check=True)
+        log = made / "log"
+        with log.open("w") as output:
+            streams = {"stdout": output, "stderr": output}
+            done = subprocess.run(command, cwd=made, env=environment(), **streams, check=False)
+        if done.returncode:
+            sys.exit(f"the models and data for the tests were not made: see {log}; run again")
         made.rename(folder)
     return folder
 
