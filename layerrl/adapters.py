@@ -68,7 +68,7 @@ def idle_adapters(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         f"{plain_name(path)}.{kind}.{adapter}."
         for path, module in _adapted(unwrap(model))
-        for kind in getattr(module, "adapter_layer_names", ("modules_to_save",))
+        for kind in module.adapter_layer_names
         for adapter in getattr(module, kind, {}).keys()  # noqa: SIM118
         if adapter not in (*module.active_adapters, "ref")
     )
