@@ -73,8 +73,9 @@ def stand_ins(checkout: Path) -> Path:
         command = [sys.executable, str(HERE / "stand_ins.py"), str(checkout)]
         log = made / "log"
         with log.open("w") as output:
-            streams = {"stdout": output, "stderr": output}
-            done = subprocess.run(command, cwd=made, env=environment(), **streams, check=False)
+            done = subprocess.run(
+                command, cwd=made, env=environment(), stdout=output, stderr=output, check=False
+            )
         if done.returncode:
             sys.exit(f"the models and data for the tests were not made: see {log}; run again")
         made.rename(folder)
