@@ -189,11 +189,10 @@ def test_a():
     RUN.write_text("a")
 
 def test_b():
-    first = RUN.read_text() == "a"
     with RUN.open("a") as file:
         file.write("b")
-    if first:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if len(RUN.read_text()) <= ENDINGS + 1:
+        os.kill(os.getpid(), signal.ENDING)
 
 def test_c():
     with RUN.open("a") as file:
@@ -202,16 +201,24 @@ def test_c():
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_at_the_test_it_was_in(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("ending", "endings", "status"),
+    [("SIGKILL", 1, -9), ("SIGINT", 2, 2)],
+    ids=["killed", "Ctrl-C"],
+)
+def test_a_run_that_was_ended_goes_on_at_the_test_it_was_in(
+    tmp_path: Path, ending: str, endings: int, status: int
+):
+    tests = TESTS.replace("ENDINGS", str(endings)).replace("ENDING", ending)
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a_trainer.py").write_text(TESTS)
+    (tmp_path / "tests" / "test_a_trainer.py").write_text(tests)
     file = tmp_path / "full.jsonl"
-    with pytest.raises(SystemExit, match="with status -9"):
-        command.run("full", tmp_path, tmp_path, "", file)
+    for _ in range(endings):
+        with pytest.raises(SystemExit, match=f"with status {status}"):
+            command.run("full", tmp_path, tmp_path, "", file)
     command.run("full", tmp_path, tmp_path, "", file)
-    assert (tmp_path / "run").read_text() == "abbc"
-    assert {result.outcome for result in results(file).values()} == {"passed"}
-    assert len(results(file)) == 3
+    assert (tmp_path / "run").read_text() == f"ab{'b' * endings}c"
+    assert [result.outcome for result in results(file).values()] == ["passed"] * 3
 
 
 def test_files(tmp_path: Path):
