@@ -90,8 +90,7 @@ def run(mode: str, checkout: Path, hub: Path, names: str, file: Path) -> None:
     """
     written = file.with_suffix(".partial")
     if written.exists():  # without a line that was not written to its end
-        text = written.read_text()
-        written.write_text(text[: text.rfind("\n") + 1])
+        os.truncate(written, written.read_bytes().rfind(b"\n") + 1)
     settings = {
         "LAYERRL_PEER": mode,
         "LAYERRL_PEER_HUB": str(hub),
