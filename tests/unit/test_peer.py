@@ -203,7 +203,7 @@ def test_c():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "endings", "status"),
-    [("SIGKILL", 1, -9), ("SIGINT", 2, 2)],
+    [("os.kill(os.getpid(), signal.SIGKILL)", 1, -9), ("raise KeyboardInterrupt", 2, 2)],
     ids=["killed", "Ctrl-C"],
 )
 def test_a_run_that_was_ended_goes_on_at_the_test_it_was_in(
