@@ -150,7 +150,7 @@ $(FRAMEWORKS:%=test-%): export HF_HUB_OFFLINE := 1
 $(FRAMEWORKS:%=test-%): test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/integrations $(ARGS)
 
-# TRL's tests are TRL's: nothing of a checkout is copied. An hour and a half on one core.
+# TRL's tests are TRL's: nothing of a checkout is copied. An hour and a half of one core's time, shared by all.
 TRL ?=
 test-peer: $(INSTALLED)
 	@test -n "$(TRL)" || { echo "make test-peer TRL=path: give the path of a checkout of TRL"; exit 2; }

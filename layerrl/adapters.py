@@ -55,6 +55,25 @@ def _parameters(held: Any, adapter: str) -> Iterator[str]:
         yield from (name for name, _ in part.named_parameters())
 
 
+def idle_adapters(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the tensors of adapters begin with that are no part of the model now.
+
+    Args:
+        model: Any model, wrapped or not.
+
+    Returns:
+        Plain prefixes, which end where an adapter's name does. Empty for a model without adapters.
+        That of TRL's reference, `"ref"`, counts as part of the model: losses depend on it.
+    """
+    return tuple(
+        f"{plain_name(path)}.{kind}.{adapter}."
+        for path, module in _adapted(unwrap(model))
+        for kind in module.adapter_layer_names
+        for adapter in getattr(module, kind, {}).keys()  # noqa: SIM118
+        if adapter not in (*module.active_adapters, "ref")
+    )
+
+
 def without_wrappers(name: str) -> str:
     """The name that a parameter or module had before anything was put around it."""
     return plain_name(name).replace(".base_layer", "")

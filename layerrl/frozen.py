@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from layerrl.adapters import idle_adapters
 from layerrl.blocks import plain_name, unwrap
 from layerrl.errors import FrozenTensorError
 from layerrl.selection.parts import rows_kept
@@ -100,8 +101,9 @@ def frozen_tensors(model: nn.Module, selection: LayerSelection) -> dict[str, Ten
     Returns:
         Name to tensor: parameters outside the selection and all persistent buffers, those of
         trained blocks too (a moved router bias would be missing from the delta). Buffers that are
-        not saved with the model, such as rotary caches, may be recomputed and are left out. Empty
-        for `"full"`, the plain trainer's own case.
+        not saved with the model, such as rotary caches, may be recomputed and are left out, and so
+        are adapters that are not active: TRL keeps moving averages in one. Empty for `"full"`, the
+        plain trainer's own case.
     """
     if selection.full:
         return {}
@@ -112,7 +114,9 @@ def frozen_tensors(model: nn.Module, selection: LayerSelection) -> dict[str, Ten
         for name, parameter in base.named_parameters()
         if id(parameter) not in chosen
     }
-    return frozen | dict(_persistent_buffers(model))
+    frozen |= _persistent_buffers(model)
+    idle = idle_adapters(model)
+    return {name: value for name, value in frozen.items() if not f"{name}.".startswith(idle)}
 
 
 def frozen_rows(model: nn.Module, selection: LayerSelection) -> Iterator[tuple[str, slice, Tensor]]:

@@ -266,6 +266,37 @@ def test_plans_and_settings_of_a_peft_model_are_those_of_its_base(folder):
     assert selection.quantization_skip_modules(adapted) == skipped
 
 
+class Average(TrainerCallback):
+    """Keeps the sum of a trainer's adapters in another adapter, as TRL keeps its EMA teachers."""
+
+    def on_train_begin(self, *_: Any, model: Any, **given: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            model.add_adapter("average", model.peft_config["default"])
+
+    def on_step_end(self, *_: Any, model: Any, **given: Any) -> None:
+        tensors = dict(model.named_parameters())
+        for name in (n for n in tensors if ".average." in n):
+            tensors[name].data += tensors[name.replace(".average.", ".default.")].data
+
+
+def test_a_callback_may_keep_an_average_in_an_adapter(folder):
+    averaged = trainer_of(folder, "averaged", 2, LoraConfig(r=2))
+    averaged.add_callback(Average())
+    train(averaged)
+    plain = trainer_of(folder, "plain", 2, LoraConfig(r=2))
+    train(plain)
+    expected, found = bits(plain.model), bits(averaged.model)
+    assert_close({name: found[name] for name in expected}, expected, rtol=0, atol=0)
+    assert any(".average." in name for name in found)
+
+
+def test_auto_chooses_beside_an_average_in_an_adapter(tmp_path):
+    set_seed(3)
+    ours = trainer(tmp_path, arguments={"peft_config": LoraConfig(r=2), "callbacks": [Average()]})
+    ours.train()
+    assert len(ours.selection.layers) == 1
+
+
 class TestSavings:
     def test_another_adapter_in_the_prefix_is_another_prefix(self, folder):
         model = get_peft_model(load(folder), LoraConfig(r=2))

@@ -8,7 +8,8 @@ why not. Under "full" each training must end at the bits of TRL's, and with the 
 of TRL's with the others frozen by hand.
 
 Results are kept in `.cache/peer` under a digest of what was run: code, tests and versions. A run
-that was broken off goes on at the next test, and a mode that has ended is not run again.
+that was broken off goes on at the next test, and a mode that has ended is not run again. As many
+modes run at a time as there are cores.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.peer.comparing import BY_HAND, PLAIN, SELECTIONS, judged, results
@@ -26,15 +28,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / ".cache" / "peer"
 MODES = (PLAIN, BY_HAND, *SELECTIONS)
-PACKAGES = ("accelerate", "datasets", "jmespath", "peft", "torch", "transformers", "trl")
 
 
 def digest(files: Iterable[Path], *others: str) -> str:
-    """Of files and of the versions that are installed."""
-    made = hashlib.sha256(repr(others).encode())
-    for package in PACKAGES:
-        there = importlib.metadata.distributions(name=package)
-        made.update(repr([package, *(one.version for one in there)]).encode())
+    """Of files, of Python's version and of those of all packages: tests skip what is not there."""
+    there = {f"{one.name} {one.version}" for one in importlib.metadata.distributions()}
+    made = hashlib.sha256(repr([others, sys.version, *sorted(there)]).encode())
     for file in sorted(files):
         made.update(file.read_bytes())
     return made.hexdigest()[:12]
@@ -42,13 +41,28 @@ def digest(files: Iterable[Path], *others: str) -> str:
 
 def results_of(mode: str, checkout: Path, names: str) -> Path:
     """The file of a mode's results: another one where anything differs that is run."""
-    files = [HERE / "peer_plugin.py", HERE / "stand_ins.py", *checkout.glob("tests/**/*.py")]
+    files = [HERE / "peer_plugin.py", HERE / "stand_ins.py"]
+    files += [*checkout.glob("scripts/**/*.py"), *checkout.glob("tests/**/*.py")]
     if mode in SELECTIONS:
         files += ROOT.glob("layerrl/**/*.py")
     return CACHE / f"{mode}-{digest(files, names)}.jsonl"
 
 
-def stand_ins(checkout: Path, environment: dict[str, str]) -> Path:
+def environment() -> dict[str, str]:
+    """What the checkout's scripts and tests are run with."""
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    # The folder itself, as a checkout of TRL has a package named tests, too.
+    paths = [str(HERE), str(ROOT), *map(os.path.abspath, given)]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONSAFEPATH": "1",  # the TRL that is installed, not the one that the checkout has
+    }
+
+
+def stand_ins(checkout: Path) -> Path:
     """The folder with models and data, made if it is not there."""
     scripts = [HERE / "stand_ins.py", *checkout.glob("scripts/**/*.py")]
     folder = CACHE / f"hub-{digest(scripts)}"
@@ -57,33 +71,27 @@ def stand_ins(checkout: Path, environment: dict[str, str]) -> Path:
         subprocess.run(["rm", "-rf", str(made)], check=True)
         made.mkdir(parents=True)
         command = [sys.executable, str(HERE / "stand_ins.py"), str(checkout)]
-        subprocess.run(command, cwd=made, env=environment, check=True)
+        log = made / "log"
+        with log.open("w") as output:
+            done = subprocess.run(
+                command, cwd=made, env=environment(), stdout=output, stderr=output, check=False
+            )
+        if done.returncode:
+            sys.exit(f"the models and data for the tests were not made: see {log}; run again")
         made.rename(folder)
     return folder
 
 
-def run(mode: str, checkout: Path, names: str, file: Path) -> None:
+def run(mode: str, checkout: Path, hub: Path, names: str, file: Path) -> None:
     """Run the tests in one process; its output is beside the results.
 
     Raises:
         SystemExit: If it did not come to its end.
     """
-    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    # The folder itself, as a checkout of TRL has a package named tests, too.
-    paths = [str(HERE), str(ROOT), *map(os.path.abspath, given)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONSAFEPATH": "1",  # the TRL that is installed, not the one that the checkout has
-    }
-    hub = stand_ins(checkout, environment)
     written = file.with_suffix(".partial")
     if written.exists():  # without a line that was not written to its end
-        text = written.read_text()
-        written.write_text(text[: text.rfind("\n") + 1])
-    environment |= {
+        os.truncate(written, written.read_bytes().rfind(b"\n") + 1)
+    settings = {
         "LAYERRL_PEER": mode,
         "LAYERRL_PEER_HUB": str(hub),
         "LAYERRL_PEER_RESULTS": str(written),
@@ -97,7 +105,7 @@ def run(mode: str, checkout: Path, names: str, file: Path) -> None:
         status = subprocess.run(
             [*command, *trainer_tests(checkout)],
             cwd=checkout,
-            env=environment,
+            env=environment() | settings,
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,  # what fails is in the results
@@ -128,9 +136,10 @@ def main() -> int:
     if not (checkout / "tests" / "test_sft_trainer.py").is_file():
         parser.error(f"{checkout} is no checkout of TRL: it has no tests/test_sft_trainer.py")
     files = {mode: results_of(mode, checkout, asked.k) for mode in MODES}
-    for mode in asked.modes:
-        if not files[mode].exists():
-            run(mode, checkout, asked.k, files[mode])
+    if missing := [mode for mode in asked.modes if not files[mode].exists()]:
+        hub = stand_ins(checkout)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda mode: run(mode, checkout, hub, asked.k, files[mode]), missing))
     found = {mode: results(file) for mode, file in files.items() if file.exists()}
     if PLAIN not in found:
         parser.error(f"nothing to compare with: {PLAIN!r} has not been run on these tests")

@@ -194,6 +194,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+def pytest_keyboard_interrupt() -> None:
+    """Take back that a test has begun: what ended the process was not it."""
+    lines = RESULTS.read_bytes().splitlines(keepends=True)
+    if lines and json.loads(lines[-1])["outcome"] == BEGUN:
+        os.truncate(RESULTS, RESULTS.stat().st_size - len(lines[-1]))
+
+
 def pytest_sessionfinish(exitstatus: int) -> None:
     """Give the results their name if nothing kept a test from being run."""
     if exitstatus in (

@@ -3,10 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing import assert_close
@@ -368,6 +370,21 @@ class TestCheckFrozen:
             record.check(model)
         assert str(error.value).count("model.layers.0.") == 5
         assert ", ..." in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("adapter", "layer", "counts"),
+        [("default", 0, True), ("ref", 1, True), ("reference", 1, False), ("default", 1, False)],
+    )
+    def test_adapters_count_that_the_loss_depends_on(self, adapter, layer, counts):
+        model: Any = get_peft_model(tiny("llama", 3), LoraConfig(r=2, modules_to_save=["norm"]))
+        for name in ("ref", "reference"):
+            model.add_adapter(name, LoraConfig(r=2, modules_to_save=["norm"]))
+        record = FrozenRecord(model, select_layers(model, 1))
+        tensor = f"model.layers.{layer}.self_attn.q_proj.lora_A.{adapter}.weight"
+        with torch.no_grad():
+            model.get_base_model().get_parameter(tensor).add_(1)
+        with pytest.raises(FrozenTensorError, match=tensor) if counts else nullcontext():
+            record.check(model)
 
     def test_names_a_buffer_that_is_new_or_gone(self, model, selection, record):
         model.model.layers[2].register_buffer("late", torch.zeros(1))

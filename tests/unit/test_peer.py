@@ -149,10 +149,9 @@ def test_the_exit_status_is_that_of_what_was_recorded(
 def test_a_run_that_broke_off_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("CACHE", "HERE"):  # where there is no plugin
         monkeypatch.setattr(command, name, tmp_path)
-    monkeypatch.setattr(command, "stand_ins", lambda *_: tmp_path)
     (tmp_path / "full.partial").write_text('{"test": "a", "outcome": "passed"}\n{"te')
     with pytest.raises(SystemExit, match="full: pytest ended early, with status"):
-        command.run("full", tmp_path, "", tmp_path / "full.jsonl")
+        command.run("full", tmp_path, tmp_path, "", tmp_path / "full.jsonl")
     assert (tmp_path / "full.partial").read_text() == '{"test": "a", "outcome": "passed"}\n'
     assert not (tmp_path / "full.jsonl").exists()
 
@@ -171,14 +170,55 @@ def test_the_tests_are_the_checkouts_and_the_trainers_those_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(command, "HERE", tmp_path)
-    monkeypatch.setattr(command, "stand_ins", lambda *_: tmp_path)
     (tmp_path / "peer_plugin.py").write_text(PLUGIN)
     checkout = tmp_path / "checkout"
     for file in ("trl/__init__.py", "tests/__init__.py", "tests/test_a_trainer.py"):
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)
         (checkout / file).touch()
-    command.run("full", checkout, "", tmp_path / "full.jsonl")
+    command.run("full", checkout, tmp_path, "", tmp_path / "full.jsonl")
     assert Path((tmp_path / "full.jsonl").read_text()) == Path(trl.__file__)
+
+
+TESTS = """
+import os, signal
+from pathlib import Path
+
+RUN = Path("run")
+
+def test_a():
+    RUN.write_text("a")
+
+def test_b():
+    with RUN.open("a") as file:
+        file.write("b")
+    if len(RUN.read_text()) <= ENDINGS + 1:
+        ENDING
+
+def test_c():
+    with RUN.open("a") as file:
+        file.write("c")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ending", "endings", "status"),
+    [("os.kill(os.getpid(), signal.SIGKILL)", 1, -9), ("raise KeyboardInterrupt", 2, 2)],
+    ids=["killed", "Ctrl-C"],
+)
+def test_a_run_that_was_ended_goes_on_at_the_test_it_was_in(
+    tmp_path: Path, ending: str, endings: int, status: int
+):
+    tests = TESTS.replace("ENDINGS", str(endings)).replace("ENDING", ending)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a_trainer.py").write_text(tests)
+    file = tmp_path / "full.jsonl"
+    for _ in range(endings):
+        with pytest.raises(SystemExit, match=f"with status {status}"):
+            command.run("full", tmp_path, tmp_path, "", file)
+    command.run("full", tmp_path, tmp_path, "", file)
+    assert (tmp_path / "run").read_text() == f"ab{'b' * endings}c"
+    assert [result.outcome for result in results(file).values()] == ["passed"] * 3
 
 
 def test_files(tmp_path: Path):
