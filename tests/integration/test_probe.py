@@ -29,6 +29,7 @@ from layerrl import (
 from layerrl.errors import JournalError, ProbeError, ReportError, SelectionError
 from layerrl.scores.checks import check_held_out
 from layerrl.scores.identity import digest_of_rows, identity_of
+from tests import processes
 from tests.grpo import PROMPTS, config, reward, tokenizer
 from tests.models import tiny, tiny_config
 from tests.runs import bits
@@ -480,17 +481,15 @@ class TestJournal:
             "from tests.models import tiny\n"
             "print(probe(tiny('llama', 3), Path(sys.argv[1])).to_json())"
         )
-        command = [sys.executable, "-c", program, str(tmp_path / "killed")]
-        environment = os.environ | {"PYTHONPATH": "."}
         for after in (1, 2, 3):  # lines in the journal
-            running = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+            running = processes.start("-c", program, tmp_path / "killed")
             journal = tmp_path / "killed" / "journal.jsonl"
-            while running.poll() is None:
+            while running.is_alive():
                 if journal.exists() and journal.read_bytes().count(b"\n") > after:
-                    running.send_signal(signal.SIGKILL)
+                    running.kill()
                     break
                 time.sleep(0.02)
-            running.wait()
+            running.join()
         assert numbers(probe(tiny("llama", 3), tmp_path / "killed")) == expected
 
     @pytest.mark.slow
