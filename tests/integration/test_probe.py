@@ -282,12 +282,20 @@ class TestHalving:
     def eight(self, folder: Any, **changes: Any) -> dict[str, Any]:
         return {"args": config(folder / "unused", max_steps=8, **changes), "layers": "all"}
 
+    @pytest.fixture(scope="class")
+    def swept(self, tmp_path_factory) -> tuple[Any, ContributionReport]:
+        """A folder of whole runs of every layer, and what they came to."""
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, probe(tiny("llama", 3), folder, **self.eight(folder))
+
     @pytest.mark.parametrize("num_iterations", [1, 2])
     def test_the_last_ones_score_is_that_of_a_whole_run(
-        self, model, tmp_path, dropping, num_iterations
+        self, model, tmp_path, dropping, swept, num_iterations
     ):
         changes = self.eight(tmp_path, num_iterations=num_iterations)
-        whole = probe(model, tmp_path / "whole", **changes)
+        _, whole = swept
+        if num_iterations == 2:
+            whole = probe(model, tmp_path / "whole", **changes)
         halved = probe(model, tmp_path / "halved", halving=True, **changes)
         rungs = [1, 2, 4] if num_iterations == 1 else [2, 4]
         assert halved.settings["rungs"] == rungs
@@ -299,9 +307,9 @@ class TestHalving:
         assert "behind" in str(halved)
         assert halved.full.scores == whole.full.scores
 
-    def test_what_was_dropped_can_be_finished(self, model, tmp_path, dropping):
+    def test_what_was_dropped_can_be_finished(self, model, tmp_path, dropping, swept):
         changes = self.eight(tmp_path)
-        whole = probe(model, tmp_path / "whole", **changes)
+        _, whole = swept
         probe(model, tmp_path / "halved", halving=True, **changes)
         finished = probe(model, tmp_path / "halved", **changes)
         found = [entry.scores for entry in finished.layers]
@@ -344,12 +352,12 @@ class TestHalving:
         assert [e.scores for e in lost.layers] == [e.scores for e in whole.layers]
         assert [e.steps for e in lost.layers] == [1 + 2 + 4 + 8] * 3
 
-    def test_a_whole_sweeps_scores_are_not_measured_again(self, model, tmp_path, dropping):
-        changes = self.eight(tmp_path)
-        whole = probe(model, tmp_path, **changes)
-        lines = (tmp_path / "journal.jsonl").read_text()
-        again = probe(model, tmp_path, halving=True, **changes)
-        assert (tmp_path / "journal.jsonl").read_text() == lines
+    def test_a_whole_sweeps_scores_are_not_measured_again(self, model, tmp_path, dropping, swept):
+        folder, whole = swept
+        folder = shutil.copytree(folder, tmp_path / "copy")
+        lines = (folder / "journal.jsonl").read_text()
+        again = probe(model, folder, halving=True, **self.eight(tmp_path))
+        assert (folder / "journal.jsonl").read_text() == lines
         assert again.scores == whole.scores
 
 
