@@ -24,35 +24,29 @@ _IMPORTED = [
 """One that is missing is left out: without it the first process that needs it imports it itself."""
 
 
-def start(
-    *words: object,
-    env: dict[str, str] | None = None,
-    stdout: str = os.devnull,
-    stderr: str = os.devnull,
-) -> BaseProcess:
+def start(*words: object, stdout: str = os.devnull, stderr: str = os.devnull) -> BaseProcess:
     """Start `python words`: a file, `-m` and a module or `-c` and code, then arguments.
 
     Args:
         words: What follows `python`.
-        env: All of the environment; that of this process by default. What is read on import is not.
         stdout: File for what is printed.
         stderr: File for what is printed there.
 
     Returns:
-        The process, which is running.
+        The process, which is running in this one's folder, with its environment: but what is read
+        from that on import was read before.
     """
-    context = forking()
-    arguments = [*map(str, words)], os.getcwd(), env or {**os.environ}, stdout, stderr
-    process = context.Process(target=_main, args=arguments)
+    arguments = [*map(str, words)], os.getcwd(), {**os.environ}, stdout, stderr
+    process = forking().Process(target=_main, args=arguments)
     process.start()
     return process
 
 
-def run(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(*words: object) -> subprocess.CompletedProcess[str]:
     """As `start`, to its end, with what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("stdout", "stderr")]
-        process = start(*words, env=env, stdout=files[0], stderr=files[1])
+        process = start(*words, stdout=files[0], stderr=files[1])
         process.join()
         printed = [Path(file).read_text(encoding="utf-8") for file in files]
     assert process.exitcode is not None
