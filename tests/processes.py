@@ -1,5 +1,5 @@
 """Runs Python as `python words` would, in a process forked from one that has imported once what
-most need: to import torch, transformers and TRL takes five seconds, most programs here take one.
+most need: to import torch, transformers and TRL takes longer than most programs of tests run.
 
 What is claimed of a fresh interpreter, as what it imports, has to start one.
 """

@@ -283,10 +283,12 @@ class TestHalving:
         return {"args": config(folder / "unused", max_steps=8, **changes), "layers": "all"}
 
     @pytest.fixture(scope="class")
-    def swept(self, tmp_path_factory) -> tuple[Any, ContributionReport]:
+    @staticmethod
+    def swept(tmp_path_factory) -> tuple[Any, ContributionReport]:
         """A folder of whole runs of every layer, and what they came to."""
         folder = tmp_path_factory.mktemp("whole")
-        return folder, probe(tiny("llama", 3), folder, **self.eight(folder))
+        args = config(folder / "unused", max_steps=8)
+        return folder, probe(tiny("llama", 3), folder, args=args, layers="all")
 
     @pytest.mark.parametrize("num_iterations", [1, 2])
     def test_the_last_ones_score_is_that_of_a_whole_run(

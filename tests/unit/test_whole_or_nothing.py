@@ -128,7 +128,8 @@ class FillsAt(TrainerCallback):
 
 class TestFullDisk:
     @pytest.fixture(scope="class")
-    def straight(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    @staticmethod
+    def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
         """The model after three steps that nothing stopped."""
         folder = tmp_path_factory.mktemp("straight")
         trainer = on(saved(folder / "base"), folder / "out", max_steps=3, beta=0.04)
