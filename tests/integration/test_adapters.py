@@ -54,7 +54,7 @@ def trainer_of(folder, name: str, selection: Any, config: Any, **changes: Any) -
     arguments = {"peft_config": config} if config is not None else {}
     arguments |= changes.pop("arguments", {})
     model = changes.pop("model", None) or load(folder)
-    changes = {"max_steps": 3, **changes}
+    changes = {"max_steps": 5, **changes}
     output_dir = folder.parent / name
     return make(model, output_dir, selection=selection, arguments=arguments, **changes)
 
@@ -80,7 +80,7 @@ class TestEquivalence:
         ],
     )
     def test_training_is_that_of_trl_with_layers_to_transform(self, folder, kind, settings):
-        options, settings = {"r": 4, **KINDS[kind]}, SETTINGS[settings]
+        options, settings = {"r": 4, **KINDS[kind]}, {"max_steps": 3, **SETTINGS[settings]}
         ours = trainer_of(folder, "ours", LAYERS, LoraConfig(**options), **settings)
         before = bits(ours.model)
         if "modules_to_save" in options:  # which PEFT does not restrict to layers

@@ -34,7 +34,7 @@ def test_quickstart_trains_one_layer_of_smollm2_and_merges_it(tmp_path: Path) ->
     assert summary["trained_parameters"] == 3_540_096
     assert summary["total_parameters"] == 134_515_008
     assert summary["delta_bytes"] < 1.01 * 4 * summary["trained_parameters"]
-    assert 0.05 < summary["base_accuracy"] < 0.2  # 0.121 of all held-out ones
+    assert 0.02 < summary["base_accuracy"] < 0.3  # 0.121 of twice as many
     assert summary["merged_accuracy"] == summary["trained_accuracy"]
 
     before = load_file(tmp_path / "SmolLM2-135M-Instruct" / "model.safetensors")
