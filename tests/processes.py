@@ -4,15 +4,18 @@ most need: to import torch, transformers and TRL takes longer than most programs
 What is claimed of a fresh interpreter, as what it imports, has to start one.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 _IMPORTED = [
     "tests.launchers.worker",
     "layerrl.trainer.ready",
@@ -57,6 +60,8 @@ def forking() -> multiprocessing.context.ForkServerContext:
     """Where processes come from that have imported what most need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
+    with contextlib.chdir(ROOT):  # elsewhere, `tests` may be that of an installed package
+        forkserver.ensure_running()
     return context
 
 
