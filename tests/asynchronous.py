@@ -74,11 +74,11 @@ class Server:
         self.announced.append(info["names"])
         described = zip(info["names"], info["dtype_names"], info["shapes"], strict=True)
         for name, dtype, shape in described:
-            tensor = self._wire.get(timeout=30)
+            tensor = self._wire.get(timeout=600)
             assert tensor is not None, f"{name} was announced and not sent"
             assert (str(tensor.dtype), [*tensor.shape]) == (f"torch.{dtype}", shape), name
             self.engine.load_weights([(name, tensor)])
-        assert self._wire.get(timeout=30) is None, "more was sent than announced"
+        assert self._wire.get(timeout=600) is None, "more was sent than announced"
 
     def finish_weight_update(self, timeout: float = 0) -> None:
         self.engine.reset_prefix_cache()

@@ -101,12 +101,12 @@ def freeze_by_hand(model: nn.Module, layers: Iterable[int]) -> None:
 
 
 def pair(folder: Path, *, layers: Iterable[int] = (2,), **changes: Any) -> tuple[Any, Any]:
-    """Two trainers on the model in the folder, five steps each: by hand, and with a selection.
+    """Two trainers on the model in the folder, three steps each: by hand, and with a selection.
 
     `masked` holds arguments of the second one alone, `dtype` is the weights', other keywords go to
     both as to `make`.
     """
-    changes = {"max_steps": 5, **changes}
+    changes = {"max_steps": 3, **changes}
     dtype = changes.pop("dtype", torch.float32)
     only_masked = changes.pop("masked", {})
     arguments = changes.pop("arguments", {})

@@ -31,6 +31,7 @@ from layerrl.cli.scripts import METHODS
 from layerrl.scores import position
 from layerrl.scores.method import Method, Request
 from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedSFTTrainer
+from tests import processes
 from tests.grpo import PROMPTS, tokenizer
 from tests.models import tiny
 from tests.trainers import JUDGED, PREFERENCES
@@ -88,16 +89,16 @@ def inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def run(*words: object, via: tuple[str, ...] = ("-m",)) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *via, "layerrl", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def done(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    ended = run(*words, **options)
+def done(*words: object, via: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """The command, in a process of its own; in a new interpreter where something starts it."""
+    if via:
+        ended = subprocess.run(
+            [sys.executable, *via, "layerrl", *map(str, words)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    else:
+        ended = processes.run("-m", "layerrl", *words)
     assert ended.returncode == 0, ended.stderr
     return ended
 
@@ -181,7 +182,8 @@ class TestHelp:
 
 class TestPlan:
     def test_as_a_process(self) -> None:
-        ended = done("plan", "base", "--layers", "-1,2", "--beta", "0.1", "--dtype", "bfloat16")
+        words = ["plan", "base", "--layers", "-1,2", "--beta", "0.1", "--dtype", "bfloat16"]
+        ended = done(*words, via=("-m",))
         config = AutoConfig.from_pretrained("base")
         plan = select_layers(config, [-1, 2]).plan(config, beta=0.1, dtype=torch.bfloat16)
         assert ended.stdout == f"{plan}\n"
@@ -577,10 +579,9 @@ class TestMergeAndShow:
         termios.tcsetwinsize(theirs, (24, 80))
         words = ["merge", "base", "out-sft/delta", str(tmp_path / "new")]
         code = f"from layerrl.cli import main; main({words})"
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=theirs, check=True,
-        )  # fmt: skip
+        merging = processes.start("-c", code, stderr=os.ttyname(theirs))
+        merging.join()
+        assert merging.exitcode == 0
         shown = os.read(ours, 10_000).decode()
         os.close(ours)
         os.close(theirs)

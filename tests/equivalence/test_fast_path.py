@@ -135,13 +135,16 @@ class TestEqualsFreezingByHand:
             pytest.param(
                 {"gradient_accumulation_steps": 2, "num_iterations": 2}, id="accumulation-reuse"
             ),
-            pytest.param({"steps_per_generation": 4}, id="more-steps-than-accumulation"),
+            pytest.param(
+                {"steps_per_generation": 4, "max_steps": 5}, id="more-steps-than-accumulation"
+            ),
             pytest.param(
                 {
                     "steps_per_generation": 4,
                     "gradient_accumulation_steps": 2,
                     "num_iterations": 3,
                     "per_device_train_batch_size": 4,
+                    "max_steps": 5,
                 },
                 id="everything-at-once",
             ),
@@ -188,13 +191,15 @@ class TestEqualsFreezingByHand:
             pytest.param({"beta": 0.0}, id="nothing-reused"),
             pytest.param({"beta": 0.04}, id="reference"),
             pytest.param({"beta": 0.04, "num_iterations": 2}, id="between-iterations"),
-            pytest.param({"beta": 0.04, "steps_per_generation": 4}, id="between-slices"),
+            pytest.param(
+                {"beta": 0.04, "steps_per_generation": 4, "max_steps": 5}, id="between-slices"
+            ),
             pytest.param({"beta": 0.04, "eval_on_start": True}, id="before-the-first-step"),
         ],
     )
     def test_with_evaluation_between_the_steps(self, base, changes):
         plain, masked = trained_pair(base, **evaluation(), **changes)
-        assert len(metric(plain, "eval_loss")) >= 5
+        assert len(metric(plain, "eval_loss")) >= 3
         assert_same_run(masked, plain)
 
     def test_with_an_evaluation_while_a_batch_is_half_used(self, base):
@@ -219,7 +224,7 @@ class TestEqualsFreezingByHand:
             "per_device_train_batch_size": 8,
             "num_generations": 4,
             "max_completion_length": 6,
-            "max_steps": 5,
+            "max_steps": 3,
             **QUIETLY,
             **REUSED,
         }
@@ -291,7 +296,7 @@ class TestOptimisationsOnAndOff:
                 load(base),
                 tmp_path / "out",
                 selection=2,
-                max_steps=5,
+                max_steps=3,
                 arguments={"prefix_cache_bytes": prefix_cache_bytes},
                 **changes,
             )
@@ -312,7 +317,7 @@ class TestOptimisationsOnAndOff:
 
     @pytest.mark.parametrize("sync", [{}, {"sync_ref_model": True, "ref_model_sync_steps": 2}])
     def test_full_is_the_plain_trainer(self, base, tmp_path, sync):
-        changes = {"max_steps": 5, **REUSED, **sync}
+        changes = {"max_steps": 3, **REUSED, **sync}
         plain = make(load(base), tmp_path / "plain", **changes)
         masked = make(load(base), tmp_path / "masked", selection="full", **changes)
         train(plain, masked)
@@ -422,7 +427,7 @@ class TestFamilies:
     )
     def test_is_replayed_with_the_same_result(self, tmp_path, caplog, family):
         folder = saved(tmp_path / "base", tiny(family, 4, **REPLAYED[family]))
-        plain, masked = pair(folder, router_aux_loss_coef=0.0, **REUSED)
+        plain, masked = pair(folder, router_aux_loss_coef=0.0, max_steps=4, **REUSED)
         before = bits(masked.model)
         passes = Passes(masked, lowest_layer(masked))
         train(plain, masked)
@@ -431,8 +436,8 @@ class TestFamilies:
         assert warnings(caplog) == []
         assert masked.masked_run.replay.num_replayed
         assert masked.masked_run.replay.enabled
-        # The second batch of completions and half of the third, four passes each.
-        assert passes.ran[4:] == [True, False, False, False, True, False, False]
+        # The second batch of completions, four passes as well.
+        assert passes.ran[4:] == [True, False, False, False]
 
     @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
     def test_keeps_the_router_loss_of_frozen_layers(self, tmp_path, caplog, family):

@@ -19,7 +19,7 @@ from tests.grpo import make, tokenizer
 from tests.models import FAMILIES, tiny
 
 pytestmark = on_any_device
-STEPS = 5
+STEPS = 3
 TOKENS = ["<answer>", "</answer>"]
 NEW = [64, 65]  # of 64 rows that were there before
 

@@ -5,6 +5,7 @@ on the plain trainer, by rules written here and not taken from layerrl.
 """
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.grpo import make
 from tests.models import FAMILIES, tiny
 
 pytestmark = on_any_device
-STEPS = 5
+STEPS = 3  # one with a new optimizer, one with its state, one of weights that came of both
 
 
 def in_layers(*layers: int) -> Callable[[str, str], bool]:
@@ -108,9 +109,18 @@ def assert_equivalent(
     assert min(spread) > 0
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+# Where neither head nor embedding trains, tying them changes nothing: both ways in one family.
+INSIDE = ("all", "one layer", "two layers", "modules")
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "case"),
+    [
+        (family, tied, case)
+        for family, tied, case in product(["llama", "qwen3", "gpt2"], [True, False], CASES)
+        if tied or family == "llama" or case not in INSIDE
+    ],
+)
 def test_training_equals_plain_trl(tmp_path, family, tied, case):
     model = tiny(family, tie_word_embeddings=tied)
     shared = model.get_input_embeddings().weight is model.get_output_embeddings().weight

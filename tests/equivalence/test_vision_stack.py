@@ -26,6 +26,7 @@ from tests.runs import (
 )
 
 pytestmark = on_any_device
+STEPS = 3
 Trains = Callable[[str, str], bool]
 
 
@@ -70,7 +71,7 @@ def trained_both_ways(
     before = bits(ours)
     for name, parameter in by_hand.named_parameters():
         parameter.requires_grad_(trains(name, family))
-    changes = {"max_steps": 5, **no_image(family), **changes}
+    changes = {"max_steps": STEPS, **no_image(family), **changes}
     given = arguments(family, images=images)
     plain = make(by_hand, tmp_path / "plain", arguments=given, **changes)
     selection = select_layers(ours, **chosen)
@@ -86,7 +87,7 @@ def trained_both_ways(
 )
 def test_training_equals_plain_trl(tmp_path, family, case):
     masked, before, expected = trained_both_ways(tmp_path, family, case)
-    assert masked.state.global_step == 5
+    assert masked.state.global_step == STEPS
     assert all(norm > 0 for norm in metric(masked, "grad_norm"))
     assert moved(masked, before) == expected
 
@@ -144,5 +145,5 @@ def test_reentrant_checkpoints_of_a_tower_without_its_own_hook_do_not_lose_the_g
 
 def test_prompts_without_an_image_run_and_train_nothing(tmp_path):
     masked, before, _ = trained_both_ways(tmp_path, "gemma3", "last", images=False)
-    assert metric(masked, "grad_norm") == [0.0] * 5
+    assert metric(masked, "grad_norm") == [0.0] * STEPS
     assert moved(masked, before) == set()

@@ -1,14 +1,13 @@
 """Every example runs as a user would type it, for two steps, on a tiny model given by path."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.grpo import tokenizer
 from tests.models import tiny
+from tests.processes import run
 
 EXAMPLES = sorted(
     file
@@ -34,11 +33,6 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
-
-
-def run(example: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, example, *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 AGENT, COMPARE, NEW_TOKENS, PROBE, QUANTISED, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES

@@ -104,16 +104,16 @@ def test_every_stage_runs_and_a_killed_run_continues(tmp_path: Path) -> None:
 
 
 def test_what_goes_wrong_in_a_measurement_is_its_result(worker: Any, tmp_path: Path) -> None:
-    found = worker.measure({"kind": "no such thing"}, 100)
+    found = worker.measure({"kind": "no such thing"}, 1000)
     assert found["failed"].startswith("KeyError: 'no such thing' (gpu_measure.py:")
     assert worker.process is None  # the next begins afresh
     assert "Traceback" in (tmp_path / "worker.log").read_text()
     assert worker.measure({"kind": "machine", "device": "cpu"}, 0.01) is None
     assert worker.process is None
-    found = worker.measure({"kind": "machine", "device": "cpu"}, 100)
+    found = worker.measure({"kind": "machine", "device": "cpu"}, 1000)
     assert found["bytes"] > 0
     os.kill(worker.process.pid, signal.SIGKILL)
-    found = worker.measure({"kind": "machine", "device": "cpu"}, 100)
+    found = worker.measure({"kind": "machine", "device": "cpu"}, 1000)
     assert found == {"failed": "the process ended, exit status -9"}
 
 

@@ -70,10 +70,18 @@ def assert_same_training(ours: Any, plain: Any) -> None:
 
 
 class TestEquivalence:
-    @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-    @pytest.mark.parametrize("kind", KINDS)
+    # Adapters with dropout are the only ones with random numbers for a setting to change; of the
+    # other kinds, the setting that enters their layers in most ways stands for all.
+    @pytest.mark.parametrize(
+        ("kind", "settings"),
+        [
+            *(("dropout, rsLoRA", settings) for settings in SETTINGS),
+            *((kind, "a reference, two iterations") for kind in KINDS if kind[:7] != "dropout"),
+            ("a module to save", "reentrant"),
+        ],
+    )
     def test_training_is_that_of_trl_with_layers_to_transform(self, folder, kind, settings):
-        options = {"r": 4, **KINDS[kind]}
+        options, settings = {"r": 4, **KINDS[kind]}, {"max_steps": 3, **SETTINGS[settings]}
         ours = trainer_of(folder, "ours", LAYERS, LoraConfig(**options), **settings)
         before = bits(ours.model)
         if "modules_to_save" in options:  # which PEFT does not restrict to layers

@@ -29,6 +29,7 @@ from layerrl import (
 from layerrl.errors import JournalError, ProbeError, ReportError, SelectionError
 from layerrl.scores.checks import check_held_out
 from layerrl.scores.identity import digest_of_rows, identity_of
+from tests import processes
 from tests.grpo import PROMPTS, config, reward, tokenizer
 from tests.models import tiny, tiny_config
 from tests.runs import bits
@@ -281,12 +282,22 @@ class TestHalving:
     def eight(self, folder: Any, **changes: Any) -> dict[str, Any]:
         return {"args": config(folder / "unused", max_steps=8, **changes), "layers": "all"}
 
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def swept(tmp_path_factory) -> tuple[Any, ContributionReport]:
+        """A folder of whole runs of every layer, and what they came to."""
+        folder = tmp_path_factory.mktemp("whole")
+        args = config(folder / "unused", max_steps=8)
+        return folder, probe(tiny("llama", 3), folder, args=args, layers="all")
+
     @pytest.mark.parametrize("num_iterations", [1, 2])
     def test_the_last_ones_score_is_that_of_a_whole_run(
-        self, model, tmp_path, dropping, num_iterations
+        self, model, tmp_path, dropping, swept, num_iterations
     ):
         changes = self.eight(tmp_path, num_iterations=num_iterations)
-        whole = probe(model, tmp_path / "whole", **changes)
+        _, whole = swept
+        if num_iterations == 2:
+            whole = probe(model, tmp_path / "whole", **changes)
         halved = probe(model, tmp_path / "halved", halving=True, **changes)
         rungs = [1, 2, 4] if num_iterations == 1 else [2, 4]
         assert halved.settings["rungs"] == rungs
@@ -298,9 +309,9 @@ class TestHalving:
         assert "behind" in str(halved)
         assert halved.full.scores == whole.full.scores
 
-    def test_what_was_dropped_can_be_finished(self, model, tmp_path, dropping):
+    def test_what_was_dropped_can_be_finished(self, model, tmp_path, dropping, swept):
         changes = self.eight(tmp_path)
-        whole = probe(model, tmp_path / "whole", **changes)
+        _, whole = swept
         probe(model, tmp_path / "halved", halving=True, **changes)
         finished = probe(model, tmp_path / "halved", **changes)
         found = [entry.scores for entry in finished.layers]
@@ -343,12 +354,12 @@ class TestHalving:
         assert [e.scores for e in lost.layers] == [e.scores for e in whole.layers]
         assert [e.steps for e in lost.layers] == [1 + 2 + 4 + 8] * 3
 
-    def test_a_whole_sweeps_scores_are_not_measured_again(self, model, tmp_path, dropping):
-        changes = self.eight(tmp_path)
-        whole = probe(model, tmp_path, **changes)
-        lines = (tmp_path / "journal.jsonl").read_text()
-        again = probe(model, tmp_path, halving=True, **changes)
-        assert (tmp_path / "journal.jsonl").read_text() == lines
+    def test_a_whole_sweeps_scores_are_not_measured_again(self, model, tmp_path, dropping, swept):
+        folder, whole = swept
+        folder = shutil.copytree(folder, tmp_path / "copy")
+        lines = (folder / "journal.jsonl").read_text()
+        again = probe(model, folder, halving=True, **self.eight(tmp_path))
+        assert (folder / "journal.jsonl").read_text() == lines
         assert again.scores == whole.scores
 
 
@@ -480,17 +491,15 @@ class TestJournal:
             "from tests.models import tiny\n"
             "print(probe(tiny('llama', 3), Path(sys.argv[1])).to_json())"
         )
-        command = [sys.executable, "-c", program, str(tmp_path / "killed")]
-        environment = os.environ | {"PYTHONPATH": "."}
         for after in (1, 2, 3):  # lines in the journal
-            running = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+            running = processes.start("-c", program, tmp_path / "killed")
             journal = tmp_path / "killed" / "journal.jsonl"
-            while running.poll() is None:
+            while running.is_alive():
                 if journal.exists() and journal.read_bytes().count(b"\n") > after:
-                    running.send_signal(signal.SIGKILL)
+                    running.kill()
                     break
                 time.sleep(0.02)
-            running.wait()
+            running.join()
         assert numbers(probe(tiny("llama", 3), tmp_path / "killed")) == expected
 
     @pytest.mark.slow

@@ -3,7 +3,6 @@
 They come from a server process that has imported everything once, so that a launch takes seconds.
 """
 
-import multiprocessing
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 
 from tests.launchers import worker
+from tests.processes import forking
 
-_SECONDS = 300
+_SECONDS = 1800  # of a launch that hangs; a busy machine takes minutes
 
 
 def launch(
@@ -34,8 +34,7 @@ def launch(
         For each job what `worker.run` gave in each process, or its error as text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([worker.__name__])
+    context = forking()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

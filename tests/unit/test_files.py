@@ -110,14 +110,14 @@ class TestFolder:
             try:
                 with made_whole(tmp_path / "out") as folder:
                     entered.set()
-                    go_on.wait(20)
+                    go_on.wait(600)
                     (folder / "by").write_text("first")
             except OSError as error:
                 failed.append(error)
 
         thread = threading.Thread(target=first)
         thread.start()
-        assert entered.wait(20)
+        assert entered.wait(600)
         with made_whole(tmp_path / "out") as folder:
             (folder / "by").write_text("second")
         go_on.set()

@@ -1158,10 +1158,10 @@ LLAMA_70B = LlamaConfig(
 
 @pytest.mark.parametrize("layers", ["middle:5", "full", "40%:60%", [-1, 10]], ids=str)
 def test_config_of_70_billion_parameters_takes_under_50_ms(layers):
-    def seconds():
-        start = time.perf_counter()
+    def seconds():  # of this process, whatever else the machine does
+        start = time.process_time()
         select_layers(LLAMA_70B, layers, boost={-1: 2.0} if layers == "full" else None)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(seconds() for _ in range(5)) < 0.05
 
