@@ -82,9 +82,6 @@ def check_made(trainer: Any) -> None:
 def imported() -> Iterator[None]:
     """Inside, names are looked up that may have gone, or that an old version does not have yet.
 
-    Yields:
-        Nothing.
-
     Raises:
         FrameworkError: If a package is too old, or not installed, or lacks a name.
         ImportError: If it is of another package, as it is.

@@ -33,9 +33,6 @@ def refused_as(error: type[LayerRLError], said: object, advice: str = "") -> Ite
         error: Its class.
         said: What its text begins with; the cause follows.
         advice: What to do, a sentence or more.
-
-    Yields:
-        Nothing.
     """
     try:
         yield

@@ -137,9 +137,6 @@ def config_of(model: str, **options: Any) -> Any:
 def in_a_sentence() -> Iterator[None]:
     """Inside, what another package says of what it was given is an error of layerrl.
 
-    Yields:
-        Nothing.
-
     Raises:
         LayerRLError: For the others' ValueError, OSError and the like.
     """

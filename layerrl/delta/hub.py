@@ -222,9 +222,6 @@ def hub_errors(
         token: What the caller gave.
         revision: What the caller gave.
 
-    Yields:
-        Nothing.
-
     Raises:
         DeltaError: In the place of the client's error.
     """

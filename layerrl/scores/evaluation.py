@@ -74,9 +74,6 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
         look: Called with the rows of each rewarded batch, and rewards as the trainer weighs them,
             NaN where no function gave one: in several processes with this one's rows and the
             rewards of all, in the order of their ranks.
-
-    Yields:
-        Nothing.
     """
 
     def watch(calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -102,9 +99,6 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
 
     Args:
         trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-
-    Yields:
-        Nothing.
 
     Raises:
         ProbeError: Inside, if no function gave a completion a reward.

@@ -56,9 +56,6 @@ def whole_model(trainer: Any) -> Iterator[None]:
 
     Args:
         trainer: A trainer that has not started.
-
-    Yields:
-        Nothing.
     """
     accelerator, model = trainer.accelerator, unwrap(trainer.model)
     launched = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

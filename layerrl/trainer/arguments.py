@@ -257,9 +257,6 @@ def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:
     Args:
         args: The trainer's args; changed inside, and afterwards what they were.
         reference: What makes the trainer load a second model. `None`: the args stay as they are.
-
-    Yields:
-        Nothing.
     """
     changes: dict[str, Any] = {"sync_ref_model": False} if reference else {}
     if reference == "beta":

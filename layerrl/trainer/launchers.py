@@ -288,9 +288,6 @@ def optimizer_in_one_piece(optimizer: Optimizer) -> Iterator[None]:
 
     Args:
         optimizer: One over sharded parameters. Collective: enter on every rank.
-
-    Yields:
-        Nothing.
     """
     gathered = whole_state(optimizer.state_dict())
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
@@ -315,9 +312,6 @@ def as_in_one_process(trainer: Any) -> Iterator[None]:
 
     Args:
         trainer: The masked trainer. Collective: enter on every rank.
-
-    Yields:
-        Nothing.
     """
     if trainer.checkpoint_format == "full" or not uses_fsdp(trainer.accelerator):
         yield
