@@ -185,26 +185,7 @@ def make_plan(
     num_iterations: int,
     quantization_config: Any = None,
 ) -> Plan:
-    """The plan behind `LayerSelection.plan`, which documents the arguments.
-
-    Args:
-        model: The model, `meta` or real.
-        trained: Name to tensor of what trains.
-        layers: The selected layers.
-        blocks: All layers of their stack.
-        num_below: Layers below all that trains.
-        dtype: The weights' dtype; None: each tensor's own.
-        beta: KL coefficient; above 0 there is a reference.
-        num_iterations: Policy passes over a batch.
-        quantization_config: The base's `BitsAndBytesConfig`, or None.
-
-    Returns:
-        The plan, with those of LoRA and full training in it.
-
-    Raises:
-        SelectionError: If `dtype`, `beta` or `num_iterations` is impossible, or what trains is
-            quantised.
-    """
+    """The plan behind `LayerSelection.plan`, which documents what it takes, gives and raises."""
     _check_settings(dtype, beta, num_iterations)
     base, text = unwrap(model), find_blocks(model)
     in_text = blocks.path == text.path

@@ -23,9 +23,6 @@ def parts(tensor: Tensor) -> Tensor:
     Between passes ZeRO-3 leaves a parameter empty and keeps each rank's shard in an attribute:
     the elements in a row, as many on each rank, padded at the end.
 
-    Args:
-        tensor: Any.
-
     Returns:
         For a parameter of ZeRO-3, its elements in a row, as a `DTensor` over the same memory; the
         tensor itself for any other.

@@ -64,9 +64,6 @@ def refuse_unusual(file: Path, *, most: float = math.inf) -> None:
 def parsed(text: str | bytes) -> Any:
     """The value of a JSON text that layerrl wrote.
 
-    Args:
-        text: UTF-8.
-
     Returns:
         Its value, free of what no other part has to expect: nesting without end, two values of one
         name, numbers of hundreds of digits, and text that has no UTF-8. NaN and infinity, which a

@@ -180,14 +180,10 @@ def vocabulary(model: nn.Module) -> int | None:
 def in_checkpoint_form(
     model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Tensors as a checkpoint would hold them, a few at a time.
+    """Tensors as a checkpoint would hold them, a few at a time. Collective where they are sharded.
 
     Most are only named otherwise, if at all. Others are converted (fused experts are split), layer
     by layer, so that shards are gathered, and copies made, of one layer at a time.
-
-    Args:
-        model: Theirs. Collective where it is sharded.
-        tensors: Plain name to tensor.
 
     Yields:
         Plain names, and the full tensors made of these by their names in a checkpoint.
@@ -205,10 +201,6 @@ def checkpoint_groups(
     model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> list[tuple[tuple[str, ...], str | None]]:
     """The fewest tensors that can be brought into the form of a checkpoint without the others.
-
-    Args:
-        model: Theirs.
-        tensors: Plain name to tensor.
 
     Returns:
         Plain names; and for a tensor that is only renamed, its name in a checkpoint.
@@ -259,10 +251,6 @@ def stand_ins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names, and in the shapes, that `model.save_pretrained` would give them.
-
-    Args:
-        model: The model they belong to.
-        tensors: Name in the model to tensor.
 
     Returns:
         Name in a checkpoint to tensor. The same tensors for most models; mixtures of experts are

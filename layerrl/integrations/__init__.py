@@ -30,10 +30,6 @@ SELECTION = "LAYERRL_SELECTION"
 def require(framework: str, tested: str) -> None:
     """Make sure that a framework is installed, and say if it is not the version that was tested.
 
-    Args:
-        framework: Its name on PyPI, which is also the integration's.
-        tested: The version that `tests/integrations` runs.
-
     Raises:
         FrameworkError: If it is not installed.
     """

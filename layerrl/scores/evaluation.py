@@ -97,9 +97,6 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
     One function of several may give None where it does not apply, as long as another gives a
     number.
 
-    Args:
-        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-
     Raises:
         ProbeError: Inside, if no function gave a completion a reward.
     """

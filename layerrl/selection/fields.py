@@ -28,9 +28,6 @@ _LEFT_OUT = ((), "text")  # defaults of later fields
 def checked(selection: LayerSelection) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """Refuse fields that make no sense, alone or together.
 
-    Args:
-        selection: One that is being made.
-
     Returns:
         Its `also`, with rows named in one way, and its `learning_rate_scale`, 1.0 for each layer
         where it was left out.
@@ -87,10 +84,6 @@ def as_json(values: Mapping[str, Any]) -> str:
 
 def selection_in(kind: type[LayerSelection], data: Any) -> LayerSelection:
     """The selection that `as_json` wrote.
-
-    Args:
-        kind: The class.
-        data: What the JSON holds.
 
     Returns:
         The selection.

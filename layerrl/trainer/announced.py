@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 def announces(cls: type) -> bool:
     """Whether a trainer tells vLLM, while it is made, which weights it will send.
 
-    Args:
-        cls: The trainer's class.
-
     Returns:
         Whether it is one of TRL's asynchronous trainers.
 

@@ -103,11 +103,6 @@ def check_keywords(
 def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
     """Refuse what no trainer takes, before anything is read.
 
-    Args:
-        cls: A masked trainer's class.
-        mixin: The mixin.
-        given: Its arguments by name.
-
     Raises:
         TrainerError: If the model is none and no path of one, or the args are another trainer's.
     """
@@ -125,12 +120,6 @@ def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
 
 def check_args(cls: type, mixin: type, args: object, name: str = "args") -> None:
     """Refuse arguments that are another trainer's, or none.
-
-    Args:
-        cls: A masked trainer's class.
-        mixin: The mixin.
-        args: What it is given; None: its defaults.
-        name: What the caller names them.
 
     Raises:
         TrainerError: If the trainer behind the mixin names another class for them.
@@ -252,12 +241,7 @@ def with_argument(
 
 @contextmanager
 def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:
-    """Let a trainer be made as if it had no reference, or none that follows the policy.
-
-    Args:
-        args: The trainer's args; changed inside, and afterwards what they were.
-        reference: What makes the trainer load a second model. `None`: the args stay as they are.
-    """
+    """Let a trainer be made as if it had no reference, or none that follows the policy."""
     changes: dict[str, Any] = {"sync_ref_model": False} if reference else {}
     if reference == "beta":
         changes["beta"] = 0.0
