@@ -134,11 +134,7 @@ def fingerprints_of_rows(
 ) -> dict[str, str]:
     """The fingerprints of `frozen_rows`, by names as `"model.embed_tokens.weight[0:49152]"`.
 
-    Args:
-        model: The model the selection fits, wrapped or not.
-        selection: What trains.
-        device: As `fingerprints` takes it.
-        dtypes: Plain name of a tensor to what its rows count as converted to; None: as they are.
+    `dtypes` has what the rows of a tensor, by its plain name, count as converted to.
 
     Returns:
         Name to fingerprint.

@@ -285,16 +285,12 @@ def _loras(
     met: bool,
 ) -> dict[str, Plan]:
     """LoRA in the selected layers, with and without layerrl, and in every layer; met by tokens."""
-    here = [
-        f"{blocks.path}.{layer}.{name}"
-        for layer in layers
-        for name in linear_weights(blocks, layer)
-    ]
-    few = RANK * sum(sum(kept.tensors[name].shape) for name in here)
-    many = RANK * sum(
-        sum(kept.tensors[f"{blocks.path}.{layer}.{name}"].shape)
-        for layer in range(len(blocks.modules))
-        for name in linear_weights(blocks, layer)
+    here, everything = (
+        [f"{blocks.path}.{k}.{name}" for k in chosen for name in linear_weights(blocks, k)]
+        for chosen in (layers, range(len(blocks.modules)))
+    )
+    few, many = (
+        RANK * sum(sum(kept.tensors[name].shape) for name in names) for names in (here, everything)
     )
     all_weights, full = kept.weights(kept.tensors), costs.full()
     in_all, in_some = (many, few) if met else (0, 0)

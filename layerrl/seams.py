@@ -163,14 +163,13 @@ def check_versions() -> None:
         installed = installed_version(package)
         if installed is None:
             continue
-        if not _numbers(installed):  # built from source
-            untested.append(f"{package} {installed} (tested with {lowest} to {highest})")
-        elif _numbers(installed) < _numbers(lowest):
+        numbers = _numbers(installed)  # none where it was built from source
+        if numbers and numbers < _numbers(lowest):
             raise FrameworkError(
                 f"{package} {installed} is installed, and layerrl needs {package} {lowest} or "
                 f'later: pip install "{_requirement(package)}"'
             )
-        elif _numbers(installed)[:2] > _numbers(highest):
+        if not numbers or numbers[:2] > _numbers(highest):
             untested.append(f"{package} {installed} (tested with {lowest} to {highest})")
     if untested:
         warn(

@@ -51,14 +51,7 @@ def add_trl(parser: ArgumentParser) -> None:
 
 
 def first_word(parser: ArgumentParser, argv: list[str], name: str) -> str:
-    """The positional argument, which comes first: options of TRL take any number of words.
-
-    Returns:
-        It, as the parser accepts it.
-
-    Raises:
-        SystemExit: After `--help`, or if it is missing or not the first word.
-    """
+    """The positional argument, which comes first: options of TRL take any number of words."""
     [word] = [getattr(parser.parse_known_args(argv)[0], name.lower())]
     if argv[0] != word:
         parser.error(f"{name} comes first, before options")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import embedding_of, unwrap
 from layerrl.checks import check_kind
 from layerrl.delta.fitting import is_packed
 from layerrl.delta.origin import commit_of
@@ -170,11 +170,8 @@ def model_type(model: nn.Module) -> str | None:
 
 def vocabulary(model: nn.Module) -> int | None:
     """Rows of the input embedding; None where there is none."""
-    try:
-        weight = unwrap(model).get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
-        return shape(weight)[0]
-    except (AttributeError, NotImplementedError):
-        return None
+    weight = getattr(embedding_of(model), "weight", None)
+    return None if weight is None else shape(weight)[0]
 
 
 def in_checkpoint_form(

@@ -50,14 +50,7 @@ def require(framework: str, tested: str) -> None:
 
 
 def given() -> str:
-    """The text in `LAYERRL_SELECTION`.
-
-    Returns:
-        It, not empty.
-
-    Raises:
-        SelectionError: If it says nothing. Training every layer instead would go unnoticed.
-    """
+    """The text in `LAYERRL_SELECTION`; a `SelectionError` if it says nothing."""
     text = os.environ.get(SELECTION, "").strip()
     if not text:
         raise SelectionError(

@@ -48,14 +48,7 @@ class Arguments:
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a layer is called with, (B, T, H) in nearly all models.
-
-    Returns:
-        The first argument, or the one of that name.
-
-    Raises:
-        OpaqueArgumentError: If they are not where they are looked for.
-    """
+    """Hidden states that a layer is called with, mostly (B, T, H); or an `OpaqueArgumentError`."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or not hidden.dim():
         raise OpaqueArgumentError(
@@ -65,14 +58,7 @@ def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Path and value of each argument but the hidden states, containers taken apart.
-
-    Returns:
-        Tensors and scalars, in the order in which they were given.
-
-    Raises:
-        OpaqueArgumentError: If one is neither, nor a container of them.
-    """
+    """Path and value of each argument but the hidden states, or an `OpaqueArgumentError`."""
     positional = [(str(index), value) for index, value in enumerate(args)][1:]
     named = [(name, value) for name, value in kwargs.items() if args or name != "hidden_states"]
     return [leaf for path, value in (*positional, *named) for leaf in _leaves(path, value)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,14 +124,11 @@ def rewarded_differently(rewards: Sequence[float], num_generations: int) -> list
     return [len({r for r in group if not math.isnan(r)}) > 1 for group in groups]
 
 
-@contextmanager
 def replaced_rewards(
-    trainer: Any,
-    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
-) -> Iterator[None]:
+    trainer: Any, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+) -> AbstractContextManager[None]:
     """Wrap what takes a batch and gives each function's rewards, shape (B, F)."""
-    with replaced(trainer, _calculate_rewards=wrap(trainer._calculate_rewards)):
-        yield
+    return replaced(trainer, _calculate_rewards=wrap(trainer._calculate_rewards))
 
 
 @contextmanager

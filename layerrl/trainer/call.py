@@ -130,11 +130,7 @@ class TrainerCall:
         return self.auto is None or self.auto.report is not None
 
     def decide(self, trainer: Any, folder: Path | None) -> LayerSelection:
-        """Choose what trains, where that is left to the trainer.
-
-        Returns:
-            The selection, from now on that of other models, too.
-        """
+        """Choose what trains, where that is left to the trainer: of other models, too."""
         assert self.auto is not None
         self._choice, self.auto.report = self.auto.choose(trainer, folder)
         return self._choice

@@ -313,11 +313,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def why_incomplete(folder: Path) -> str:
-    """Name the files that a checkpoint lacks: its writing or its deletion was cut off.
-
-    Returns:
-        A clause; empty of a complete one.
-    """
+    """A clause on the files that a checkpoint lacks, cut off in writing or deleting; or empty."""
     try:
         state = fitted(dict[str, Any], decoded(bytes_of(folder / TRAINER_STATE_NAME)))
     except (OSError, Misfit):

@@ -62,11 +62,7 @@ def _write(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Files that a checkpoint's record has and its folder does not: it was deleted in part.
-
-    Returns:
-        Their names; none without a record, or of one that `check_files` refuses.
-    """
+    """Files that a checkpoint's record has and its folder does not; none without a good record."""
     try:
         written = fitted(_Checksums, parsed(bytes_of(folder / CHECKSUMS)))
     except (OSError, Misfit):

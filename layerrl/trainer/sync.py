@@ -118,13 +118,8 @@ class WeightSync(PartialSync):
         self._sent, self._stale = frozen, False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate, with weights that a checkpoint was loaded into since the last sync.
-
-        TRL syncs once a step, and a trainer may be at the same step after it has loaded one.
-
-        Returns:
-            What TRL returns.
-        """
+        """Generate, with weights that a checkpoint was loaded into since the last sync."""
+        # TRL syncs once a step, and a trainer may be at the same step after it has loaded one.
         self.freshen()
         return self._call("generate", *args, **kwargs)
 
