@@ -87,16 +87,15 @@ def refuse_removed(given: Iterable[str], error: type[LayerRLError]) -> None:
 def check_keywords(
     given: Iterable[str],
     *,
-    byte_counts: dict[str, object],
-    switches: dict[str, object],
+    prefix_cache_bytes: object,
+    master_weights: object,
     checkpoint_format: object,
 ) -> None:
     """Refuse keywords that the mixin no longer has, and those of the wrong kind."""
     refuse_removed(given, SelectionError)
-    for name, value in byte_counts.items():
-        check_count(name, value, SelectionError, least=0, of="a number of bytes, ")
-    for name, value in switches.items():
-        check_switch(name, value, SelectionError)
+    of = "a number of bytes, "
+    check_count("prefix_cache_bytes", prefix_cache_bytes, SelectionError, least=0, of=of)
+    check_switch("master_weights", master_weights, SelectionError)
     check_choice("checkpoint_format", checkpoint_format, ("delta", "full"), SelectionError)
 
 

@@ -58,8 +58,8 @@ class TrainerCall:
         """Whether PEFT's adapters train, and not the model's own tensors."""
         arguments.check_keywords(
             kwargs,
-            byte_counts={"prefix_cache_bytes": prefix_cache_bytes},
-            switches={"master_weights": master_weights},
+            prefix_cache_bytes=prefix_cache_bytes,
+            master_weights=master_weights,
             checkpoint_format=checkpoint_format,
         )
         self.auto = AutoSelection.of(selection)
