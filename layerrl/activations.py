@@ -117,11 +117,6 @@ def _watched(
     A pass that calls the layers without gradient runs again, with the embedding's hook: the model's
     code checkpoints around them, reentrantly, and no hook of a layer can give what it checkpoints
     an input with a gradient.
-
-    Args:
-        base: The model.
-        layers: Those up to the first trained one.
-        put_back: Restores the embedding's hook.
     """
     watching = False
 

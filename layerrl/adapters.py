@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 def adapter_tensors(model: nn.Module) -> dict[str, str]:
     """The tensors of the active adapters in a model: of LoRA and its like, and modules to save.
 
-    Args:
-        model: Any model, wrapped or not.
-
     Returns:
         Plain name of an adapter's tensor, to that of the weight it adapts, by the name which that
         has without adapters. Empty for a model without.
@@ -122,9 +119,6 @@ def _adapted(base: nn.Module) -> Iterator[tuple[str, Any]]:
 def served_names(model: nn.Module) -> dict[str, str]:
     """Names that a model's weights have in an inference engine, once its adapters are merged.
 
-    Args:
-        model: Any model, wrapped or not.
-
     Returns:
         Plain name of a parameter that is no adapter's, to its name in a model without adapters; of
         a module to save, of the copy that trains.
@@ -154,13 +148,8 @@ def served_names(model: nn.Module) -> dict[str, str]:
 def weights_as_they_were(model: nn.Module) -> Iterator[None]:
     """Inside, adapters may be merged into weights; afterwards these have the bits of before.
 
-    PEFT adds the adapters and subtracts them again, which rounds.
-
-    Args:
-        model: A model, wrapped or not. One without adapters is left alone.
-
-    Yields:
-        Nothing. What is merged is unmerged also after an exception.
+    PEFT adds the adapters and subtracts them again, which rounds. What is merged is unmerged also
+    after an exception.
     """
     modules = [m for _, m in _adapted(unwrap(model)) if not hasattr(m, "modules_to_save")]
     before = [

@@ -145,10 +145,6 @@ def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[st
     weights and biases: what does not arrive is undefined. So everything under the same parent
     travels together, which for whole layers adds nothing.
 
-    Args:
-        names: Plain names of all parameters of the model.
-        trained: Those of them that were trained.
-
     Returns:
         The trained ones and their siblings, in the order of `names`.
     """
@@ -251,9 +247,6 @@ def layers_described(config: Any) -> int:
     that derives its number, or has another number of the kind, or comes from outside transformers,
     is not believed where the model can be made on the `meta` device.
 
-    Args:
-        config: As for `count_layers`.
-
     Returns:
         The number of layers that `find_blocks` finds in the model, at least 1.
 
@@ -288,9 +281,6 @@ def layers_described(config: Any) -> int:
 
 def meta_model(config: Any) -> nn.Module:
     """The model a config describes, on the `meta` device: every name and shape, no weights.
-
-    Args:
-        config: A transformers config.
 
     Returns:
         The model of the class that the config names, or of the one made for text generation.

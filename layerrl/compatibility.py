@@ -20,10 +20,6 @@ def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, 
     Before 1.15, TRL takes it that each prompt is there as often as the trainer generates for it,
     and has vLLM generate for one of them.
 
-    Args:
-        trainer: A TRL trainer that generates (GRPO).
-        prompt_ids: Tokens of the prompts.
-
     Returns:
         Tokens of the completions, and their log-probabilities if the trainer keeps them.
     """
@@ -38,9 +34,6 @@ def windows_of_tokens(trainer: Any) -> float:
     """What a loss by token (DAPO's) divides a batch's tokens by, before it divides by them.
 
     Since 1.10, TRL takes the share of a generation batch that one optimizer step is for.
-
-    Args:
-        trainer: A TRL trainer that generates (GRPO).
 
     Returns:
         Generation batch over step: 1 before.

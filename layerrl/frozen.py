@@ -94,10 +94,6 @@ def _combined(sums: Iterable[int]) -> int:
 def frozen_tensors(model: nn.Module, selection: LayerSelection) -> dict[str, Tensor]:
     """Everything in a model's state that must not move while the selection trains.
 
-    Args:
-        model: The model the selection fits, wrapped or not.
-        selection: What trains.
-
     Returns:
         Name to tensor: parameters outside the selection and all persistent buffers, those of
         trained blocks too (a moved router bias would be missing from the delta). Buffers that are
@@ -122,10 +118,6 @@ def frozen_tensors(model: nn.Module, selection: LayerSelection) -> dict[str, Ten
 def frozen_rows(model: nn.Module, selection: LayerSelection) -> Iterator[tuple[str, slice, Tensor]]:
     """The rows of trained tensors that must not move while the selection trains.
 
-    Args:
-        model: The model the selection fits, wrapped or not.
-        selection: What trains.
-
     Yields:
         Name of a tensor, a run of its rows, and these rows, a view. Mostly none.
     """
@@ -146,11 +138,7 @@ def fingerprints_of_rows(
 ) -> dict[str, str]:
     """The fingerprints of `frozen_rows`, by names as `"model.embed_tokens.weight[0:49152]"`.
 
-    Args:
-        model: The model the selection fits, wrapped or not.
-        selection: What trains.
-        device: As `fingerprints` takes it.
-        dtypes: Plain name of a tensor to what its rows count as converted to; None: as they are.
+    `dtypes` has what the rows of a tensor, by its plain name, count as converted to.
 
     Returns:
         Name to fingerprint.
@@ -185,13 +173,7 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class FrozenRecord:
-    """The fingerprints of everything in a model that must not move while a selection trains.
-
-    Args:
-        model: The model, wrapped or not. Not changed.
-        selection: What trains.
-        device: As `fingerprints` takes it.
-    """
+    """The fingerprints of everything in a model that must not move while a selection trains."""
 
     def __init__(
         self, model: nn.Module, selection: LayerSelection, *, device: torch.device | None = None
@@ -205,19 +187,12 @@ class FrozenRecord:
         ) | fingerprints_of_rows(model, self._selection, device=self._device)
 
     def take(self, model: nn.Module) -> None:
-        """Record the frozen tensors as they are now: check them first, or a change is lost.
-
-        Args:
-            model: The model. Once it is sharded, fingerprints are of this process's parts.
-        """
+        """Record the frozen tensors as they are now: check them first, or a change is lost."""
         self.fingerprints = self._now(model)
         """Name of a frozen tensor to its fingerprint."""
 
     def check(self, model: nn.Module) -> None:
         """Compare the frozen tensors with the record.
-
-        Args:
-            model: The model as it is now.
 
         Raises:
             FrozenTensorError: If a frozen parameter or buffer has other bits, or is new, or is

@@ -7,7 +7,7 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Self
 
 from filelock import lock_descriptor
 
@@ -16,10 +16,6 @@ from layerrl.errors import JournalError
 from layerrl.files import written_whole
 from layerrl.schema import Misfit, Rule, fitted
 from layerrl.stored import MOST_BYTES, parsed, refuse_unusual, refused_as
-
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
 
 _VERSION = 1
 _ABSENT = object()
@@ -72,12 +68,7 @@ class Journal:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
     def append(self, entry: dict[str, Any]) -> None:

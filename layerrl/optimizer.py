@@ -50,11 +50,6 @@ def refuse_updates_in_backward(
 ) -> None:
     """Refuse an optimizer that updates in the backward, where the step matters.
 
-    Args:
-        name: What the caller asked for.
-        selection: What trains, and how fast.
-        master_weights: Whether trained tensors are to be updated in float32.
-
     Raises:
         SelectionError: If the selection scales learning rates or trains rows of a tensor without
             the others, or there are master weights.
@@ -267,10 +262,6 @@ def scale_learning_rates(optimizer: Optimizer, layers: TrainedLayers) -> None:
 
 def check_optimizer(optimizer: Optimizer, layers: TrainedLayers) -> None:
     """Make sure that an optimizer holds the trained tensors and nothing else.
-
-    Args:
-        optimizer: The optimizer that will train the model.
-        layers: What trains.
 
     Raises:
         SelectionError: If it misses a trained tensor or holds a frozen one.

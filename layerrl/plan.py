@@ -185,26 +185,7 @@ def make_plan(
     num_iterations: int,
     quantization_config: Any = None,
 ) -> Plan:
-    """The plan behind `LayerSelection.plan`, which documents the arguments.
-
-    Args:
-        model: The model, `meta` or real.
-        trained: Name to tensor of what trains.
-        layers: The selected layers.
-        blocks: All layers of their stack.
-        num_below: Layers below all that trains.
-        dtype: The weights' dtype; None: each tensor's own.
-        beta: KL coefficient; above 0 there is a reference.
-        num_iterations: Policy passes over a batch.
-        quantization_config: The base's `BitsAndBytesConfig`, or None.
-
-    Returns:
-        The plan, with those of LoRA and full training in it.
-
-    Raises:
-        SelectionError: If `dtype`, `beta` or `num_iterations` is impossible, or what trains is
-            quantised.
-    """
+    """The plan behind `LayerSelection.plan`, which documents what it takes, gives and raises."""
     _check_settings(dtype, beta, num_iterations)
     base, text = unwrap(model), find_blocks(model)
     in_text = blocks.path == text.path
@@ -304,16 +285,12 @@ def _loras(
     met: bool,
 ) -> dict[str, Plan]:
     """LoRA in the selected layers, with and without layerrl, and in every layer; met by tokens."""
-    here = [
-        f"{blocks.path}.{layer}.{name}"
-        for layer in layers
-        for name in linear_weights(blocks, layer)
-    ]
-    few = RANK * sum(sum(kept.tensors[name].shape) for name in here)
-    many = RANK * sum(
-        sum(kept.tensors[f"{blocks.path}.{layer}.{name}"].shape)
-        for layer in range(len(blocks.modules))
-        for name in linear_weights(blocks, layer)
+    here, everything = (
+        [f"{blocks.path}.{k}.{name}" for k in chosen for name in linear_weights(blocks, k)]
+        for chosen in (layers, range(len(blocks.modules)))
+    )
+    few, many = (
+        RANK * sum(sum(kept.tensors[name].shape) for name in names) for names in (here, everything)
     )
     all_weights, full = kept.weights(kept.tensors), costs.full()
     in_all, in_some = (many, few) if met else (0, 0)

@@ -65,10 +65,6 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 def stepped_value(optimizer: Any, parameter: Tensor) -> Tensor:
     """The value that an optimizer updates for a parameter: its master, or the parameter itself.
 
-    Args:
-        optimizer: Any, not in a wrapper.
-        parameter: One of its parameters.
-
     Returns:
         For a half-precision parameter that is updated in float32, the master as the next step would
         find it, not changed by later steps; otherwise the parameter's own values.
@@ -82,9 +78,6 @@ def stepped_value(optimizer: Any, parameter: Tensor) -> Tensor:
 
 def nested(optimizer: Any) -> Iterator[Any]:
     """An optimizer and all that it holds in attributes, lists or dicts, at any depth.
-
-    Args:
-        optimizer: Anything with `param_groups` and `state`.
 
     Yields:
         Each once, from the outside in.

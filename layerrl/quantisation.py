@@ -110,13 +110,8 @@ def _size(weight: Tensor, transposed: bool, config: Any) -> int:
 def quantised_base(args: Any) -> Iterator[None]:
     """Let transformers' trainer take a quantised model without adapters.
 
-    It refuses one, since nothing in it could train; here what trains is not quantised.
-
-    Args:
-        args: The trainer's args.
-
-    Yields:
-        Nothing. Inside, a model that no selection can be trained on raises `SelectionError`.
+    It refuses one, since nothing in it could train; here what trains is not quantised. A model that
+    no selection can be trained on raises `SelectionError`.
     """
     from transformers import trainer
 

@@ -219,15 +219,7 @@ class ReferenceModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # the policy's own
-        """What the policy would have returned at the start.
-
-        Args:
-            *args: The policy's own arguments.
-            **kwargs: The policy's own arguments.
-
-        Returns:
-            The policy's output, without gradients.
-        """
+        """What the policy would have returned at the start, without gradients."""
         with self.swapped_in() as policy:
             return policy(*args, **kwargs)
 

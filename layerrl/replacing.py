@@ -20,9 +20,6 @@ def replaced(holder: Any, /, **values: Any) -> Iterator[None]:
         holder: The object: an instance, a class or a module.
         **values: Attribute to value.
 
-    Yields:
-        Nothing.
-
     Raises:
         AttributeError: If the object has no such attribute, which to set would have no effect.
     """

@@ -82,9 +82,6 @@ def check_made(trainer: Any) -> None:
 def imported() -> Iterator[None]:
     """Inside, names are looked up that may have gone, or that an old version does not have yet.
 
-    Yields:
-        Nothing.
-
     Raises:
         FrameworkError: If a package is too old, or not installed, or lacks a name.
         ImportError: If it is of another package, as it is.
@@ -166,14 +163,13 @@ def check_versions() -> None:
         installed = installed_version(package)
         if installed is None:
             continue
-        if not _numbers(installed):  # built from source
-            untested.append(f"{package} {installed} (tested with {lowest} to {highest})")
-        elif _numbers(installed) < _numbers(lowest):
+        numbers = _numbers(installed)  # none where it was built from source
+        if numbers and numbers < _numbers(lowest):
             raise FrameworkError(
                 f"{package} {installed} is installed, and layerrl needs {package} {lowest} or "
                 f'later: pip install "{_requirement(package)}"'
             )
-        elif _numbers(installed)[:2] > _numbers(highest):
+        if not numbers or numbers[:2] > _numbers(highest):
             untested.append(f"{package} {installed} (tested with {lowest} to {highest})")
     if untested:
         warn(

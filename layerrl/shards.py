@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 
 def parts(tensor: Tensor) -> Tensor:
@@ -22,9 +22,6 @@ def parts(tensor: Tensor) -> Tensor:
 
     Between passes ZeRO-3 leaves a parameter empty and keeps each rank's shard in an attribute:
     the elements in a row, as many on each rank, padded at the end.
-
-    Args:
-        tensor: Any.
 
     Returns:
         For a parameter of ZeRO-3, its elements in a row, as a `DTensor` over the same memory; the
@@ -93,10 +90,6 @@ def with_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     `bf16_full_eval` has transformers place the model when training starts, after such values were
     taken, and a user may move it at any time.
 
-    Args:
-        value: Moved in place if it lies on another device.
-        parameter: Sharded where `value` is.
-
     Returns:
         `value`.
     """
@@ -130,45 +123,26 @@ def write(model: nn.Module, values: Iterable[tuple[nn.Parameter, Tensor]]) -> No
 
 
 def whole_state(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state dict without shards: the one that it would have in one process.
-
-    Args:
-        state_dict: What the optimizer gives. Collective: call on every rank.
-
-    Returns:
-        The same, with whole tensors on the CPU in place of sharded ones.
-    """
-    return {
-        **state_dict,
-        "state": {
-            index: {
-                key: whole(value).cpu() if isinstance(value, DTensor) else value
-                for key, value in state.items()
-            }
-            for index, state in state_dict["state"].items()
-        },
-    }
+    """An optimizer's state dict as in one process: whole tensors, on the CPU. A collective."""
+    return _with_state(
+        state_dict, lambda _, value: whole(value).cpu() if isinstance(value, DTensor) else value
+    )
 
 
 def sharded_state(state_dict: dict[str, Any], parameters: Mapping[int, Tensor]) -> dict[str, Any]:
-    """The opposite of `whole_state`.
+    """The opposite of `whole_state`; `parameters` are the optimizer's, by their index in it."""
 
-    Args:
-        state_dict: Without shards.
-        parameters: The optimizer's parameters by the index that they have in it.
+    def sharded(index: int, value: Any) -> Any:
+        is_like = isinstance(value, Tensor) and value.shape == parameters[index].shape
+        return sharded_like(value, parameters[index]) if is_like else value
 
-    Returns:
-        The same, with whatever has a parameter's shape sharded as that is.
-    """
-    return {
-        **state_dict,
-        "state": {
-            index: {
-                key: sharded_like(value, parameters[index])
-                if isinstance(value, Tensor) and value.shape == parameters[index].shape
-                else value
-                for key, value in state.items()
-            }
-            for index, state in state_dict["state"].items()
-        },
+    return _with_state(state_dict, sharded)
+
+
+def _with_state(state_dict: dict[str, Any], made: Callable[[int, Any], Any]) -> dict[str, Any]:
+    """The same, with other values of each parameter's state."""
+    states = {
+        index: {key: made(index, value) for key, value in state.items()}
+        for index, state in state_dict["state"].items()
     }
+    return {**state_dict, "state": states}

@@ -33,9 +33,6 @@ def refused_as(error: type[LayerRLError], said: object, advice: str = "") -> Ite
         error: Its class.
         said: What its text begins with; the cause follows.
         advice: What to do, a sentence or more.
-
-    Yields:
-        Nothing.
     """
     try:
         yield
@@ -66,9 +63,6 @@ def refuse_unusual(file: Path, *, most: float = math.inf) -> None:
 
 def parsed(text: str | bytes) -> Any:
     """The value of a JSON text that layerrl wrote.
-
-    Args:
-        text: UTF-8.
 
     Returns:
         Its value, free of what no other part has to expect: nesting without end, two values of one

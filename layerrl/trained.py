@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 class TrainedLayers:
     """The tensors of a model that train, found once: by name, and by layer.
 
-    Args:
-        model: The model, wrapped or not.
-        selection: What trains.
-
     Raises:
         SelectionError: If the selection does not fit the model.
     """

@@ -17,9 +17,7 @@ def warn(message: str) -> None:
     """Warn as `warnings.warn` does, of the innermost line outside layerrl and what it builds on.
 
     How many frames lie between depends on who calls whom, and on TRL, so that no `stacklevel` fits.
-
-    Args:
-        message: What the user has to know. Where no line is the user's, the outermost is shown.
+    Where no line is the user's, the outermost is shown.
     """
     frame: Any = inspect.currentframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:

@@ -41,10 +41,6 @@ def is_finite(reward: Any) -> bool:
 def check_episodes(output: Mapping[str, Any], num_episodes: int) -> list[list[int]]:
     """Refuse episodes that advantages cannot be computed of.
 
-    Args:
-        output: What a rollout function returned.
-        num_episodes: How many it was asked for.
-
     Returns:
         For each episode 1 where the completion's token is of a response, otherwise 0.
 

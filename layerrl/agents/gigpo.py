@@ -197,15 +197,7 @@ class GiGPOTrainer(GRPOTrainer):
         check_made(self)
 
     def episode_reward(self, steps: list[list[Step]], **_: object) -> list[float]:
-        """The reward of whole episodes, the first of the trainer's reward functions.
-
-        Args:
-            steps: The steps of each episode.
-            **_: What else TRL gives reward functions.
-
-        Returns:
-            For each episode the sum of its steps' rewards less penalties.
-        """
+        """The first of the reward functions: a whole episode's rewards, minus its penalties."""
         return [math.fsum(s.reward - self._penalty(s) for s in episode) for episode in steps]
 
     def _penalty(self, step: Step) -> float:

@@ -54,18 +54,7 @@ def revision_of(given: Namespace) -> str | list[str | None] | None:
 
 
 def selection_of(config: Any, given: Namespace) -> LayerSelection:
-    """The selection that the options name.
-
-    Args:
-        config: A model's.
-        given: The options, or what a YAML file has for them.
-
-    Returns:
-        The selection.
-
-    Raises:
-        SelectionError: If they make no sense, or do not fit the model.
-    """
+    """The selection that the options, or the keys of a YAML file, name for a model's config."""
     from layerrl.selection import select_layers
     from layerrl.selection.select import layers_in
 
@@ -110,18 +99,7 @@ def _boosts(given: Any) -> Any:
 
 
 def config_of(model: str, **options: Any) -> Any:
-    """The config of a model, for which no weights are loaded.
-
-    Args:
-        model: Its folder, config file or hub id.
-        **options: For `AutoConfig.from_pretrained`.
-
-    Returns:
-        The config.
-
-    Raises:
-        LayerRLError: If there is none.
-    """
+    """The config of a model: its folder, file or hub id; a `LayerRLError` if there is none."""
     from transformers import AutoConfig
 
     try:
@@ -136,9 +114,6 @@ def config_of(model: str, **options: Any) -> Any:
 @contextmanager
 def in_a_sentence() -> Iterator[None]:
     """Inside, what another package says of what it was given is an error of layerrl.
-
-    Yields:
-        Nothing.
 
     Raises:
         LayerRLError: For the others' ValueError, OSError and the like.

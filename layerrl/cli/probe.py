@@ -55,9 +55,6 @@ def _add(parser: ArgumentParser) -> None:
 def run(argv: list[str]) -> None:
     """Score layers and print the report.
 
-    Args:
-        argv: Words after the command.
-
     Raises:
         LayerRLError: If the report has no place, or adapters are asked for.
     """

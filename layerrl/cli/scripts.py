@@ -51,19 +51,7 @@ def add_trl(parser: ArgumentParser) -> None:
 
 
 def first_word(parser: ArgumentParser, argv: list[str], name: str) -> str:
-    """The positional argument, which comes first: options of TRL take any number of words.
-
-    Args:
-        parser: The command's own.
-        argv: Words after the command.
-        name: What the argument is called.
-
-    Returns:
-        It, as the parser accepts it.
-
-    Raises:
-        SystemExit: After `--help`, or if it is missing or not the first word.
-    """
+    """The positional argument, which comes first: options of TRL take any number of words."""
     [word] = [getattr(parser.parse_known_args(argv)[0], name.lower())]
     if argv[0] != word:
         parser.error(f"{name} comes first, before options")
@@ -79,11 +67,8 @@ def read_options(
 ) -> Options:
     """Read the command line of one of TRL's scripts with options of layerrl among them.
 
-    Args:
-        method: The script.
-        short: The command's own parser, which knows layerrl's options, `--config` and `--help-all`.
-        argv: Words after the method.
-        add: Adds layerrl's options to a parser.
+    `short` is the command's own parser, which knows layerrl's options, `--config` and `--help-all`;
+    `add` adds layerrl's options to a parser.
 
     Returns:
         The options: those on the command line before those of the YAML file.
@@ -164,9 +149,6 @@ def model_config(options: Options) -> Any:
 
 def trainer_arguments(options: Options) -> dict[str, Any]:
     """The arguments with which TRL's script makes its trainer: model, data, rewards and the rest.
-
-    Args:
-        options: The script's.
 
     Returns:
         Name to value. No weights are loaded.

@@ -56,9 +56,6 @@ def _add(parser: ArgumentParser) -> None:
 def run(argv: list[str]) -> None:
     """Train, save the delta and say where.
 
-    Args:
-        argv: Words after the command.
-
     Raises:
         LayerRLError: If no model is named, or an option of TRL's script has no effect here.
     """

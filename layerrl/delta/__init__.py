@@ -257,13 +257,7 @@ def load_delta(
 def tensors_of_run(
     path: str | os.PathLike[str], selection: LayerSelection, base: DeltaBase, model: nn.Module
 ) -> dict[str, Tensor]:
-    """A delta's tensors, if it is of this run.
-
-    Args:
-        path: A delta's folder.
-        selection: What the run trains; the delta must have trained the same.
-        base: The model before training.
-        model: The model now. Collective where it is sharded.
+    """A delta's tensors, if it is of this run. Collective where the model is sharded.
 
     Returns:
         Name in a checkpoint to tensor.

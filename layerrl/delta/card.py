@@ -72,12 +72,7 @@ def card_of(
 ) -> str:
     """A README with the delta's part in it.
 
-    Args:
-        found: The README that is there; empty: none is.
-        meta: As in `write_card`.
-        beside: As in `write_card`.
-        hub_id: As in `write_card`.
-        run: As in `write_card`.
+    `found` is the README that is there, empty where none is; the rest is as in `write_card`.
 
     Returns:
         The text, with metadata that the hub's pages understand.

@@ -171,11 +171,6 @@ def stored_names(
     A tensor that the model shares may lie in a checkpoint under any of its names, or several.
     Checkpoints of the model without its head leave out the prefix of the model inside.
 
-    Args:
-        checkpoint: Any.
-        base: The record.
-        model: The model that the checkpoint describes, if that is known.
-
     Returns:
         Name in the checkpoint to the recorded one.
     """
@@ -201,13 +196,8 @@ def compared(
 ) -> Comparison:
     """Compare a checkpoint with a record, tensor by tensor.
 
-    Args:
-        checkpoint: Any.
-        base: The record.
-        stored: As `stored_names` gives it.
-        above: Name in the checkpoint to what a delta puts in its place: it counts as it is, or as
-            the checkpoint's dtype rounds it.
-        marks: Fingerprints of the checkpoint as it is, taken so far; more are added.
+    What a delta puts in a tensor's place (`above`) counts as it is, or as the checkpoint's dtype
+    rounds it. `marks`: its fingerprints taken so far; more are added.
 
     Returns:
         What differs.
@@ -233,10 +223,6 @@ def described_model(folder: Path) -> nn.Module | None:
 
 def loaded_as(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     """What transformers makes of a checkpoint's tensors.
-
-    Args:
-        model: The model that it is loaded into; `meta` will do.
-        names: The checkpoint's.
 
     Returns:
         Name in the checkpoint to the tensor in the model that it is, or is a part of. Without those

@@ -86,9 +86,6 @@ class Version2(Version1):
 def read(file: Path) -> tuple[Version1 | Version2, LayerSelection, dict[str, Any]]:
     """A description that is whole, of a known version, and makes sense in itself.
 
-    Args:
-        file: `delta.json`.
-
     Returns:
         The description, its selection, and its JSON without the checksum.
 

@@ -174,12 +174,6 @@ def check_base(
 ) -> None:
     """Refuse a base that is not the recorded one; warn of what cannot be compared.
 
-    Args:
-        delta: The delta.
-        found: What was compared.
-        config: Computing settings of what is there; None: unknown.
-        hint: What to do about frozen tensors with other values.
-
     Raises:
         DeltaError: If a tensor is missing or has another shape or other values, or the vocabulary
             or a setting differs.

@@ -116,9 +116,6 @@ class Delta:
     def read(cls, path: str | os.PathLike[str]) -> Delta:
         """A delta's description, checked against itself and against the tensors' names.
 
-        Args:
-            path: Its folder.
-
         Returns:
             The delta, no tensor of which is read.
 

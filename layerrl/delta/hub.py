@@ -118,11 +118,6 @@ def delta_folder(
 ) -> Path:
     """The folder of a delta: the one that is given, or a repository's in the hub's cache.
 
-    Args:
-        path: A folder, or `"user/name"` on the hub where there is no such folder.
-        revision: Branch, tag or commit in the repository.
-        token: For a private repository; None: of who is logged in.
-
     Returns:
         The folder, with the delta's files if it was fetched. No other file is downloaded.
 
@@ -214,20 +209,7 @@ def hub_errors(
     token: str | bool | None = None,
     revision: str | None = None,
 ) -> Iterator[None]:
-    """Inside, what the hub's client raises becomes a `DeltaError` of a sentence or two.
-
-    Args:
-        action: What is done: "push to" or "read".
-        repo_id: The repository; None: it has no name yet.
-        token: What the caller gave.
-        revision: What the caller gave.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        DeltaError: In the place of the client's error.
-    """
+    """Inside, what the hub's client raises becomes a `DeltaError` of a sentence or two."""
     try:
         yield
     except Exception as error:

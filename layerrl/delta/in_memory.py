@@ -107,16 +107,7 @@ def names_by_rows(model: nn.Module, selection: LayerSelection) -> set[str]:
 
 
 def kept_rows(model: nn.Module, selection: LayerSelection, base: DeltaBase) -> dict[str, str]:
-    """The fingerprints of a model's rows that do not train, in the dtypes of the record.
-
-    Args:
-        model: The trained model.
-        selection: What was trained.
-        base: The record, of the same trained tensors.
-
-    Returns:
-        Name of some rows to their fingerprint.
-    """
+    """Fingerprints, by name, of a model's rows that do not train, in the dtypes of the record."""
     dtypes = {
         name: getattr(torch, base.dtypes[known])
         for name, parameter in _by_rows(model, selection).items()
@@ -180,13 +171,8 @@ def compared(
 ) -> Comparison:
     """Compare a model with a record, tensor by tensor. Collective where the model is sharded.
 
-    Args:
-        model: Any.
-        base: The record.
-        leave_out: Recorded names not to compare.
-        above: Recorded name to what a delta puts in its place: it counts as it is, or as the
-            model's dtype rounds it.
-        marks: Fingerprints of the model as it is, taken so far; more are added.
+    What a delta puts in a tensor's place (`above`) counts as it is, or as the model's dtype rounds
+    it. `marks`: fingerprints of the model as it is, taken so far; more are added.
 
     Returns:
         What differs.

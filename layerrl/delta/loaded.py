@@ -196,9 +196,6 @@ def _warn_of_writes(versions: Iterable[tuple[nn.Parameter, int]]) -> None:
 def deltas_in(model: nn.Module) -> list[Delta]:
     """The deltas in a model that others are to be loaded into.
 
-    Args:
-        model: Any.
-
     Returns:
         Them, in the order in which they were loaded; none if all of their tensors were replaced.
 

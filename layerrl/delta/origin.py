@@ -22,9 +22,6 @@ def commit_of(base: DeltaBase) -> str | None:
     Transformers does not keep it. The cache may hold several commits, and get others at any time:
     where their weights or configs differ, the one that holds the recorded tensors is meant.
 
-    Args:
-        base: The record of the model, as it was loaded.
-
     Returns:
         The commit; None for a folder, a model that is not in the cache, and where several commits
         are there and none, or more than one, holds these tensors.

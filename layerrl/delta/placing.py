@@ -20,11 +20,6 @@ def put_tensors(
 ) -> None:
     """Overwrite parameters with tensors that have the names and shapes of `checkpoint_form`.
 
-    Args:
-        model: Theirs.
-        trained: Name in the model to parameter.
-        tensors: What `checkpoint_form` would make of them, with other values.
-
     Raises:
         DeltaError: If the model drops or repeats elements when it is saved. It is then as it was.
     """
@@ -96,10 +91,6 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def surroundings(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Copies of a row of a few parameters, to tell whether a model is another one later.
-
-    Args:
-        model: Any.
-        names: Parameters to leave out, as `named_parameters` gives them.
 
     Returns:
         Name to row. Norms, which many models have in common, are not looked at, nor is what is

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import embedding_of, unwrap
 from layerrl.checks import check_kind
 from layerrl.delta.fitting import is_packed
 from layerrl.delta.origin import commit_of
@@ -170,24 +170,17 @@ def model_type(model: nn.Module) -> str | None:
 
 def vocabulary(model: nn.Module) -> int | None:
     """Rows of the input embedding; None where there is none."""
-    try:
-        weight = unwrap(model).get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
-        return shape(weight)[0]
-    except (AttributeError, NotImplementedError):
-        return None
+    weight = getattr(embedding_of(model), "weight", None)
+    return None if weight is None else shape(weight)[0]
 
 
 def in_checkpoint_form(
     model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Tensors as a checkpoint would hold them, a few at a time.
+    """Tensors as a checkpoint would hold them, a few at a time. Collective where they are sharded.
 
     Most are only named otherwise, if at all. Others are converted (fused experts are split), layer
     by layer, so that shards are gathered, and copies made, of one layer at a time.
-
-    Args:
-        model: Theirs. Collective where it is sharded.
-        tensors: Plain name to tensor.
 
     Yields:
         Plain names, and the full tensors made of these by their names in a checkpoint.
@@ -205,10 +198,6 @@ def checkpoint_groups(
     model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> list[tuple[tuple[str, ...], str | None]]:
     """The fewest tensors that can be brought into the form of a checkpoint without the others.
-
-    Args:
-        model: Theirs.
-        tensors: Plain name to tensor.
 
     Returns:
         Plain names; and for a tensor that is only renamed, its name in a checkpoint.
@@ -259,10 +248,6 @@ def stand_ins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def checkpoint_form(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names, and in the shapes, that `model.save_pretrained` would give them.
-
-    Args:
-        model: The model they belong to.
-        tensors: Name in the model to tensor.
 
     Returns:
         Name in a checkpoint to tensor. The same tensors for most models; mixtures of experts are

@@ -21,14 +21,7 @@ _NO_COMPUTATION = re.compile(
 
 
 def computing_settings(config: Any) -> dict[str, Any]:
-    """Settings of a config that change what its model computes.
-
-    Args:
-        config: A transformers config, or what its JSON file holds.
-
-    Returns:
-        Key to value as in JSON, with nested configs.
-    """
+    """Settings of a config, or of its JSON, that change what its model computes: key to value."""
     values = config if isinstance(config, dict) else config.to_dict()
     kept = _kept(json.loads(json.dumps(values, default=str)))
     return {key: value for key, value in kept.items() if key != "model_type"}  # compared apart

@@ -22,19 +22,7 @@ def read_deltas(
     revision: str | Sequence[str | None] | None = None,
     token: str | bool | None = None,
 ) -> list[Delta]:
-    """The descriptions of one delta or several, in the order given.
-
-    Args:
-        path: Folders, or names on the hub.
-        revision: Of each delta on the hub, or of all.
-        token: For the hub.
-
-    Returns:
-        Them, read.
-
-    Raises:
-        DeltaError: If one cannot be read, or there are not as many revisions as deltas.
-    """
+    """The descriptions of deltas, in the order given; a `DeltaError` if one cannot be read."""
     paths = listed(path)
     if not all(isinstance(each, str | os.PathLike) for each in paths):
         raise DeltaError(

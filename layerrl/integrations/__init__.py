@@ -30,10 +30,6 @@ SELECTION = "LAYERRL_SELECTION"
 def require(framework: str, tested: str) -> None:
     """Make sure that a framework is installed, and say if it is not the version that was tested.
 
-    Args:
-        framework: Its name on PyPI, which is also the integration's.
-        tested: The version that `tests/integrations` runs.
-
     Raises:
         FrameworkError: If it is not installed.
     """
@@ -54,14 +50,7 @@ def require(framework: str, tested: str) -> None:
 
 
 def given() -> str:
-    """The text in `LAYERRL_SELECTION`.
-
-    Returns:
-        It, not empty.
-
-    Raises:
-        SelectionError: If it says nothing. Training every layer instead would go unnoticed.
-    """
+    """The text in `LAYERRL_SELECTION`; a `SelectionError` if it says nothing."""
     text = os.environ.get(SELECTION, "").strip()
     if not text:
         raise SelectionError(

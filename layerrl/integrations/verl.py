@@ -120,10 +120,6 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save verl's checkpoint, of the whole model.
 
-        Args:
-            *args: verl's.
-            **kwargs: verl's.
-
         Raises:
             FrozenTensorError: If a frozen tensor is not what it was.
         """
@@ -132,10 +128,6 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Load verl's checkpoint. The next sync sends everything.
-
-        Args:
-            *args: verl's.
-            **kwargs: verl's.
 
         Raises:
             FrozenTensorError: If the checkpoint is of another base.
@@ -150,10 +142,6 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
 
     def get_per_tensor_param(self, *args: Any, **kwargs: Any) -> tuple[Iterator[Any], Any]:
         """The tensors that the rollout is to be sent.
-
-        Args:
-            *args: verl's.
-            **kwargs: verl's.
 
         Returns:
             Names and whole tensors as verl gives them, and None. With `LAYERRL_SYNC=trained`, only

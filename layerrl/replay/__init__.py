@@ -120,9 +120,6 @@ class PrefixReplay:
             training: Whether the batch is for training or for evaluation.
             alone: Whether there are no others over this batch: they are recorded, and forgotten at
                 the end.
-
-        Yields:
-            Nothing.
         """
         if not self.enabled or self._inside:
             yield

@@ -48,18 +48,7 @@ class Arguments:
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a layer is called with, (B, T, H) in nearly all models.
-
-    Args:
-        args: The layer's positional arguments.
-        kwargs: The layer's keyword arguments.
-
-    Returns:
-        The first argument, or the one of that name.
-
-    Raises:
-        OpaqueArgumentError: If they are not where they are looked for.
-    """
+    """Hidden states that a layer is called with, mostly (B, T, H); or an `OpaqueArgumentError`."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or not hidden.dim():
         raise OpaqueArgumentError(
@@ -69,18 +58,7 @@ def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Path and value of each argument but the hidden states, containers taken apart.
-
-    Args:
-        args: The layer's positional arguments.
-        kwargs: The layer's keyword arguments.
-
-    Returns:
-        Tensors and scalars, in the order in which they were given.
-
-    Raises:
-        OpaqueArgumentError: If one is neither, nor a container of them.
-    """
+    """Path and value of each argument but the hidden states, or an `OpaqueArgumentError`."""
     positional = [(str(index), value) for index, value in enumerate(args)][1:]
     named = [(name, value) for name, value in kwargs.items() if args or name != "hidden_states"]
     return [leaf for path, value in (*positional, *named) for leaf in _leaves(path, value)]
@@ -115,9 +93,6 @@ class RowKeys:
 
     def of(self, found: list[tuple[str, Any]]) -> Arguments:
         """Describe some arguments.
-
-        Args:
-            found: What `leaves` returned, or anything of that form.
 
         Returns:
             Their structure, and a key for each of the pass's rows. A tensor without a row for each
@@ -178,9 +153,6 @@ def as_integers(tensor: Tensor) -> Tensor:
 
     Under autocast, torch joins floating-point tensors of float32 and of autocast's dtype alone: no
     float16 beside bfloat16. Bookkeeping must not depend on what a caller computes in.
-
-    Args:
-        tensor: Of any dtype. It and the view share memory.
 
     Returns:
         The view, of the same shape.

@@ -27,15 +27,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """One call of the model.
-
-    Args:
-        replay: Whose prefix.
-        recordings: Those of the batch.
-        forward: The model's own.
-        args: Of the call.
-        kwargs: Of the call.
-    """
+    """One call of the model."""
 
     def __init__(
         self,

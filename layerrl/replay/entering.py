@@ -130,20 +130,7 @@ def entry_of(
     keys: RowKeys,
     prefix: Sequence[nn.Module],
 ) -> Entry:
-    """Describe a call of layer 0.
-
-    Args:
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        keys: Those of this pass.
-        prefix: The frozen layers from the first on.
-
-    Returns:
-        What enters.
-
-    Raises:
-        OpaqueArgumentError: If an argument cannot be compared between calls.
-    """
+    """Describe a call of layer 0; an `OpaqueArgumentError` if an argument cannot be compared."""
     hidden_BTH = hidden_states(args, kwargs)
     arguments = keys.of(leaves(args, kwargs))
     hidden_keys = row_keys(hidden_BTH).tolist()

@@ -63,9 +63,6 @@ class Recordings:
     def fits(self, num_bytes: int) -> bool:
         """Whether there is room for more; to be asked before it is made.
 
-        Args:
-            num_bytes: Memory that a recording would take.
-
         Returns:
             False if it would exceed the budget, which then forgets what is there, unless a part is
             of use.

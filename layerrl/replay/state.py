@@ -75,9 +75,6 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
     """Which values the prefix's tensors hold, and how its modules and their configs are set.
 
-    Args:
-        prefix: The frozen layers.
-
     Returns:
         Something that differs after a write, but one in place through `.data`, after a setting
         changed, and where a forward was patched or a module replaced.

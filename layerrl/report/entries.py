@@ -82,9 +82,6 @@ class Score:
 def check_report(report: ContributionReport) -> None:
     """Refuse runs and settings that no report can be of.
 
-    Args:
-        report: One that is being made.
-
     Raises:
         ReportError: If a field is of another type, runs were scored on different numbers of
             prompts, or a setting that a report reads is no such setting.

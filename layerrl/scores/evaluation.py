@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,9 +74,6 @@ def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> I
         look: Called with the rows of each rewarded batch, and rewards as the trainer weighs them,
             NaN where no function gave one: in several processes with this one's rows and the
             rewards of all, in the order of their ranks.
-
-    Yields:
-        Nothing.
     """
 
     def watch(calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -99,12 +96,6 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
 
     One function of several may give None where it does not apply, as long as another gives a
     number.
-
-    Args:
-        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-
-    Yields:
-        Nothing.
 
     Raises:
         ProbeError: Inside, if no function gave a completion a reward.
@@ -133,14 +124,11 @@ def rewarded_differently(rewards: Sequence[float], num_generations: int) -> list
     return [len({r for r in group if not math.isnan(r)}) > 1 for group in groups]
 
 
-@contextmanager
 def replaced_rewards(
-    trainer: Any,
-    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
-) -> Iterator[None]:
+    trainer: Any, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+) -> AbstractContextManager[None]:
     """Wrap what takes a batch and gives each function's rewards, shape (B, F)."""
-    with replaced(trainer, _calculate_rewards=wrap(trainer._calculate_rewards)):
-        yield
+    return replaced(trainer, _calculate_rewards=wrap(trainer._calculate_rewards))
 
 
 @contextmanager

@@ -163,10 +163,6 @@ def run_units(args: Any, trainer: Any) -> float:
 def check_trainer(trainer: Any, asked: str) -> None:
     """Refuse a trainer whose batches say nothing of its layers, or not here.
 
-    Args:
-        trainer: A masked trainer.
-        asked: What was asked for, to name it.
-
     Raises:
         ProbeError: If it generates nothing, has no process with the whole model, or trains in
             float16: the probe's backward is not scaled, and small gradients would become zero.

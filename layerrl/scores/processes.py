@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 def refuse_sharded(trainer: Any, asked: str) -> None:
     """Refuse launchers under which not every process has the whole model before training starts.
 
-    Args:
-        trainer: A trainer that has not started.
-        asked: What was asked for, to name it.
-
     Raises:
         ProbeError: Under ZeRO-3; under FSDP with weights in one process only, or with vLLM.
     """
@@ -53,12 +49,6 @@ def whole_model(trainer: Any) -> Iterator[None]:
 
     FSDP and DeepSpeed leave it on the CPU until training starts; DDP gives all the first one's
     weights then.
-
-    Args:
-        trainer: A trainer that has not started.
-
-    Yields:
-        Nothing.
     """
     accelerator, model = trainer.accelerator, unwrap(trainer.model)
     launched = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -78,10 +68,6 @@ def whole_model(trainer: Any) -> Iterator[None]:
 
 def loss_alone(trainer: Any, inputs: Any) -> Tensor:
     """The loss of rows that the other processes may have none of.
-
-    Args:
-        trainer: A trainer that has not started.
-        inputs: What its `compute_loss` takes.
 
     Returns:
         The loss. What TRL gathers beside it for its metrics is this process's alone: the others

@@ -22,9 +22,6 @@ def as_found(*models: nn.Module) -> Iterator[None]:
 
     Args:
         *models: Any models. A trainer sets many of these: checkpointing, `use_cache`, a cast.
-
-    Yields:
-        Nothing.
     """
     modules = [module for model in models for module in model.modules()]
     parameters = [parameter for model in models for parameter in model.parameters()]

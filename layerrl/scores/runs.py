@@ -49,18 +49,7 @@ class Runs:
 
     @classmethod
     def of(cls, selection: LayerSelection, request: Request) -> Runs:
-        """Check what every run needs.
-
-        Args:
-            selection: Layers to score.
-            request: The arguments.
-
-        Returns:
-            What the runs have in common.
-
-        Raises:
-            ProbeError: If one of the arguments is not what it should be.
-        """
+        """Check what every run needs; a `ProbeError` if an argument is not as it should be."""
         check_kind("model", request.model, nn.Module, "a loaded model", ProbeError)
         functions = check_rewards(request.reward_funcs)
         train_dataset = check_prompts("train_dataset", request.train_dataset)
@@ -90,18 +79,7 @@ class Runs:
 
 
 def made(make_trainer: Callable[..., Any], **arguments: Any) -> Any:
-    """A trainer, if it is masked: any other would train everything, and say nothing.
-
-    Args:
-        make_trainer: As `Runs` has it.
-        **arguments: The model, the trainer's arguments and the selection.
-
-    Returns:
-        The trainer.
-
-    Raises:
-        ProbeError: If it is not masked.
-    """
+    """A masked trainer; a `ProbeError` for any other, which would train everything unnoticed."""
     trainer = make_trainer(**arguments)
     if not hasattr(trainer, "masked_run"):
         raise ProbeError(

@@ -19,19 +19,7 @@ TOOLS = ("peft", "slime", "ms-swift", "axolotl")
 
 
 def config_for(tool: object, selection: LayerSelection, base: nn.Module) -> dict[str, Any]:
-    """The settings behind `LayerSelection.to_config`, which documents them.
-
-    Args:
-        tool: One of `TOOLS`.
-        selection: What trains.
-        base: The model, unwrapped; `meta` will do.
-
-    Returns:
-        Name of a setting to its value.
-
-    Raises:
-        SelectionError: If the tool is not known or cannot express the selection.
-    """
+    """The settings behind `LayerSelection.to_config`, which documents them."""
     check_choice("tool", tool, TOOLS, SelectionError)
     trained = selection.parameters(base)
     path = selection.blocks(base).path

@@ -28,9 +28,6 @@ _LEFT_OUT = ((), "text")  # defaults of later fields
 def checked(selection: LayerSelection) -> dict[str, Any]:
     """Refuse fields that make no sense, alone or together.
 
-    Args:
-        selection: One that is being made.
-
     Returns:
         Fields by name, as they are kept: numbers as Python's own, which JSON can hold, `also` with
         rows named in one way, `learning_rate_scale` 1.0 for each layer where it was left out.
@@ -94,10 +91,6 @@ def as_json(values: Mapping[str, Any]) -> str:
 
 def selection_in(kind: type[LayerSelection], data: Any) -> LayerSelection:
     """The selection that `as_json` wrote.
-
-    Args:
-        kind: The class.
-        data: What the JSON holds.
 
     Returns:
         The selection.

@@ -25,10 +25,6 @@ class Masked(AbstractContextManager[dict[str, nn.Parameter]]):
     """Requires gradients of a selection alone inside, and restores all flags; can be re-entered.
 
     A class and no generator: one that is dropped while suspended would restore the flags.
-
-    Args:
-        selection: What requires gradients inside.
-        model: The model, wrapped or not.
     """
 
     def __init__(self, selection: LayerSelection, model: nn.Module) -> None:

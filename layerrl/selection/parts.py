@@ -31,12 +31,6 @@ def names_in_parts(
 ) -> dict[str, set[str]]:
     """Names of the tensors that a selection trains outside the layers.
 
-    Args:
-        selection: Parts, by name or by glob.
-        base: The model, unwrapped.
-        blocks: Its layers.
-        adapted: Its adapters' tensors, as for `names_in_layers`.
-
     Returns:
         Part to the plain names of its tensors, those of shared ones too.
 
@@ -84,10 +78,6 @@ def names_in_parts(
 
 def rows_kept(selection: LayerSelection, base: nn.Module) -> dict[str, list[slice]]:
     """The rows of trained tensors that do not train: those of the tokens that were there before.
-
-    Args:
-        selection: What trains.
-        base: The model, unwrapped.
 
     Returns:
         Plain name of each tensor that trains by rows, to runs of its other rows; mostly none.

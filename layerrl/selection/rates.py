@@ -183,11 +183,6 @@ def learning_rate_factors(
 ) -> dict[int, float]:
     """Find the factor of each tensor that has one.
 
-    Args:
-        selection: What trains, and how fast.
-        model: The model, wrapped or not.
-        trained: The tensors of it that train, by name.
-
     Returns:
         Identity of a parameter to its factor: of those in layers, and of boosted ones outside.
 

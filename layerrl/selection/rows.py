@@ -73,9 +73,6 @@ def part_of(rows: Iterable[int]) -> str:
 def with_named_rows(also: tuple[str, ...]) -> tuple[str, ...]:
     """Parts with new tokens named in one way, for equal selections to be equal.
 
-    Args:
-        also: The parts of a selection.
-
     Returns:
         The same, with the rows ascending and in ranges.
 
@@ -170,11 +167,6 @@ def by_rows(
 ) -> dict[str, nn.Parameter]:
     """The tensors that train by rows: no other part trains them as a whole.
 
-    Args:
-        selection: What trains.
-        base: The model, unwrapped.
-        parts: The names of the tensors of each part.
-
     Returns:
         Plain name to tensor, a tied one once.
     """
@@ -194,11 +186,6 @@ def frozen_rows(
     selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]
 ) -> dict[str, list[slice]]:
     """The rows of trained tensors that do not train.
-
-    Args:
-        selection: What trains.
-        base: The model, unwrapped, which it fits.
-        parts: The names of the tensors of each part.
 
     Returns:
         Plain name of each tensor that trains by rows, to runs of the others; a tied one once.

@@ -21,18 +21,7 @@ if TYPE_CHECKING:
 
 
 def trained_tensors(selection: LayerSelection, base: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors behind `LayerSelection.parameters`, which documents them.
-
-    Args:
-        selection: What trains.
-        base: The model, unwrapped.
-
-    Returns:
-        Plain name to parameter, in the model's own order.
-
-    Raises:
-        SelectionError: If the selection does not fit the model.
-    """
+    """The tensors behind `LayerSelection.parameters`, which documents them."""
     blocks = selection.blocks(base)
     selection.check_num_layers(len(blocks.modules), described(base, blocks, selection.stack))
     trained = {plain_name(name): parameter for name, parameter in base.named_parameters()}
@@ -64,12 +53,7 @@ def names_in_layers(
 ) -> set[str]:
     """Names of the tensors that a selection trains inside the layers.
 
-    Args:
-        selection: Layers, and globs of their modules.
-        base: The model, unwrapped.
-        blocks: Its layers.
-        adapted: Its adapters' tensors, as `adapter_tensors` gives them. Where there are some, they
-            train, and globs mean what they adapt.
+    Where there are adapters, they train, and globs mean what they adapt.
 
     Returns:
         Names in the model.
@@ -133,17 +117,7 @@ def _explain_unmatched(
 def check_not_shared(
     selection: LayerSelection, base: nn.Module, names: set[str], chosen: set[int]
 ) -> None:
-    """Refuse to train a tensor that is also something frozen.
-
-    Args:
-        selection: What trains.
-        base: The model, unwrapped.
-        names: Names of what trains.
-        chosen: Identities of what trains.
-
-    Raises:
-        SelectionError: If one is.
-    """
+    """Refuse, by a `SelectionError`, to train a tensor that is also something frozen."""
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if id(parameter) in chosen and plain_name(name) not in names:
             raise SelectionError(

@@ -40,10 +40,6 @@ def blocks_of(model: nn.Module, stack: str) -> Blocks:
     A tower is what transformers' own `get_encoder(modality="image")` gives. Its layers are its one
     list of modules; of several, the one whose modules transformers can checkpoint.
 
-    Args:
-        model: A transformers model on any device, wrapped or not. Not changed.
-        stack: One of `STACKS`.
-
     Returns:
         The layers and where they are.
 
@@ -81,9 +77,6 @@ def blocks_of(model: nn.Module, stack: str) -> Blocks:
 
 def projectors(base: nn.Module) -> list[nn.Module]:
     """The modules that make tokens of what a vision tower computes, beside the tower or in it.
-
-    Args:
-        base: The model, unwrapped.
 
     Returns:
         All of them: a Qwen3-VL has one for each layer that it takes features from. None in a model

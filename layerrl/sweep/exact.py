@@ -36,11 +36,8 @@ def measured(
 ) -> ContributionReport:
     """Train layers alone and score them.
 
-    Args:
-        selection: Layers to score.
-        request: The arguments.
-        choose: Given the journal's settings, when all is checked, which to train; None: all.
-        stop: As `Sweep` takes it.
+    `choose` is given the journal's settings, when all is checked, and says which to train; `stop`
+    is as `Sweep` takes it.
 
     Returns:
         The report.

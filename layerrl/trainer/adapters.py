@@ -33,10 +33,6 @@ _SCALES = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern")
 def has_adapters(model: object, peft_config: object = None) -> bool:
     """Whether adapters train, and not the model's own tensors.
 
-    Args:
-        model: The model, or what stands for it until it is loaded.
-        peft_config: The trainer's argument of that name.
-
     Returns:
         True of a PEFT model, or if the trainer will make one.
 
@@ -124,11 +120,6 @@ def active_in(model: nn.Module, checkpoint: Path) -> tuple[str, Path]:
 def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None:
     """Refuse to go on with adapters of another run: PEFT loads what fits, and says nothing.
 
-    Args:
-        model: The run's, with adapters.
-        folder: A checkpoint.
-        digest: Of the run's frozen tensors; None where it is not known.
-
     Raises:
         CheckpointError: If it holds no adapters, or others than the model has, or adapters that
             were trained on other weights.
@@ -188,11 +179,6 @@ def config_for(config: Any, described: Any, selection: Any) -> Any:
 
     PEFT itself says what the given one would adapt, in a model without weights; of that stays what
     lies in the selected layers, modules and parts.
-
-    Args:
-        config: As the trainer was given it. Not changed.
-        described: The model's config.
-        selection: What trains.
 
     Returns:
         A copy that names modules and parameters one by one.

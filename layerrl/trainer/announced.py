@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 def announces(cls: type) -> bool:
     """Whether a trainer tells vLLM, while it is made, which weights it will send.
 
-    Args:
-        cls: The trainer's class.
-
     Returns:
         Whether it is one of TRL's asynchronous trainers.
 
@@ -153,14 +150,7 @@ class AnnouncedSync(PartialSync):
         return None
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Announce what the engine does not have yet.
-
-        Returns:
-            It, by name. Collective: call on every rank.
-
-        Raises:
-            TrainerError: While it is read, if TRL makes something else of it.
-        """
+        """Announce what the engine does not have yet, and give it by name; a collective."""
         trainer, model = self._trainer, unwrap(self._trainer.model)
         frozen = self._frozen(model)
         narrow = not self._widens or self._has_frozen(frozen)

@@ -87,26 +87,20 @@ def refuse_removed(given: Iterable[str], error: type[LayerRLError]) -> None:
 def check_keywords(
     given: Iterable[str],
     *,
-    byte_counts: dict[str, object],
-    switches: dict[str, object],
+    prefix_cache_bytes: object,
+    master_weights: object,
     checkpoint_format: object,
 ) -> None:
     """Refuse keywords that the mixin no longer has, and those of the wrong kind."""
     refuse_removed(given, SelectionError)
-    for name, value in byte_counts.items():
-        check_count(name, value, SelectionError, least=0, of="a number of bytes, ")
-    for name, value in switches.items():
-        check_switch(name, value, SelectionError)
+    of = "a number of bytes, "
+    check_count("prefix_cache_bytes", prefix_cache_bytes, SelectionError, least=0, of=of)
+    check_switch("master_weights", master_weights, SelectionError)
     check_choice("checkpoint_format", checkpoint_format, ("delta", "full"), SelectionError)
 
 
 def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
     """Refuse what no trainer takes, before anything is read.
-
-    Args:
-        cls: A masked trainer's class.
-        mixin: The mixin.
-        given: Its arguments by name.
 
     Raises:
         TrainerError: If the model is none and no path of one, or the args are another trainer's.
@@ -125,12 +119,6 @@ def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
 
 def check_args(cls: type, mixin: type, args: object, name: str = "args") -> None:
     """Refuse arguments that are another trainer's, or none.
-
-    Args:
-        cls: A masked trainer's class.
-        mixin: The mixin.
-        args: What it is given; None: its defaults.
-        name: What the caller names them.
 
     Raises:
         TrainerError: If the trainer behind the mixin names another class for them.
@@ -252,15 +240,7 @@ def with_argument(
 
 @contextmanager
 def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:
-    """Let a trainer be made as if it had no reference, or none that follows the policy.
-
-    Args:
-        args: The trainer's args; changed inside, and afterwards what they were.
-        reference: What makes the trainer load a second model. `None`: the args stay as they are.
-
-    Yields:
-        Nothing.
-    """
+    """Let a trainer be made as if it had no reference, or none that follows the policy."""
     changes: dict[str, Any] = {"sync_ref_model": False} if reference else {}
     if reference == "beta":
         changes["beta"] = 0.0

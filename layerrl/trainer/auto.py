@@ -71,10 +71,6 @@ class AutoSelection:
     def check(self, trainer: Any, num_layers: int) -> None:
         """Refuse what could not be chosen, before anything is generated for it.
 
-        Args:
-            trainer: The trainer.
-            num_layers: Decoder layers of its model.
-
         Raises:
             ProbeError: If it cannot be probed.
             SelectionError: If it has fewer layers, or what depends on them is made already.
@@ -104,10 +100,6 @@ class AutoSelection:
         folder: Path | None,
     ) -> tuple[LayerSelection, ContributionReport]:
         """Score the layers, or read in a checkpoint how they were scored.
-
-        Args:
-            trainer: The trainer, masked to all of its layers.
-            folder: The checkpoint that it resumes from; None: it begins.
 
         Returns:
             The best layers, and what they were chosen by.
@@ -152,11 +144,6 @@ class AutoSelection:
         answer: Callable[[list[Any]], dict[str, Any]],
     ) -> dict[str, Any]:
         """Answers to prompts: the probe's, where it was given the same ones first.
-
-        Args:
-            trainer: The trainer.
-            rows: What the data loader gives.
-            answer: Generates and rewards.
 
         Returns:
             What the trainer's loss takes.

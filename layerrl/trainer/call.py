@@ -32,15 +32,7 @@ def is_full(selection: object) -> bool:
 class TrainerCall:
     """The arguments of one masked trainer: checked, before weights are loaded where possible.
 
-    Args:
-        cls: The masked trainer's class.
-        mixin: The mixin.
-        args: What the wrapped trainer was given by position.
-        kwargs: What it was given by name.
-        selection: The mixin's keyword, as it was given; the others alike.
-        prefix_cache_bytes: See `LayerMaskedMixin`.
-        master_weights: See `LayerMaskedMixin`.
-        checkpoint_format: See `LayerMaskedMixin`.
+    `args` and `kwargs` are what the wrapped trainer was given, the keywords the mixin's own.
 
     Raises:
         LayerRLError: If something does not make sense, or does not fit the model.
@@ -66,8 +58,8 @@ class TrainerCall:
         """Whether PEFT's adapters train, and not the model's own tensors."""
         arguments.check_keywords(
             kwargs,
-            byte_counts={"prefix_cache_bytes": prefix_cache_bytes},
-            switches={"master_weights": master_weights},
+            prefix_cache_bytes=prefix_cache_bytes,
+            master_weights=master_weights,
             checkpoint_format=checkpoint_format,
         )
         self.auto = AutoSelection.of(selection)
@@ -139,15 +131,7 @@ class TrainerCall:
         return self.auto is None or self.auto.report is not None
 
     def decide(self, trainer: Any, folder: Path | None) -> LayerSelection:
-        """Choose what trains, where that is left to the trainer.
-
-        Args:
-            trainer: The trainer, masked to all of its layers.
-            folder: The checkpoint that it resumes from.
-
-        Returns:
-            The selection, from now on that of other models, too.
-        """
+        """Choose what trains, where that is left to the trainer: of other models, too."""
         assert self.auto is not None
         self._choice, self.auto.report = self.auto.choose(trainer, folder)
         return self._choice
@@ -164,18 +148,7 @@ class TrainerCall:
             self.auto.clear()
 
     def selection_for(self, model: nn.Module, processing_class: object) -> LayerSelection:
-        """What trains of a model, all layers where that is still to be chosen.
-
-        Args:
-            model: The trainer's, or one that its `model_init` has made.
-            processing_class: The trainer's: some new tokens only its tokenizer knows.
-
-        Returns:
-            The selection.
-
-        Raises:
-            SelectionError: If it does not fit.
-        """
+        """What trains of a model, all layers where that is still to be chosen."""
         choice = self._choice
         if isinstance(choice, LayerSelection) and choice.awaits_rows:
             choice = resolved(choice, model, self._vocabulary.added_rows(model, processing_class))

@@ -74,9 +74,6 @@ class Checkpoints:
     A checkpoint with a delta holds it where a reader looks, at the top of its folder, with a README
     that says how to load it; beside it the values of the reference, where there is one, and the
     report of `selection="auto"`. A whole model's is the wrapped trainer's own.
-
-    Args:
-        trainer: The masked trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -284,8 +281,7 @@ def _replaced(folder: Path) -> Path:
 def put_back(folder: Path) -> None:
     """End the replacement of a checkpoint, which a killed process may have begun.
 
-    Args:
-        folder: The checkpoint's. If what is there is not complete, it is what it was before.
+    If what is there is not complete, it is what it was before.
     """
     before = _replaced(folder)
     if is_complete(before) and not is_complete(folder):
@@ -317,14 +313,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def why_incomplete(folder: Path) -> str:
-    """Name the files that a checkpoint lacks: its writing or its deletion was cut off.
-
-    Args:
-        folder: The checkpoint's.
-
-    Returns:
-        A clause; empty of a complete one.
-    """
+    """A clause on the files that a checkpoint lacks, cut off in writing or deleting; or empty."""
     try:
         state = fitted(dict[str, Any], decoded(bytes_of(folder / TRAINER_STATE_NAME)))
     except (OSError, Misfit):

@@ -36,9 +36,6 @@ class _Checksums:
 def write_checksums(folder: Path) -> None:
     """Record every file of a checkpoint but its README, which is there to be edited.
 
-    Args:
-        folder: The checkpoint's, complete.
-
     Raises:
         OSError: If a file cannot be read, or the record not be written.
     """
@@ -46,14 +43,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def update_checksums(folder: Path) -> None:
-    """Record what a trainer of another class wrote or deleted when its base class had saved.
-
-    Args:
-        folder: The checkpoint's; without a record, it is left alone.
-
-    Raises:
-        OSError: As `write_checksums`.
-    """
+    """Record what a trainer of another class wrote or deleted when its base class had saved."""
     record = folder / CHECKSUMS
     if not record.exists():
         return
@@ -72,14 +62,7 @@ def _write(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Files that a checkpoint's record has and its folder does not: it was deleted in part.
-
-    Args:
-        folder: The checkpoint's.
-
-    Returns:
-        Their names; none without a record, or of one that `check_files` refuses.
-    """
+    """Files that a checkpoint's record has and its folder does not; none without a good record."""
     try:
         written = fitted(_Checksums, parsed(bytes_of(folder / CHECKSUMS)))
     except (OSError, Misfit):
@@ -92,10 +75,6 @@ def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
 
     A file that is missing is for those to judge who would load it: a run can go on without the
     state of its optimizer.
-
-    Args:
-        folder: The checkpoint's.
-        because: What was found wrong with it already, which a damaged file may explain.
 
     Raises:
         DeltaError: If a file, or the record, is not what was written.

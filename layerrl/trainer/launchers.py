@@ -65,11 +65,6 @@ def refuse_launcher(
 ) -> None:
     """Launchers that cannot hold frozen and trained tensors side by side.
 
-    Args:
-        selection: What trains.
-        accelerator: The trainer's.
-        quantised: Whether the base is.
-
     Raises:
         LauncherError: Under FSDP1; under a DeepSpeed that makes the optimizer, or a ZeRO-3 whose
             parts are not all that counts; of a quantised base, or for new tokens, under any FSDP or
@@ -184,10 +179,8 @@ def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
 def raise_together(error: LayerRLError | None, at: str, accelerator: Accelerator) -> None:
     """Raise on every rank what one has found: the others would wait in the next collective.
 
-    Args:
-        error: What this one found. Others get a plain one of its class.
-        at: Where it looked, as a user knows it.
-        accelerator: The trainer's. Collective: call on every rank.
+    A collective itself: call on every rank. `at` is where this one looked, as a user knows it. Others get a plain
+    error of its class.
 
     Raises:
         LayerRLError: If one found something.
@@ -207,10 +200,7 @@ def raise_together(error: LayerRLError | None, at: str, accelerator: Accelerator
 def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -> None:
     """Processes that train together have to train the same.
 
-    Args:
-        given: The trainer's arguments by name, as this process was given them. What differs has
-            another `repr`.
-        accelerator: The trainer's. Collective: call on every rank.
+    Collective: call on every rank. What differs has another `repr`.
 
     Raises:
         LauncherError: In all processes, if one was given something else.
@@ -240,11 +230,6 @@ def of_main_process(record: _Record, accelerator: Accelerator) -> _Record:
 
 def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool) -> None:
     """Checkpoints of a launcher whose optimizer state this one cannot read.
-
-    Args:
-        folder: The checkpoint.
-        accelerator: The trainer's.
-        has_delta: Whether it holds a delta, which any launcher can read.
 
     Raises:
         DeltaError: If it was written with DeepSpeed and this run is without it, or the opposite,
@@ -286,13 +271,8 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
 def optimizer_in_one_piece(optimizer: Optimizer) -> Iterator[None]:
     """Inside, an optimizer gives and takes the state that it would have in one process.
 
-    What it gives is gathered once, on entry: afterwards one rank may ask alone.
-
-    Args:
-        optimizer: One over sharded parameters. Collective: enter on every rank.
-
-    Yields:
-        Nothing.
+    What it gives is gathered once, on entry: afterwards one rank may ask alone. Collective: enter
+    on every rank.
     """
     gathered = whole_state(optimizer.state_dict())
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
@@ -314,12 +294,7 @@ def as_in_one_process(trainer: Any) -> Iterator[None]:
     """Inside, a masked trainer saves and loads FSDP2's optimizer as any other, beside a delta.
 
     Such a checkpoint is for any number of processes. Whole models keep transformers' own format.
-
-    Args:
-        trainer: The masked trainer. Collective: enter on every rank.
-
-    Yields:
-        Nothing.
+    Collective: enter on every rank.
     """
     if trainer.checkpoint_format == "full" or not uses_fsdp(trainer.accelerator):
         yield

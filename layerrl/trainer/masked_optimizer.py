@@ -25,12 +25,7 @@ if TYPE_CHECKING:
 
 
 class MaskedOptimizer:
-    """The optimizer of a masked trainer: made over the trained tensors alone, and seen to be.
-
-    Args:
-        layers: What trains.
-        master_weights: Whether trained tensors in half precision are updated in float32.
-    """
+    """The optimizer of a masked trainer: made over the trained tensors alone, and seen to be."""
 
     def __init__(self, layers: TrainedLayers, *, master_weights: bool) -> None:
         self._layers, self._master_weights = layers, master_weights
@@ -39,10 +34,6 @@ class MaskedOptimizer:
 
     def made(self, trainer: Any, make: Callable[[], Optimizer]) -> Optimizer:
         """Let a trainer make its optimizer, and fit it.
-
-        Args:
-            trainer: The masked trainer, which may have been given an optimizer.
-            make: Its own `create_optimizer`.
 
         Returns:
             The trainer's optimizer.
@@ -99,9 +90,6 @@ class MaskedOptimizer:
 
     def fit_another(self, trainer: Any) -> None:
         """Fit an optimizer that was made in another way than through `create_optimizer`.
-
-        Args:
-            trainer: The masked trainer; an optimizer that was fitted before stays as it is.
 
         Raises:
             SelectionError: If it holds other tensors, or cannot have the layers' rates.

@@ -38,11 +38,6 @@ class MaskedRun:
 
     Another one takes its place when `"auto"` has chosen, or `model_init` has made a new model.
 
-    Args:
-        trainer: The trainer that was made.
-        call: How it was called.
-        selection: What trains.
-
     Raises:
         LayerRLError: If the selection cannot be trained as the trainer was made.
     """
@@ -207,11 +202,7 @@ class MaskedRun:
             )
 
     def save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
-        """Write a delta, after `check_frozen`.
-
-        Args:
-            path: Folder to make.
-            writes: Whether this rank does. Collective: call on every rank.
+        """Write a delta, after `check_frozen`. Collective: called on every rank; one `writes`.
 
         Returns:
             The folder.

@@ -55,10 +55,6 @@ class CheckpointReader:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of `train`, with the last whole checkpoint in place of `True`.
 
-        Args:
-            args: Those by position.
-            kwargs: Those by name.
-
         Returns:
             Both; `folder` is the checkpoint that they name.
 

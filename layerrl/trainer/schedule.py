@@ -101,11 +101,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
         return found
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it.
-
-        Returns:
-            JSON values.
-        """
+        """What a checkpoint keeps of it, as JSON values."""
         given = {
             "layers": [list(chosen) for chosen in self._sets],
             "every": self._every,

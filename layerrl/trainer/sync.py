@@ -29,10 +29,6 @@ class PartialSync:
     since (a delta of other layers was loaded, say; writes through `.data` leave no trace) or is
     another one or of another dtype. Whatever but the first time makes it send everything is logged,
     once for each reason.
-
-    Args:
-        model: The model that the engine serves.
-        selection: What trains.
     """
 
     def __init__(self, model: nn.Module, selection: LayerSelection) -> None:
@@ -74,11 +70,6 @@ class WeightSync(PartialSync):
 
     Everything is sent also where the engine sleeps and loses its weights, and every time where
     FSDP1 shards the model, as TRL walks its modules.
-
-    Args:
-        generation: The trainer's `VLLMGeneration`. Those two are this object's from now on.
-        model: The model it reads.
-        selection: What trains.
     """
 
     def __init__(self, generation: Any, model: nn.Module, selection: LayerSelection) -> None:
@@ -127,17 +118,8 @@ class WeightSync(PartialSync):
         self._sent, self._stale = frozen, False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate, with weights that a checkpoint was loaded into since the last sync.
-
-        TRL syncs once a step, and a trainer may be at the same step after it has loaded one.
-
-        Args:
-            *args: TRL's own arguments.
-            **kwargs: TRL's own arguments.
-
-        Returns:
-            What TRL returns.
-        """
+        """Generate, with weights that a checkpoint was loaded into since the last sync."""
+        # TRL syncs once a step, and a trainer may be at the same step after it has loaded one.
         self.freshen()
         return self._call("generate", *args, **kwargs)
 

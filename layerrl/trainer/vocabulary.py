@@ -48,10 +48,6 @@ class Vocabulary:
     def added_rows(self, model: nn.Module, processing_class: object) -> set[int]:
         """Rows of the embedding for what the base was not saved with.
 
-        Args:
-            model: The model of the trainer that was made.
-            processing_class: The trainer's.
-
         Returns:
             Those of tokens that were added to the model or its tokenizer after it was saved, and
             while the trainer was made.
@@ -69,11 +65,6 @@ class Vocabulary:
         """Refuse tokens whose rows would stay random, and warn of those that only this base has.
 
         More rows than tokens are usual: embeddings are padded. Rows that train are as they should.
-
-        Args:
-            model: The model of the trainer that was made.
-            processing_class: The trainer's.
-            selection: What trains. `"full"` trains the rows, too.
 
         Raises:
             SelectionError: If making the trainer changed the vocabulary, or the tokenizer has ids

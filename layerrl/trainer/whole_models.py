@@ -38,11 +38,6 @@ class CheckpointError(DeltaError, FrozenTensorError):
 def trained_tensors(model: nn.Module, folder: Path, selection: LayerSelection) -> dict[str, Tensor]:
     """The trained tensors of a whole model, if everything else in it is as in this one.
 
-    Args:
-        model: The run's. Not changed.
-        folder: A checkpoint that has weights as `save_pretrained` writes them.
-        selection: What trains.
-
     Returns:
         Name in a checkpoint to tensor, as `put_tensors` takes them.
 
