@@ -6,8 +6,9 @@ Legend: B rows, T tokens, H hidden size.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -17,11 +18,7 @@ from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.randomness import devices_of, random_state, set_random_state
 from layerrl.replacing import replaced
 from layerrl.seams import INPUT_GRAD_HOOKS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from layerrl.selection import LayerSelection
+from layerrl.selection import LayerSelection
 
 logger = logging.getLogger(__name__)
 

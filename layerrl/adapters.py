@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from layerrl.blocks import is_peft, plain_name, unwrap
 from layerrl.quantisation import is_quantised
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, str]:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import device, nn
 
 from layerrl.checks import check_kind, shown, whole_number
 from layerrl.errors import ModelError
 from layerrl.seams import imported
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 # Modules that wrap a whole model, or one submodule, under these names: torch.compile, DDP and
 # DataParallel, FSDP1, activation-checkpoint wrappers.

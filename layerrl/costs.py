@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from layerrl.blocks import embedding_of, head_of, plain_name
+from layerrl.blocks import Blocks, embedding_of, head_of, plain_name
 from layerrl.seams import imported
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from layerrl.blocks import Blocks
 
 RANK = 16
 """Of the LoRA that a plan is compared with."""

@@ -7,15 +7,12 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from filelock import lock_descriptor
 from safetensors import SafetensorError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 # What no class tells: Rust's errors, which tokenizers raises as Exception; torch gives no reason.
 _OF_RUST = re.compile(r"\(os error \d+\)")

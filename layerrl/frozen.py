@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from layerrl.adapters import idle_adapters
 from layerrl.blocks import plain_name, unwrap
 from layerrl.errors import FrozenTensorError
+from layerrl.selection import LayerSelection
 from layerrl.selection.parts import rows_kept
 from layerrl.shards import local
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from layerrl.selection import LayerSelection
 
 _WORD_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _CHUNK = 1 << 18

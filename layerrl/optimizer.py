@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from layerrl.blocks import plain_name, unwrap
 from layerrl.errors import SelectionError
@@ -18,17 +21,10 @@ from layerrl.precision import (
     stepped_value,
     unwrap_optimizer,
 )
+from layerrl.selection import LayerSelection
 from layerrl.selection.rates import learning_rate_factors
 from layerrl.shards import local
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
-
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
-
-    from layerrl.selection import LayerSelection
-    from layerrl.trained import TrainedLayers
+from layerrl.trained import TrainedLayers
 
 _CHECK = "layerrl_step_check"
 _LOMO = ("Lomo", "AdaLomo")

@@ -16,25 +16,19 @@ its layers train, the backward runs through all of the text, $S = F$, whichever 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from layerrl.blocks import find_blocks, plain_name, unwrap, with_fused_siblings
+from layerrl.blocks import Blocks, find_blocks, plain_name, unwrap, with_fused_siblings
 from layerrl.checks import check_count, check_number, shown
 from layerrl.costs import RANK, Costs, head_elements, linear_weights, met_by_a_token
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
 from layerrl.tables import as_html, in_units
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-
-    from torch import Tensor
-
-    from layerrl.blocks import Blocks
 
 _HALF, _FLOAT32 = 2, 4  # bytes
 _UNCOUNTED = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerrl.checks import check_kind
 from layerrl.errors import ReportError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from layerrl.statistics import Interval
 
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset
+from torch import nn
 from transformers import TrainingArguments
 
 from layerrl.checks import check_kind, shown
 from layerrl.errors import ProbeError
+from layerrl.report import ContributionReport
 from layerrl.scores.method import Method, Request
 from layerrl.selection import select_layers
 from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
 from layerrl.trainer.arguments import check_args, names, refuse_removed
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from datasets import Dataset
-    from torch import nn
-
-    from layerrl.report import ContributionReport
 
 METHODS = {
     "train": "layerrl.sweep.exact",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor, nn
 
 from layerrl.blocks import plain_name, unwrap
 from layerrl.checks import shown
 from layerrl.errors import SelectionError
 from layerrl.replacing import replaced
 from layerrl.seams import imported
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor, nn
 
 _FLOAT32 = 4  # bytes
 _BLOCK, _NESTED_BLOCK = 64, 256  # elements per scale, scales per scale of scales

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch import nn
+from torch import Tensor, nn
 
 
 def devices_of(model: nn.Module, *given: Any) -> set[torch.device]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,6 @@ from layerrl.swapping import swapped_in
 
 with imported():
     from torch.nn.modules.module import _IncompatibleKeys
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractContextManager
 
 
 # How the names of methods begin that change a model; a reference has none of its own to change.

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from layerrl.precision import other_methods, unwrap_optimizer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from layerrl.trained import TrainedLayers
+from layerrl.trained import TrainedLayers
 
 _KEPT = "layerrl_kept_rows"
 

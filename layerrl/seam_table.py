@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from layerrl.seam import Seam
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 
 def _seams(of: str, uses: Mapping[str, str], by: str | None = "", **more: Any) -> Iterator[Seam]:

@@ -11,18 +11,16 @@ import inspect
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from layerrl.errors import FrameworkError
 from layerrl.seam import Seam, has, object_at, short_name
 from layerrl.seam_table import SEAMS
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 TESTED = {
     "torch": ("2.11", "2.13"),

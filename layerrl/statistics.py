@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
 
 NUM_DRAWS = 4000
 _CONFIDENCE = 0.95

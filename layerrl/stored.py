@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from layerrl.checks import shown
+from layerrl.errors import LayerRLError
 from layerrl.schema import Misfit, fitted, is_not
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from layerrl.errors import LayerRLError
 
 MOST_BYTES = 1 << 29
 """Of a file that is read whole."""

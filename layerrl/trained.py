@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import Tensor, nn
 
 from layerrl.adapters import adapter_tensors
 from layerrl.blocks import plain_name, unwrap
+from layerrl.selection import LayerSelection
 from layerrl.selection.parts import names_in_parts, rows_kept
 from layerrl.selection.rows import NEW_TOKENS, names_rows
 from layerrl.shards import is_sharded, shape
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from layerrl.selection import LayerSelection
 
 
 class TrainedLayers:

@@ -5,13 +5,10 @@ arXiv:2505.10978. Legend: B episodes, S steps of all episodes, T completion toke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
 
 _EPSILON = 1e-6
 

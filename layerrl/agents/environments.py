@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,10 +14,6 @@ from layerrl.checks import check_count, shown
 from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.errors import EpisodeError
 from layerrl.replacing import replaced
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
 _ANSWER = "What was answered before."
 

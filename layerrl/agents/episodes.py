@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from layerrl.checks import whole_number
 from layerrl.errors import EpisodeError
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,11 @@ import os
 import re
 import sys
 from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import layerrl
 from layerrl.errors import LayerRLError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 COMMANDS = {
     "plan": "what a run takes, before anything is loaded",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from layerrl.errors import LayerRLError, SelectionError
 
 if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
-    from collections.abc import Iterator
-
     from layerrl.selection import LayerSelection
 
 _LAYERS = "such as 10, 3,-1, middle:5, last:2, 40%%:60%%, all, full, or a selection's JSON"

@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from layerrl.checks import check_path
 from layerrl.cli.options import add_layers, config_of, in_a_sentence
-from layerrl.cli.scripts import add_trl, first_word, model_config, read_options, trainer_arguments
+from layerrl.cli.scripts import (
+    Options,
+    add_trl,
+    first_word,
+    model_config,
+    read_options,
+    trainer_arguments,
+)
 from layerrl.errors import LayerRLError
 from layerrl.seams import imported
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from layerrl.cli.scripts import Options
 
 _DOES = "Score each layer of a model with TRL's GRPO options, and print the report."
 _MORE = """\

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from layerrl.checks import check_path
 from layerrl.cli.options import config_of, first_line, in_a_sentence
 from layerrl.errors import FrameworkError, LayerRLError
 from layerrl.replacing import replaced
 from layerrl.seams import imported
-
-if TYPE_CHECKING:
-    from argparse import ArgumentParser
-    from collections.abc import Callable, Collection
 
 METHODS = ("grpo", "rloo", "dpo", "kto", "sft")
 """Scripts that have a masked trainer."""

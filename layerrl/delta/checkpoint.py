@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -14,23 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from layerrl.delta.fitting import Comparison
+from layerrl.delta.fitting import Comparison, Marks
 from layerrl.errors import DeltaError
 from layerrl.frozen import saved_tensors
 from layerrl.schema import fitted
 from layerrl.seams import imported
+from layerrl.selection import LayerSelection
 from layerrl.stored import bytes_of, decoded, refused_as, tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-
-    from torch import Tensor, nn
-
-    from layerrl.delta.fitting import Marks
     from layerrl.delta.record import DeltaBase
-    from layerrl.selection import LayerSelection
 
 _T = TypeVar("_T")
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

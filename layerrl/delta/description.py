@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 
@@ -15,9 +16,6 @@ from layerrl.schema import Count, Misfit, Rule, fitted
 from layerrl.selection import LayerSelection
 from layerrl.selection.fields import selection_in
 from layerrl.stored import bytes_of, parsed, refused_as, version_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FORMAT_VERSION = 3
 """Version 1 knew of the base only the tensors that the delta replaces, version 2 held every trained

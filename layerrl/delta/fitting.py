@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from layerrl.delta.settings import differing_settings
-from layerrl.errors import DeltaError
+from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from layerrl.quantisation import is_quantised
 from layerrl.selection.parsing import ranges
 from layerrl.warning import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
-
-    from torch import Tensor
-
     from layerrl.delta.folder import Delta
     from layerrl.delta.record import DeltaBase
-    from layerrl.errors import SelectionError
 
 _IN_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 Marks = dict[tuple[str, torch.dtype], list[str]]

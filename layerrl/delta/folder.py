@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from layerrl.checks import check_path
 from layerrl.delta.description import Version2, read
@@ -16,14 +18,8 @@ from layerrl.delta.record import DeltaBase, dtype_name
 from layerrl.errors import DeltaError
 from layerrl.files import made_whole, why_unwritten
 from layerrl.frozen import fingerprints
+from layerrl.selection import LayerSelection
 from layerrl.stored import refused_as, tensors_in
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    from torch import Tensor
-
-    from layerrl.selection import LayerSelection
 
 TENSORS, META = "delta.safetensors", "delta.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,6 @@ from layerrl.errors import DeltaError
 from layerrl.seams import installed_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from huggingface_hub import CommitInfo, HfApi
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

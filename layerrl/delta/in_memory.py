@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
 
 from layerrl.adapters import adapter_tensors
 from layerrl.blocks import unwrap
 from layerrl.delta.fitting import (
     Comparison,
+    Marks,
     check_base,
     check_model_type,
     check_rounding,
@@ -18,8 +20,9 @@ from layerrl.delta.fitting import (
     origin,
     warn_of_nonfinite,
 )
-from layerrl.delta.folder import difference
+from layerrl.delta.folder import Delta, difference
 from layerrl.delta.record import (
+    DeltaBase,
     checkpoint_form,
     checkpoint_names,
     in_checkpoint_form,
@@ -30,17 +33,8 @@ from layerrl.delta.settings import computing_settings
 from layerrl.delta.stacks import hint, refuse_overlap
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints_of_rows, saved_tensors
+from layerrl.selection import LayerSelection
 from layerrl.selection.parts import rows_kept
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
-
-    from torch import Tensor, nn
-
-    from layerrl.delta.fitting import Marks
-    from layerrl.delta.folder import Delta
-    from layerrl.delta.record import DeltaBase
-    from layerrl.selection import LayerSelection
 
 
 def checked(

@@ -6,11 +6,10 @@ it, and it goes with the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
 from layerrl.checks import check_kind
+from layerrl.delta.folder import Delta
 from layerrl.delta.placing import (
     all_differ,
     copies,
@@ -34,11 +34,6 @@ from layerrl.warning import warn
 
 with imported():
     from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from layerrl.delta.folder import Delta
 
 
 @dataclass(slots=True, kw_only=True)

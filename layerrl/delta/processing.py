@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from layerrl.blocks import unwrap
 from layerrl.checks import shown
 from layerrl.delta.record import vocabulary
 from layerrl.digests import file_digest
 from layerrl.errors import DeltaError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from torch import nn
 
 WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".ckpt")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerrl.blocks import embedding_of, unwrap
 from layerrl.checks import check_kind
@@ -23,11 +23,6 @@ from layerrl.replacing import replaced
 from layerrl.seams import imported
 from layerrl.selection import LayerSelection
 from layerrl.shards import is_sharded, shape, whole
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
 
 _IN_LAYER = re.compile(r"^(.*?\.\d+)\.")
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 from layerrl.checks import listed, shown
 from layerrl.delta.fitting import STAGES
 from layerrl.delta.folder import Delta
 from layerrl.delta.hub import delta_folder
 from layerrl.errors import DeltaError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def read_deltas(

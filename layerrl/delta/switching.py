@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
 from layerrl.checks import shown
+from layerrl.delta.fitting import Marks
 from layerrl.delta.in_memory import checked
 from layerrl.delta.loaded import (
     LOADED,
@@ -19,14 +22,6 @@ from layerrl.delta.loaded import (
 from layerrl.delta.placing import copies, like, memory_form, put_values, surroundings
 from layerrl.delta.stacks import read_deltas
 from layerrl.errors import DeltaError
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable
-
-    from torch import Tensor, nn
-
-    from layerrl.delta.fitting import Marks
 
 
 class Deltas:

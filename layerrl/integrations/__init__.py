@@ -11,7 +11,8 @@ import atexit
 import os
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import unwrap
@@ -20,9 +21,6 @@ from layerrl.errors import FrameworkError, SelectionError
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.selection.select import layers_in
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SELECTION = "LAYERRL_SELECTION"
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import runpy
 import sys
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import Any
 
 from layerrl.errors import LauncherError, SelectionError
 from layerrl.integrations import given, mask, read_selection, require
@@ -18,9 +19,6 @@ require("openrlhf", TESTED)
 
 import openrlhf.utils.deepspeed as upstream  # noqa: E402  # pyright: ignore[reportMissingImports]
 from openrlhf.models import Actor  # noqa: E402  # pyright: ignore[reportMissingImports]
-
-if TYPE_CHECKING:
-    from contextlib import ExitStack
 
 COMMANDS = ("train_ppo_ray", "train_sft", "train_dpo")
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from layerrl.blocks import plain_name, with_fused_siblings
 from layerrl.errors import LauncherError
 from layerrl.frozen import FrozenRecord
 from layerrl.integrations import given, mask, read_selection, require
 from layerrl.optimizer import check_optimizer, scale_learning_rates
+from layerrl.selection import LayerSelection
 from layerrl.trained import TrainedLayers
 
 TESTED = "0.9.1"
@@ -30,14 +34,6 @@ from verl.workers.engine import (  # noqa: E402  # pyright: ignore[reportMissing
     EngineRegistry,
     FSDPEngineWithLMHead,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
-
-    from layerrl.selection import LayerSelection
 
 logger = logging.getLogger(__name__)
 

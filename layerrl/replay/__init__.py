@@ -8,21 +8,17 @@ enters layer 0 and of frozen weights, so that is what a recording is known by.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from layerrl.blocks import replaced_forwards, unwrap
 from layerrl.replay.call import Call
 from layerrl.replay.recordings import Recordings
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import nn
-
-    from layerrl.selection import LayerSelection
+from layerrl.selection import LayerSelection
 
 logger = logging.getLogger(__name__)
 

@@ -5,18 +5,15 @@ Legend: B rows, T tokens, H hidden size, N 64-bit words of one row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerrl.shards import is_sharded
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _CHUNK_WORDS = 1 << 18
 _SLICE_BYTES = 1 << 26

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +12,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from layerrl.activations import checkpoints_reentrantly
 from layerrl.blocks import replaced_forwards
 from layerrl.randomness import random_state, set_random_state
-from layerrl.replay.comparing import difference, flat, gradients
+from layerrl.replay.comparing import Observed, difference, flat, gradients
 from layerrl.replay.entering import Request
-from layerrl.replay.prefix import Prefix, RestartError
+from layerrl.replay.prefix import Forward, Prefix, RestartError
+from layerrl.replay.recordings import Recordings
 from layerrl.replay.state import unmoved, without_hooks
 from layerrl.shards import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from layerrl.replay import PrefixReplay
-    from layerrl.replay.comparing import Observed
-    from layerrl.replay.prefix import Forward
-    from layerrl.replay.recordings import Recordings
 
 
 class Call:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    Observed = tuple[list[Any], dict[int, Tensor | None]]
+Observed = tuple[list[Any], dict[int, Tensor | None]]
 
 # Mean difference allowed, relative to the size of the plain values; the largest may be _LARGEST
 # times that, a trained tensor's gradient differ by _GRADIENT times. In float32 on a CPU there is no

@@ -6,8 +6,9 @@ Legend: B rows, T tokens, H hidden size.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,6 @@ from layerrl.replay.arguments import (
 )
 from layerrl.replay.state import modules_of, sampled, state_of, tensors_of
 from layerrl.shards import is_sharded
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 

@@ -5,26 +5,29 @@ Legend: B rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from layerrl.randomness import random_state, same_random_state
-from layerrl.replay.arguments import OpaqueArgumentError, RowKeys, hidden_states, leaves, version
-from layerrl.replay.entering import Request, autocast_dtype, entry_of, matmul_precisions
-from layerrl.replay.recordings import Recording, gathered, whole_call
+from layerrl.replay.arguments import (
+    Arguments,
+    OpaqueArgumentError,
+    RowKeys,
+    hidden_states,
+    leaves,
+    version,
+)
+from layerrl.replay.entering import Entry, Request, autocast_dtype, entry_of, matmul_precisions
+from layerrl.replay.recordings import Extras, Place, Recording, Recordings, gathered, whole_call
 from layerrl.replay.state import depends_on_other_rows, state_of, unfit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from layerrl.replay import PrefixReplay
-    from layerrl.replay.arguments import Arguments
-    from layerrl.replay.entering import Entry
-    from layerrl.replay.recordings import Extras, Place, Recordings
 
-    Forward = Callable[..., Any]
+Forward = Callable[..., Any]
 
 
 class RestartError(BaseException):

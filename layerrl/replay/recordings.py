@@ -5,19 +5,15 @@ Legend: B rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerrl.replay.arguments import as_integers
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from layerrl.replay.arguments import Arguments
-    from layerrl.replay.entering import Entry
+from layerrl.replay.arguments import Arguments, as_integers
+from layerrl.replay.entering import Entry
 
 Extras = tuple[None, ...] | None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,8 @@ with imported():
         _global_forward_pre_hooks,
     )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    Hooks = dict[int, Callable[..., Any]]
+Hooks = dict[int, Callable[..., Any]]
 
 # Hooks of these move weights and activations about, or have collected what a call asked for, which
 # is looked at apart. Those that torch.nn.utils puts on (spectral norm) do change results.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from layerrl.checks import check_kind, check_number, shown, whole_number
 from layerrl.comparison import Comparison
@@ -18,9 +20,6 @@ from layerrl.selection import LayerSelection
 from layerrl.statistics import Interval, contribution, contribution_draws, interval_of
 from layerrl.tables import as_html, as_text
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["ContributionReport", "Cost", "Score"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -19,8 +20,6 @@ from layerrl.schema import Rule, fitted
 from layerrl.stored import refused_as
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from layerrl.report import ContributionReport
 
 Status = Literal["done", "dropped", "missing"]

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from layerrl.errors import ReportError
+from layerrl.report.entries import Score
 from layerrl.statistics import Interval, bootstrap, interval_of, over_average, spearman
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from layerrl.report.entries import Score
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from layerrl.errors import ReportError
+from layerrl.report.entries import Score
+from layerrl.statistics import Interval
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from layerrl.report import ContributionReport
-    from layerrl.report.entries import Score
-    from layerrl.statistics import Interval
 
 _HEAD = ("layer", "score", "95 %", "C", "95 %", "steps", "seconds", "status")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from datasets import Dataset
 from torch import nn
@@ -16,9 +16,6 @@ from torch import nn
 from layerrl.checks import check_path, shown, whole_number
 from layerrl.errors import ProbeError
 from layerrl.scores.identity import name_of, stored_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def checked(function: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,6 @@ from layerrl.randomness import random_state, set_random_state
 from layerrl.replacing import replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from datasets import Dataset
 
 _ROW = "layerrl_row"

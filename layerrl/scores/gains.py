@@ -5,16 +5,13 @@ Legend: P prompts, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from layerrl.errors import ProbeError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 
 # Over 60 lines: half are the formula and its edges; the loop shares its sums with the hook inside.

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
 from layerrl.checks import shown, whole_number
@@ -18,19 +19,14 @@ from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport, Cost, Score
 from layerrl.scores.evaluation import all_rewarded, random_state_kept
 from layerrl.scores.gains import held_out_gains
-from layerrl.scores.method import ROLLOUTS, Method
+from layerrl.scores.method import ROLLOUTS, Method, Request
 from layerrl.scores.processes import add_up, loss_alone, refuse_sharded, whole_model
 from layerrl.scores.restoring import as_found
 from layerrl.scores.rollouts import Rollouts
 from layerrl.scores.runs import Runs, made, only_training
+from layerrl.selection import LayerSelection
 from layerrl.trained import TrainedLayers
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from layerrl.scores.method import Request
-    from layerrl.selection import LayerSelection
 
 FEWEST_PROMPTS = 8
 _UNSCORED = 1 / 4

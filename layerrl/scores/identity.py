@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,6 @@ from torch import nn
 from layerrl.digests import json_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from datasets import Dataset
 
 # What says where and how loudly a run happens, not what it computes.

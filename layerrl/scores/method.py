@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from layerrl.report import Score
+from torch import nn
 
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import nn
-
-    from layerrl.report import ContributionReport
-    from layerrl.selection import LayerSelection
+from layerrl.report import ContributionReport, Score
+from layerrl.selection import LayerSelection
 
 ROLLOUTS = ("reward_funcs", "train_dataset", "args")
 """What every method needs that generates."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport, Cost
-from layerrl.scores.method import Method, without_interval
-
-if TYPE_CHECKING:
-    from layerrl.scores.method import Request
-    from layerrl.selection import LayerSelection
+from layerrl.scores.method import Method, Request, without_interval
+from layerrl.selection import LayerSelection
 
 MIDDLE = 0.5
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast
+from torch import Tensor
 
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
 from layerrl.replacing import replaced
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
 
 
 def refuse_sharded(trainer: Any, asked: str) -> None:

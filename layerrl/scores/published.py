@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from difflib import get_close_matches
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerrl.checks import check_kind, shown
 from layerrl.errors import ReportError
 from layerrl.report import ContributionReport, Cost, Score
-from layerrl.scores.method import Method, without_interval
-
-if TYPE_CHECKING:
-    from layerrl.scores.method import Request
-    from layerrl.selection import LayerSelection
+from layerrl.scores.method import Method, Request, without_interval
+from layerrl.selection import LayerSelection
 
 _COMPLETE = "Qwen3-1.7B-Base"
 """The only model of which the paper gives every layer."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor
 from trl.trainer.utils import (
     split_pixel_values_by_grid,
     split_tensor_dict,
@@ -21,12 +23,6 @@ from layerrl.compatibility import windows_of_tokens
 from layerrl.replacing import replaced
 from layerrl.scores.evaluation import replaced_rewards, rewarded_differently, watched_rewards
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
-
-    from torch import Tensor
 
 
 @dataclass

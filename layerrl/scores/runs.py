@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -26,12 +27,8 @@ from layerrl.scores.identity import (
     name_of,
     settings_of,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from layerrl.scores.method import Request
-    from layerrl.selection import LayerSelection
+from layerrl.scores.method import Request
+from layerrl.selection import LayerSelection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

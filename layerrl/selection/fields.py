@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerrl.checks import check_choice, check_count, check_kind, shown
@@ -15,8 +16,6 @@ from layerrl.selection.towers import STACKS
 from layerrl.stored import version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from layerrl.selection import LayerSelection
 
 _VERSION = 2

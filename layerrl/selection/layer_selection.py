@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
 from layerrl.adapters import adapter_tensors
@@ -28,9 +29,6 @@ from layerrl.selection.tensors import trained_tensors
 from layerrl.selection.towers import STACKS, blocks_of
 from layerrl.stored import parsed, refused_as
 from layerrl.tables import as_html
-
-if TYPE_CHECKING:
-    import torch
 
 
 def _without_adapters(model: Any) -> nn.Module:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from layerrl.blocks import Blocks, embedding_of, find_blocks, head_of, plain_name
 from layerrl.errors import SelectionError
@@ -11,10 +14,6 @@ from layerrl.selection.rows import check_rows, frozen_rows, names_rows, token_te
 from layerrl.selection.towers import projectors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
     from layerrl.selection import LayerSelection
 
 ABOVE = {

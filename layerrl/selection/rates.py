@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from layerrl.adapters import adapter_tensors
 from layerrl.blocks import Blocks, plain_name, unwrap
 from layerrl.checks import finite_number, whole_number
@@ -21,8 +23,6 @@ from layerrl.selection.parts import ABOVE, names_in_parts
 from layerrl.selection.rows import NEW_TOKENS, by_rows, names_rows
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from layerrl.selection import LayerSelection
 
 Boost = tuple[int | None, str, float]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from layerrl.blocks import embedding_of, head_of, plain_name, unwrap
 from layerrl.checks import shown
@@ -15,10 +18,6 @@ from layerrl.shards import shape
 from layerrl.vocabulary import added_rows, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from torch import nn
-
     from layerrl.selection import LayerSelection
 
 NEW_TOKENS = "new_tokens"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from layerrl.adapters import adapter_tensors
 from layerrl.blocks import Blocks, plain_name
@@ -13,10 +16,6 @@ from layerrl.selection.parts import names_in_parts
 from layerrl.selection.rates import learning_rate_factors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
     from layerrl.selection import LayerSelection
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from layerrl.blocks import Blocks, find_blocks, outermost_lists, plain_name, unwrap
 from layerrl.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 STACKS = {"text": "decoder", "vision": "vision"}
 """Stacks that a selection can be of, and what kind of layers each has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,6 @@ from layerrl.sweep.halving import below_the_cut, cycle, rungs
 from layerrl.sweep.harness import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     from layerrl.sweep.harness import Harness
 
 _NAMES = re.compile("base|full|0|[1-9][0-9]*")

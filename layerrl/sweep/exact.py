@@ -5,26 +5,21 @@ Not in `scores/`, which stands below the sweep: the sweep's runs generate and ev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from layerrl.checks import check_choice, check_path, check_switch
 from layerrl.errors import ProbeError
+from layerrl.report import ContributionReport
 from layerrl.scores.checks import check_arguments, check_held_out
 from layerrl.scores.evaluation import random_state_kept
 from layerrl.scores.identity import digest, digest_of_rows, settings_of
-from layerrl.scores.method import ROLLOUTS, Method
+from layerrl.scores.method import ROLLOUTS, Method, Request
 from layerrl.scores.runs import Runs
+from layerrl.selection import LayerSelection
 from layerrl.sweep import Sweep
 from layerrl.sweep.executors import EXECUTORS, check_resources
 from layerrl.sweep.harness import Harness
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Any
-
-    from layerrl.report import ContributionReport
-    from layerrl.scores.method import Request
-    from layerrl.selection import LayerSelection
 
 
 def measured(

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from layerrl.checks import check_kind, check_number, plain, shown
 from layerrl.errors import ProbeError
+from layerrl.sweep.harness import Harness, Run
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
-
-    from layerrl.sweep.harness import Harness, Run
-
-    Task = tuple[Run, int]
-    """A run, and the step it was brought to before."""
-    Measured = Generator[tuple[Run, dict[str, Any]]]
+Task = tuple[Run, int]
+"""A run, and the step it was brought to before."""
+Measured = Generator[tuple[Run, dict[str, Any]]]
 
 EXECUTORS = ("serial", "ray")
 _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}

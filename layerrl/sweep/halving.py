@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from layerrl.statistics import bootstrap, interval_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 _SHARES = (1 / 8, 1 / 4, 1 / 2)
 

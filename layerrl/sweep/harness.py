@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import os
 import shutil
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
@@ -30,12 +33,6 @@ from layerrl.scores.restoring import as_found
 from layerrl.scores.rollouts import in_its_precision
 from layerrl.scores.runs import made, only_training
 from layerrl.selection import select_layers
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Iterator, Sequence
-
-    from datasets import Dataset
 
 _PATIENCE = 8, 128
 """Generation batches and prompts without a difference between two rewards, before giving up."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from layerrl.checks import check_path, check_switch, whole_number
 from layerrl.errors import ProbeError, ReportError
@@ -14,7 +14,8 @@ from layerrl.report.ranking import resampled
 from layerrl.scores.checks import check_seeds
 from layerrl.scores.gradient import METHOD as GRADIENT
 from layerrl.scores.identity import digest
-from layerrl.scores.method import Method
+from layerrl.scores.method import Method, Request
+from layerrl.selection import LayerSelection
 from layerrl.statistics import interval_of
 from layerrl.stored import bytes_of, refused_as
 from layerrl.sweep import Entry
@@ -22,12 +23,6 @@ from layerrl.sweep.exact import METHOD as EXACT
 from layerrl.sweep.exact import measured
 from layerrl.sweep.halving import cycle, rungs
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from typing import Any
-
-    from layerrl.scores.method import Request
-    from layerrl.selection import LayerSelection
 
 _CANDIDATES = 3
 """More gain nothing that was resolved (docs/results.md)."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +22,6 @@ from layerrl.selection import LayerSelection
 from layerrl.stored import bytes_of, decoded, refused_as, tensors_in
 from layerrl.trainer.whole_models import CheckpointError
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 ADAPTED = "adapted_base.json"
 """Beside the adapters of a checkpoint: the digest of all that they leave as it is."""

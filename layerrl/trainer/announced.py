@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from layerrl.blocks import plain_name, unwrap, with_fused_siblings
 from layerrl.errors import TrainerError
+from layerrl.selection import LayerSelection
 from layerrl.trainer import arguments, launchers
 from layerrl.trainer.sync import Part, PartialSync
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
-    from layerrl.selection import LayerSelection
 
 
 def announces(cls: type) -> bool:

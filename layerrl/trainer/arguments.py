@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -18,10 +19,7 @@ from layerrl.replacing import replaced
 from layerrl.selection import LayerSelection, select_layers
 from layerrl.warning import warn
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    Reference = Literal["beta", "ref_model"] | None
+Reference = Literal["beta", "ref_model"] | None
 
 REMOVED = {
     "activation_bytes": "activations are no longer kept beside gradient checkpointing. Leave it "

@@ -6,8 +6,9 @@ import logging
 import re
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from layerrl.blocks import unwrap
 from layerrl.checks import shown
@@ -19,14 +20,10 @@ from layerrl.scores.gradient import TooLittleSignalError, check_trainer, gradien
 from layerrl.scores.method import without_interval
 from layerrl.scores.position import MIDDLE, position_scores
 from layerrl.scores.rollouts import Rollouts
+from layerrl.selection import LayerSelection
 from layerrl.stored import bytes_of, refused_as
 from layerrl.trainer.schedule import LayerSchedule
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from layerrl.selection import LayerSelection
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,9 +18,6 @@ from layerrl.trainer.announced import EarlyMask, announces
 from layerrl.trainer.auto import AutoSelection
 from layerrl.trainer.checkpoints import refuse_readers
 from layerrl.trainer.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def is_full(selection: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,13 +11,11 @@ from trl.trainer.callbacks import BEMACallback, SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler
 
 from layerrl.errors import SelectionError
+from layerrl.reference import ReferenceModel
+from layerrl.selection import LayerSelection
 from layerrl.shards import parts, with_parameter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from layerrl.reference import ReferenceModel
-    from layerrl.selection import LayerSelection
     from layerrl.trainer.checkpoints import Checkpoints
 
 

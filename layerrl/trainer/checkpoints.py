@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save_file
 from transformers import TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from layerrl.delta.card import CARD, write_card
+from layerrl.delta.card import CARD, Beside, write_card
 from layerrl.delta.description import read
 from layerrl.delta.hub import hub_errors
 from layerrl.errors import DeltaError, SelectionError
@@ -29,11 +30,6 @@ from layerrl.trainer.auto import REPORT
 from layerrl.trainer.checksums import CHECKSUMS, missing_files, update_checksums, write_checksums
 from layerrl.trainer.run_summary import summary_of
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from layerrl.delta.card import Beside
 
 REFERENCE = "reference.safetensors"
 _DELTA = ("delta.safetensors", "delta.json")  # the description last: it vouches for the tensors

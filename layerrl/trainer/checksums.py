@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 from layerrl.delta.card import CARD
 from layerrl.delta.description import Sha256
 from layerrl.digests import file_digest, json_digest
-from layerrl.errors import DeltaError
+from layerrl.errors import DeltaError, LayerRLError
 from layerrl.files import written_whole
 from layerrl.schema import Misfit, Rule, fitted
 from layerrl.stored import bytes_of, parsed, refused_as
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from layerrl.errors import LayerRLError
 
 CHECKSUMS = "checksums.json"
 _VERSION = 1

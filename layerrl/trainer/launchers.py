@@ -5,27 +5,22 @@ A collective is called on every rank or on none: a rank that leaves early keeps 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from torch.optim import Optimizer
 
-from layerrl.errors import DeltaError, LauncherError
+from layerrl.errors import DeltaError, LauncherError, LayerRLError
+from layerrl.selection import LayerSelection
 from layerrl.shards import sharded_state, whole_state
 from layerrl.stored import bytes_of, refused_as
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from accelerate import Accelerator
-    from torch.optim import Optimizer
-
-    from layerrl.errors import LayerRLError
-    from layerrl.selection import LayerSelection
 
 _Record = TypeVar("_Record")
 _DEEPSPEED = "latest"  # the file in which DeepSpeed names the part of a checkpoint that is its own
@@ -179,8 +174,8 @@ def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
 def raise_together(error: LayerRLError | None, at: str, accelerator: Accelerator) -> None:
     """Raise on every rank what one has found: the others would wait in the next collective.
 
-    A collective itself: call on every rank. `at` is where this one looked, as a user knows it. Others get a plain
-    error of its class.
+    A collective itself: call on every rank. `at` is where this one looked, as a user knows it.
+    Others get a plain error of its class.
 
     Raises:
         LayerRLError: If one found something.

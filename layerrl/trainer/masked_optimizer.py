@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
 
 from layerrl.errors import SelectionError
 from layerrl.optimizer import (
@@ -15,13 +18,7 @@ from layerrl.optimizer import (
 )
 from layerrl.precision import HALF, step_in_float32, unwrap_optimizer
 from layerrl.rows import keep_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch.optim import Optimizer
-
-    from layerrl.trained import TrainedLayers
+from layerrl.trained import TrainedLayers
 
 
 class MaskedOptimizer:

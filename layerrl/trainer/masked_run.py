@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import unwrap
@@ -14,6 +19,7 @@ from layerrl.errors import FrozenTensorError, SelectionError
 from layerrl.frozen import FrozenRecord
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
+from layerrl.selection import LayerSelection
 from layerrl.shards import parts, sharded_like
 from layerrl.trained import TrainedLayers
 from layerrl.trainer import adapters, arguments, launchers, metrics
@@ -23,13 +29,6 @@ from layerrl.trainer.masked_optimizer import MaskedOptimizer
 from layerrl.trainer.sync import WeightSync
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from torch import Tensor, nn
-
-    from layerrl.selection import LayerSelection
     from layerrl.trainer.call import TrainerCall
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerrl.precision import MASTER
 from layerrl.shards import parts, whole, with_parameter
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from torch import nn
-
-    ByPart = Mapping[str, Sequence[nn.Parameter]]
+ByPart = Mapping[str, Sequence[nn.Parameter]]
 
 
 class Norms(NamedTuple):

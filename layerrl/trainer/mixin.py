@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from layerrl.errors import SelectionError
 from layerrl.seams import check_class, check_made
+from layerrl.selection import LayerSelection
 from layerrl.selection.masked import TrainingMask
 from layerrl.trainer import arguments, callbacks
 from layerrl.trainer.call import TrainerCall
@@ -15,11 +19,6 @@ from layerrl.trainer.saving_hooks import SavingHooks
 from layerrl.trainer.training_hooks import TrainingHooks
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from layerrl.selection import LayerSelection
     from layerrl.trainer.masked_run import MaskedRun
 
 

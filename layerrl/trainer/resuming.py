@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from layerrl.delta import put_tensors, tensors_of_run
 from layerrl.delta.description import Fingerprint
 from layerrl.errors import DeltaError, LayerRLError
 from layerrl.frozen import fingerprints
+from layerrl.reference import ReferenceModel
 from layerrl.schema import Count, Misfit, fitted
 from layerrl.shards import shape
 from layerrl.stored import bytes_of, decoded, parsed, refuse_unusual, refused_as, tensors_in
@@ -35,11 +37,6 @@ from layerrl.trainer.checkpoints import (
 from layerrl.trainer.checksums import check_files
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from layerrl.reference import ReferenceModel
 
 
 class CheckpointReader:

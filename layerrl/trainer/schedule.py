@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -14,11 +15,6 @@ from layerrl.checks import check_choice, check_count, finite_number, listed, sho
 from layerrl.errors import SelectionError
 from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
-    from torch import nn
 
 
 class LayerSchedule(TrainerCallback, ExportableState):

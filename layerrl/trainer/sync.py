@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -11,12 +12,7 @@ from layerrl.adapters import adapter_tensors, served_names, weights_as_they_were
 from layerrl.blocks import plain_name, unwrap, with_fused_siblings
 from layerrl.errors import FrameworkError
 from layerrl.seams import check_class, check_made, installed_version
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from layerrl.selection import LayerSelection
-
+from layerrl.selection import LayerSelection
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from layerrl.blocks import embedding_of, head_of, unwrap
 from layerrl.errors import SelectionError
+from layerrl.selection import LayerSelection
 from layerrl.shards import shape
 from layerrl.vocabulary import (
     added_rows,
@@ -18,9 +18,6 @@ from layerrl.vocabulary import (
     vocabulary_size,
 )
 from layerrl.warning import warn
-
-if TYPE_CHECKING:
-    from layerrl.selection import LayerSelection
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -20,15 +23,8 @@ from layerrl.delta import checkpoint_form
 from layerrl.errors import DeltaError, FrozenTensorError
 from layerrl.frozen import fingerprints, frozen_rows, frozen_tensors
 from layerrl.schema import fitted
+from layerrl.selection import LayerSelection
 from layerrl.stored import bytes_of, decoded, refuse_unusual, refused_as, tensors_in
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from torch import Tensor, nn
-
-    from layerrl.selection import LayerSelection
 
 
 class CheckpointError(DeltaError, FrozenTensorError):
