@@ -129,7 +129,7 @@ class TrainerCall:
         return self.auto is None or self.auto.report is not None
 
     def decide(self, trainer: Any, folder: Path | None) -> LayerSelection:
-        """Choose what trains, where that is left to the trainer: of other models, too."""
+        """Choose what trains, where that is left to the trainer; later models get the same."""
         assert self.auto is not None
         self._choice, self.auto.report = self.auto.choose(trainer, folder)
         return self._choice

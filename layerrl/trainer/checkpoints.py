@@ -309,7 +309,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def why_incomplete(folder: Path) -> str:
-    """A clause on the files that a checkpoint lacks, cut off in writing or deleting; or empty."""
+    """The files that a checkpoint lacks, in a clause; empty where it is complete."""
     try:
         state = fitted(dict[str, Any], decoded(bytes_of(folder / TRAINER_STATE_NAME)))
     except (OSError, Misfit):
