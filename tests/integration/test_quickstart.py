@@ -1,10 +1,9 @@
-"""The main job on the real SmolLM2-135M: two steps, and half of the held-out problems."""
+"""The main job on the real SmolLM2-135M: two steps instead of all."""
 
 import importlib.util
 import json
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,22 +18,15 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
 def test_quickstart_trains_one_layer_of_smollm2_and_merges_it(tmp_path: Path) -> None:
-    out, file = tmp_path / "quickstart", tmp_path / "problems.jsonl"
-    rows = [
-        {"prompt": f"{left} {sign} {right} = Reply with the number only.", "answer": answer}
-        for left, right in product(range(10), repeat=2)
-        for sign, answer in (("+", left + right), ("-", left - right))
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--steps", "2", "--data", file, "--output", out]
-    subprocess.run([sys.executable, QUICKSTART, *options], check=True)
+    out = tmp_path / "quickstart"
+    subprocess.run([sys.executable, QUICKSTART, "--steps", "2", "--output", out], check=True)
 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["layer"] == 10
     assert summary["trained_parameters"] == 3_540_096
     assert summary["total_parameters"] == 134_515_008
     assert summary["delta_bytes"] < 1.01 * 4 * summary["trained_parameters"]
-    assert 0.02 < summary["base_accuracy"] < 0.3  # 0.121 of twice as many
+    assert 0.05 < summary["base_accuracy"] < 0.2  # 0.121 where it was first measured
     assert summary["merged_accuracy"] == summary["trained_accuracy"]
 
     before = load_file(tmp_path / "SmolLM2-135M-Instruct" / "model.safetensors")
