@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 METHODS = {
     "train": "layerrl.sweep.exact",
     "gradient": "layerrl.scores.gradient",
+    "step": "layerrl.scores.step",
     "race": "layerrl.sweep.race",
     "position": "layerrl.scores.position",
     "published": "layerrl.scores.published",
