@@ -50,7 +50,6 @@ def gradient_report(
     args: Any,
     settings: dict[str, Any],
     started: float,
-    gains_of: Any = None,
 ) -> ContributionReport:
     """Score layers by what a step in each alone would gain on prompts that had no part in it.
 
@@ -71,9 +70,9 @@ def gradient_report(
     """
     trainer = rollouts.trainer
     check_trainer(trainer, "method='gradient'")
-    gains_PL = (gains_of or _gains)(rollouts, selection, args)
+    gains_PL = _gains(rollouts, selection, args.adam_epsilon)
     check_signal(rollouts)
-    rows = _against_average(gains_PL if gains_of else gains_PL[int(len(gains_PL) * _UNSCORED) :], rollouts)
+    rows = _against_average(gains_PL[int(len(gains_PL) * _UNSCORED) :], rollouts)
     warn_of_noise(gains_PL, rollouts)
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
@@ -100,7 +99,7 @@ def gradient_report(
     )
 
 
-def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
+def _gains(rollouts: Rollouts, selection: LayerSelection, epsilon: float) -> Tensor:
     """The held-out gains of all prompts, identical on every rank."""
     trainer = rollouts.trainer
     together = trainer.accelerator.num_processes > 1
@@ -111,7 +110,7 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
                 [partial(loss_alone, trainer, micro_batch) for micro_batch in prompt]
                 for prompt in rollouts
             ),
-            epsilon=args.adam_epsilon,
+            epsilon=epsilon,
             add_up=add_up if together else None,
         )
     if together:  # or the last bit of a sum could make them choose differently
@@ -221,7 +220,7 @@ def _advice(rollouts: Rollouts) -> str:
     )
 
 
-def probed(selection: LayerSelection, request: Request, gains_of: Any=None) -> ContributionReport:
+def _score(selection: LayerSelection, request: Request) -> ContributionReport:
     runs = Runs.of(selection, request)
     seed, num_prompts = runs.seeds[0], whole_number(request.budget, least=FEWEST_PROMPTS)
     if num_prompts is None:
@@ -242,7 +241,7 @@ def probed(selection: LayerSelection, request: Request, gains_of: Any=None) -> C
         rollouts = Rollouts(trainer, num_prompts)
         settings = {**runs.settings, "seed": seed}
         with all_rewarded(trainer):
-            return gradient_report(rollouts, selection, request.args, settings, started, gains_of)
+            return gradient_report(rollouts, selection, request.args, settings, started)
 
 
 def _of_one_pass(args: Any, seed: int) -> Any:
@@ -254,4 +253,4 @@ def _of_one_pass(args: Any, seed: int) -> Any:
     return args
 
 
-METHOD = Method(score=probed, needs=ROLLOUTS)
+METHOD = Method(score=_score, needs=ROLLOUTS)
