@@ -5,16 +5,20 @@ Legend: P prompts, L layers, B rows, T completion tokens.
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import recursively_apply
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import replaced_forwards
+from layerrl.errors import ProbeError
 from layerrl.replacing import replaced
-from layerrl.scores.gradient import probed
+from layerrl.scores.gains import adam_step
+from layerrl.scores.gradient import Gain, probed
 from layerrl.scores.method import ROLLOUTS, Method
-from layerrl.scores.processes import add_up, loss_alone, whole_model
+from layerrl.scores.processes import add_up, loss_alone
 from layerrl.scores.rollouts import in_its_precision
 from layerrl.trained import TrainedLayers
 
@@ -26,118 +30,194 @@ if TYPE_CHECKING:
     from layerrl.scores.rollouts import Rollouts
     from layerrl.selection import LayerSelection
 
-TIMES = 3.0
-"""Learning rates that the step is long."""
+LENGTH = 3.0
+"""Learning rates that a step is long. Chosen on seven suites (docs/results.md)."""
+_LOGPS = "_get_per_token_logps_and_entropies"
 
 
-class Part(NamedTuple):
-    """A micro-batch of one prompt."""
+class _Part(NamedTuple):
+    """A micro-batch of one prompt's completions, with its loss to first order.
+
+    Not the loss itself, whose ratios of probabilities grow without bound: after a step of some
+    length it ranks layers worse (docs/results.md).
+    """
 
     logps: Callable[[], Tensor]
-    """Computes the log-probabilities of its completions, shape (B, T)."""
+    """Computes the log-probabilities of the completions, shape (B, T)."""
     weights_BT: Tensor
-    """What the loss falls by for each log-probability that rises by one, at the base."""
+    """How much the trainer's loss falls, at the base, by each of them that rises."""
+
+    def objective(self) -> Tensor:
+        """Minus the trainer's loss, but linear in log-probabilities, up to a constant."""
+        return (self.weights_BT * self.logps()).sum(dtype=torch.double)
 
 
-def parts_of(rollouts: Rollouts) -> list[list[Part]]:
-    """Micro-batches of each prompt, with the loss as weights on their log-probabilities."""
+def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
+    """Gains of all prompts: steps from half of them are measured on the other half.
+
+    Returns:
+        Shape (P, L), float64; in several processes the gains on the prompts of all.
+
+    Raises:
+        ProbeError: If there is no step, or the trainer's loss is not one of log-probabilities.
+    """
     trainer = rollouts.trainer
-    found: list[list[Part]] = []
-    name = "_get_per_token_logps_and_entropies"
-    compute = getattr(trainer, name)
-    parts: list[Part] = []
-    asked: list[Any] = []
+    if not args.learning_rate > 0:
+        raise ProbeError(
+            f"learning_rate is {args.learning_rate}: method='step' takes steps of {LENGTH:g} times "
+            "that. Expected the learning rate of the run, above zero."
+        )
+    prompts = [[*_parts(trainer, micro_batches)] for micro_batches in rollouts]
+    layers = TrainedLayers(trainer.model, selection)
+    blocks = selection.blocks(trainer.model)
+    together = trainer.accelerator.num_processes > 1
+    gains_PL = torch.zeros(
+        len(prompts), len(layers.by_layer), dtype=torch.double, device=trainer.accelerator.device
+    )
+    measure = partial(_objectives, trainer.model)
+    amp = trainer.accelerator.native_amp
+    with in_its_precision(trainer):
+        base_P = measure(prompts)
+        for half in (0, 1):
+            seen, others = slice(half, None, 2), slice(1 - half, None, 2)
+            trainer.model.train()
+            for part in (part for prompt in prompts[seen] for part in prompt):
+                (-part.objective()).backward()
+            for column, (layer, parameters) in enumerate(layers.by_layer.items()):
+                steps = [
+                    _step(p, len(prompts[seen]), args.adam_epsilon, together) for p in parameters
+                ]
+                with _in_float32(blocks.modules[layer], parameters, amp) as rounds_less:
+                    before_P = measure(prompts[others]) if rounds_less else base_P[others]
+                    with _moved(parameters, steps, LENGTH * args.learning_rate):
+                        gains_PL[others, column] = measure(prompts[others]) - before_P
+    if together:
+        add_up(gains_PL)
+    return gains_PL.cpu()
 
-    def at_the_base(*args: Any, **kwargs: Any) -> Any:
+
+def _parts(trainer: Any, micro_batches: Sequence[Any]) -> Iterator[_Part]:
+    """The micro-batches of a prompt, with what the trainer's loss makes of log-probabilities."""
+    score = getattr(trainer, _LOGPS, None)
+    asked: list[tuple[Tensor, Callable[[], Tensor]]] = []
+
+    def at_the_base(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         with torch.no_grad():
-            logps_BT, *others = compute(*args, **kwargs)
-        logps_BT = logps_BT.detach().requires_grad_()
-        asked.append((logps_BT, lambda: compute(*args, **kwargs)[0]))
+            logps_BT, *others = score(*args, **kwargs)
+        logps_BT.requires_grad_()
+        asked.append((logps_BT, lambda: score(*args, **kwargs)[0]))
         return (logps_BT, *others)
 
-    for prompt in rollouts:
-        parts = []
-        for micro_batch in prompt:
-            asked.clear()
-            with replaced(trainer, **{name: at_the_base}):
-                loss = loss_alone(trainer, micro_batch)
-            [(logps_BT, again)] = asked
-            [slopes_BT] = torch.autograd.grad(loss, [logps_BT])
-            parts.append(Part(again, -slopes_BT))
-        found.append(parts)
-    return found
+    for micro_batch in micro_batches:
+        asked.clear()
+        with replaced(trainer, **{_LOGPS: at_the_base}) if score else nullcontext():
+            loss = loss_alone(trainer, micro_batch)
+        if not asked:
+            raise ProbeError(
+                f"method='step' needs the log-probabilities that a loss is made of, and that of "
+                f"{type(trainer).__name__} asks its trainer for none. Set use_liger_kernel=False, "
+                "or take method='gradient'."
+            )
+        slopes = torch.autograd.grad(loss, [logps_BT for logps_BT, _ in asked])
+        for (_, logps), slope_BT in zip(asked, slopes, strict=True):
+            yield _Part(logps, -slope_BT)
 
 
-def step_gains(
-    layers: dict[int, Sequence[nn.Parameter]],
-    prompts: Sequence[Sequence[Part]],
-    *,
-    rate: float,
-    epsilon: float,
-    add_up: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    with torch.no_grad():
-        base_P = torch.stack([_value(parts) for parts in prompts])
-    gains_PL = torch.zeros(len(prompts), len(layers), dtype=torch.double)
-    for half in (0, 1):
-        for parts in prompts[half::2]:
-            for part in parts:
-                (-(part.weights_BT * part.logps()).sum()).backward()
-        for column, parameters in enumerate(layers.values()):
-            with _moved(parameters, rate, epsilon, add_up), torch.no_grad():
-                for index in range(1 - half, len(prompts), 2):
-                    gains_PL[index, column] = _value(prompts[index]) - base_P[index]
-    if add_up is not None:
-        add_up(gains_PL)
-    return gains_PL
+@torch.no_grad()
+def _objectives(model: nn.Module, prompts: Sequence[Sequence[_Part]]) -> Tensor:
+    """Of each prompt, without dropout, which would hide what a step gains."""
+    training = model.training
+    model.eval()
+    try:
+        values = [sum(part.objective() for part in prompt) for prompt in prompts]
+    finally:
+        model.train(training)
+    return torch.tensor(values, dtype=torch.double)
 
 
-def _value(parts: Sequence[Part]) -> Tensor:
-    total = torch.zeros((), dtype=torch.double)
-    for part in parts:
-        total += (part.weights_BT.double() * part.logps()).sum().cpu()
-    return total
-
-
-from contextlib import contextmanager
+def _step(parameter: nn.Parameter, num_prompts: int, epsilon: float, together: bool) -> Tensor:
+    """Adam's first step by the gradient that a parameter has, which is freed."""
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is None:  # of an expert that no token was sent to
+        gradient = torch.zeros_like(parameter)
+    if together:
+        add_up(gradient)
+    return adam_step(gradient, num_prompts, epsilon)
 
 
 @contextmanager
-def _moved(parameters, rate, epsilon, add_up):
-    before = [parameter.detach().clone() for parameter in parameters]
+def _moved(
+    parameters: Sequence[nn.Parameter], steps: Sequence[Tensor], rate: float
+) -> Iterator[None]:
+    """Inside, the parameters lie a step downhill. Afterwards they are the same bits as before."""
+    before = [parameter.data for parameter in parameters]
     try:
-        with torch.no_grad():
-            for parameter in parameters:
-                gradient = parameter.grad
-                if gradient is None:
-                    gradient = torch.zeros_like(parameter)
-                if add_up is not None:
-                    add_up(gradient)
-                size = gradient.abs() + epsilon
-                parameter -= rate * gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
-                parameter.grad = None
+        for parameter, step in zip(parameters, steps, strict=True):
+            parameter.data = parameter.data - rate * step.to(parameter.dtype)
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
 
 
-def gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
-    trainer = rollouts.trainer
-    model = unwrap(trainer.model)
-    together = trainer.accelerator.num_processes > 1
-    with whole_model(trainer):
-        prompts = parts_of(rollouts)
-        model.eval()
-        with in_its_precision(trainer):
-            return step_gains(
-                TrainedLayers(trainer.model, selection).by_layer,
-                prompts,
-                rate=TIMES * args.learning_rate,
-                epsilon=args.adam_epsilon,
-                add_up=add_up if together else None,
-            )
+@contextmanager
+def _in_float32(block: nn.Module, parameters: Sequence[nn.Parameter], amp: bool) -> Iterator[bool]:
+    """Inside, what holds these parameters computes in float32: half precision rounds a step away.
+
+    Args:
+        block: The decoder layer.
+        parameters: Of it.
+        amp: Whether mixed precision would round them for each computation.
+
+    Yields:
+        Whether that differs from what the model computes outside.
+    """
+    chosen = {id(p) for p in parameters if amp or p.dtype != torch.float32}
+    modules = [m for m in block.modules() if any(id(p) in chosen for p in m.parameters(False))]
+    half = [
+        (p, p.data)
+        for module in modules
+        for p in module.parameters(recurse=False)
+        if p.dtype in (torch.bfloat16, torch.float16)
+    ]
+
+    def precise(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            first = next(x for x in (*args, *kwargs.values()) if _is_float(x))
+            args, kwargs = _cast((args, kwargs), torch.float32)
+            with torch.autocast(first.device.type, enabled=False):
+                return _cast(forward(*args, **kwargs), first.dtype)
+
+        return run
+
+    try:
+        for parameter, data in half:
+            parameter.data = data.float()
+        with replaced_forwards(modules, precise):
+            yield bool(modules)
+    finally:
+        for parameter, data in half:
+            parameter.data = data
 
 
-METHOD = Method(score=partial(probed, gains_of=gains), needs=ROLLOUTS)
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    return recursively_apply(lambda x: x.to(dtype), values, test_type=_is_float)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+METHOD = Method(
+    score=partial(
+        probed,
+        gain=Gain(
+            method="step",
+            of_prompts=_gains,
+            # At the base twice, and after each layer's steps on half of the prompts, twice.
+            more_passes=lambda num_layers: 2 + num_layers,
+        ),
+    ),
+    needs=ROLLOUTS,
+)
