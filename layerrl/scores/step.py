@@ -6,20 +6,18 @@ Legend: P prompts, L layers, B rows, T completion tokens.
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.utils import recursively_apply
 
-from layerrl.blocks import replaced_forwards
+from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
 from layerrl.replacing import replaced
 from layerrl.scores.gains import adam_step
 from layerrl.scores.gradient import Gain, probed
 from layerrl.scores.method import ROLLOUTS, Method
 from layerrl.scores.processes import add_up, loss_alone
-from layerrl.scores.rollouts import in_its_precision
 from layerrl.trained import TrainedLayers
 
 if TYPE_CHECKING:
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
 
 LENGTH = 3.0
 """Learning rates that a step is long. Chosen on seven suites (docs/results.md)."""
+_HALF = {torch.bfloat16, torch.float16}
 _LOGPS = "_get_per_token_logps_and_entropies"
 
 
@@ -62,38 +61,45 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
         ProbeError: If there is no step, or the trainer's loss is not one of log-probabilities.
     """
     trainer = rollouts.trainer
-    if not args.learning_rate > 0:
-        raise ProbeError(
-            f"learning_rate is {args.learning_rate}: method='step' takes steps of {LENGTH:g} times "
-            "that. Expected the learning rate of the run, above zero."
-        )
+    _check(trainer, args)
     prompts = [[*_parts(trainer, micro_batches)] for micro_batches in rollouts]
     layers = TrainedLayers(trainer.model, selection)
-    blocks = selection.blocks(trainer.model)
     together = trainer.accelerator.num_processes > 1
     gains_PL = torch.zeros(
         len(prompts), len(layers.by_layer), dtype=torch.double, device=trainer.accelerator.device
     )
     measure = partial(_objectives, trainer.model)
-    amp = trainer.accelerator.native_amp
-    with in_its_precision(trainer):
+    with _in_float32(unwrap(trainer.model)):
         base_P = measure(prompts)
         for half in (0, 1):
             seen, others = slice(half, None, 2), slice(1 - half, None, 2)
             trainer.model.train()
             for part in (part for prompt in prompts[seen] for part in prompt):
                 (-part.objective()).backward()
-            for column, (layer, parameters) in enumerate(layers.by_layer.items()):
+            for column, parameters in enumerate(layers.by_layer.values()):
                 steps = [
                     _step(p, len(prompts[seen]), args.adam_epsilon, together) for p in parameters
                 ]
-                with _in_float32(blocks.modules[layer], parameters, amp) as rounds_less:
-                    before_P = measure(prompts[others]) if rounds_less else base_P[others]
-                    with _moved(parameters, steps, LENGTH * args.learning_rate):
-                        gains_PL[others, column] = measure(prompts[others]) - before_P
+                with _moved(parameters, steps, LENGTH * args.learning_rate):
+                    gains_PL[others, column] = measure(prompts[others]) - base_P[others]
     if together:
         add_up(gains_PL)
     return gains_PL.cpu()
+
+
+def _check(trainer: Any, args: Any) -> None:
+    """Refuse what cannot be measured before anything is generated."""
+    if not args.learning_rate > 0:
+        raise ProbeError(
+            f"learning_rate is {args.learning_rate}: method='step' takes steps of {LENGTH:g} times "
+            "that. Expected the learning rate of the run, above zero."
+        )
+    attention = str(getattr(unwrap(trainer.model).config, "_attn_implementation", None))
+    if "flash" in attention:
+        raise ProbeError(
+            f"method='step' measures in float32, which {attention} does not compute. Load the "
+            "model with attn_implementation='sdpa', or take method='gradient'."
+        )
 
 
 def _parts(trainer: Any, micro_batches: Sequence[Any]) -> Iterator[_Part]:
@@ -153,7 +159,7 @@ def _moved(
     before = [parameter.data for parameter in parameters]
     try:
         for parameter, step in zip(parameters, steps, strict=True):
-            parameter.data = parameter.data - rate * step.to(parameter.dtype)
+            parameter.data = parameter.data - rate * step
         yield
     finally:
         for parameter, data in zip(parameters, before, strict=True):
@@ -161,52 +167,17 @@ def _moved(
 
 
 @contextmanager
-def _in_float32(block: nn.Module, parameters: Sequence[nn.Parameter], amp: bool) -> Iterator[bool]:
-    """Inside, what holds these parameters computes in float32: half precision rounds a step away.
-
-    Args:
-        block: The decoder layer.
-        parameters: Of it.
-        amp: Whether mixed precision would round them for each computation.
-
-    Yields:
-        Whether that differs from what the model computes outside.
-    """
-    chosen = {id(p) for p in parameters if amp or p.dtype != torch.float32}
-    modules = [m for m in block.modules() if any(id(p) in chosen for p in m.parameters(False))]
-    half = [
-        (p, p.data)
-        for module in modules
-        for p in module.parameters(recurse=False)
-        if p.dtype in (torch.bfloat16, torch.float16)
-    ]
-
-    def precise(_: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            first = next(x for x in (*args, *kwargs.values()) if _is_float(x))
-            args, kwargs = _cast((args, kwargs), torch.float32)
-            with torch.autocast(first.device.type, enabled=False):
-                return _cast(forward(*args, **kwargs), first.dtype)
-
-        return run
-
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes in float32: half precision would round a step away."""
+    tensors = [*model.parameters(), *model.buffers()]
+    half = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in _HALF]
     try:
-        for parameter, data in half:
-            parameter.data = data.float()
-        with replaced_forwards(modules, precise):
-            yield bool(modules)
+        for tensor, _ in half:
+            tensor.data = tensor.data.float()
+        yield
     finally:
-        for parameter, data in half:
-            parameter.data = data
-
-
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    return recursively_apply(lambda x: x.to(dtype), values, test_type=_is_float)
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+        for tensor, dtype in half:
+            tensor.data = tensor.data.to(dtype)  # the same bits: these were in half precision
 
 
 METHOD = Method(
