@@ -5,7 +5,7 @@ Legend: P prompts, L layers, B rows, T completion tokens.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 LENGTH = 3.0
 """Learning rates that a step is long. Chosen on seven suites (docs/results.md)."""
 _HALF = {torch.bfloat16, torch.float16}
-_LOGPS = "_get_per_token_logps_and_entropies"
 
 
 class _Part(NamedTuple):
@@ -104,7 +103,7 @@ def _check(trainer: Any, args: Any) -> None:
 
 def _parts(trainer: Any, micro_batches: Sequence[Any]) -> Iterator[_Part]:
     """The micro-batches of a prompt, with what the trainer's loss makes of log-probabilities."""
-    score = getattr(trainer, _LOGPS, None)
+    score = trainer._get_per_token_logps_and_entropies
     asked: list[tuple[Tensor, Callable[[], Tensor]]] = []
 
     def at_the_base(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -116,7 +115,7 @@ def _parts(trainer: Any, micro_batches: Sequence[Any]) -> Iterator[_Part]:
 
     for micro_batch in micro_batches:
         asked.clear()
-        with replaced(trainer, **{_LOGPS: at_the_base}) if score else nullcontext():
+        with replaced(trainer, _get_per_token_logps_and_entropies=at_the_base):
             loss = loss_alone(trainer, micro_batch)
         if not asked:
             raise ProbeError(

@@ -27,6 +27,7 @@ def model(request):
 
 def gains(model, folder, rate, *, prompts=PROMPTS, **changes):
     """Gains of prompts and layers in a model that a trainer has not touched."""
+    torch.manual_seed(0)
     trainer = make(
         model,
         folder,
@@ -93,13 +94,13 @@ def test_is_the_change_of_the_objective_after_a_step(model, tmp_path):
     assert_close(found, expected * scale, rtol=1e-3, atol=1e-3 * found.abs().max().item())
 
 
-def test_a_short_step_gains_what_the_gradient_says(tmp_path):
+def test_gains_of_short_steps_are_in_proportion(tmp_path):
+    """Of longer ones they are not, which is what they are measured for."""
     found = {}
-    for rate in (1e-6, 2e-6, 1e-2):
-        _, _, gained = gains(tiny("llama", 3).double(), tmp_path, rate)
-        found[rate] = gained / rate
-    assert_close(found[1e-6], found[2e-6], rtol=1e-3, atol=1e-6)
-    assert not torch.allclose(found[1e-6], found[1e-2], rtol=0.05)
+    for rate in (2e-5, 4e-5, 1e-1):
+        found[rate] = gains(tiny("llama", 3), tmp_path, rate)[-1].mean(dim=0) / rate
+    assert_close(found[2e-5], found[4e-5], rtol=0.03, atol=0.01)
+    assert not torch.allclose(found[2e-5], found[1e-1], rtol=0.3)
 
 
 class Given(list):
@@ -139,7 +140,7 @@ def test_attention_that_is_for_half_precision(model, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 7])
 def test_an_interruption_leaves_no_step_behind(model, tmp_path, monkeypatch, stage):
-    before, calls = bits(model), []
+    before, calls, training = bits(model), [], model.training
     measure = step._objectives
 
     def failing(*args):
@@ -161,7 +162,7 @@ def test_an_interruption_leaves_no_step_behind(model, tmp_path, monkeypatch, sta
         )
     assert_close(bits(model), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not model.training
+    assert model.training == training
 
 
 def test_no_learning_rate(model, tmp_path):
