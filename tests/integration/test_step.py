@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -103,18 +104,14 @@ def test_gains_of_short_steps_are_in_proportion(tmp_path):
     assert not torch.allclose(found[2e-5], found[1e-1], rtol=0.3)
 
 
-class Given(list):
-    """Prompts that were generated before."""
-
-    trainer = None
-
-
 @pytest.mark.parametrize("amp", [False, True])
 def test_half_precision_rounds_no_step_away(tmp_path, monkeypatch, amp):
     """Weights of 0.02 are 1e-4 apart in bfloat16, thirty times this step."""
-    half = tiny("llama", 3).to(torch.bfloat16)
+    half: Any = tiny("llama", 3)
+    half.to(torch.bfloat16)
     model = half.float() if amp else half
-    before, prompts, parts_of = bits(model), Given(), step._parts
+    before, parts_of = bits(model), step._parts
+    prompts: list[Any] = []
 
     def noting(trainer, micro_batches):
         prompts.append([*parts_of(trainer, micro_batches)])
@@ -124,10 +121,21 @@ def test_half_precision_rounds_no_step_away(tmp_path, monkeypatch, amp):
     trainer, _, found = gains(model, tmp_path, 1e-6, bf16=amp)
     assert_close(bits(model), before, rtol=0, atol=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32 if amp else torch.bfloat16}
-    prompts.trainer, trainer.model = trainer, model.float()
+    trainer.model = model.float()
     monkeypatch.setattr(step, "_parts", lambda _, parts: parts)
     monkeypatch.setattr(step, "_in_float32", nullcontext)
-    expected = step._gains(prompts, trainer.masked_run.selection, trainer.args)
+
+    class Given:
+        """The same prompts again."""
+
+        trainer: Any
+
+        def __iter__(self):
+            return iter(prompts)
+
+    given: Any = Given()
+    given.trainer = trainer
+    expected = step._gains(given, trainer.masked_run.selection, trainer.args)
     assert expected.abs().max() > 0
     assert_close(found, expected, rtol=0, atol=0)
 
