@@ -12,29 +12,35 @@ from layerrl.files import written_whole
 Entries = list[dict[str, Any]]
 HEAD = """# On a GPU
 
-Written by `benchmarks/gpu.py`. Models have the shapes that their names say, bfloat16 weights drawn
-at random, and made-up prompts: speed and memory do not ask what weights say.
+Written by `benchmarks/gpu.py`. Models have the shapes that their names say, with random bfloat16
+weights and made-up prompts: speed and memory do not depend on the values of weights.
 
 ```console
 $ make gpu
 ```
 
-runs the tests that need a GPU, for at most 400 seconds, then measures stage by stage for at most
-1300 (`ARGS="--budget 600"`: 600). It needs a Python with torch for the GPU (`PYTHON=path`). The
-rest comes from the network, or from a folder made on a machine that has one, for the version of
-Python and beside the packages of the one with the GPU:
+The command runs the tests that need a GPU, for at most 400 seconds. Then it measures stage by
+stage, for at most 1300 seconds (`ARGS="--budget 600"`: 600). It needs a Python with torch for the
+GPU (`PYTHON=path`). Other packages come from the network, or from a folder. Make the folder on a
+machine with a network, for the GPU machine's version of Python, without the packages that it has:
 
 ```console
 $ make bundle PYTHON=3.12 WITHOUT="torch transformers accelerate" EXTRA=gpu
 ```
 
-All output is in `runs/gpu`: `tests.txt`, this page with its pictures (where matplotlib is),
-`journal.jsonl` with every measurement, `worker.log` with what libraries printed. The same command
-continues where the time was up, unless the machine, a library or layerrl itself has changed.
-`python benchmarks/gpu.py --report --page docs/gpu.md` writes the page anywhere from the journal.
+| file in `runs/gpu` | content |
+|---|---|
+| `tests.txt` | the output of the tests |
+| `gpu.md` and pictures | this page; pictures need matplotlib |
+| `journal.jsonl` | every measurement |
+| `worker.log` | what libraries printed |
 
-What holds bit for bit is tested with `torch.use_deterministic_algorithms(True)`: without it, plain
-TRL on a GPU may differ from itself, from one run to the next.
+The same command continues where the time was up, unless the machine, a library or layerrl has
+changed.
+`python benchmarks/gpu.py --report --page docs/gpu.md` writes the page from the journal.
+
+Bit-for-bit tests use `torch.use_deterministic_algorithms(True)`. Without it, two runs of plain TRL
+on a GPU may differ.
 """
 NOT_YET = "Not measured."
 KINDS = {"selection": "layerrl, the middle layer", "LoRA r16": "LoRA, merged", "full": "full"}
@@ -78,7 +84,7 @@ def write_page(journal: Path, page: Path) -> None:
 def described(settings: dict[str, Any] | None, entries: Entries) -> str:
     """What was measured, on what, and how long it took."""
     if settings is None:
-        return "**This has not been run yet**: below is what the page will hold."
+        return "**This has not been run yet.** The sections below are what the page will hold."
     machine, minutes = settings["machine"], sum(entry.get("seconds", 0) for entry in entries) / 60
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     text = (
@@ -340,42 +346,42 @@ def picture_of_evidence(entries: Entries, file: Path) -> bool:
 SECTIONS: list[tuple[str, str, Callable[[Entries], Iterator[str]]]] = [
     (
         "Training step",
-        "Given completions, the same to every method: scoring, old log-probabilities and policy "
-        "passes with their optimizer steps. Median [range] of repeats in one process, ratios "
-        "within one run. *To the cost model* is the time relative to full training over what "
-        "`plan()` says of it.",
+        "All methods train on the same completions. The time is that of the reference and old "
+        "log-probability passes, the policy passes and the optimizer steps. Median [range] of "
+        "repeats in one process; ratios are within one run. *To the cost model* is the time "
+        "relative to full training, divided by the `step` of `plan()`.",
         steps,
     ),
     (
         "Whole step",
-        "With generation by transformers, with and without continuous batching: the share of each "
-        "part. An engine that generates faster leaves training a larger share.",
+        "The share of each part, with generation by transformers, with and without continuous "
+        "batching. With a faster engine, training has a larger share.",
         whole_steps,
     ),
     (
         "Largest batch and model",
-        "What fits, each tried by a step: micro-batches with `beta` 0, prompts and completions as "
-        "above, middle layer.",
+        "What fits in memory, tried with one step each: micro-batches with `beta` 0, prompts and "
+        "completions as above, the middle layer.",
         largest,
     ),
     (
         "Serving",
-        "What an adapter that is not merged takes at each token, and the bytes that an engine is "
-        "sent after a step, by `plan()`.",
+        "The time that an adapter which is not merged adds to each token, and the bytes that an "
+        "engine is sent after a step, by `plan()`.",
         serving,
     ),
     (
         "Evidence",
-        "A model of 24 layers and 48 million parameters, pre-trained on the spot until it "
-        "half-knows a mixture of two tasks; every layer trained alone with two seeds, and every "
-        "probe against that. *Regret*: contribution of the best layer minus that of the probe's "
-        "choice.",
+        "A model of 24 layers and 48 million parameters is pre-trained until it half-knows a "
+        "mixture of two tasks. Every layer is then trained alone with two seeds, and every probe "
+        "is compared with that. *Regret*: the contribution of the best layer minus that of the "
+        "probe's choice.",
         evidence,
     ),
     (
         "Cost of a probe",
-        'Seconds and peak memory of `contribution_probe(method="gradient")` on Qwen3-1.7B beside a '
-        "step on as many completions.",
+        'Seconds and peak memory of `contribution_probe(method="gradient")` on Qwen3-1.7B, and of '
+        "a training step on as many completions.",
         probe_cost,
     ),
 ]

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     write(rows, options.output)
     if options.docs:
         write(rows, options.docs)
-        fill(options.docs / "results.md", text)
+        fill(options.docs / "appendix.md", text)
 
 
 def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -396,7 +396,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--generate", action="store_true", help="time whole steps with real generation too")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--output", type=Path, default=ROOT / "runs" / "bench", help="journal and report")
-    add("--docs", type=Path, help="folder whose results.md and pictures get the report too")
+    add("--docs", type=Path, help="folder whose appendix.md and pictures get the report too")
     add("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name, least in {"num_iterations": 1, "rounds": 1, "cycles": 1, "length": 1}.items():
@@ -420,7 +420,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "train_step.jsonl").touch()
         page = (
-            (options.docs / "results.md").read_text(encoding="utf-8")
+            (options.docs / "appendix.md").read_text(encoding="utf-8")
             if options.docs
             else "".join(GAP)
         )
@@ -428,7 +428,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"cannot use {error.filename}: {error.strerror}")
     if not all(part in page for part in GAP):
         parser.error(
-            f"{options.docs / 'results.md'} has no place for the report: {' … '.join(GAP)}"
+            f"{options.docs / 'appendix.md'} has no place for the report: {' … '.join(GAP)}"
         )
     return options
 

@@ -1,14 +1,13 @@
-"""Train an agent over many turns with GiGPO: one layer of it against the whole.
+"""Train an agent over several turns with GiGPO: one layer, compared with the whole model.
 
     python examples/agent_gigpo.py                   # six trainings, 6 minutes on one CPU core
     python examples/agent_gigpo.py --steps 10 --seeds 0 --layers 1 --output runs/short
     python examples/agent_gigpo.py --omega 0 --output runs/grpo  # GRPO on the same episodes
 
-The agent is a small Llama, the environment gymnasium's FrozenLake as text: an observation says
-where the agent is and what lies around it, an action is a letter. The base is made here, by
-imitating a guide that knows the way and loses it every other step. Maps for imitation, training
-and evaluation are different ones. Writes `runs/agent/results.json`; stopped, the same command
-continues.
+The agent is a small Llama. The environment is gymnasium's FrozenLake as text: an observation says
+where the agent is and what is around it, an action is a letter. The base is trained here to
+imitate a guide that knows the way and errs every other step. Imitation, training and evaluation
+use different maps. Writes `runs/agent/results.json`. If it is stopped, the same command continues.
 """
 
 import argparse
@@ -135,7 +134,7 @@ def make(base: Path, selection: Any, seed: int, maps: list[str], options: Any) -
 
 
 def success(trainer: Any, maps: list[str]) -> list[float]:
-    """For each map how often the agent gets to the goal, of eight times, as it acts in training."""
+    """For each map, the share of 8 sampled episodes that reach the goal."""
     penalty, trainer.args.invalid_action_penalty = trainer.args.invalid_action_penalty, 0.0
     try:
         return prompt_scores(trainer, rows(maps), greedy=False)
@@ -144,7 +143,7 @@ def success(trainer: Any, maps: list[str]) -> list[float]:
 
 
 def show(found: dict[str, Any], options: Any) -> None:
-    """Success on held-out maps, with 95 % intervals over seeds and maps."""
+    """Print success on held-out maps, with 95 % intervals over seeds and maps."""
     names = ["base", *map(str, dict.fromkeys([*options.layers, "full"]))]
     runs = {
         name: [found[f"{name}, seed {seed}"] for seed in options.seeds] if name != "base" else []
@@ -182,7 +181,7 @@ def maps(*sizes: int) -> list[list[str]]:
 
 
 def rows(maps: list[str]) -> Dataset:
-    """A task to a map. There is nothing to say before the first observation."""
+    """One row for each map, with an empty prompt: the environment gives the first observation."""
     return Dataset.from_dict({"prompt": [""] * len(maps), "map": maps})
 
 
@@ -192,7 +191,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def imitate(maps: list[str], steps: int) -> LlamaForCausalLM:
-    """A small Llama that does what the guide did, in all turns of an episode."""
+    """A small Llama trained to imitate the guide in all turns of an episode."""
     set_seed(0)
     tokens = tokenizer()
     model = small_llama(tokens, max_position_embeddings=128)
@@ -213,7 +212,7 @@ def imitate(maps: list[str], steps: int) -> LlamaForCausalLM:
 
 
 def guided(map: str, draw: random.Random) -> str:  # noqa: A002
-    """An episode with the guide, as the trainer would put it together."""
+    """The text of an episode with the guide, in the trainer's format."""
     lake, text, ended = FrozenLake(), "", False
     seen = lake.reset(map)
     far = distances(lake.rows)
@@ -230,7 +229,7 @@ def guided(map: str, draw: random.Random) -> str:  # noqa: A002
 
 
 def distances(rows: list[str]) -> dict[tuple[int, int], int]:
-    """Steps from each square to the goal, where there is a way."""
+    """Steps to the goal from each square that has a way to it."""
     goal = (len(rows) - 1, len(rows) - 1)
     found, frontier = {goal: 0}, [goal]
     for y, x in frontier:

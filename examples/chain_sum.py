@@ -1,7 +1,7 @@
-"""The real model and the real task of the examples: SmolLM2-135M adding and subtracting.
+"""The model and the task of the examples: SmolLM2-135M adds and subtracts digits.
 
-The task is reasoning-gym's `chain_sum` with two one-digit terms. There are only 200 such problems,
-so the split is by problem: 80 are held out for good, whatever the seed, and 120 are trained on.
+The task is `chain_sum` of reasoning-gym with two one-digit terms. There are only 200 such problems,
+so the split is by problem: 80 are held out, the same ones for every seed, and 120 are for training.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-# PEFT imports it where it is installed, and it says what it misses for 4 bits on a CPU.
+# PEFT imports it if it is installed, and it logs what it lacks for 4 bits on a CPU.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 BUNDLED = "SmolLM2-135M-Instruct"
@@ -54,7 +54,7 @@ def base_checkpoint(model: str, cache: Path) -> str:
             try:
                 whole.rename(folder)
             except OSError:
-                if not folder.exists():  # or somebody else was faster
+                if not folder.exists():  # another process may have unpacked it first
                     raise
     return str(folder)
 
@@ -89,7 +89,7 @@ def problems(seed: int, *, chat: bool) -> Problems:
 
 
 def problems_in(file: Path, *, chat: bool) -> Problems:
-    """Other problems, from JSON lines with a `prompt` and an integer `answer`; a fifth held out."""
+    """Read JSON lines with a `prompt` and an integer `answer`; hold a fifth out."""
     rows: dict[str, Any] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -137,7 +137,7 @@ def evaluate(model: Any, tokenizer: Any, data: Dataset, tokens: int = MAX_NEW_TO
 
 
 def interval_of_share(share: float, weights: np.ndarray) -> tuple[float, float]:
-    """Jeffreys' 95 % interval, for as many problems as weigh as much (Kish's effective size)."""
+    """Jeffreys' 95 % interval for the effective number of problems (Kish)."""
     size = weights.sum() ** 2 / (weights**2).sum()
     ends = share * size + 0.5, (1 - share) * size + 0.5
     low, high = np.percentile(np.random.default_rng(0).beta(*ends, size=100_000), [2.5, 97.5])

@@ -1,12 +1,12 @@
-"""Evaluate the base and what was trained on it in one model in memory.
+"""Evaluate the base and its deltas with one model in memory.
 
     python examples/compare_in_memory.py                               # trains layer 10 first
     python examples/compare_in_memory.py runs/quickstart/delta
     python examples/compare_in_memory.py runs/vote/layer-5 runs/vote/layer-8
 
-Without a folder, a delta of one layer is trained into `runs/compare/delta`, or taken from there.
-Every delta is switched in and out of the one model in place. The base is evaluated first and last,
-and must answer the same.
+Without a folder, one layer is trained and its delta saved in `runs/compare/delta`; the next call
+uses that delta. Deltas are switched in place. The base is evaluated first and last, and must
+generate the same completions.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     for folder in map(str, folders):
         deltas.use(folder)
         found[folder] = texts()
-    with disabled(model):  # the base for a while, whatever is in use
+    with disabled(model):  # the base, whichever delta is in use
         if texts() != found["base"]:
             raise SystemExit("the base answers differently after the deltas were switched")
     show({name: reward(each, held_out["answer"]) for name, each in found.items()}, "base")

@@ -1,13 +1,13 @@
-"""Teach two new tokens, a tag around the answer: their rows beside a layer, and the layer alone.
+"""Train two new tokens, a tag around the answer: a layer with their rows, and the layer alone.
 
     python examples/new_tokens.py                    # six trainings, minutes on one CPU core
     python examples/new_tokens.py --steps 20 --seeds 0 --output runs/short
 
-The model is a small Llama that is taught here to name the larger of two digits, in brackets:
-`3,9=` is continued with `(9)`. Then it gets two tokens more, and GRPO rewards
-`<answer>9</answer>`, token by token. Transformers makes both rows of the mean of all others, so
-that they start as good as equal: what tells the tags apart has to be learnt in the rows. Writes
-`runs/new-tokens/results.json`; stopped, the same command continues.
+The model is a small Llama, trained here to write the larger of two digits in brackets: `3,9=` is
+continued with `(9)`. Then two tokens are added, and GRPO rewards `<answer>9</answer>`, token by
+token. transformers initialises both rows near the mean of all others, so they start nearly equal:
+the rows must learn to tell the tags apart. Writes `runs/new-tokens/results.json`. If it is stopped,
+the same command continues.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PROBLEMS = [(a, b) for a in range(10) for b in range(10)]
 
 
 def main() -> None:
-    """Teach the model, add the tokens, train with their rows and without, evaluate, compare."""
+    """Pre-train, add the tokens, train with and without their rows, evaluate, compare."""
     options = parse()
     warnings.filterwarnings("ignore", module="(trl|transformers|torch|layerrl)")
     logging.disable_progress_bar()
@@ -79,7 +79,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def with_tags(base: Path, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The base and its tokenizer with two tokens more."""
+    """The base and its tokenizer with two tokens added."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokens = tokenizer()
     tokens.add_tokens(TAGS)
@@ -89,7 +89,7 @@ def with_tags(base: Path, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokeni
 
 
 def teach(steps: int) -> LlamaForCausalLM:
-    """A small Llama that answers, and leaves every token a chance: RL needs to try them."""
+    """A small Llama that knows the task and gives every token some probability, for RL to try."""
     set_seed(0)
     tokens = tokenizer()
     model = small_llama(tokens, max_position_embeddings=32, tie_word_embeddings=True)
@@ -116,7 +116,7 @@ def split() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 
 
 def rows(problems: list[tuple[int, int]]) -> Dataset:
-    """A prompt and its answer to a pair."""
+    """A prompt and its answer for each pair."""
     return Dataset.from_dict(
         {
             "prompt": [f"{a},{b}=" for a, b in problems],
@@ -128,11 +128,11 @@ def rows(problems: list[tuple[int, int]]) -> Dataset:
 def make(
     model: Any, tokens: Any, selection: Any, train: list[Any], seed: int, name: str, options: Any
 ) -> LayerMaskedGRPOTrainer:
-    """A trainer for one of the trainings."""
+    """A trainer for one run."""
     opening, closing = tokens.convert_tokens_to_ids(TAGS)
 
     def reward(completion_ids: list[list[int]], answer: list[str], **_: object) -> list[float]:
-        """The share of the right tokens, each at its place."""
+        """The share of tokens that are right and in their place."""
         scores = []
         for ids, digit in zip(completion_ids, answer, strict=True):
             wanted = [opening, tokens.convert_tokens_to_ids(digit), closing]
@@ -170,7 +170,7 @@ def make(
 
 @torch.no_grad()
 def right(model: Any, tokens: Any, problems: list[tuple[int, int]]) -> list[float]:
-    """For each pair how often it is answered with both tags, of eight times, as in training."""
+    """For each pair, the share of 8 sampled completions with both tags and the right digit."""
     data = rows(problems)
     set_seed(0)
     made = model.eval().generate(

@@ -1,12 +1,12 @@
-"""Score every layer before training, train the best one, and see whether the score was right.
+"""Score every layer before training, train the best one, and check whether the score was right.
 
     python examples/probe_then_train.py                      # SmolLM2, ten minutes of one core
     python examples/probe_then_train.py --method position
 
-Beside the probe's best layer, at equal steps: the middle layer, which needs no probe, and the
-probe's worst. Writes `runs/probe/report.json` and `scores.json`; what is there is not made again.
-The score depends on the seed of the probe: another `--seed` may choose another layer. A script
-that only wants the layer that scores highest says `selection="auto"` and generates nothing twice.
+It trains the probe's best layer, the middle layer (which needs no probe) and the probe's worst
+layer for the same number of steps. Writes `runs/probe/report.json` and `scores.json`, and reads
+them if they exist. The score depends on the seed: another `--seed` may choose another layer. If
+you only want to train the best layer, `selection="auto"` does it without generating twice.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Train one layer of a base that is held in 4 bits, and merge it into the base in full precision.
+"""Train one layer of a base in 4 bits, and merge it into the base in full precision.
 
     python examples/quantised_base.py                   # SmolLM2-135M, layer 10, ten minutes
     python examples/quantised_base.py --layers middle:5 --seed 1
 
-The layers that do not train are NF4 with double quantisation (bitsandbytes), everything else is
-bf16. The policy that is trained has rounded weights around the layer and the merged model has not:
-says how the two compare, and what the frozen weights take. Writes `runs/quantised`: the delta, the
-merged model and `summary.json`.
+Frozen layers are NF4 with double quantisation (bitsandbytes), everything else is bfloat16. The
+trained policy has rounded weights around its layer, the merged model does not. Prints how the two
+compare and how many bytes the frozen weights take. Writes `runs/quantised`: the delta, the merged
+model and `summary.json`.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
 
     found = {"base": scores(setup.model())}
     model = setup.model(dtype=torch.bfloat16, quantization_config=quantisation)
-    keep_layout(model)  # it is evaluated before it is trained
+    keep_layout(model)  # evaluated before it is trained
     sizes = frozen_bytes(model, selection)
     sizes["all, planned"] = plan.weights - plan.gradients, plan.full.weights - plan.gradients
     found["4-bit base"] = scores(model)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def frozen_bytes(model: Any, selection: LayerSelection) -> dict[str, tuple[int, int]]:
-    """What frozen tensors take as they are, with scales and tables, and would take in bf16."""
+    """Bytes of frozen tensors as they are, with scales and tables, and in bfloat16."""
     state, trained = model.state_dict(), selection.parameters(model)
     frozen = {name: p for name, p in model.named_parameters() if name not in trained}
     full = dict(meta_model(model.config).named_parameters())
@@ -85,7 +85,7 @@ def frozen_bytes(model: Any, selection: LayerSelection) -> dict[str, tuple[int, 
 
 
 def owns(name: str, key: str) -> bool:
-    """Whether an entry of a state dict is this tensor, or one of its scales and tables."""
+    """Whether an entry of a state dict is this tensor or one of its scales and tables."""
     return key == name or key.startswith(f"{name}.")
 
 

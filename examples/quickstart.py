@@ -1,4 +1,4 @@
-"""Train one layer of a real model with RL, save it, merge it, and measure at every stage.
+"""Train one layer of SmolLM2-135M with RL, save it, merge it, and measure at every stage.
 
     python examples/quickstart.py                       # SmolLM2-135M, one layer
     python examples/quickstart.py --layers middle:5 --steps 30 --seed 1

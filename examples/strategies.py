@@ -1,11 +1,15 @@
-"""Which layers to train, given what each contributes: five answers, at equal steps.
+"""Compare five strategies for choosing layers from a report, with the same number of steps.
 
     python examples/sweep_layers.py && python examples/strategies.py
     python examples/strategies.py --report published:Qwen3-1.7B-Base --model Qwen/Qwen3-1.7B-Base
 
-full: every parameter. only: the best K layers. boost: every parameter, the best K at twice the
-learning rate. middle: K layers around the middle, without any report. worst: the last K of the
-report, as a control. Writes `runs/strategies/strategies.json`; finished ones are not run again.
+- full: every parameter
+- only: the best K layers
+- boost: every parameter, the best K layers at twice the learning rate
+- middle: K layers around the middle, without a report
+- worst: the worst K layers of the report, as a control
+
+Writes `runs/strategies/strategies.json`. Finished strategies are not run again.
 """
 
 import argparse
@@ -47,7 +51,7 @@ def main() -> None:
 def strategies(
     report: ContributionReport, options: argparse.Namespace
 ) -> list[tuple[str, dict[str, Any] | None, float]]:
-    """Name, arguments of `select_layers` and learning rate; None trains nothing."""
+    """Name, arguments of `select_layers` and learning rate of each; None trains nothing."""
     k = options.k
     values = report.scores or report.contributions
     unfinished = report.partial and report.method == "train"
@@ -73,7 +77,7 @@ def strategies(
 
 
 def read(where: str) -> ContributionReport:
-    """A report of our own, or one of the paper's."""
+    """Read a report from a file, or one of the paper's."""
     if where.startswith("published:"):
         return published_contributions(where.removeprefix("published:"))
     try:

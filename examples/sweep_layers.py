@@ -1,11 +1,11 @@
-"""Measure what each layer contributes: one isolated training per layer, with intervals.
+"""Measure the contribution of each layer: train every layer alone, with intervals.
 
     python examples/sweep_layers.py --layers 5,10,25     # three of SmolLM2-135M's thirty
     python examples/sweep_layers.py                      # all of them: hours on a CPU
     python examples/sweep_layers.py --halving --executor ray
 
-Writes to `runs/sweep`: the journal, `report.json` and `contributions.png`. Stopped, the same
-command continues.
+Writes to `runs/sweep`: the journal, `report.json` and `contributions.png`. If it is stopped, the
+same command continues.
 """
 
 import argparse

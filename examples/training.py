@@ -1,4 +1,4 @@
-"""What the examples share: their options, the model and its problems, a training."""
+"""Shared by the examples: options, the model and its problems, a training run."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ from layerrl.statistics import bootstrap, interval_of
 
 
 class Setup(NamedTuple):
-    """What every example starts from."""
+    """The base, its tokenizer and the problems."""
 
     base: str
     tokenizer: Any
@@ -63,7 +63,7 @@ def parser(description: str, output: str, *, steps: int = 15) -> argparse.Argume
 
 
 def letters(words: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character of these."""
+    """A tokenizer with one token for each of these characters."""
     known = ["<pad>", "<bos>", "<eos>", "<unk>", *words]
     level = models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>")
     made = Tokenizer(level)
@@ -104,7 +104,7 @@ def layers(text: str) -> int | list[int] | str:
 
 
 def start(options: argparse.Namespace) -> Setup:
-    """Make the output folder; unpack and load what is needed."""
+    """Make the output folder; unpack the base and load tokenizer and problems."""
     warnings.filterwarnings("ignore", module="(trl|transformers|torch)")
     logging.disable_progress_bar()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def start(options: argparse.Namespace) -> Setup:
 
 
 def arguments(options: argparse.Namespace, **changes: Any) -> GRPOConfig:
-    """TRL's arguments of each training."""
+    """TRL's arguments for each run."""
     values = {
         "output_dir": str(options.output / "trainer"),
         "max_steps": options.steps,
@@ -140,13 +140,13 @@ def arguments(options: argparse.Namespace, **changes: Any) -> GRPOConfig:
 
 
 def has_bf16() -> bool:
-    """Whether to train in bfloat16, as is TRL's default: older CPUs are ten times slower in it."""
+    """Whether to train in bfloat16, TRL's default: older CPUs are ten times slower in it."""
     on_cpu = torch.accelerator.current_accelerator() is None
     return not on_cpu or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def train(setup: Setup, model: Any, selection: Any, args: GRPOConfig, name: str) -> Any:
-    """A trainer that has trained, with one progress bar."""
+    """Train with one progress bar, and return the trainer."""
     trainer = LayerMaskedGRPOTrainer(
         model,
         reward,
@@ -163,7 +163,7 @@ def train(setup: Setup, model: Any, selection: Any, args: GRPOConfig, name: str)
 
 
 class RewardBar(TrainerCallback):
-    """One progress bar over the steps, with the mean reward of the last one."""
+    """A progress bar over the steps, with the mean reward of the last step."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -181,14 +181,14 @@ class RewardBar(TrainerCallback):
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def show(scores: dict[str, list[float]], against: str) -> None:
-    """Accuracy and difference to one of them, with 95 % intervals over problems."""
+    """Print accuracies and their difference to one of them, with 95 % intervals over problems."""
     draws = bootstrap({name: [row] for name, row in scores.items()})
     width = max(map(len, scores))
     print(f"{len(scores[against])} held-out problems, greedy, one seed")
@@ -202,7 +202,7 @@ def show(scores: dict[str, list[float]], against: str) -> None:
 
 
 def check_settings(options: argparse.Namespace, **more: Any) -> None:
-    """What is in the output folder must come from the same options, but for which layers."""
+    """Refuse an output folder made with other options (except `--layers`)."""
     path = options.output / "settings.json"
     settings = {
         n: str(v) for n, v in sorted(vars(options).items()) if n not in ("layers", "output")

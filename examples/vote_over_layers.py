@@ -1,11 +1,11 @@
-"""Train several layers, each alone, and let their answers vote.
+"""Train several layers, each alone, and take the majority of their answers.
 
     python examples/vote_over_layers.py                       # layers 5, 8, 11, 14, 17 of SmolLM2
     python examples/vote_over_layers.py --layers first:3
 
-One base, one small delta per layer. The majority of their greedy answers is compared with the best
-of them alone, and with the majority of as many sampled answers of the fully trained model. Writes
-`runs/vote/layer-*`; a layer whose delta is there is not trained again.
+One base, one small delta for each layer. The majority of their greedy answers is compared with each
+layer alone, and with the majority of as many sampled answers of the fully trained model. Writes
+`runs/vote/layer-*`. A layer whose delta exists is not trained again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from layerrl.statistics import bootstrap, interval_of
 
 
 def main() -> None:
-    """Train what is not trained yet, answer, vote, compare."""
+    """Train layers that have no delta yet, generate, vote, compare."""
     options = parse()
     setup = start(options)
     check_settings(options)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def trained(setup: Setup, options: argparse.Namespace, layer: int | str) -> Any:
-    """The base with the delta of one layer, or of everything, trained now if it is not there."""
+    """The base with the delta of one layer or of `"full"`, trained now if there is none."""
     folder: Path = options.output / f"layer-{layer}"
     model = setup.model()
     if folder.exists():
@@ -67,7 +67,7 @@ def integers(
 
 
 def majority(voters: list[list[int | None]]) -> list[int | None]:
-    """The most frequent answer to each problem, the earlier voter's of equally frequent ones."""
+    """The most frequent answer to each problem; in a tie, that of the earlier voter."""
     return [Counter(votes).most_common(1)[0][0] for votes in zip(*voters, strict=True)]
 
 
@@ -77,7 +77,7 @@ def right(found: list[int | None], data: Dataset) -> list[float]:
 
 
 def show(rows: dict[str, list[float]]) -> None:
-    """Accuracies, and the vote's difference to each, with 95 % intervals over problems."""
+    """Print accuracies, and the vote's difference to each, with 95 % intervals over problems."""
     draws = bootstrap({name: [row] for name, row in rows.items()})
     [*_, vote] = rows
     print(f"{len(rows[vote])} held-out problems, one seed")

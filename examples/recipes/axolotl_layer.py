@@ -11,7 +11,7 @@ from layerrl import LayerMaskedMixin
 
 
 class Layer10(LayerMaskedMixin, AxolotlGRPOTrainer):
-    """axolotl's GRPO trainer; layer 10 trains."""
+    """axolotl's GRPO trainer, training layer 10 only."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, selection=10, **kwargs)
@@ -24,7 +24,7 @@ def reward(completions: list, answer: list[str], **_: object) -> list[float]:
 
 
 def prompts(cfg: object, *args: object, **kwargs: object) -> tuple:
-    """GSM8K's rows as prompts with answers, the way axolotl asks for a transformation."""
+    """GSM8K rows as prompts with answers, in the form that axolotl expects of a transformation."""
 
     def transform(row: dict, tokenizer: object = None) -> dict:
         answer = row["answer"].rpartition("#### ")[2]

@@ -21,15 +21,15 @@ from layerrl import LayerMaskedGRPOTrainer, select_layers
 
 @dataclass
 class Recipe:
-    """What the trainer gets beside its `GRPOConfig`."""
+    """Settings of the trainer that are not in `GRPOConfig`."""
 
     model: str = field(metadata={"help": "A hub id or a path."})
     layers: str = field(metadata={"help": "10, middle:5, 30%:50%, auto, ..."})
-    four_bits: bool = field(default=False, metadata={"help": "Hold the frozen layers in NF4."})
+    four_bits: bool = field(default=False, metadata={"help": "Quantise the frozen layers to NF4."})
 
 
 def sums(number: int) -> Dataset:
-    """Prompts to add two numbers of two digits."""
+    """Prompts that ask for the sum of two two-digit numbers."""
     draw = random.Random(0)
     pairs = [(draw.randrange(10, 100), draw.randrange(10, 100)) for _ in range(number)]
     question = "What is {} + {}? Reply with the number only."
@@ -44,7 +44,7 @@ def reward(completions: list, answer: list[str], **_: object) -> list[float]:
 
 
 def quantised(model: str, layers: int | str) -> BitsAndBytesConfig:
-    """Every layer in 4 bits but those that train."""
+    """All layers in 4 bits except the trained ones."""
     config = AutoConfig.from_pretrained(model)
     return BitsAndBytesConfig(
         load_in_4bit=True,

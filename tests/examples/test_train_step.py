@@ -126,7 +126,7 @@ def test_ratios_are_of_the_same_round_and_setting(train_step: Any) -> None:
 def test_the_report_fills_its_gap_in_the_page_and_nothing_else(
     train_step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = tmp_path / "results.md"
+    page = tmp_path / "appendix.md"
     start, end = train_step.GAP
     page.write_text(f"before\n\n{start}\n\nold\n\n{end}\n\nafter\n")
     monkeypatch.setattr(train_step, "run_missing", lambda cases, journal: ENTRIES)
@@ -190,7 +190,7 @@ def test_a_journal_is_continued_until_something_else_is_measured(
         (["--rows", "5"], "--rows is 5, expected an even number from 4 up"),
         (["--device", "cuda"], "--device is cuda, but torch finds no GPU on this machine"),
         (["--output", f"{__file__}/out"], "cannot use"),
-        (["--docs", "nowhere"], "cannot use nowhere/results.md: No such file or directory"),
+        (["--docs", "nowhere"], "cannot use nowhere/appendix.md: No such file or directory"),
         (["--docs", str(BENCHMARKS)], "cannot use"),
     ],
 )
