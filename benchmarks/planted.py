@@ -127,10 +127,21 @@ PLANTED: dict[str, Base] = {
         Changed("late-mixtral", base=MIXTRAL, change=garbled(5, 2)),
         Changed("early-llama", base=LLAMA, change=garbled(1, 4)),
         Changed("middle-llama-dropout", base=DROPOUT, change=garbled(2, 8)),
+        Changed("turned-mixtral", base=MIXTRAL, change=garbled(1, 1)),
+        Changed("silent-gpt_neox", base=NEOX, change=garbled(2, 0)),
+        Changed("turned-gpt_neox", base=NEOX, change=garbled(4, 1)),
+        Changed("turned-llama", base=LLAMA, change=garbled(4, 1)),
         Changed("middle-llama-24", base=DEEP, change=garbled(14, 8), layers=[*range(2, 24, 4)]),
     )
 }
-HELD_OUT = ["switch-llama", "middle-llama-24"]
+HELD_OUT = [
+    "switch-llama",
+    "turned-mixtral",
+    "silent-gpt_neox",
+    "turned-gpt_neox",
+    "turned-llama",
+    "middle-llama-24",
+]
 """Scored last, once. `late-llama`, `middle-gpt_neox` and `late-mixtral` were held out until the
 score was chosen; a variant of it has been judged on them since, so that a new one needs others."""
 

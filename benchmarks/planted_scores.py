@@ -40,6 +40,7 @@ GAP = (
 SUITES: dict[str, Suite] = {suite.name: suite for suite in SMALL} | PLANTED
 METHODS: dict[str, Callable[[Suite, int], ContributionReport]] = {
     "gradient": lambda suite, seed: scored(suite, "gradient", num_prompts(suite), seed),
+    "step": lambda suite, seed: scored(suite, "step", num_prompts(suite), seed),
     "gradient norm": lambda suite, seed: baselines.gradient_norm(suite, NUM_PROMPTS, seed),
     "bypass": lambda suite, seed: baselines.bypass(suite, NUM_PROMPTS, seed),
     "weight change": lambda suite, seed: baselines.weight_change(suite, seed),

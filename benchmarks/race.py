@@ -35,8 +35,19 @@ LATE = [
     "middle-gpt_neox",
     "middle-llama",
     "middle-llama-dropout",
+    "silent-gpt_neox",
+    "turned-gpt_neox",
+    "turned-llama",
+    "middle-llama-24",
 ]
-EARLY = ["addition-llama", "sorting-gpt_neox", "sorting-llama", "early-llama", "switch-llama"]
+EARLY = [
+    "addition-llama",
+    "sorting-gpt_neox",
+    "sorting-llama",
+    "early-llama",
+    "switch-llama",
+    "turned-mixtral",
+]
 GAP = ("<!-- race: written by benchmarks/race.py -->", "<!-- race: end -->")
 """Where the tables are in `results.md`."""
 ALL = 1000

@@ -23,6 +23,7 @@ from layerrl.trainer.arguments import check_args, names, refuse_removed
 METHODS = {
     "train": "layerrl.sweep.exact",
     "gradient": "layerrl.scores.gradient",
+    "step": "layerrl.scores.step",
     "race": "layerrl.sweep.race",
     "position": "layerrl.scores.position",
     "published": "layerrl.scores.published",
@@ -59,6 +60,7 @@ def contribution_probe(
     |---|---|---|
     | `"train"` | measures C(k), each layer's share of the full-parameter gain | everything |
     | `"gradient"` | what a step in the layer alone would gain on other prompts | rollouts |
+    | `"step"` | the same, measured after a step, layer by layer | rollouts |
     | `"race"` | half a run of the three layers that `"gradient"` ranks first | everything |
     | `"published"` | C(k) of the paper's Qwen3-1.7B at the same relative depth | nothing |
     | `"position"` | how near the layer is to the middle | nothing |
@@ -71,7 +73,10 @@ def contribution_probe(
 
     `"gradient"`: the base answers `budget` prompts, as at the beginning of a training, and each
     prompt's gradient is compared with the optimizer's step from the prompts before it. One backward
-    pass serves all layers. `"published:NAME"` takes another of the paper's models, and
+    pass serves all layers. `"step"` takes a step of three learning rates in each layer, from half
+    of the prompts, and measures on the other half by how much the trainer's loss falls, taken as
+    linear in log-probabilities; then the halves change places. That is a forward pass for each
+    layer, and ranks layers better. `"published:NAME"` takes another of the paper's models, and
     `"position:0.37"` another centre than the middle. A method takes no notice of what it does not
     need.
 
@@ -95,7 +100,8 @@ def contribution_probe(
             way are kept every `eval_steps`. `seed` and folders are set for each run.
         layers: Layers to score, as `select_layers` takes them.
         modules: Globs inside the block: score only this part of each layer.
-        budget: Prompts that `"gradient"` generates for, `num_generations` completions each.
+        budget: Prompts that `"gradient"` and `"step"` generate for, `num_generations` completions
+            each.
         seeds: Seeds of the runs. Methods without runs take the first: to see how far a probe
             depends on its seed, probe again with another one.
         trainer_class: A masked trainer class, or a factory with its arguments.

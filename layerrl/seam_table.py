@@ -23,7 +23,7 @@ _GENERATING = {
 }
 _REWARDING = {
     **_GENERATING,
-    "_get_per_token_logps_and_entropies(model, ...)": "replay the prefix where it is scored",
+    "_get_per_token_logps_and_entropies(model, ...)": "replay the prefix, weigh log-probabilities",
     "_calculate_rewards(inputs, ...)": "choose layers by what is rewarded",
 }
 _REWARDING_ATTRIBUTES = {

@@ -50,7 +50,8 @@ def _parser() -> ArgumentParser:
 
 
 def _add(parser: ArgumentParser) -> None:
-    parser.add_argument("--method", help="gradient (default), race, train, position, published")
+    methods = "gradient (default), step, race, train, position, published"
+    parser.add_argument("--method", help=methods)
     parser.add_argument("--budget", type=int, metavar="N", help="prompts (default: 256)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="not --seed (default: 0)")
     parser.add_argument("--out", metavar="FILE", help="write the report's JSON there, too")

@@ -13,7 +13,7 @@ from layerrl.comparison import Comparison
 from layerrl.errors import ReportError
 from layerrl.plotting import plot_layers
 from layerrl.report.entries import Cost, Score, check_layer, check_report, still_missing
-from layerrl.report.ranking import Ranking, resampled
+from layerrl.report.ranking import OVER_AVERAGE, Ranking, resampled
 from layerrl.report.stored import as_json, report_in
 from layerrl.report.table import cells, remarks
 from layerrl.selection import LayerSelection
@@ -329,7 +329,7 @@ class ContributionReport:
         lines = {0.0: "base", 1.0: "full"} if shares else {}
         if not shares and self.base is not None and self.base.score is not None:
             lines = {self.base.score: "base"}
-        if self.method == "gradient":
+        if self.method in OVER_AVERAGE:
             lines = {0.0: "no gain", 1.0: "average layer"}
         return plot_layers(
             values,

@@ -18,6 +18,9 @@ from layerrl.errors import ReportError
 from layerrl.report.entries import Score
 from layerrl.statistics import Interval, bootstrap, interval_of, over_average, spearman
 
+OVER_AVERAGE = frozenset({"gradient", "step"})
+"""Methods whose scores are gains in units of the average layer's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
@@ -92,7 +95,7 @@ def resampled(
 
     Args:
         runs: Of a report, by name.
-        method: How it was made. Gains of `"gradient"` stay in units of the average layer's.
+        method: How it was made. Gains of `OVER_AVERAGE` stay in units of the average layer's.
         settings: Of the report. Reports on the same prompts see the same ones in the same draw.
 
     Returns:
@@ -103,7 +106,7 @@ def resampled(
         return {}
     prompts = settings.get("eval_dataset", scores)
     draws = bootstrap(scores, seedless=("base",), seed=zlib.crc32(str(prompts).encode()))
-    return over_average(draws) if method == "gradient" else draws
+    return over_average(draws) if method in OVER_AVERAGE else draws
 
 
 def _stacked(draws: Sequence[Tensor]) -> Tensor:

@@ -63,9 +63,7 @@ def held_out_gains(
         if parameter.grad is None:
             return
         earlier, prompt = sums[parameter], len(gains)
-        # Before the first prompt there is no step, which gains nothing.
-        size = earlier.abs() + epsilon * max(prompt, 1)
-        step = earlier / size.clamp(min=torch.finfo(size.dtype).tiny)
+        step = adam_step(earlier, prompt, epsilon)
         of_layers = gained[parameter.device]
         of_layers[column_of[parameter]] += (parameter.grad * step).sum(dtype=torch.double)
         earlier += parameter.grad
@@ -95,6 +93,21 @@ def held_out_gains(
                 "its loss? Half precision overflows where float32 and bfloat16 do not."
             )
     return torch.stack(gains) if gains else torch.zeros(0, len(layers), dtype=torch.double)
+
+
+def adam_step(total: Tensor, num_prompts: int, epsilon: float) -> Tensor:
+    """Adam's first step, for a learning rate of one, by the mean of some prompts' gradients.
+
+    Args:
+        total: The sum of the gradients.
+        num_prompts: Their number. Of none the sum is zero, and so is the step.
+        epsilon: Adam's.
+
+    Returns:
+        The step, shaped like the gradients: mostly their signs.
+    """
+    size = total.abs() + epsilon * max(num_prompts, 1)
+    return total / size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
 @contextmanager

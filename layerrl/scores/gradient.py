@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,12 +42,26 @@ class TooLittleSignalError(ProbeError):
     """Prompts that say too little of the layers; more of them may say enough."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """How a method computes what a step in each layer alone gains on prompts without part in it."""
+
+    method: str
+    of_prompts: Callable[[Rollouts, LayerSelection, Any], Tensor]
+    """Takes the rollouts, the layers and the arguments of the run. Shape (P, L), float64: gains on
+    the prompts that are scored. In several processes, of all their prompts."""
+    more_passes: Callable[[int], int] = lambda num_layers: 0
+    """Forward passes of a completion beside those of its gradient, by the number of layers."""
+
+
+# Over 60 lines: a third is the report, field by field.
 def gradient_report(
     rollouts: Rollouts,
     selection: LayerSelection,
     args: Any,
     settings: dict[str, Any],
     started: float,
+    gain: Gain | None = None,
 ) -> ContributionReport:
     """Score layers by what a step in each alone would gain on prompts that had no part in it.
 
@@ -56,6 +72,7 @@ def gradient_report(
         args: Arguments of the run that the scores are for.
         settings: What to keep in the report.
         started: `time.perf_counter()` when the work for it began.
+        gain: How to compute it. None: to first order, from gradients.
 
     Returns:
         The report. A score of 1 is that of the average layer.
@@ -65,16 +82,22 @@ def gradient_report(
             `TooLittleSignalError` if there is nothing to score.
     """
     trainer = rollouts.trainer
-    check_trainer(trainer, "method='gradient'")
-    gains_PL = _gains(rollouts, selection, args.adam_epsilon)
+    gain = gain or FIRST_ORDER
+    check_trainer(trainer, f"method={gain.method!r}")
+    with whole_model(trainer):
+        gains_PL = gain.of_prompts(rollouts, selection, args)
+    if trainer.accelerator.num_processes > 1:
+        # Or the last bit of a sum could make them choose differently.
+        [gains_PL] = broadcast_object_list([gains_PL])
     check_signal(rollouts)
-    rows = _against_average(gains_PL[int(len(gains_PL) * _UNSCORED) :], rollouts)
+    rows = _against_average(gains_PL, rollouts)
     warn_of_noise(gains_PL, rollouts)
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
+    more = gain.more_passes(len(selection.layers))
     scores = dict(zip(selection.layers, rows, strict=True))
     return ContributionReport(
-        method="gradient",
+        method=gain.method,
         layers=tuple(
             Score(scores=(tuple(scores[layer]),)) if layer in scores else Score(status="missing")
             for layer in range(selection.num_layers)
@@ -88,30 +111,30 @@ def gradient_report(
         cost=Cost(
             seconds=time.perf_counter() - started,
             tokens=rollouts.num_tokens,
-            forwards=units[1],
+            forwards=units[1] * (1 + more),
             backwards=units[1],
-            fraction=(units[0] + units[1] * units_of_a_pass(args)) / run_units(args, trainer),
+            fraction=(units[0] + units[1] * (units_of_a_pass(args) + more))
+            / run_units(args, trainer),
         ),
     )
 
 
-def _gains(rollouts: Rollouts, selection: LayerSelection, epsilon: float) -> Tensor:
-    """The held-out gains of all prompts, identical on every rank."""
+def _first_order(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
+    """The held-out gains of the prompts whose step knows enough of the others."""
     trainer = rollouts.trainer
-    together = trainer.accelerator.num_processes > 1
-    with whole_model(trainer):
-        gains_PL = held_out_gains(
-            TrainedLayers(trainer.model, selection).by_layer,
-            (
-                [partial(loss_alone, trainer, micro_batch) for micro_batch in prompt]
-                for prompt in rollouts
-            ),
-            epsilon=epsilon,
-            add_up=add_up if together else None,
-        )
-    if together:  # or the last bit of a sum could make them choose differently
-        [gains_PL] = broadcast_object_list([gains_PL])
-    return gains_PL
+    gains_PL = held_out_gains(
+        TrainedLayers(trainer.model, selection).by_layer,
+        (
+            [partial(loss_alone, trainer, micro_batch) for micro_batch in prompt]
+            for prompt in rollouts
+        ),
+        epsilon=args.adam_epsilon,
+        add_up=add_up if trainer.accelerator.num_processes > 1 else None,
+    )
+    return gains_PL[int(len(gains_PL) * _UNSCORED) :]
+
+
+FIRST_ORDER = Gain(method="gradient", of_prompts=_first_order)
 
 
 def _against_average(gains_PL: Tensor, rollouts: Rollouts) -> list[list[float]]:
@@ -119,16 +142,16 @@ def _against_average(gains_PL: Tensor, rollouts: Rollouts) -> list[list[float]]:
     average = gains_PL.mean().item()
     if average <= 0:
         raise TooLittleSignalError(
-            f"{_tried(rollouts)}: on the last {len(gains_PL)}, a step that the prompts before ask "
-            "for gains nothing in the average layer, so that their gradients cannot be told from "
-            f"noise. {_advice(rollouts)}"
+            f"{_tried(rollouts)}: on {len(gains_PL)} of them, a step that others ask for gains "
+            "nothing in the average layer, so that their gradients cannot be told from noise. "
+            f"{_advice(rollouts)}"
         )
     return (gains_PL.T / average).tolist()
 
 
 def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts) -> None:
     """Warn where the average layer's gain may be none, and say how many prompts would tell."""
-    gains_P, tried = gains_PL[int(len(gains_PL) * _UNSCORED) :].mean(dim=1), len(gains_PL)
+    gains_P, tried = gains_PL.mean(dim=1), len(rollouts.with_signal)
     error = (gains_P.std() / len(gains_P) ** 0.5).item()
     found = gains_P.mean().item() / error if error else math.inf
     if found < _TOLD_FROM_NOISE:
@@ -212,14 +235,29 @@ def _advice(rollouts: Rollouts) -> str:
     )
 
 
-def _score(selection: LayerSelection, request: Request) -> ContributionReport:
+def probed(
+    selection: LayerSelection, request: Request, gain: Gain = FIRST_ORDER
+) -> ContributionReport:
+    """The report of a trainer's rollouts, made as the request says.
+
+    Args:
+        selection: Layers to score.
+        request: The arguments of `contribution_probe`.
+        gain: How to compute what a layer gains.
+
+    Returns:
+        The report.
+
+    Raises:
+        ProbeError: If the arguments make no trainer that can be probed.
+    """
     runs = Runs.of(selection, request)
     seed, num_prompts = runs.seeds[0], whole_number(request.budget, least=FEWEST_PROMPTS)
     if num_prompts is None:
         raise ProbeError(
-            f"budget is {shown(request.budget)} prompts; method='gradient' needs at least "
-            f"{FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 256 or "
-            "more to tell layers apart"
+            f"budget is {shown(request.budget)} prompts; method={gain.method!r} needs at "
+            f"least {FEWEST_PROMPTS}, as it compares the gradients of different prompts, and 256 "
+            "or more to tell layers apart"
         )
     started, model = time.perf_counter(), request.model
     with random_state_kept(), as_found(*runs.models):
@@ -233,7 +271,7 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
         rollouts = Rollouts(trainer, num_prompts)
         settings = {**runs.settings, "seed": seed}
         with all_rewarded(trainer):
-            return gradient_report(rollouts, selection, request.args, settings, started)
+            return gradient_report(rollouts, selection, request.args, settings, started, gain)
 
 
 def _of_one_pass(args: Any, seed: int) -> Any:
@@ -245,4 +283,4 @@ def _of_one_pass(args: Any, seed: int) -> Any:
     return args
 
 
-METHOD = Method(score=_score, needs=ROLLOUTS)
+METHOD = Method(score=probed, needs=ROLLOUTS)

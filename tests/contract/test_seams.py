@@ -378,6 +378,7 @@ MAY_BE_MISSING = {
     "trainers of transformers 5.18 have it": {"end"},
     "a transformers model or config has it, others do not": {
         "config",
+        "_attn_implementation",
         "name_or_path",
         "model_type",
         "get_text_config",

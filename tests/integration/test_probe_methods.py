@@ -49,6 +49,11 @@ def model():
     return tiny("llama", 3)
 
 
+@pytest.fixture(params=["gradient", "step"])
+def method(request):
+    return request.param
+
+
 class TestPriors:
     def test_position(self, model):
         report = contribution_probe(model, method="position")
@@ -79,22 +84,26 @@ class TestPriors:
 
 
 class TestGradient:
-    def test_scores_every_layer_with_an_interval(self, model, tmp_path):
-        report = gradient(model, tmp_path)
+    """Scores from rollouts, to first order and after a step."""
+
+    def test_scores_every_layer_with_an_interval(self, model, tmp_path, method):
+        report = gradient(model, tmp_path, method=method)
         assert set(report.scores) == {0, 1, 2}
         assert sum(report.scores.values()) == pytest.approx(3)
         for layer, score in report.scores.items():
             assert score in report.interval(layer)
-        assert len(report.layers[0].scores[0]) == 48
+        assert len(report.layers[0].scores[0]) == {"gradient": 48, "step": 64}[method]
         assert ContributionReport.from_json(report.to_json()) == report
 
-    def test_is_the_same_each_time_but_for_another_seed(self, model, tmp_path):
-        first, again, other = (gradient(model, tmp_path, seeds=[seed]) for seed in (0, 0, 1))
+    def test_is_the_same_each_time_but_for_another_seed(self, model, tmp_path, method):
+        first, again, other = (
+            gradient(model, tmp_path, seeds=[seed], method=method) for seed in (0, 0, 1)
+        )
         assert first.layers == again.layers
         assert first.layers != other.layers
 
-    def test_some_layers_and_parts_of_them(self, model, tmp_path):
-        report = gradient(model, tmp_path, layers=[0, 2], modules=["mlp.*"])
+    def test_some_layers_and_parts_of_them(self, model, tmp_path, method):
+        report = gradient(model, tmp_path, layers=[0, 2], modules=["mlp.*"], method=method)
         assert [entry.status for entry in report.layers] == ["done", "missing", "done"]
         assert report.settings["modules"] == ["mlp.*"]
 
@@ -102,11 +111,12 @@ class TestGradient:
     @pytest.mark.parametrize(
         ("loss_type", "sizes"), [("grpo", (8, 1)), ("dapo", (8, 2, 1)), ("dr_grpo", (8, 2))]
     )
-    def test_does_not_depend_on_the_micro_batches(self, model, tmp_path, loss_type, sizes):
+    def test_does_not_depend_on_the_micro_batches(self, model, tmp_path, loss_type, sizes, method):
         reports = [
             gradient(
                 model,
                 tmp_path,
+                method=method,
                 arguments={
                     "per_device_train_batch_size": rows,
                     "gradient_accumulation_steps": 8 // rows,
@@ -162,7 +172,7 @@ class TestGradient:
         hook.remove()
         assert {*seen} == {bf16}
 
-    def test_leaves_everything_as_it_was(self, model, tmp_path):
+    def test_leaves_everything_as_it_was(self, model, tmp_path, method):
         model.eval()
         model.lm_head.weight.requires_grad_(False)
         model.model.norm.weight.grad = torch.ones(16)
@@ -182,7 +192,7 @@ class TestGradient:
             )
 
         weights, before = bits(model), seen()
-        gradient(model, tmp_path)
+        gradient(model, tmp_path, method=method)
         assert seen() == before
         calls = []
 
@@ -193,7 +203,7 @@ class TestGradient:
             return letters(completions)
 
         with pytest.raises(KeyboardInterrupt):
-            gradient(model, tmp_path, reward_funcs=failing)
+            gradient(model, tmp_path, reward_funcs=failing, method=method)
         assert seen() == before
         assert_close(bits(model), weights, rtol=0, atol=0)
 

@@ -53,6 +53,7 @@ AUTO2 = {**AUTO, "per_device_train_batch_size": 3}
 # Four batches, each as above.
 PROBE = {**AUTO, "probes": 12}
 PROBE2 = {**AUTO2, "probes": 12}
+STEP, STEP2 = ({**probe, "method": "step"} for probe in (PROBE, PROBE2))
 HALF = {"dtype": "bfloat16", "max_steps": 2}
 MIXED = {"dtype": "float32", "bf16": True, "max_steps": 3}
 # Two prompts of six completions, in any number of processes that divides twelve.
@@ -129,7 +130,7 @@ class Runs:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
-            lora=LORA, auto=AUTO, probe=PROBE, dpo=DPO, sft=SFT, mixed=MIXED, half=HALF,
+            lora=LORA, auto=AUTO, probe=PROBE, step=STEP, dpo=DPO, sft=SFT, mixed=MIXED, half=HALF,
         )  # fmt: skip
 
     @cached_property
@@ -144,7 +145,8 @@ class Runs:
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
-            auto=AUTO2, probe=PROBE2, dpo=DPO, sft=SFT, mixed=MIXED, half=HALF, changed=CHANGED,
+            auto=AUTO2, probe=PROBE2, step=STEP2, dpo=DPO, sft=SFT, mixed=MIXED,
+            half=HALF, changed=CHANGED,
             unrewarded={**PROBE2, "rewards": no_reward_for_k},
             disagree=[{"selection": layer} for layer in (1, 2)],
             disagree_auto=[{"selection": name} for name in ("auto", "all")],
@@ -165,7 +167,8 @@ class Runs:
             schedule={"selection": [1, 2], "arguments": schedule()},
             half=HALF, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
-            rows=ROWS, changed=CHANGED, auto=AUTO2, probe=PROBE2, dpo=DPO, sft=SFT,
+            rows=ROWS, changed=CHANGED, auto=AUTO2, probe=PROBE2, step=STEP2, dpo=DPO,
+            sft=SFT,
             elsewhere=ELSEWHERE,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
@@ -326,13 +329,14 @@ def test_layers_are_chosen_as_in_one_process(runs, launched):
 
 
 @LAUNCHED
-def test_a_probe_by_gradients_is_that_of_one_process(runs, launched):
-    assert_same_report(getattr(runs, launched)["probe"], *runs.one["probe"])
+@pytest.mark.parametrize("job", ["probe", "step"])
+def test_a_probe_from_rollouts_is_that_of_one_process(runs, launched, job):
+    assert_same_report(getattr(runs, launched)[job], *runs.one[job])
 
 
 def assert_same_report(found: list[Any], expected: Any) -> None:
     """The same in every process, and that of one but for the order of additions."""
-    assert expected.method == "gradient"
+    assert expected.method in ("gradient", "step")
     for report in found:
         assert not isinstance(report, str), report
         for now, before in zip(report.layers, expected.layers, strict=True):

@@ -114,6 +114,7 @@ def run(
     case: str | None = None,
     calls: str | None = "train",
     probes: int = 0,
+    method: str = "gradient",
     rewards: Any = None,
     **changes: Any,
 ) -> Any:
@@ -122,7 +123,8 @@ def run(
     `loads`: the model is loaded here; otherwise the trainer does, from its path.
     `calls`: the trainer's method, or none, to call with a folder in place of training.
     `case`: one of `tests.trainers`, in place of GRPO.
-    `probes`: prompts of `contribution_probe`, in place of training; `rewards`: its function.
+    `probes`: prompts of `contribution_probe`, in place of training; `rewards`: its function;
+    `method`: its method.
     `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
     unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
@@ -143,6 +145,7 @@ def run(
     if probes:
         return contribution_probe(
             model,
+            method=method,
             reward_funcs=rewards or letters,
             train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
             processing_class=tokenizer(),

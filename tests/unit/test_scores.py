@@ -167,6 +167,6 @@ def test_an_order_that_may_be_noise_is_said():
     error = gains_P.std() / 96**0.5
     weak, clear = (gains_PL - gains_P.mean() + errors * error for errors in (0.5, 3.0))
     with pytest.warns(UserWarning, match=r"0\.5 standard errors .* About 204. prompts would tell"):
-        warn_of_noise(weak, rollouts)
+        warn_of_noise(weak[32:], rollouts)
     with warnings.catch_warnings(action="error"):
-        warn_of_noise(clear, rollouts)
+        warn_of_noise(clear[32:], rollouts)

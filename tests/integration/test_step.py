@@ -1,0 +1,196 @@
+"""The gain of a step in each layer alone, against plain code."""
+
+from contextlib import nullcontext
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from layerrl import LayerMaskedGRPOTrainer, contribution_probe, select_layers
+from layerrl.errors import ProbeError
+from layerrl.scores import step
+from layerrl.scores.rollouts import Rollouts
+from layerrl.trained import TrainedLayers
+from tests.grpo import config, make, tokenizer
+from tests.integration.test_probe_methods import TRAIN, letters
+from tests.models import tiny
+from tests.runs import bits
+
+PROMPTS = 16
+
+
+@pytest.fixture(params=["llama", "gpt_neox"])
+def model(request):
+    return tiny(request.param, 3)
+
+
+def gains(model, folder, rate, *, prompts=PROMPTS, **changes):
+    """Gains of prompts and layers in a model that a trainer has not touched."""
+    torch.manual_seed(0)
+    trainer = make(
+        model,
+        folder,
+        selection="all",
+        arguments={"reward_funcs": letters, "train_dataset": TRAIN},
+        learning_rate=rate,
+        **changes,
+    )
+    rollouts = Rollouts(trainer, prompts, twice=False)
+    return trainer, rollouts, step._gains(rollouts, trainer.masked_run.selection, trainer.args)
+
+
+def logps_of(model, batch, temperature):
+    """Log-probabilities of completions, shape (B, T)."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    length = batch["completion_ids"].size(1)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+
+
+def plainly(model, trainer, batches, rate):
+    """The same of GRPO's loss over prompts, with a copied model for each step."""
+    args = trainer.args
+
+    def objective(moved, batch):
+        mask = batch["completion_mask"]
+        weights = batch["advantages"][:, None] * mask / mask.sum(1, keepdim=True)
+        return (weights * logps_of(moved, batch, args.temperature)).sum()
+
+    found = torch.zeros(len(batches), 3, dtype=torch.double)
+    for half in (0, 1):
+        for layer in range(3):
+            moved = deepcopy(model).eval()
+            parameters = TrainedLayers(moved, select_layers(moved, [layer])).by_layer[layer]
+            total = sum(objective(moved, batch) for batch in batches[half::2])
+            gradients = torch.autograd.grad(total, parameters)
+            with torch.no_grad():
+                before = [objective(moved, batch) for batch in batches[1 - half :: 2]]
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter += 3 * rate * gradient.sign()
+                after = [objective(moved, batch) for batch in batches[1 - half :: 2]]
+            found[1 - half :: 2, layer] = torch.stack(after).double() - torch.stack(before)
+    return found
+
+
+def test_is_the_change_of_the_objective_after_a_step(model, tmp_path):
+    batches = []
+    base = deepcopy(model)
+    parts_of = step._parts
+
+    def noting(trainer, micro_batches):
+        batches.append(micro_batches)
+        return parts_of(trainer, micro_batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "_parts", noting)
+        trainer, rollouts, found = gains(
+            model, tmp_path, 1e-3, loss_type="grpo", per_device_train_batch_size=4
+        )
+    assert all(rollouts.with_signal)
+    expected = plainly(base, trainer, [batch for [batch] in batches], 1e-3)
+    scale = (expected * found).sum() / expected.square().sum()  # a share of a generation batch
+    assert_close(found, expected * scale, rtol=1e-3, atol=1e-3 * found.abs().max().item())
+
+
+def test_gains_of_short_steps_are_in_proportion(tmp_path):
+    """Of longer ones they are not, which is what they are measured for."""
+    found = {}
+    for rate in (2e-5, 4e-5, 1e-1):
+        found[rate] = gains(tiny("llama", 3), tmp_path, rate)[-1].mean(dim=0) / rate
+    assert_close(found[2e-5], found[4e-5], rtol=0.03, atol=0.01)
+    assert not torch.allclose(found[2e-5], found[1e-1], rtol=0.3)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_half_precision_rounds_no_step_away(tmp_path, monkeypatch, amp):
+    """Weights of 0.02 are 1e-4 apart in bfloat16, thirty times this step."""
+    half: Any = tiny("llama", 3)
+    half.to(torch.bfloat16)
+    model = half.float() if amp else half
+    before, parts_of = bits(model), step._parts
+    prompts: list[Any] = []
+
+    def noting(trainer, micro_batches):
+        prompts.append([*parts_of(trainer, micro_batches)])
+        return prompts[-1]
+
+    monkeypatch.setattr(step, "_parts", noting)
+    trainer, _, found = gains(model, tmp_path, 1e-6, bf16=amp)
+    assert_close(bits(model), before, rtol=0, atol=0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32 if amp else torch.bfloat16}
+    trainer.model = model.float()
+    monkeypatch.setattr(step, "_parts", lambda _, parts: parts)
+    monkeypatch.setattr(step, "_in_float32", nullcontext)
+
+    class Given:
+        """The same prompts again."""
+
+        trainer: Any
+
+        def __iter__(self):
+            return iter(prompts)
+
+    given: Any = Given()
+    given.trainer = trainer
+    expected = step._gains(given, trainer.masked_run.selection, trainer.args)
+    assert expected.abs().max() > 0
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_attention_that_is_for_half_precision(model, tmp_path):
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ProbeError, match="float32, which flash_attention_2 does not compute"):
+        gains(model, tmp_path, 1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 7])
+def test_an_interruption_leaves_no_step_behind(model, tmp_path, monkeypatch, stage):
+    before, calls, training = bits(model), [], model.training
+    measure = step._objectives
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == stage:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(step, "_objectives", failing)
+    with pytest.raises(KeyboardInterrupt):
+        contribution_probe(
+            model,
+            method="step",
+            reward_funcs=letters,
+            train_dataset=TRAIN,
+            processing_class=tokenizer(),
+            args=config(tmp_path, max_steps=100),
+            budget=PROMPTS,
+        )
+    assert_close(bits(model), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training == training
+
+
+def test_no_learning_rate(model, tmp_path):
+    with pytest.raises(ProbeError, match=r"learning_rate is 0.0: method='step' takes steps of 3"):
+        gains(model, tmp_path, 0.0)
+
+
+def test_a_loss_without_log_probabilities(model, tmp_path):
+    class OwnLoss(LayerMaskedGRPOTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(input_ids=inputs["completion_ids"]).logits.mean()
+
+    with pytest.raises(ProbeError, match="that of OwnLoss asks its trainer for none"):
+        contribution_probe(
+            model,
+            method="step",
+            reward_funcs=letters,
+            train_dataset=TRAIN,
+            processing_class=tokenizer(),
+            args=config(tmp_path, max_steps=100),
+            budget=PROMPTS,
+            trainer_class=OwnLoss,
+        )
