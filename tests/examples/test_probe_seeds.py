@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,17 @@ def test_the_docs_say_what_was_measured(seeds: Any) -> None:
     assert page[before + len(planted.GAP[0]) : after].strip() == planted.tables(rows), (
         "run benchmarks/planted_scores.py --stored --docs docs, and correct the texts"
     )
-    probes = [row for row in rows if row["method"] == "gradient"]
-    found = 0
-    for row in probes:
+    found: Counter[str] = Counter()
+    probes: Counter[str] = Counter()
+    for row in rows:
         true, scores = planted.truth_of(row["suite"]).scores, row["scores"]
-        found += int(max(map(str, true), key=scores.__getitem__)) == max(true, key=true.__getitem__)
+        chosen = int(max(map(str, true), key=scores.__getitem__))
+        found[row["method"]] += chosen == max(true, key=true.__getitem__)
+        probes[row["method"]] += 1
     docs, docstring = ROOT / "docs", ROOT / "layerrl" / "probe.py"
     names = ("guide.md", "choosing.md", "results.md")
     for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", docstring, *(docs / n for n in names)):
         said = " ".join(path.read_text().split())
-        assert f"{found} of {len(probes)} probes" in said, f"{path} does not say {found}"
+        for method in ("gradient", "step"):
+            share = f"{found[method]} of {probes[method]}"
+            assert share in said, f"{path} does not say that {method} finds {share}"
