@@ -87,7 +87,8 @@ def contribution_probe(
     Scores of `"gradient"` and `"step"` change with the seed, which draws prompts and completions;
     their intervals are over the prompts of one seed. On sixteen small suites `"gradient"` found the
     layer that gains most in 50 of 80 probes and loses 0.26 of that gain on average; `"step"` found
-    it in 61 of 80 and loses 0.03, as another exact sweep does.
+    it in 61 of 80 and loses 0.03, as another exact sweep does; on the nine that the step's length
+    was not chosen on, 0.45 and 0.04.
 
     Args:
         model: The base; it is as it was found when this returns or raises, and so are the global

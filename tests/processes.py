@@ -15,6 +15,7 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+_LONGEST = 1800  # seconds, on a machine that does much else
 ROOT = Path(__file__).parents[1]
 _IMPORTED = [
     "tests.launchers.worker",
@@ -50,6 +51,8 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("stdout", "stderr")]
         process = start(*words, stdout=files[0], stderr=files[1])
+        process.join(_LONGEST)
+        process.kill()
         process.join()
         printed = [Path(file).read_text(encoding="utf-8") for file in files]
     assert process.exitcode is not None

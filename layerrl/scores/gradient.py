@@ -52,6 +52,10 @@ class Gain:
     the prompts that are scored. In several processes, of all their prompts."""
     more_passes: Callable[[int], int] = lambda num_layers: 0
     """Forward passes of a completion beside those of its gradient, by the number of layers."""
+    error_times: float = 1.0
+    """The average gain's standard error, over that of as many independent prompts."""
+    hint: str = ""
+    """What else may have gone wrong where the average layer gains nothing."""
 
 
 # Over 60 lines: a third is the report, field by field.
@@ -90,8 +94,8 @@ def gradient_report(
         # Or the last bit of a sum could make them choose differently.
         [gains_PL] = broadcast_object_list([gains_PL])
     check_signal(rollouts)
-    rows = _against_average(gains_PL, rollouts)
-    warn_of_noise(gains_PL, rollouts)
+    rows = _against_average(gains_PL, rollouts, gain.hint)
+    warn_of_noise(gains_PL, rollouts, gain.error_times)
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
     more = gain.more_passes(len(selection.layers))
@@ -137,22 +141,22 @@ def _first_order(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Te
 FIRST_ORDER = Gain(method="gradient", of_prompts=_first_order)
 
 
-def _against_average(gains_PL: Tensor, rollouts: Rollouts) -> list[list[float]]:
+def _against_average(gains_PL: Tensor, rollouts: Rollouts, hint: str) -> list[list[float]]:
     """For each layer its gain on each prompt, in units of the average layer's gain."""
     average = gains_PL.mean().item()
     if average <= 0:
         raise TooLittleSignalError(
             f"{_tried(rollouts)}: on {len(gains_PL)} of them, a step that others ask for gains "
             "nothing in the average layer, so that their gradients cannot be told from noise. "
-            f"{_advice(rollouts)}"
+            f"{_advice(rollouts)}{hint}"
         )
     return (gains_PL.T / average).tolist()
 
 
-def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts) -> None:
+def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts, error_times: float = 1.0) -> None:
     """Warn where the average layer's gain may be none, and say how many prompts would tell."""
     gains_P, tried = gains_PL.mean(dim=1), len(rollouts.with_signal)
-    error = (gains_P.std() / len(gains_P) ** 0.5).item()
+    error = error_times * (gains_P.std() / len(gains_P) ** 0.5).item()
     found = gains_P.mean().item() / error if error else math.inf
     if found < _TOLD_FROM_NOISE:
         enough = math.ceil(tried * (_TOLD_FROM_NOISE / found) ** 2)

@@ -5,8 +5,9 @@ Legend: P prompts, L layers, B rows, T completion tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,17 +16,26 @@ from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
+from layerrl.quantisation import is_quantised
 from layerrl.replacing import replaced
 from layerrl.scores.gains import adam_step
-from layerrl.scores.gradient import Gain, probed
+from layerrl.scores.gradient import (
+    FEWEST_PROMPTS,
+    Gain,
+    TooLittleSignalError,
+    check_signal,
+    probed,
+)
 from layerrl.scores.method import ROLLOUTS, Method
 from layerrl.scores.processes import add_up, loss_alone
 from layerrl.scores.rollouts import Rollouts
 from layerrl.selection import LayerSelection
 from layerrl.trained import TrainedLayers
+from layerrl.warning import warn
 
 LENGTH = 3.0
 """Learning rates that a step is long. Chosen on seven suites (docs/results.md)."""
+FEWEST_IN_HALF = FEWEST_PROMPTS // 4
 _HALF = {torch.bfloat16, torch.float16}
 
 
@@ -63,8 +73,10 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
     gains_PL = torch.zeros(
         len(prompts), len(layers.by_layer), dtype=torch.double, device=trainer.accelerator.device
     )
+    check_signal(rollouts)
+    _check_halves(rollouts)
     measure = partial(_objectives, trainer.model)
-    with _in_float32(unwrap(trainer.model)):
+    with _in_float32(trainer):
         base_P = measure(prompts)
         for half in (0, 1):
             seen, others = slice(half, None, 2), slice(1 - half, None, 2)
@@ -79,6 +91,14 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
                     gains_PL[others, column] = measure(prompts[others]) - base_P[others]
     if together:
         add_up(gains_PL)
+    if not gains_PL.isfinite().all():
+        finite_L = gains_PL.isfinite().all(dim=0).tolist()
+        odd = [k for k, finite in zip(layers.by_layer, finite_L, strict=True) if not finite]
+        raise ProbeError(
+            f"what a step of {LENGTH:g} times the learning rate {args.learning_rate:g} gains in "
+            f"each of the layers {odd} is not finite. Expected the learning rate of the run, and a base "
+            "without NaN."
+        )
     return gains_PL.cpu()
 
 
@@ -89,11 +109,30 @@ def _check(trainer: Any, args: Any) -> None:
             f"learning_rate is {args.learning_rate}: method='step' takes steps of {LENGTH:g} times "
             "that. Expected the learning rate of the run, above zero."
         )
-    attention = str(getattr(unwrap(trainer.model).config, "_attn_implementation", None))
+    config: Any = unwrap(trainer.model).config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    optim = str.lower(args.optim)  # of an enum's member its text
+    if "adam" not in optim:
+        warn(
+            f"method='step' takes Adam's first step, which moves every weight by {LENGTH:g} times "
+            f"the learning rate {args.learning_rate:g}; optim={optim!r} may step elsewhere"
+        )
+    attention = str(getattr(text, "_attn_implementation", None))
     if "flash" in attention:
         raise ProbeError(
             f"method='step' measures in float32, which {attention} does not compute. Load the "
             "model with attn_implementation='sdpa', or take method='gradient'."
+        )
+
+
+def _check_halves(rollouts: Rollouts) -> None:
+    """Refuse halves of which one has hardly a gradient: each is what the other is measured by."""
+    halves = [sum(rollouts.with_signal[half::2]) for half in (0, 1)]
+    if min(halves) < FEWEST_IN_HALF:
+        raise TooLittleSignalError(
+            f"method='step' takes steps from every other prompt, and {halves[0]} of the first and "
+            f"{halves[1]} of the second half have completions that were rewarded differently. "
+            f"Expected {FEWEST_IN_HALF} or more in each: raise the budget, or num_generations."
         )
 
 
@@ -162,17 +201,27 @@ def _moved(
 
 
 @contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes in float32: half precision would round a step away."""
-    tensors = [*model.parameters(), *model.buffers()]
-    half = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in _HALF]
+def _in_float32(trainer: Any) -> Iterator[None]:
+    """Inside, the model computes in float32: half precision would round a step away.
+
+    But for what is packed: layers of a quantised base compute as they do.
+    """
+    model = unwrap(trainer.model)
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    half = [
+        (tensor, tensor.data)
+        for tensor in tensors
+        if tensor.dtype in _HALF and not is_quantised(tensor)
+    ]
     try:
-        for tensor, _ in half:
-            tensor.data = tensor.data.float()
-        yield
+        for tensor, data in half:
+            tensor.data = data.float()
+        # TRL enters it around each pass by itself, for mixed precision.
+        with replaced(trainer.accelerator, autocast=nullcontext):
+            yield
     finally:
-        for tensor, dtype in half:
-            tensor.data = tensor.data.to(dtype)  # the same bits: these were in half precision
+        for tensor, data in half:
+            tensor.data = data
 
 
 METHOD = Method(
@@ -183,6 +232,9 @@ METHOD = Method(
             of_prompts=_gains,
             # At the base twice, and after each layer's steps on half of the prompts, twice.
             more_passes=lambda num_layers: 2 + num_layers,
+            # The halves judge each other, so that each pair of prompts counts twice.
+            error_times=math.sqrt(2),
+            hint=f" Or {LENGTH:g} times the learning rate are too long a step.",
         ),
     ),
     needs=ROLLOUTS,

@@ -491,6 +491,7 @@ class TestJournal:
             "from tests.models import tiny\n"
             "print(probe(tiny('llama', 3), Path(sys.argv[1])).to_json())"
         )
+        killed = []
         for after in (1, 2, 3):  # lines in the journal
             running = processes.start("-c", program, tmp_path / "killed")
             journal = tmp_path / "killed" / "journal.jsonl"
@@ -500,6 +501,8 @@ class TestJournal:
                     break
                 time.sleep(0.02)
             running.join()
+            killed.append(running.exitcode == -signal.SIGKILL)
+        assert any(killed)
         assert numbers(probe(tiny("llama", 3), tmp_path / "killed")) == expected
 
     @pytest.mark.slow

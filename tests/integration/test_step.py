@@ -1,7 +1,9 @@
 """The gain of a step in each layer alone, against plain code."""
 
-from contextlib import nullcontext
+import itertools
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,34 +112,73 @@ def test_half_precision_rounds_no_step_away(tmp_path, monkeypatch, amp):
     half: Any = tiny("llama", 3)
     half.to(torch.bfloat16)
     model = half.float() if amp else half
-    before, parts_of = bits(model), step._parts
-    prompts: list[Any] = []
+    before, in_float32, computed = bits(model), step._in_float32, []
 
-    def noting(trainer, micro_batches):
-        prompts.append([*parts_of(trainer, micro_batches)])
-        return prompts[-1]
+    @contextmanager
+    def watched(trainer):
+        layer = model.model.layers[1].mlp.down_proj
+        hook = layer.register_forward_hook(lambda *call: computed.append(call[-1].dtype))
+        with in_float32(trainer):
+            yield
+        hook.remove()
 
-    monkeypatch.setattr(step, "_parts", noting)
-    trainer, _, found = gains(model, tmp_path, 1e-6, bf16=amp)
+    monkeypatch.setattr(step, "_in_float32", watched)
+    _, _, found = gains(model, tmp_path, 1e-6, bf16=amp)
+    assert {*computed} == {torch.float32}
+    assert (found.abs() > 0).all()
     assert_close(bits(model), before, rtol=0, atol=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32 if amp else torch.bfloat16}
-    trainer.model = model.float()
-    monkeypatch.setattr(step, "_parts", lambda _, parts: parts)
-    monkeypatch.setattr(step, "_in_float32", nullcontext)
 
-    class Given:
-        """The same prompts again."""
 
-        trainer: Any
+def test_packed_tensors_of_half_precision_stay(model, tmp_path, monkeypatch):
+    """As bitsandbytes keeps 4-bit numbers for FSDP: bytes that are no numbers."""
+    packed = model.get_input_embeddings().weight
+    packed.data = packed.data.to(torch.bfloat16)
+    packed.quant_state = None
+    before = packed.data.clone()
+    seen = []
 
-        def __iter__(self):
-            return iter(prompts)
+    class Trainer:
+        accelerator = SimpleNamespace(autocast=nullcontext)
 
-    given: Any = Given()
-    given.trainer = trainer
-    expected = step._gains(given, trainer.masked_run.selection, trainer.args)
-    assert expected.abs().max() > 0
-    assert_close(found, expected, rtol=0, atol=0)
+    trainer: Any = Trainer()
+    trainer.model = model
+    with step._in_float32(trainer):
+        seen.append(packed.dtype)
+    assert seen == [torch.bfloat16]
+    assert_close(packed.data, before, rtol=0, atol=0)
+
+
+def test_half_of_the_prompts_without_signal(model, tmp_path):
+    """Each half's steps are measured on the other."""
+    count = itertools.count()
+
+    def every_other(completions, **_):
+        even = next(count) % 2 == 0
+        return [float(index) * even for index, _ in enumerate(completions)]
+
+    trainer = make(
+        model,
+        tmp_path,
+        selection="all",
+        arguments={"reward_funcs": every_other, "train_dataset": TRAIN},
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+    )
+    rollouts = Rollouts(trainer, PROMPTS, twice=False)
+    with pytest.raises(ProbeError, match=r"8 of the first and 0 of the second half .* Expected 2"):
+        step._gains(rollouts, trainer.masked_run.selection, trainer.args)
+
+
+@pytest.mark.parametrize("rate", [1e20, float("inf")])
+def test_gains_that_are_not_finite(model, tmp_path, rate):
+    with pytest.raises(ProbeError, match=r"gains in each of the layers \[0, 1, 2\] is not finite"):
+        gains(model, tmp_path, rate)
+
+
+def test_another_optimizer_is_warned_of(model, tmp_path):
+    with pytest.warns(UserWarning, match="Adam's first step, .* optim='sgd' may step elsewhere"):
+        gains(model, tmp_path, 1e-3, optim="sgd")
 
 
 def test_attention_that_is_for_half_precision(model, tmp_path):
