@@ -96,8 +96,8 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
         odd = [k for k, finite in zip(layers.by_layer, finite_L, strict=True) if not finite]
         raise ProbeError(
             f"what a step of {LENGTH:g} times the learning rate {args.learning_rate:g} gains in "
-            f"each of the layers {odd} is not finite. Expected the learning rate of the run, and a base "
-            "without NaN."
+            f"each of the layers {odd} is not finite. Expected the learning rate of the run, and a "
+            "base without NaN."
         )
     return gains_PL.cpu()
 
