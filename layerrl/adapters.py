@@ -50,7 +50,7 @@ def _parameters(held: Any, adapter: str) -> Iterator[str]:
 
 
 def idle_adapters(model: nn.Module) -> tuple[str, ...]:
-    """What the names of the tensors of adapters begin with that are no part of the model now.
+    """Prefixes of the names of tensors in adapters that are not active, so that no pass uses them.
 
     Args:
         model: Any model, wrapped or not.

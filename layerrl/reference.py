@@ -217,7 +217,7 @@ class ReferenceModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # the policy's own
-        """What the policy would have returned at the start, without gradients."""
+        """The policy's output with its initial weights, without gradients."""
         with self.swapped_in() as policy:
             return policy(*args, **kwargs)
 

@@ -55,7 +55,25 @@ class Gain:
     error_times: float = 1.0
     """The average gain's standard error, over that of as many independent prompts."""
     hint: str = ""
-    """What else may have gone wrong where the average layer gains nothing."""
+    """Further advice in the error that is raised if the average layer gains nothing."""
+
+
+def _first_order(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
+    """The held-out gains of the prompts whose step knows enough of the others."""
+    trainer = rollouts.trainer
+    gains_PL = held_out_gains(
+        TrainedLayers(trainer.model, selection).by_layer,
+        (
+            [partial(loss_alone, trainer, micro_batch) for micro_batch in prompt]
+            for prompt in rollouts
+        ),
+        epsilon=args.adam_epsilon,
+        add_up=add_up if trainer.accelerator.num_processes > 1 else None,
+    )
+    return gains_PL[int(len(gains_PL) * _UNSCORED) :]
+
+
+FIRST_ORDER = Gain(method="gradient", of_prompts=_first_order)
 
 
 # Over 60 lines: a third is the report, field by field.
@@ -65,7 +83,7 @@ def gradient_report(
     args: Any,
     settings: dict[str, Any],
     started: float,
-    gain: Gain | None = None,
+    gain: Gain = FIRST_ORDER,
 ) -> ContributionReport:
     """Score layers by what a step in each alone would gain on prompts that had no part in it.
 
@@ -76,7 +94,7 @@ def gradient_report(
         args: Arguments of the run that the scores are for.
         settings: What to keep in the report.
         started: `time.perf_counter()` when the work for it began.
-        gain: How to compute it. None: to first order, from gradients.
+        gain: How to compute it.
 
     Returns:
         The report. A score of 1 is that of the average layer.
@@ -86,7 +104,6 @@ def gradient_report(
             `TooLittleSignalError` if there is nothing to score.
     """
     trainer = rollouts.trainer
-    gain = gain or FIRST_ORDER
     check_trainer(trainer, f"method={gain.method!r}")
     with whole_model(trainer):
         gains_PL = gain.of_prompts(rollouts, selection, args)
@@ -121,24 +138,6 @@ def gradient_report(
             / run_units(args, trainer),
         ),
     )
-
-
-def _first_order(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
-    """The held-out gains of the prompts whose step knows enough of the others."""
-    trainer = rollouts.trainer
-    gains_PL = held_out_gains(
-        TrainedLayers(trainer.model, selection).by_layer,
-        (
-            [partial(loss_alone, trainer, micro_batch) for micro_batch in prompt]
-            for prompt in rollouts
-        ),
-        epsilon=args.adam_epsilon,
-        add_up=add_up if trainer.accelerator.num_processes > 1 else None,
-    )
-    return gains_PL[int(len(gains_PL) * _UNSCORED) :]
-
-
-FIRST_ORDER = Gain(method="gradient", of_prompts=_first_order)
 
 
 def _against_average(gains_PL: Tensor, rollouts: Rollouts, hint: str) -> list[list[float]]:

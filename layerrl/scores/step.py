@@ -109,14 +109,14 @@ def _check(trainer: Any, args: Any) -> None:
             f"learning_rate is {args.learning_rate}: method='step' takes steps of {LENGTH:g} times "
             "that. Expected the learning rate of the run, above zero."
         )
-    config: Any = unwrap(trainer.model).config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     optim = str.lower(args.optim)  # of an enum's member its text
     if "adam" not in optim:
         warn(
             f"method='step' takes Adam's first step, which moves every weight by {LENGTH:g} times "
             f"the learning rate {args.learning_rate:g}; optim={optim!r} may step elsewhere"
         )
+    config: Any = unwrap(trainer.model).config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     attention = str(getattr(text, "_attn_implementation", None))
     if "flash" in attention:
         raise ProbeError(

@@ -146,7 +146,7 @@ class TrainerCall:
             self.auto.clear()
 
     def selection_for(self, model: nn.Module, processing_class: object) -> LayerSelection:
-        """What trains of a model, all layers where that is still to be chosen."""
+        """The selection of a model; all layers if the trainer is still to choose them."""
         choice = self._choice
         if isinstance(choice, LayerSelection) and choice.awaits_rows:
             choice = resolved(choice, model, self._vocabulary.added_rows(model, processing_class))

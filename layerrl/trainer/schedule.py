@@ -97,7 +97,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
         return found
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON values."""
+        """The state of the schedule for a checkpoint, as JSON values."""
         given = {
             "layers": [list(chosen) for chosen in self._sets],
             "every": self._every,

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from layerrl import LayerMaskedGRPOTrainer, contribution_probe, select_layers
+from layerrl import LayerMaskedGRPOTrainer, select_layers
 from layerrl.errors import ProbeError
 from layerrl.scores import step
 from layerrl.scores.rollouts import Rollouts
 from layerrl.trained import TrainedLayers
-from tests.grpo import config, make, tokenizer
-from tests.integration.test_probe_methods import TRAIN, letters
+from tests.grpo import make
+from tests.integration.test_probe_methods import TRAIN, gradient, letters
 from tests.models import tiny
 from tests.runs import bits
 
@@ -200,15 +200,7 @@ def test_an_interruption_leaves_no_step_behind(model, tmp_path, monkeypatch, sta
 
     monkeypatch.setattr(step, "_objectives", failing)
     with pytest.raises(KeyboardInterrupt):
-        contribution_probe(
-            model,
-            method="step",
-            reward_funcs=letters,
-            train_dataset=TRAIN,
-            processing_class=tokenizer(),
-            args=config(tmp_path, max_steps=100),
-            budget=PROMPTS,
-        )
+        gradient(model, tmp_path, method="step", budget=PROMPTS)
     assert_close(bits(model), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training == training
@@ -225,13 +217,4 @@ def test_a_loss_without_log_probabilities(model, tmp_path):
             return model(input_ids=inputs["completion_ids"]).logits.mean()
 
     with pytest.raises(ProbeError, match="that of OwnLoss asks its trainer for none"):
-        contribution_probe(
-            model,
-            method="step",
-            reward_funcs=letters,
-            train_dataset=TRAIN,
-            processing_class=tokenizer(),
-            args=config(tmp_path, max_steps=100),
-            budget=PROMPTS,
-            trainer_class=OwnLoss,
-        )
+        gradient(model, tmp_path, method="step", budget=PROMPTS, trainer_class=OwnLoss)

@@ -170,3 +170,5 @@ def test_an_order_that_may_be_noise_is_said():
         warn_of_noise(weak[32:], rollouts)
     with warnings.catch_warnings(action="error"):
         warn_of_noise(clear[32:], rollouts)
+    with pytest.warns(UserWarning, match=r"1\.5 standard errors"):  # of prompts that count twice
+        warn_of_noise(clear[32:], rollouts, error_times=2.0)
