@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -51,16 +52,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     # argparse takes `-1,2` and `-1=2` for options, but no word with a space in it.
     words = [re.sub(r"^(-\d+[,=])", r" \1", word) for word in given.arguments]
     try:
-        import_module(f"layerrl.cli.{given.command}").run(words)
-        sys.stdout.flush()
+        _print(import_module(f"layerrl.cli.{given.command}").run(words))
     except LayerRLError as error:
         print(f"layerrl {given.command}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # as `| head` leaves it
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), sys.stdout.fileno())  # for the flush at exit
+        _discard_stdout()
         return 1
     except KeyboardInterrupt:
         print(f"layerrl {given.command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _print(text: str | None) -> None:
+    """Print what a command returned, if anything, after all that it wrote elsewhere.
+
+    Raises:
+        LayerRLError: If stdout is closed, or cannot be written to.
+        BrokenPipeError: If nobody reads it.
+    """
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison] - started with `>&-`
+        if text is None:
+            return
+        raise LayerRLError("nothing can be printed: stdout is closed")
+    try:
+        if text is not None:
+            print(_in_encoding(text, sys.stdout.encoding or "utf-8"))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        raise LayerRLError(f"cannot print to stdout: {error.strerror or error}") from error
+
+
+def _discard_stdout() -> None:
+    """Have Python's own flush at exit succeed."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
+def _in_encoding(text: str, encoding: str) -> str:
+    """The text, with escapes of JSON, which text and JSON may hold, for what an encoding lacks."""
+
+    def escaped(character: re.Match[str]) -> str:
+        try:
+            character[0].encode(encoding)
+        except UnicodeEncodeError:
+            return json.dumps(character[0])[1:-1]
+        return character[0]
+
+    return re.sub(r"[^\x00-\x7f]", escaped, text)

@@ -13,8 +13,8 @@ from layerrl.cli.options import add_selection, config_of, selection_of
 _DOES = "Print what a run will take, beside LoRA and full training. No weights are loaded."
 
 
-def run(argv: list[str]) -> None:
-    """Print what a run will take, beside LoRA and full training."""
+def run(argv: list[str]) -> str:
+    """What a run will take, beside LoRA and full training, for `main` to print."""
     parser = ArgumentParser(prog="layerrl plan", description=_DOES)
     parser.add_argument("model", metavar="MODEL", help="folder, config.json or hub id")
     add_selection(parser)
@@ -32,7 +32,7 @@ def run(argv: list[str]) -> None:
         num_iterations=given.num_iterations,
     )
     print(f"{given.model}: {selection}", file=sys.stderr)
-    print(json.dumps(asdict(plan), indent=1) if given.json else plan)
+    return json.dumps(asdict(plan), indent=1) if given.json else str(plan)
 
 
 def _dtype(name: str | None) -> Any:

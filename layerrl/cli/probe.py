@@ -58,8 +58,11 @@ def _add(parser: ArgumentParser) -> None:
     add_layers(parser)
 
 
-def run(argv: list[str]) -> None:
-    """Score layers and print the report.
+def run(argv: list[str]) -> str:
+    """Score layers.
+
+    Returns:
+        The report, for `main` to print: it is in `--out` by then, whatever becomes of stdout.
 
     Raises:
         LayerRLError: If the report has no place, or adapters are asked for.
@@ -88,11 +91,11 @@ def run(argv: list[str]) -> None:
     asked = {name: given[name] for name in _ASKED if name in given}
     on = {"model": _alone(model, given)} if options is None else _on(options)
     report = contribution_probe(**on, **asked)
-    print(report)
     if out is not None:
         with refused_as(LayerRLError, f"cannot write --out {out}"), written_whole(out) as file:
             file.write_text(report.to_json(), encoding="utf-8")
         print(f"Wrote {out}: layerrl show {out} --plot FILE draws it.", file=sys.stderr)
+    return str(report)
 
 
 _ASKED = ("method", "budget", "seeds", "layers", "modules")

@@ -17,8 +17,8 @@ _DOES = "Print a delta, a report or a selection; draw a report."
 _PATH = "folder of a delta or a sweep, delta on the hub, or JSON of a report or a selection"
 
 
-def run(argv: list[str]) -> None:
-    """Print what a folder or file of layerrl holds."""
+def run(argv: list[str]) -> str:
+    """What a folder or file of layerrl holds, for `main` to print."""
     parser = ArgumentParser(prog="layerrl show", description=_DOES)
     parser.add_argument("path", metavar="PATH", help=_PATH)
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a report: .png, .pdf, .svg")
@@ -34,10 +34,10 @@ def run(argv: list[str]) -> None:
     else:
         text = _text(file)
         held = shown = _read(file, text)
-    print(text.strip() if given.json else shown)
     if given.plot:
         _draw(held, given.plot)
         print(f"Wrote {given.plot}", file=sys.stderr)
+    return text.strip() if given.json else str(shown)
 
 
 def _file_of(path: str, revision: str | None) -> Path:

@@ -1,5 +1,7 @@
 """The command line, on a tiny model that is saved to disk: as a process, and word by word."""
 
+import errno
+import io
 import json
 import os
 import subprocess
@@ -28,6 +30,7 @@ from layerrl import (
 from layerrl.cli import COMMANDS, main
 from layerrl.cli.options import selection_of
 from layerrl.cli.scripts import METHODS
+from layerrl.report import Score
 from layerrl.scores import position
 from layerrl.scores.method import Method, Request
 from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedSFTTrainer
@@ -258,6 +261,28 @@ class TestPlan:
         assert "Traceback" not in said
         assert "BrokenPipe" not in said
 
+    @pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}])
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+    def test_stdout_is_full(self, unbuffered: dict[str, str]) -> None:
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(
+                [sys.executable, "-m", "layerrl", "plan", "base", "--layers", "1"],
+                env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **unbuffered},
+                stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            )  # fmt: skip
+        assert ended.returncode == 1
+        assert "Traceback" not in ended.stderr
+        assert ended.stderr.splitlines()[-1] == (
+            f"layerrl plan: cannot print to stdout: {os.strerror(errno.ENOSPC)}"
+        )
+
+    def test_stdout_is_closed(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sys.stdout", None)
+        said = refused(capsys, "plan", "base", "--layers", "1")
+        assert said == "layerrl plan: nothing can be printed: stdout is closed"
+
     def test_interrupted(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -487,6 +512,15 @@ class TestProbe:
             "missing", "done", "done", "missing",
         ]  # fmt: skip
 
+    def test_the_report_is_written_though_it_cannot_be_printed(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "report.json"
+        monkeypatch.setattr("sys.stdout", None)
+        said = refused(capsys, "probe", "base", "--method", "position", "--out", out)
+        assert "stdout is closed" in said
+        assert ContributionReport.from_json(out.read_text()).method == "position"
+
     @pytest.mark.parametrize("reads_weights", [True, False])
     def test_loads_the_model_of_a_method_that_reads_weights(
         self, monkeypatch: pytest.MonkeyPatch, reads_weights: bool
@@ -616,6 +650,23 @@ class TestMergeAndShow:
         Path("selection.json").write_text(selection.to_json())
         assert main(["show", "selection.json"]) == 0
         assert capsys.readouterr().out == "layers 2-3 of 4\n"
+
+    @pytest.mark.parametrize("words", [[], ["--json"]])
+    def test_show_on_a_terminal_without_the_characters(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
+    ) -> None:
+        report = ContributionReport(
+            method="position", layers=(Score(score=1.0),), source="Zhäng, 日本 \N{GRINNING FACE}"
+        )
+        file, printed = tmp_path / "report.json", io.BytesIO()
+        raw = json.dumps(json.loads(report.to_json()), ensure_ascii=False)
+        file.write_text(raw, encoding="utf-8")
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="latin-1"))
+        assert main(["show", str(file), *words]) == 0
+        text = printed.getvalue().decode("latin-1")
+        assert "Zhäng, \\u65e5\\u672c \\ud83d\\ude00" in text
+        if words:
+            assert ContributionReport.from_json(text) == report
 
     def test_show_refuses(
         self, capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path, sft: object
