@@ -42,7 +42,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--docs", type=Path, help="folder whose results.md gets the table too")
     options = parser.parse_args()
-    lines = ["| interval | simulated | coverage |", "|---|---|---|"]
+    lines = [
+        "| 95 % interval of | simulated scores | contains the true value, ± standard error |",
+        "|---|---|---|",
+    ]
     for name in options.kinds:
         started = time.perf_counter()
         with replaced(ranking, bootstrap=partial(bootstrap, num_draws=1000)):  # a quarter: faster
@@ -210,7 +213,7 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         partial(scores, partial(right, (0.02, 0.12, 0.68), 78, 1, 0.0), (0.02, 0.12, 0.68)),
     ),
     "score, graded": (
-        "the same",
+        "score of a layer, one seed",
         "50 prompts, graded rewards",
         partial(scores, partial(graded, LEVELS, 50, 1, 0.0), LEVELS),
     ),
@@ -229,19 +232,39 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         "2 runs, 64 maps, right or wrong",
         partial(scores, partial(right, (0.4, 0.78), 64, 3, 0.05), (0.4, 0.78)),
     ),
-    "C": ("C, one seed", "78 prompts", partial(shares, LEVELS)),
-    "C, seeds": ("C, two seeds", "78 prompts", partial(shares, LEVELS, 2, 0.04)),
-    "difference": ("difference of two runs, halving", "78 prompts, 0.68 and 0.62", difference),
-    "top": ("difference that `top` looks at", "best and second of eight equal layers", top),
-    "compare": ("difference of C in two sweeps", "4 layers, 78 prompts, two seeds each", compared),
+    "C": (
+        "contribution C(k), one seed",
+        "6 layers, 78 prompts, right or wrong",
+        partial(shares, LEVELS),
+    ),
+    "C, seeds": (
+        "contribution C(k), two seeds",
+        "6 layers, 78 prompts, right or wrong",
+        partial(shares, LEVELS, 2, 0.04),
+    ),
+    "difference": (
+        "difference of two runs, as halving takes it",
+        "78 prompts, right or wrong; 0.68 and 0.62 right",
+        difference,
+    ),
+    "top": (
+        "difference of two layers that `top` compares",
+        "best and second of eight equal layers, 78 prompts",
+        top,
+    ),
+    "compare": (
+        "difference of C(k) in two sweeps",
+        "4 layers, 78 prompts, two seeds each",
+        compared,
+    ),
     "gradient": (
-        'score of `"gradient"`: other prompts, the same steps',
-        "256 prompts, heavy tails",
+        'score of `"gradient"`, true for other prompts and the same steps',
+        "6 layers, 256 prompts, gradients with heavy tails",
         partial(probe, of_seeds=False),
     ),
     "gradient, seeds": (
-        "the same interval: other prompts and steps",
-        "the same",
+        'score of `"gradient"`, true for other prompts and other steps',
+        "6 layers, 256 prompts, gradients with heavy tails",
         partial(probe, of_seeds=True),
     ),
     "Spearman": (
@@ -250,7 +273,7 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         partial(correlated, 0.95, 12, 0.03),
     ),
     "Spearman, low": (
-        "the same",
+        "rank correlation of two reports",
         "6 layers, two seeds, normal correlation 0.5",
         partial(correlated, 0.5, 6, 0.05),
     ),
@@ -259,7 +282,11 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         "256 problems, 78 of them distinct; 0.12 right",
         partial(accuracy, 0.12),
     ),
-    "accuracy, trained": ("the same", "0.68 right", partial(accuracy, 0.68)),
+    "accuracy, trained": (
+        "accuracy of the quickstart",
+        "256 problems, 78 of them distinct; 0.68 right",
+        partial(accuracy, 0.68),
+    ),
 }
 """What is printed, what is drawn, and one trial: whether each of its intervals holds its truth."""
 
