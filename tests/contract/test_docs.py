@@ -121,6 +121,19 @@ def test_modules_of_the_glossary_exist() -> None:
     assert [module for module in modules if not (ROOT / module).is_file()] == []
 
 
+def test_files_that_contributing_names_exist() -> None:
+    """Those of the package without its name, and of the folder that a row is about without it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = {*re.findall(r"`([\w/.]+\.(?:py|pyi|md|toml|txt|cff))\b[^`]*`", text)}
+    files = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("*.*")}
+    for folder in ("layerrl", "tests", "benchmarks", "docs", "examples"):
+        found = (ROOT / folder).rglob("*.*")
+        files |= {file.relative_to(ROOT).as_posix() for file in found}
+    assert len(named) > 90
+    gone = {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)}
+    assert gone <= {"docs/NAME.md", "examples/NAME.py"}
+
+
 PAGES = [
     file.relative_to(ROOT).as_posix() for file in [*ROOT.glob("*.md"), *sorted(DOCS.glob("*.md"))]
 ]
