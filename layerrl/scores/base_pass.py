@@ -168,11 +168,12 @@ def _shares(model: nn.Module, layers: Sequence[nn.Module]) -> list[float]:
         if not isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    all_of_them, spared, shares = sum(sizes.values()), 0, []
-    for layer in layers:
-        shares.append(1 - spared / all_of_them)
-        spared += sum(sizes.get(parameter, 0) for parameter in layer.parameters())
-    return shares
+    last_in = {p: index for index, layer in enumerate(layers) for p in layer.parameters()}
+    whole = sum(sizes.values())
+    return [
+        sum(size for p, size in sizes.items() if last_in.get(p, len(layers)) >= index) / whole
+        for index in range(len(layers))
+    ]
 
 
 def _versions(outputs: Sequence[Any]) -> list[int]:
