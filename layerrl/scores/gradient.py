@@ -59,7 +59,7 @@ class Gain:
     of_prompts: Callable[[Rollouts, LayerSelection, Any], Gains]
     """Takes the rollouts, the layers and the arguments of the run."""
     error_times: float = 1.0
-    """The average gain's standard error, over that of as many independent prompts."""
+    """Standard error of a mean gain, over that of as many independent prompts."""
     hint: str = ""
     """Further advice in the error that is raised if the average layer gains nothing."""
 
@@ -117,7 +117,7 @@ def gradient_report(
         # Or the last bit of a sum could make them choose differently.
         [gains_PL] = broadcast_object_list([gains_PL])
     check_signal(rollouts)
-    rows = _against_average(gains_PL, rollouts, gain.hint)
+    rows = _against_average(gains_PL, rollouts, gain)
     warn_of_noise(gains_PL, rollouts, gain.error_times)
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
@@ -145,16 +145,27 @@ def gradient_report(
     )
 
 
-def _against_average(gains_PL: Tensor, rollouts: Rollouts, hint: str) -> list[list[float]]:
+def _against_average(gains_PL: Tensor, rollouts: Rollouts, gain: Gain) -> list[list[float]]:
     """For each layer its gain on each prompt, in units of the average layer's gain."""
-    average = gains_PL.mean().item()
+    average = gains_PL.mean()
     if average <= 0:
         raise TooLittleSignalError(
             f"{_tried(rollouts)}: on {len(gains_PL)} of them, a step that others ask for gains "
             "nothing in the average layer, so that their gradients cannot be told from noise. "
-            f"{_advice(rollouts)}{hint}"
+            f"{_advice(rollouts)}{gain.hint}"
         )
-    return (gains_PL.T / average).tolist()
+    return widened(gains_PL / average, gain.error_times).T.tolist()
+
+
+def widened(gains_PL: Tensor, error_times: float) -> Tensor:
+    """Gains of prompts that are not independent, as far apart as if they were.
+
+    Intervals of a report take its prompts for independent. So in one whose gains have a standard
+    error of `error_times` that of independent ones, what a layer scores on a prompt is as much
+    further from the layer's mean than what it gains there. Means are the same.
+    """
+    mean_L = gains_PL.mean(dim=0)
+    return mean_L + error_times * (gains_PL - mean_L) if error_times != 1 else gains_PL
 
 
 def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts, error_times: float = 1.0) -> None:

@@ -37,6 +37,9 @@ from layerrl.warning import warn
 
 LENGTH = 3.0
 """Learning rates that a step is long. Chosen on seven suites (docs/results.md)."""
+ERROR_TIMES = math.sqrt(2)
+"""Standard error of a gain over that of independent prompts: two prompts of different halves judge
+each other, so that one number counts twice. (`benchmarks/coverage.py`)"""
 FEWEST_IN_HALF = FEWEST_PROMPTS // 4
 _HALF = {torch.bfloat16, torch.float16}
 Moves = Mapping[int, Callable[[], AbstractContextManager[None]]]
@@ -256,8 +259,7 @@ METHOD = Method(
         gain=Gain(
             method="step",
             of_prompts=_gains,
-            # The halves judge each other, so that each pair of prompts counts twice.
-            error_times=math.sqrt(2),
+            error_times=ERROR_TIMES,
             hint=f" Or {LENGTH:g} times the learning rate are too long a step.",
         ),
     ),
