@@ -306,6 +306,10 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         "the same",
         partial(halves, 0.05, differences=True),
     ),
+    "step, weak": ("x", "", partial(halves, 0.05, 0.1, differences=False)),
+    "step, mid": ("x", "", partial(halves, 0.25, differences=False)),
+    "step, strong": ("x", "", partial(halves, 0.4, differences=False)),
+    "step, stronger": ("x", "", partial(halves, 0.7, differences=True)),
     "step, signal": (
         'score of `"step"`',
         "mean gains of 11 standard errors",

@@ -82,13 +82,16 @@ class ShortPasses:
     Args:
         model: The model, which computes nothing at random.
         layers: Its decoder layers, 0 nearest the embedding.
+        whole: Make whole passes only, to compare with.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[nn.Module], *, whole: bool = False
+    ) -> None:
         self._layers = layers
-        self._shares = _shares(model, layers)
+        self._shares = shares_of_passes(model, layers)
         # What was compiled for one way would be compiled again for each layer, or be other code.
-        self._compiled = any(
+        self._whole = whole or any(
             module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
             for module in model.modules()
         )
@@ -127,7 +130,7 @@ class ShortPasses:
             return torch.stack(values)
 
         self.passes += weight
-        if self._compiled or kind in self._refused:
+        if self._whole or kind in self._refused:
             return compute(), after(None)
         base = BasePass(self._layers)
         with base.recorded():
@@ -157,7 +160,7 @@ class ShortPasses:
         return value, whole_L
 
 
-def _shares(model: nn.Module, layers: Sequence[nn.Module]) -> list[float]:
+def shares_of_passes(model: nn.Module, layers: Sequence[nn.Module]) -> list[float]:
     """Of the weights that a whole pass computes with, the share in one that starts at each layer.
 
     Embeddings do not count: to look a row up takes no time. A head that is tied to one does.
