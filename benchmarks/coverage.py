@@ -306,10 +306,11 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         "the same",
         partial(halves, 0.05, differences=True),
     ),
-    "step, weak": ("x", "", partial(halves, 0.05, 0.1, differences=False)),
-    "step, mid": ("x", "", partial(halves, 0.25, differences=False)),
-    "step, strong": ("x", "", partial(halves, 0.4, differences=False)),
-    "step, stronger": ("x", "", partial(halves, 0.7, differences=True)),
+    "step, shared": (
+        'score of `"step"`',
+        "a tenth of the noise common to all weights; mean gains of 1 standard error",
+        partial(halves, 0.05, 0.1, differences=False),
+    ),
     "step, signal": (
         'score of `"step"`',
         "mean gains of 11 standard errors",
@@ -319,6 +320,11 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         "difference of two layers, the same",
         "the same",
         partial(halves, 0.15, differences=True),
+    ),
+    "step, strong": (
+        'score of `"step"`',
+        "the same, and nine in ten weights step alike in both halves",
+        partial(halves, 0.4, differences=False),
     ),
     "Spearman": (
         "rank correlation of two reports",

@@ -5,7 +5,6 @@ Legend: P prompts, L layers, B rows, T completion tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -37,9 +36,11 @@ from layerrl.warning import warn
 
 LENGTH = 3.0
 """Learning rates that a step is long. Chosen on seven suites (docs/results.md)."""
-ERROR_TIMES = math.sqrt(2)
-"""Standard error of a gain over that of independent prompts: two prompts of different halves judge
-each other, so that one number counts twice. (`benchmarks/coverage.py`)"""
+ERROR_TIMES = 1.5
+"""Standard error of a gain over that of independent prompts. Each half is measured by steps from the
+other, so that a pair of prompts counts twice, and what is random in a step shows in no row. It is
+1.2 to 1.6 in simulations (`benchmarks/coverage.py`), nearer 1 where steps do not depend on chance.
+"""
 FEWEST_IN_HALF = FEWEST_PROMPTS // 4
 _HALF = {torch.bfloat16, torch.float16}
 Moves = Mapping[int, Callable[[], AbstractContextManager[None]]]
