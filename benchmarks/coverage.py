@@ -177,6 +177,7 @@ def gains() -> tuple[Tensor, Tensor]:
     )
     return gains_PL, others_PL.mean(dim=0)
 
+
 HALVED_PARAMETERS, HALVED_PROMPTS = 300, 128
 RELATIVE = torch.linspace(0.3, 1.7, NUM_LAYERS)
 DIRECTIONS = torch.randn(NUM_LAYERS, HALVED_PARAMETERS, generator=torch.Generator().manual_seed(1))

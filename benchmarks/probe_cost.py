@@ -44,10 +44,10 @@ def main() -> None:
         print(json.dumps(measure(options.worker, options.suite, options.prompts)))
     elif options.price:
         for shape, changes in SIZES.items():
-            print(f"256 prompts, of a run over {RUN}, 24 layers, {shape}:")
-            for method, layers in (("gradient", []), ("step", range(24)), ("step", range(0, 24, 4))):
-                scored = f" of {len(layers)} layers" if layers else ""
-                print(f'  "{method}"{scored}: {100 * price(layers, changes):.1f} %')
+            print(f"{PROMPTS} prompts, of a run over {RUN}, 24 layers, {shape}:")
+            for layers in ([], range(24), range(0, 24, 4)):
+                name = f'"step" of {len(layers)} layers' if layers else '"gradient"'
+                print(f"  {name}: {100 * price(layers, changes):.1f} %")
     else:
         compare(options)
 
@@ -69,7 +69,7 @@ def compare(options: argparse.Namespace) -> None:
         cost = found[probe]["cost"]
     low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
     print(
-        "Time of the passes of \"step\" over that of whole ones"
+        'Time of the passes of "step" over that of whole ones'
         if options.steps
         else "Peak memory of the probe over that of a backward",
         f": {middle:.2f} [{low:.2f}, {high:.2f}]",

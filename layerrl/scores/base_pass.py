@@ -164,6 +164,9 @@ def shares_of_passes(model: nn.Module, layers: Sequence[nn.Module]) -> list[floa
     """Of the weights that a whole pass computes with, the share in one that starts at each layer.
 
     Embeddings do not count: to look a row up takes no time. A head that is tied to one does.
+
+    Returns:
+        By layer, 1 or nearly for the first.
     """
     sizes = {
         parameter: parameter.numel()

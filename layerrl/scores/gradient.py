@@ -82,7 +82,6 @@ def _first_order(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Ga
 FIRST_ORDER = Gain(method="gradient", of_prompts=_first_order)
 
 
-# Over 60 lines: a third is the report, field by field.
 def gradient_report(
     rollouts: Rollouts,
     selection: LayerSelection,
@@ -158,11 +157,16 @@ def _against_average(gains_PL: Tensor, rollouts: Rollouts, gain: Gain) -> list[l
 
 
 def widened(gains_PL: Tensor, error_times: float) -> Tensor:
-    """Gains of prompts that are not independent, as far apart as if they were.
+    """Gains whose intervals hold although their prompts depend on each other.
 
-    Intervals of a report take its prompts for independent. So in one whose gains have a standard
-    error of `error_times` that of independent ones, what a layer scores on a prompt is as much
-    further from the layer's mean than what it gains there. Means are the same.
+    A report's intervals take prompts for independent.
+
+    Args:
+        gains_PL: Gains by prompt and layer.
+        error_times: Standard error of their mean, over that of as many independent prompts.
+
+    Returns:
+        Gains as many times as far from the layer's mean, which stays.
     """
     mean_L = gains_PL.mean(dim=0)
     return mean_L + error_times * (gains_PL - mean_L) if error_times != 1 else gains_PL

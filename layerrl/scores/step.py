@@ -37,10 +37,9 @@ from layerrl.warning import warn
 LENGTH = 3.0
 """Learning rates that a step is long. Chosen on seven suites (docs/results.md)."""
 ERROR_TIMES = 1.5
-"""Standard error of a gain over that of independent prompts. Each half is measured by steps from the
-other, so that a pair of prompts counts twice, and what is random in a step shows in no row. It is
-1.2 to 1.6 in simulations (`benchmarks/coverage.py`), nearer 1 where steps do not depend on chance.
-"""
+"""Standard error of a gain over that of independent prompts. Each half is measured by steps from
+the other: a pair of prompts counts twice, and what is random in a step shows on no prompt. Chosen
+by simulation (`benchmarks/coverage.py`)."""
 FEWEST_IN_HALF = FEWEST_PROMPTS // 4
 _HALF = {torch.bfloat16, torch.float16}
 Moves = Mapping[int, Callable[[], AbstractContextManager[None]]]
