@@ -1,4 +1,4 @@
-"""Where a model keeps its decoder layers.
+"""Where a model keeps its decoder layers, head and embedding.
 
 Layer = one decoder block (attention, MLP and their norms); index 0 is nearest the embedding. The
 layers are found by structure, never by matching names: `layers.1` is not `layers.10`, and an

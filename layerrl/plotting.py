@@ -1,4 +1,4 @@
-"""Pictures. Matplotlib is imported when the first one is drawn."""
+"""Plots of scores by layer and depth. Matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 

@@ -76,19 +76,20 @@ def contribution_probe(
     pass serves all layers. `"step"` takes a step of three learning rates in each layer, from half
     of the prompts, and measures on the other half by how much the trainer's loss falls, taken as
     linear in log-probabilities; then the halves change places. That is a forward pass for each
-    layer, and ranks layers better. `"published:NAME"` takes another of the paper's models, and
-    `"position:0.37"` another centre than the middle. A method takes no notice of what it does not
-    need.
+    layer, from this layer on, and ranks layers better. `"published:NAME"` takes another of the
+    paper's models, and `"position:0.37"` another centre than the middle. A method takes no notice
+    of what it does not need.
 
     `"race"`, or `"race:5"` for five candidates: `"gradient"` on all layers, then the runs of
     `"train"` for its best, stopped after half of `args.max_steps`. Scores are those of then; the
     other layers are `"dropped"`. Both stages are kept in `output_dir`, where `"train"` goes on.
 
     Scores of `"gradient"` and `"step"` change with the seed, which draws prompts and completions;
-    their intervals are over the prompts of one seed. On sixteen small suites `"gradient"` found the
-    layer that gains most in 50 of 80 probes and loses 0.26 of that gain on average; `"step"` found
-    it in 61 of 80 and loses 0.03, as another exact sweep does; on the nine that the step's length
-    was not chosen on, 0.45 and 0.04.
+    their intervals are over the prompts of one seed. (As prompts of `"step"` depend on each other,
+    its report has their scores 1.5 times as far from the layer's mean as measured.) On sixteen
+    small suites `"gradient"` found the layer that gains most in 50 of 80 probes and loses 0.26 of
+    that gain on average; `"step"` found it in 61 of 80 and loses 0.03, as another exact sweep does;
+    on the nine that the step's length was not chosen on, 0.45 and 0.04.
 
     Args:
         model: The base; it is as it was found when this returns or raises, and so are the global

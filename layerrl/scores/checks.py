@@ -1,4 +1,4 @@
-"""What can be wrong with rewards and prompts, said in a sentence."""
+"""Checks of what a probe is given: rewards, prompts, seeds, the arguments of runs."""
 
 from __future__ import annotations
 

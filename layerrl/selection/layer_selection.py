@@ -1,4 +1,4 @@
-"""Which layers train, and how fast: a small frozen value that everything else derives from."""
+"""`LayerSelection`: a selection as a frozen value, what it gives for a model, and its JSON."""
 
 from __future__ import annotations
 

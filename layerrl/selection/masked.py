@@ -1,4 +1,4 @@
-"""Which tensors require gradients, for a while."""
+"""The training mask: which tensors require gradients, for a while."""
 
 from __future__ import annotations
 

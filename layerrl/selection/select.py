@@ -1,4 +1,4 @@
-"""Layers, as people name them, made a selection of a model."""
+"""`select_layers`: layers, as people name them, made a selection of a model."""
 
 from __future__ import annotations
 

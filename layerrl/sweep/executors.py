@@ -1,4 +1,4 @@
-"""Where runs happen: here one after the other, or on a Ray cluster."""
+"""Executors: where the runs of a sweep happen, here one after the other, or on a Ray cluster."""
 
 from __future__ import annotations
 

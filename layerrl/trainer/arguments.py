@@ -1,4 +1,4 @@
-"""What a masked trainer is given, before and behind the trainer that it wraps."""
+"""A masked trainer's arguments: found in signatures, refused, warned of, changed for TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens at certain moments of a run."""
+"""Callbacks of a masked trainer: frozen check, reference that follows, gradient norms, pushes."""
 
 from __future__ import annotations
 

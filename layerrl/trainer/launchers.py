@@ -1,4 +1,4 @@
-"""What differs where several processes train together: DDP, FSDP2, DeepSpeed.
+"""Launchers (DDP, FSDP2, DeepSpeed): what differs where several processes train together.
 
 A collective is called on every rank or on none: a rank that leaves early keeps the others waiting.
 """

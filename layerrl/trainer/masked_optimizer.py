@@ -1,4 +1,4 @@
-"""The optimizer of a masked trainer."""
+"""The optimizer of a masked trainer: made, its float32 masters, replaced where it does not fit."""
 
 from __future__ import annotations
 

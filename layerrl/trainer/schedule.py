@@ -1,4 +1,4 @@
-"""Layers that take turns."""
+"""`LayerSchedule`: the layers of a selection take turns during one training."""
 
 from __future__ import annotations
 
