@@ -132,12 +132,9 @@ def fingerprints_of_rows(
     device: torch.device | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, str]:
-    """The fingerprints of `frozen_rows`, by names as `"model.embed_tokens.weight[0:49152]"`.
+    """Return the fingerprints of `frozen_rows`, by name as `"model.embed_tokens.weight[0:49152]"`.
 
     `dtypes` has what the rows of a tensor, by its plain name, count as converted to.
-
-    Returns:
-        Name to fingerprint.
     """
     rows = {
         f"{name}[{run.start}:{run.stop}]": values.to((dtypes or {}).get(name, values.dtype))
@@ -188,12 +185,7 @@ class FrozenRecord:
         """Name of a frozen tensor to its fingerprint."""
 
     def check(self, model: nn.Module) -> None:
-        """Compare the frozen tensors with the record.
-
-        Raises:
-            FrozenTensorError: If a frozen parameter or buffer has other bits, or is new, or is
-                gone.
-        """
+        """Compare the frozen tensors with the record; a `FrozenTensorError` if one changed."""
         now, then = self._now(model), self.fingerprints
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
         if changed:

@@ -44,12 +44,7 @@ def updates_in_backward(optimizer: Any) -> bool:
 def refuse_updates_in_backward(
     name: str, selection: LayerSelection, *, master_weights: bool
 ) -> None:
-    """Refuse an optimizer that updates in the backward, where the step matters.
-
-    Raises:
-        SelectionError: If the selection scales learning rates or trains rows of a tensor without
-            the others, or there are master weights.
-    """
+    """Refuse an optimizer that updates in the backward, where the step matters."""
     if selection.token_rows:
         raise SelectionError(
             f"{selection}: {name} updates layer by layer, in the backward, and the other rows of "
@@ -257,11 +252,7 @@ def scale_learning_rates(optimizer: Optimizer, layers: TrainedLayers) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, layers: TrainedLayers) -> None:
-    """Make sure that an optimizer holds the trained tensors and nothing else.
-
-    Raises:
-        SelectionError: If it misses a trained tensor or holds a frozen one.
-    """
+    """Make sure that an optimizer holds the trained tensors and nothing else."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = layers.parameters
     names = {id(p): plain_name(name) for name, p in unwrap(layers.model).named_parameters()}

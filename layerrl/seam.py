@@ -32,14 +32,7 @@ class Seam(NamedTuple):
         return f"{self.of}.{self.name}{takes}"
 
     def problem(self, place: Any) -> str:
-        """What is not as the table says; empty where all is.
-
-        Args:
-            place: What is at `of`; None: nothing.
-
-        Returns:
-            Words to go on with what it is needed for.
-        """
+        """What is not as the table says of what is at `of` (None: nothing); empty where all is."""
         if place is None:
             return f"there is no {self.of}"
         if not has(place, self.name):

@@ -42,14 +42,7 @@ class _Gone(NamedTuple):
 
 
 def check_class(cls: type) -> None:
-    """Compare what a class needs with what is installed.
-
-    Args:
-        cls: A trainer's, masked or to be masked, or that of what it sends vLLM weights with.
-
-    Raises:
-        FrameworkError: If something was renamed or takes other parameters, or a package is too old.
-    """
+    """Compare what a class needs, a trainer's or that of its vLLM, with what is installed."""
     check_versions()
     gone = []
     for seam in SEAMS:
@@ -78,14 +71,7 @@ def check_made(trainer: Any) -> None:
 
 @contextmanager
 def imported() -> Iterator[None]:
-    """Inside, names are looked up that may have gone, or that an old version does not have yet.
-
-    Raises:
-        FrameworkError: If a package is too old, or not installed, or lacks a name.
-        ImportError: If it is of another package, as it is.
-        AttributeError: The same.
-        RuntimeError: The same.
-    """
+    """Inside, names are looked up that may have gone, or that an old version does not have yet."""
     check_versions()
     try:
         yield
@@ -149,21 +135,15 @@ def _missing(error: ImportError | AttributeError) -> tuple[str, str]:
 
 @cache
 def check_versions() -> None:
-    """Refuse versions below the lowest that works; warn, once, of those above the tested range.
-
-    A package that is not installed is not needed until it is imported.
-
-    Raises:
-        FrameworkError: If one is too old, as pip does not find out with `--no-deps`.
-    """
+    """Refuse versions below the lowest that works; warn, once, of those above the tested range."""
     untested = []
     for package, (lowest, highest) in TESTED.items():
         installed = installed_version(package)
         if installed is None:
-            continue
+            continue  # not needed until it is imported
         numbers = _numbers(installed)  # none where it was built from source
         if numbers and numbers < _numbers(lowest):
-            raise FrameworkError(
+            raise FrameworkError(  # as pip does not find out with --no-deps
                 f"{package} {installed} is installed, and layerrl needs {package} {lowest} or "
                 f'later: pip install "{_requirement(package)}"'
             )

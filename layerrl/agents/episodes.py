@@ -37,15 +37,7 @@ def is_finite(reward: Any) -> bool:
 
 
 def check_episodes(output: Mapping[str, Any], num_episodes: int) -> list[list[int]]:
-    """Refuse episodes that advantages cannot be computed of.
-
-    Returns:
-        For each episode 1 where the completion's token is of a response, otherwise 0.
-
-    Raises:
-        EpisodeError: If steps are missing, or do not fit the completions, or have rewards that are
-            no finite numbers, or observations that cannot be compared.
-    """
+    """Refuse episodes without usable steps; 1 for each token of a response, 0 for others."""
     found = sorted(output) if isinstance(output, dict) else type(output).__name__
     for name in ("completion_ids", "steps"):
         if not isinstance(output, dict) or not isinstance(output.get(name), list):

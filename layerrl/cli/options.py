@@ -112,11 +112,7 @@ def config_of(model: str, **options: Any) -> Any:
 
 @contextmanager
 def in_a_sentence() -> Iterator[None]:
-    """Inside, what another package says of what it was given is an error of layerrl.
-
-    Raises:
-        LayerRLError: For the others' ValueError, OSError and the like.
-    """
+    """Inside, what another package says of what it was given is a `LayerRLError`."""
     try:
         yield
     except LayerRLError:

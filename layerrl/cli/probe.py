@@ -59,11 +59,7 @@ def _add(parser: ArgumentParser) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Score layers and print the report.
-
-    Raises:
-        LayerRLError: If the report has no place, or adapters are asked for.
-    """
+    """Score layers and print the report."""
     parser = _parser()
     model = first_word(parser, argv, "MODEL")
     own, of_trl = parser.parse_known_args(argv)

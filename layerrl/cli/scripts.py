@@ -145,15 +145,7 @@ def model_config(options: Options) -> Any:
 
 
 def trainer_arguments(options: Options) -> dict[str, Any]:
-    """The arguments with which TRL's script makes its trainer: model, data, rewards and the rest.
-
-    Returns:
-        Name to value. No weights are loaded.
-
-    Raises:
-        LayerRLError: If the script finds no data or no rewards.
-        FrameworkError: If the script does not make its trainer where it did.
-    """
+    """Name to value of what TRL's script makes its trainer with; no weights are loaded."""
     _name_file_as_dataset(options)
     import trl
 

@@ -54,11 +54,7 @@ def _add(parser: ArgumentParser) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Train, save the delta and say where.
-
-    Raises:
-        LayerRLError: If no model is named, or an option of TRL's script has no effect here.
-    """
+    """Train, save the delta and say where."""
     parser = _parser()
     options = read_options(first_word(parser, argv, "METHOD"), parser, argv, _add)
     given, model, args = options.own, options.model, options.args

@@ -169,12 +169,7 @@ def check_base(
     config: Mapping[str, Any] | None,
     hint: str = STAGES,
 ) -> None:
-    """Refuse a base that is not the recorded one; warn of what cannot be compared.
-
-    Raises:
-        DeltaError: If a tensor is missing or has another shape or other values, or the vocabulary
-            or a setting differs.
-    """
+    """Refuse a base that is not the recorded one; warn of what cannot be compared."""
     base, path = delta.base, delta.path
     missing = [name for name in base.fingerprints if name not in found.names]
     if missing:
@@ -211,11 +206,7 @@ def check_base(
 
 
 def check_same_base(delta: Delta, base: DeltaBase) -> None:
-    """A run's base must be the one that a delta of that run was made from, dtypes included.
-
-    Raises:
-        DeltaError: If it differs in anything that the delta records.
-    """
+    """Refuse a run's base that differs, dtypes too, in anything that a delta of the run records."""
     then, path = delta.base, delta.path
     check_model_type(delta, base.model_type)
     if delta.version > 1:

@@ -110,14 +110,7 @@ class Delta:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Delta:
-        """A delta's description, checked against itself and against the tensors' names.
-
-        Returns:
-            The delta, no tensor of which is read.
-
-        Raises:
-            DeltaError: If a file is missing or damaged, or of a newer format.
-        """
+        """A delta's description, checked against itself and tensors' names; no tensor is read."""
         path = check_path("path", path, DeltaError)
         for file in (path / META, path / TENSORS):
             if not os.path.isfile(file):

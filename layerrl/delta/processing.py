@@ -33,16 +33,7 @@ _TOKENIZER = {
 
 
 def refuse_misfit(processing_class: Any, model: nn.Module) -> None:
-    """A tokenizer must not give ids that the model has no embedding for.
-
-    Args:
-        processing_class: A tokenizer, or a processor with one; others pass. So do ids that the
-            tokenizer in the model's own folder or repository has already.
-        model: Any.
-
-    Raises:
-        DeltaError: If it does, with the tokens.
-    """
+    """Refuse a tokenizer with ids beyond the embedding, but those that the model's own has."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     rows, ids = vocabulary(model), getattr(tokenizer, "get_vocab", dict)()
     unknown = sorted(

@@ -26,11 +26,7 @@ SELECTION = "LAYERRL_SELECTION"
 
 
 def require(framework: str, tested: str) -> None:
-    """Make sure that a framework is installed, and say if it is not the version that was tested.
-
-    Raises:
-        FrameworkError: If it is not installed.
-    """
+    """Refuse a framework that is not installed; warn of a version that was not tested."""
     try:
         installed = version(framework)
     except PackageNotFoundError:

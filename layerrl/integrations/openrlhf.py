@@ -97,11 +97,7 @@ class LayerMaskedStrategy(upstream.DeepspeedStrategy):
 
 
 def main() -> None:
-    """Run one of OpenRLHF's commands with `LayerMaskedStrategy`: the first argument is its name.
-
-    Raises:
-        LauncherError: If there is no such command, or it trains no `Actor`.
-    """
+    """Run one of OpenRLHF's commands with `LayerMaskedStrategy`: the first argument is its name."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in COMMANDS:
         raise LauncherError(

@@ -146,13 +146,10 @@ def version(tensor: Tensor) -> int:
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """A view of a tensor's bits as integers, which autocast neither casts nor refuses.
+    """Return a view of a tensor's bits as integers, which autocast neither casts nor refuses.
 
     Under autocast, torch joins floating-point tensors of float32 and of autocast's dtype alone: no
     float16 beside bfloat16. Bookkeeping must not depend on what a caller computes in.
-
-    Returns:
-        The view, of the same shape.
     """
     return tensor.view(_INTEGERS.get(tensor.element_size(), tensor.dtype))
 

@@ -95,9 +95,6 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
 
     One function of several may give None where it does not apply, as long as another gives a
     number.
-
-    Raises:
-        ProbeError: Inside, if no function gave a completion a reward.
     """
 
     def look(inputs: Any, rewards: list[float]) -> None:

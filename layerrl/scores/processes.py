@@ -17,11 +17,7 @@ from layerrl.replacing import replaced
 
 
 def refuse_sharded(trainer: Any, asked: str) -> None:
-    """Refuse launchers under which not every process has the whole model before training starts.
-
-    Raises:
-        ProbeError: Under ZeRO-3; under FSDP with weights in one process only, or with vLLM.
-    """
+    """Refuse launchers under which not every process has the whole model before training starts."""
     plugins = trainer.accelerator.state
     why, instead = "", ""
     if trainer.is_deepspeed_enabled and plugins.deepspeed_plugin.zero_stage == 3:

@@ -131,18 +131,7 @@ def select_layers(
 
 
 def layers_in(text: str) -> LayerSelection | list[int] | str:
-    """Layers in their text form, for `select_layers`.
-
-    Args:
-        text: A layer or several with commas between (`"10"`, `"10,-1"`), a word that
-            `select_layers` takes, or `to_json()` of a selection.
-
-    Returns:
-        What `select_layers` takes. Any other word is left to it to refuse.
-
-    Raises:
-        SelectionError: If it begins like the JSON of a selection and is none.
-    """
+    """What `select_layers` takes, from a text: `"10,-1"`, one of its words, a selection's JSON."""
     if text.startswith("{"):
         return LayerSelection.from_json(text)
     if _INTEGERS.fullmatch(text):

@@ -33,13 +33,10 @@ them, as it has of the tower."""
 
 
 def blocks_of(model: nn.Module, stack: str) -> Blocks:
-    """The layers of one stack of a model.
+    """Return the layers of one stack of a model.
 
     A tower is what transformers' own `get_encoder(modality="image")` gives. Its layers are its one
     list of modules; of several, the one whose modules transformers can checkpoint.
-
-    Returns:
-        The layers and where they are.
 
     Raises:
         ModelError: If the model has no such stack, or several.

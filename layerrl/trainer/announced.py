@@ -20,14 +20,7 @@ from layerrl.trainer.sync import Part, PartialSync
 
 
 def announces(cls: type) -> bool:
-    """Whether a trainer tells vLLM, while it is made, which weights it will send.
-
-    Returns:
-        Whether it is one of TRL's asynchronous trainers.
-
-    Raises:
-        TrainerError: If it is one, and sends its weights in another way than is known here.
-    """
+    """Whether a trainer, as TRL's asynchronous ones, tells vLLM what it will send while made."""
     if hasattr(cls, "_streaming_iter"):
         return True
     for base in cls.__mro__:

@@ -30,11 +30,7 @@ class _Checksums:
 
 
 def write_checksums(folder: Path) -> None:
-    """Record every file of a checkpoint but its README, which is there to be edited.
-
-    Raises:
-        OSError: If a file cannot be read, or the record not be written.
-    """
+    """Record every file of a checkpoint but its README, which is there to be edited."""
     _write(folder, _sums(_files(folder)))
 
 

@@ -159,13 +159,8 @@ class MaskedRun:
     def check_frozen(self, at: str = "") -> None:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
 
-        Args:
-            at: Where every rank checks now, and all raise what one finds: a collective. Empty: this
-                rank alone.
-
-        Raises:
-            FrozenTensorError: If one changed.
-            LauncherError: If another process is elsewhere.
+        `at` says where every rank checks now, and all raise what one finds: a collective. Empty:
+        this rank alone.
         """
         self.follow_shards()
         if not at:
@@ -184,12 +179,7 @@ class MaskedRun:
             self.check_frozen(at)
 
     def check_adapters(self) -> None:
-        """Compare the model's adapters with what the trainer was made for.
-
-        Raises:
-            SelectionError: If it has some without PEFT's wrapper or outside of layers, or if some
-                came, or are gone, since the trainer was made.
-        """
+        """Compare the model's adapters with what the trainer was made for."""
         model = self._trainer.model
         has_some = adapters.has_adapters(model)
         adapters.check_adapters(model)
@@ -201,14 +191,7 @@ class MaskedRun:
             )
 
     def save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
-        """Write a delta, after `check_frozen`. Collective: called on every rank; one `writes`.
-
-        Returns:
-            The folder.
-
-        Raises:
-            SelectionError: If `"auto"` has not chosen yet, or adapters were trained.
-        """
+        """Write a delta, after `check_frozen`. Collective: called on every rank; one `writes`."""
         if self.adapts:
             raise SelectionError(
                 f"adapters were trained on {self.selection}, and a delta holds a model's own "

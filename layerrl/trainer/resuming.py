@@ -50,14 +50,7 @@ class CheckpointReader:
     def resumed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of `train`, with the last whole checkpoint in place of `True`.
-
-        Returns:
-            Both; `folder` is the checkpoint that they name.
-
-        Raises:
-            DeltaError: If there is none, or none was written to its end, or it is no path.
-        """
+        """The arguments of `train`, with the last whole checkpoint in place of `True`: `folder`."""
         name = "resume_from_checkpoint"
         given = args[0] if args else kwargs.get(name)
         found = plain(given)  # numpy's True and False
@@ -173,12 +166,7 @@ class CheckpointReader:
         return True
 
     def load_reference(self) -> None:
-        """Load what DeepSpeed does not: of the checkpoint that it will load itself.
-
-        Raises:
-            DeltaError: If the launcher cannot load it, its delta is not of this run, its
-                reference is missing, or a file is damaged.
-        """
+        """Load what DeepSpeed does not: of the checkpoint that it will load itself."""
         if self.folder is None:
             return
         run, delta = self._trainer.masked_run, delta_in(self.folder)
