@@ -14,13 +14,7 @@ from torch.optim import Optimizer
 from layerrl.blocks import plain_name, unwrap
 from layerrl.errors import SelectionError
 from layerrl.frozen import fingerprints
-from layerrl.precision import (
-    HALF,
-    MASTER,
-    nested,
-    stepped_value,
-    unwrap_optimizer,
-)
+from layerrl.precision import HALF, MASTER, nested, stepped_value, unwrap_optimizer
 from layerrl.selection import LayerSelection
 from layerrl.selection.rates import learning_rate_factors
 from layerrl.shards import local
@@ -100,10 +94,7 @@ def keep_only(optimizer: Any, parameters: Collection[nn.Parameter]) -> None:
         )
 
 
-def check_steps(
-    optimizer: Any,
-    trained: Callable[[], Mapping[str, nn.Parameter]],
-) -> None:
+def check_steps(optimizer: Any, trained: Callable[[], Mapping[str, nn.Parameter]]) -> None:
     """Make sure, in the first step with a gradient, that an optimizer's step reaches each tensor.
 
     A tensor is reached if its value, or its master's, is another one afterwards, or if the
@@ -137,11 +128,7 @@ def check_steps(
 class _StepCheck:
     """Which tensors the steps of an optimizer have not been seen to reach yet."""
 
-    def __init__(
-        self,
-        optimizer: Any,
-        trained: Callable[[], Mapping[str, nn.Parameter]],
-    ) -> None:
+    def __init__(self, optimizer: Any, trained: Callable[[], Mapping[str, nn.Parameter]]) -> None:
         self.optimizer = optimizer
         self.trained = trained
         self.waiting: dict[str, nn.Parameter] | None = None

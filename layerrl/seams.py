@@ -152,7 +152,7 @@ def check_versions() -> None:
     if untested:
         warn(
             f"layerrl was not tested with {', '.join(untested)}. What it needs of a trainer is "
-            "checked when one is made; what else may differ is not.",
+            "checked when one is made; what else may differ is not."
         )
 
 

@@ -163,11 +163,7 @@ def misfit(delta: Delta, what: str, error: SelectionError) -> str:
 
 
 def check_base(
-    delta: Delta,
-    found: Comparison,
-    *,
-    config: Mapping[str, Any] | None,
-    hint: str = STAGES,
+    delta: Delta, found: Comparison, *, config: Mapping[str, Any] | None, hint: str = STAGES
 ) -> None:
     """Refuse a base that is not the recorded one; warn of what cannot be compared."""
     base, path = delta.base, delta.path
@@ -201,7 +197,7 @@ def check_base(
         warn(
             f"{len(found.uncompared)} of {len(base.fingerprints)} tensors are quantised here or "
             f"were when the delta at {path} was trained, and cannot be compared with the others: "
-            f"{described(found.uncompared)}.",
+            f"{described(found.uncompared)}."
         )
 
 
@@ -252,7 +248,7 @@ def _warn_of_version(delta: Delta) -> None:
     warn(
         f"the delta at {delta.path} has format version 1, which knows only the "
         f"{len(delta.base.trained)} tensors that it replaces: whether the frozen tensors, the "
-        "vocabulary and the config are those that it was trained with cannot be checked.",
+        "vocabulary and the config are those that it was trained with cannot be checked."
     )
 
 

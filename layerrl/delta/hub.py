@@ -110,10 +110,7 @@ def _check_visibility(there: Any, repo_id: str, private: bool | None) -> None:
 
 
 def delta_folder(
-    path: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
+    path: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
     """The folder of a delta: the one that is given, or a repository's in the hub's cache."""
     check_path("path", path, DeltaError)
@@ -218,12 +215,7 @@ def _is_of_client(error: BaseException | None) -> bool:
 
 
 def _reason(
-    error: Exception,
-    action: str,
-    repo_id: str,
-    *,
-    token: str | bool | None,
-    revision: str | None,
+    error: Exception, action: str, repo_id: str, *, token: str | bool | None, revision: str | None
 ) -> str:
     from huggingface_hub import constants, errors
 

@@ -39,7 +39,7 @@ def require(framework: str, tested: str) -> None:
         warn(
             f"layerrl.integrations.{framework} was tested with {framework} {tested}, and "
             f"{installed} is installed. It overrides methods that may have changed: compare a "
-            f"first checkpoint with the base, or install {framework}=={tested}.",
+            f"first checkpoint with the base, or install {framework}=={tested}."
         )
 
 

@@ -8,20 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from layerrl.blocks import (
-    layers_described,
-    meta_model,
-    unwrap,
-)
+from layerrl.blocks import layers_described, meta_model, unwrap
 from layerrl.checks import check_choice
 from layerrl.errors import SelectionError
 from layerrl.selection.layer_selection import LayerSelection
-from layerrl.selection.parsing import (
-    counted,
-    globs,
-    parts,
-    resolve,
-)
+from layerrl.selection.parsing import counted, globs, parts, resolve
 from layerrl.selection.rates import nameable_parts, read_boost
 from layerrl.selection.rows import resolved
 from layerrl.selection.tensors import described

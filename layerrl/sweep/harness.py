@@ -179,11 +179,7 @@ class Harness:
         return args
 
     def _train(
-        self,
-        trainer: Any,
-        run: Run,
-        since: int,
-        curve: list[tuple[int, list[float]]],
+        self, trainer: Any, run: Run, since: int, curve: list[tuple[int, list[float]]]
     ) -> int:
         """Train up to the run's stop, and say from which step on."""
         asked = self._full_args if run.name == "full" else self._args

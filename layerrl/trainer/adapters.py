@@ -211,11 +211,7 @@ def _refuse(config: Any, selection: LayerSelection) -> None:
 
 
 def _narrowed(
-    config: Any,
-    adapted: Any,
-    selection: LayerSelection,
-    weights: set[str],
-    linear: list[str],
+    config: Any, adapted: Any, selection: LayerSelection, weights: set[str], linear: list[str]
 ) -> Any:
     """A copy of a config that names, of all that it adapts, what holds some weights."""
     from peft.utils.constants import DUMMY_TARGET_MODULES

@@ -248,7 +248,7 @@ def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
     warn(
         f"{', '.join(head)} of {type(base).__name__} stays as it is: {selection} does not train "
         "it. A head that is still random (of a reward model made from a language model) has to be "
-        'trained: select_layers(model, ..., also="head").',
+        'trained: select_layers(model, ..., also="head").'
     )
 
 
@@ -266,5 +266,5 @@ def warn_of_idle_layers(model: nn.Module, selection: LayerSelection) -> None:
     if idle:
         warn(
             f"{selection}: {idle} will get no gradient, as {type(unwrap(model)).__name__} takes "
-            f"its features below (vision_feature_layer={taken} in its config). Leave them out.",
+            f"its features below (vision_feature_layer={taken} in its config). Leave them out."
         )

@@ -81,7 +81,7 @@ class CheckpointReader:
             )
         warn(
             f"{last} was not written to its end, or was deleted in part ({why}): going on from "
-            f"{earlier}",
+            f"{earlier}"
         )
         return str(earlier)
 
@@ -213,7 +213,7 @@ class CheckpointReader:
             warn(
                 f"{folder} has no {' and no '.join(missing)} (as with save_only_model=True): the "
                 "optimizer and the learning rate schedule start anew from its weights. This is not "
-                "the run that would have gone on.",
+                "the run that would have gone on."
             )
         if not of_delta and optimizer is not None:
             try:
@@ -272,7 +272,7 @@ def _reference_in(
     if known is None:
         warn(
             f"{file} was written without fingerprints: only the names, shapes and dtypes in it "
-            "could be checked",
+            "could be checked"
         )
     elif wrong := sorted(n for n, value in fingerprints(found).items() if known.get(n) != value):
         raise DeltaError(

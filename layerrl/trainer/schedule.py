@@ -126,13 +126,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
             random.Random(f"{self._seed} {rounds}").shuffle(sets)
         return sets[place]
 
-    def on_train_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        **given: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuse what cannot take turns."""
         self._active = None
         self._refuse_layers(given["model"])
@@ -199,13 +193,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 "step."
             )
 
-    def on_step_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        **given: Any,
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Change turns where it is time."""
         active = self.at(state.global_step)
         if active != self._active:

@@ -10,13 +10,7 @@ from layerrl.blocks import embedding_of, head_of, unwrap
 from layerrl.errors import SelectionError
 from layerrl.selection import LayerSelection
 from layerrl.shards import shape
-from layerrl.vocabulary import (
-    added_rows,
-    name_of,
-    saved,
-    tokens_of,
-    vocabulary_size,
-)
+from layerrl.vocabulary import added_rows, name_of, saved, tokens_of, vocabulary_size
 from layerrl.warning import warn
 
 logger = logging.getLogger(__name__)
@@ -145,7 +139,7 @@ def _warn_of_change(
     trains = "trains none of these rows" if trained else "trains no row of the embedding"
     warn(
         f"{', and '.join(found)}. {selection} {trains}: random ones stay so."
-        f"{needs if resized else ''} To have them trained, {_TRAIN_ROWS}.",
+        f"{needs if resized else ''} To have them trained, {_TRAIN_ROWS}."
     )
 
 
