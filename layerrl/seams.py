@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 from layerrl.errors import FrameworkError
 from layerrl.seam import Seam, has, object_at, short_name
@@ -34,11 +34,8 @@ INPUT_GRAD_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 gradient: the only mark that these hooks have."""
 
 
-class _Gone(NamedTuple):
-    """A seam that is not as the table says."""
-
-    seam: Seam
-    problem: str
+_Gone = tuple[Seam, str]
+"""A seam that is not as the table says, and its problem."""
 
 
 def check_class(cls: type) -> None:
@@ -54,7 +51,7 @@ def check_class(cls: type) -> None:
         if seam.name == "enable_input_require_grads" and not problem:
             problem = _problem_of_hook(place)
         if problem:
-            gone.append(_Gone(seam, problem))
+            gone.append((seam, problem))
     _refuse(gone)
 
 
@@ -65,7 +62,7 @@ def check_made(trainer: Any) -> None:
         if not seam.attribute or seam.by is None or _base(type(trainer), seam.by) is None:
             continue
         if (seam.when is None or seam.when(trainer)) and not has(trainer, seam.name):
-            gone.append(_Gone(seam, f"{short_name(seam.of)} has no attribute {seam.name}"))
+            gone.append((seam, f"{short_name(seam.of)} has no attribute {seam.name}"))
     _refuse(gone)
 
 
@@ -112,7 +109,7 @@ def _message(error: ImportError | AttributeError) -> str | None:
     problem = f"there is no {of}" if of else str(error)
     if name:
         problem = f"{short_name(of)} has no {name}"
-    return _sentence([_Gone(Seam(of, name, None, use, None), problem)])
+    return _sentence([(Seam(of, name, None, use, None), problem)])
 
 
 def _packages(error: BaseException) -> list[str]:

@@ -32,14 +32,9 @@ class Interval:
 
 
 def interval_of(draws_D: Tensor, estimate: float | None = None) -> Interval:
-    """The central 95 % of draws.
+    """Return the central 95 % of draws, stretched to hold the `estimate` that they are around.
 
-    Args:
-        draws_D: Resampled values. NaN, such as a difference of infinite ones, lies on either side.
-        estimate: What they are around: the interval is stretched to hold it.
-
-    Returns:
-        The interval.
+    NaN, such as a difference of infinite draws, lies on either side.
     """
     tail = (1 - _CONFIDENCE) / 2
     draws_D, found = draws_D.double(), []

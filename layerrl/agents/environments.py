@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from layerrl.agents.episodes import Step, is_finite
-from layerrl.checks import check_count, shown
+from layerrl.agents.episodes import Step
+from layerrl.checks import check_count, is_finite, shown
 from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.errors import EpisodeError
 from layerrl.replacing import replaced

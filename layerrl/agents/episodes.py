@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from layerrl.checks import whole_number
+from layerrl.checks import is_finite, whole_number
 from layerrl.errors import EpisodeError
 
 
@@ -26,14 +25,6 @@ class Step:
     """Response tokens, the end-of-sequence token included."""
     valid: bool = True
     """Whether the response was an action that the environment knows."""
-
-
-def is_finite(reward: Any) -> bool:
-    """Whether a reward is a number, and a finite one."""
-    try:
-        return math.isfinite(reward)
-    except (TypeError, ValueError, OverflowError):
-        return False
 
 
 def check_episodes(output: Mapping[str, Any], num_episodes: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from importlib import import_module
@@ -39,6 +39,19 @@ class Options(NamedTuple):
     """TRL's `DatasetMixtureConfig`."""
     own: Namespace
     """Those of layerrl."""
+
+
+def own_parser(usage: str, does: str, more: str) -> ArgumentParser:
+    """The parser of a command's own options, whose help fits a screen."""
+    return ArgumentParser(
+        prog=f"layerrl {usage.partition(' ')[0]}",
+        usage=f"layerrl {usage} [--config FILE] [options of TRL]",
+        description=does,
+        epilog=more,
+        formatter_class=RawDescriptionHelpFormatter,
+        argument_default=SUPPRESS,
+        allow_abbrev=False,
+    )
 
 
 def add_trl(parser: ArgumentParser) -> None:

@@ -34,11 +34,7 @@ INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Checkpoint:
-    """The weights of a checkpoint folder, found once.
-
-    Raises:
-        DeltaError: If the folder holds no such checkpoint, or a shard or the index is damaged.
-    """
+    """The weights of a checkpoint folder, found once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -112,10 +112,8 @@ def warn_of_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 def check_rounding(pairs: Iterable[tuple[str, Tensor, Tensor]], where: str, advice: str) -> None:
     """Refuse trained values that the base's dtype makes infinite; warn of those it rounds back.
 
-    Args:
-        pairs: Name, tensor of the base, and what takes its place.
-        where: What will hold the rounded ones.
-        advice: What to do, without the end of the sentence.
+    `pairs` are a name, the base's tensor and what takes its place in what `where` says; `advice`
+    is a sentence without its end.
 
     Raises:
         DeltaError: If a finite value would become infinite.

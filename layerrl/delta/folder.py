@@ -50,14 +50,9 @@ class Delta:
     """Tokenizer, processor and generation settings in the folder: name to SHA-256."""
 
     def tensor(self, name: str, below: Callable[[str], Tensor]) -> Tensor:
-        """One of the trained tensors, checked against the description.
+        """Return one of the trained tensors, whole, checked against the description.
 
-        Args:
-            name: Its name in a checkpoint.
-            below: By that name, the tensor that it replaces: the rows that did not train are of it.
-
-        Returns:
-            The whole tensor, as it was when the delta was written.
+        `below` gives by name the tensor that it replaces, of which are the rows that did not train.
 
         Raises:
             DeltaError: If it is not the one that was written.

@@ -46,15 +46,10 @@ def checked(
     there: Sequence[Delta] = (),
     marks: Marks | None = None,
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """What deltas put into a model, if it is what they were made from.
+    """What deltas put into a model, if it is what they were made from. Collective where sharded.
 
-    Args:
-        model: The base. Not changed. Collective where it is sharded.
-        deltas: In the order of their training on top of each other.
-        union: Whether each was made from the base, and they train different tensors.
-        others: Further deltas that the caller was given, for hints.
-        there: Deltas in the model, for hints.
-        marks: Fingerprints of the model as it is, taken so far.
+    `others` are further deltas that the caller was given, `there` those in the model, for hints;
+    `marks`: fingerprints of the model as it is, taken so far.
 
     Returns:
         Name in the model to parameter, and name in a checkpoint to value, as `put_tensors` takes

@@ -87,9 +87,7 @@ def read_selection(model: nn.Module, text: str) -> LayerSelection:
 def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
     """Freeze what a selection does not train, and let the backward end at its first layer.
 
-    Args:
-        model: The model, before its optimizer exists and after checkpointing has been enabled.
-        selection: What trains.
+    Called before the optimizer exists and after checkpointing has been enabled.
 
     Returns:
         Undoes both when it is closed, at the latest when Python ends.

@@ -37,13 +37,8 @@ class RestartError(BaseException):
 class Prefix:
     """The frozen layers during one call.
 
-    Args:
-        replay: Whose prefix.
-        recordings: Those of the batch.
-        request: How the model is called.
-        records: Whether to record the call where it runs.
-        trusted: Whether to replay without having compared, in order to compare.
-        watched: Whether to run, and see whether that draws random numbers.
+    It `records` the call where it runs; or is `trusted` to replay without having compared, in order
+    to compare; or `watched`, as it runs, for random numbers that it draws.
     """
 
     def __init__(

@@ -36,9 +36,6 @@ class MaskedRun:
     """What a masked trainer keeps of its model while one selection of it trains.
 
     Another one takes its place when `"auto"` has chosen, or `model_init` has made a new model.
-
-    Raises:
-        LayerRLError: If the selection cannot be trained as the trainer was made.
     """
 
     def __init__(self, trainer: Any, call: TrainerCall, selection: LayerSelection) -> None:
