@@ -165,16 +165,21 @@ def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
     return [other for _, other in found]
 
 
-def raise_together(error: LayerRLError | None, at: str, accelerator: Accelerator) -> None:
-    """Raise on every rank what one has found: the others would wait in the next collective.
+@contextmanager
+def raised_together(at: str, accelerator: Accelerator) -> Iterator[None]:
+    """Raise on every rank what one finds inside: the others would wait in the next collective.
 
-    A collective itself: call on every rank. `at` is where this one looked, as a user knows it.
+    A collective itself: enter on every rank. `at` is where this one looks, as a user knows it.
     Others get a plain error of its class.
 
     Raises:
         LayerRLError: If one found something.
-        LauncherError: If another process is elsewhere, or has ended.
     """
+    error = None
+    try:
+        yield
+    except LayerRLError as found_here:
+        error = found_here
     found: list[tuple[type[LayerRLError], str] | None] = []
     if accelerator.num_processes > 1:
         found = _of_all(None if error is None else (type(error), str(error)), at, accelerator)

@@ -15,7 +15,7 @@ from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.digests import json_digest
-from layerrl.errors import FrozenTensorError, SelectionError
+from layerrl.errors import SelectionError
 from layerrl.frozen import FrozenRecord
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
@@ -163,12 +163,8 @@ class MaskedRun:
         if not at:
             self.frozen.check(self._trainer.model)
             return
-        error = None
-        try:
+        with launchers.raised_together(at, self._trainer.accelerator):
             self.frozen.check(self._trainer.model)
-        except FrozenTensorError as changed:
-            error = changed
-        launchers.raise_together(error, at, self._trainer.accelerator)
 
     def check_whole(self, at: str) -> None:
         """The same, where a launcher is about to shard the model: the record is taken anew then."""

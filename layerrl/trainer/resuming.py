@@ -183,13 +183,10 @@ class CheckpointReader:
 
     def _check_files(self, folder: Path) -> None:
         """Compare a checkpoint with its record: one process of each node reads all of it."""
-        error, accelerator = None, self._trainer.accelerator
-        if accelerator.is_local_main_process:
-            try:
+        accelerator = self._trainer.accelerator
+        with launchers.raised_together("the files of a checkpoint", accelerator):
+            if accelerator.is_local_main_process:
                 check_files(folder)
-            except DeltaError as found:
-                error = found
-        launchers.raise_together(error, "the files of a checkpoint", accelerator)
 
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""
