@@ -73,6 +73,12 @@ def made_whole(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def files_in(folder: Path) -> dict[str, Path]:
+    """Files in a folder, at any depth, by their names from there, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
 def why_unwritten(error: BaseException | None) -> str:
     """Why Python, torch, safetensors or tokenizers could not write; empty of other errors."""
     text = str(error)

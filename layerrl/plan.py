@@ -138,8 +138,6 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bytes:
-    """Bytes of a model's tensors and of what is kept for them."""
-
     tensors: Mapping[str, Tensor]
     quantised: Mapping[str, int]
     """Bytes of those that are quantised in the base."""

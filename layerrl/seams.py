@@ -218,7 +218,6 @@ def _refuse(gone: list[_Gone]) -> None:
 
 
 def _sentence(gone: list[_Gone]) -> str:
-    """What is not as it was, by package, and what to do."""
     problems: dict[str, list[str]] = {}
     for seam, problem in gone:
         use = f"which layerrl needs to {seam.use}" if seam.use else "which layerrl needs"

@@ -140,7 +140,6 @@ class DeltaBase:
 
 
 def _check_arguments(model: object, selection: object, frozen: object, device: object) -> None:
-    """Refuse what is no argument of `DeltaBase.of`."""
     check_kind("model", model, nn.Module, "a model", DeltaError)
     selected = "what select_layers returns"
     check_kind("selection", selection, LayerSelection, selected, DeltaError)

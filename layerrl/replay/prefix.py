@@ -106,7 +106,6 @@ class Prefix:
             raise RestartError
 
     def _decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Replay, record or neither."""
         replay = self._replay
         if self._watched:
             self.dtype = _computed_in(hidden_states(args, kwargs))
@@ -180,12 +179,10 @@ class Prefix:
         self._random_before = random_state(*self._request.devices)
 
     def _give_up(self, why: str) -> None:
-        """Run on without recording."""
         self._runs = False
         self._replay.say(why)
 
     def _before(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note what enters a layer that runs."""
         if self._watched:
             return
         try:

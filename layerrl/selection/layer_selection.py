@@ -64,7 +64,6 @@ class LayerSelection:
             object.__setattr__(self, name, value)
 
     def _described(self) -> dict[str, str]:
-        """What trains, by kind."""
         kind = "" if self.stack == "text" else f"{self.stack} "
         if self.full:
             text = f"every parameter ({self.num_layers} layers)"

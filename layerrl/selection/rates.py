@@ -152,7 +152,6 @@ def _order(boost: Boost) -> tuple[int, str]:
 
 
 def _key(layer: int | None, glob: str) -> str | tuple[int, str]:
-    """As the user writes it."""
     return glob if layer is None else (layer, glob)
 
 

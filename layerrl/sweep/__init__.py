@@ -208,8 +208,6 @@ class Sweep:
 
 
 class _Records:
-    """A journal's entries, by run."""
-
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._entries: dict[Run, Entry] = {}
         for entry in entries:

@@ -62,7 +62,6 @@ class CheckpointReader:
         return with_argument([name], args, kwargs, name, found)
 
     def _last_whole(self) -> str:
-        """The last checkpoint that was written to its end."""
         output_dir = Path(self._trainer.args.output_dir)
         if self._trainer.args.should_save:
             for before in [*output_dir.glob("_checkpoint-*.replaced")]:

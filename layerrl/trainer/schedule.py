@@ -80,7 +80,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
         self._active: tuple[int, ...] | None = None
 
     def _of_sets(self, weights: Any, order: str) -> list[float]:
-        """One weight for each set."""
         if isinstance(weights, Mapping):
             rows = [[weights.get(layer) for layer in chosen] for chosen in self._sets]
         else:
