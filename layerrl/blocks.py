@@ -195,7 +195,7 @@ def find_blocks(model: nn.Module) -> Blocks:
 
 
 def count_layers(config: Any) -> int:  # transformers is not imported for a type
-    """Number of decoder layers that a config describes; of vision-language ones, of the text."""
+    """Number of decoder layers that a config describes; of vision-language ones, the text's."""
     name = type(config).__name__
     if not hasattr(config, "get_text_config") or isinstance(config, type):
         raise ModelError(

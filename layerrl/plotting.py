@@ -21,7 +21,7 @@ def plot_layers(
     lines: Mapping[float, str],
     ax: Any = None,  # matplotlib's Axes
 ) -> Any:
-    """Draw one value a layer, filled where its interval excludes the first of the level `lines`."""
+    """Draw a value per layer, filled where its interval excludes the first horizontal line."""
     try:
         import matplotlib.pyplot as plt
         from matplotlib.axes import Axes

@@ -32,7 +32,7 @@ class Seam(NamedTuple):
         return f"{self.of}.{self.name}{takes}"
 
     def problem(self, place: Any) -> str:
-        """What is not as the table says of what is at `of` (None: nothing); empty where all is."""
+        """What differs from the table at `place` (None: nothing is there); empty if all fits."""
         if place is None:
             return f"there is no {self.of}"
         if not has(place, self.name):

@@ -111,7 +111,7 @@ def bootstrap(
 
 
 def _deviation_of_seeds(scores: Sequence[Tensor], num_draws: int) -> Tensor:
-    """Standard deviation between seeds, without single prompts' part, shape (D,); 0 of one seed."""
+    """Standard deviation between seeds minus the prompts' part, shape (D,); 0 without two seeds."""
     freedom = sum(len(run) - 1 for run in scores)
     if not freedom:
         return torch.zeros(num_draws, dtype=torch.double, device="cpu")

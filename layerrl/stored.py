@@ -24,7 +24,7 @@ _MOST_DIGITS = 40
 
 @contextmanager
 def refused_as(error: type[LayerRLError], said: object, advice: str = "") -> Iterator[None]:
-    """Inside, what is wrong with a file is an `error`: `said`, the cause, then `advice`."""
+    """Inside, a fault of a file is raised as `error`: `said`, the cause, and `advice`."""
     try:
         yield
     except (OSError, SafetensorError, Misfit) as cause:

@@ -28,7 +28,7 @@ class Step:
 
 
 def check_episodes(output: Mapping[str, Any], num_episodes: int) -> list[list[int]]:
-    """Refuse episodes without usable steps; 1 for each token of a response, 0 for others."""
+    """Refuse episodes without usable steps; return each one's mask, 1 on response tokens."""
     found = sorted(output) if isinstance(output, dict) else type(output).__name__
     for name in ("completion_ids", "steps"):
         if not isinstance(output, dict) or not isinstance(output.get(name), list):

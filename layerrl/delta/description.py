@@ -82,7 +82,7 @@ class Version2(Version1):
 
 
 def read(file: Path) -> tuple[Version1 | Version2, LayerSelection, dict[str, Any]]:
-    """A description that makes sense in itself, its selection, its JSON without the checksum."""
+    """A description that makes sense in itself, its selection, and its JSON minus the checksum."""
     with refused_as(DeltaError, f"{file} is damaged"):
         meta = parsed(bytes_of(file))
         said = f"the delta at {file.parent}"

@@ -200,7 +200,7 @@ def check_base(
 
 
 def check_same_base(delta: Delta, base: DeltaBase) -> None:
-    """Refuse a run's base that differs, dtypes too, in anything that a delta of the run records."""
+    """Refuse a delta that was made from another base than the run's, dtypes included."""
     then, path = delta.base, delta.path
     check_model_type(delta, base.model_type)
     if delta.version > 1:

@@ -105,7 +105,7 @@ class Delta:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Delta:
-        """A delta's description, checked against itself and tensors' names; no tensor is read."""
+        """Read a delta's description, checked against itself and the tensors' names, and no tensor."""
         path = check_path("path", path, DeltaError)
         for file in (path / META, path / TENSORS):
             if not os.path.isfile(file):

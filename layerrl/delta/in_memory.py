@@ -111,7 +111,7 @@ def _by_rows(model: nn.Module, selection: LayerSelection) -> dict[str, nn.Parame
 
 
 def whole_tensors(delta: Delta, model: nn.Module, above: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a delta's tensors by name in a checkpoint, with the model's other rows where by rows.
+    """Return a delta's tensors by name in a checkpoint, new tokens' rows among the model's others.
 
     `above` is, by that name, what earlier deltas put there. Collective where the model is sharded.
     """

@@ -179,7 +179,7 @@ def _warn_of_writes(versions: Iterable[tuple[nn.Parameter, int]]) -> None:
 
 
 def deltas_in(model: nn.Module) -> list[Delta]:
-    """The deltas in a model to load others into, in order; none if all of it was replaced."""
+    """The deltas in a model to load others into, in order; none if their tensors were replaced."""
     expected = (
         "a model to load the delta into. To write a merged checkpoint from folders, use "
         "merge_delta(base, path, out)."

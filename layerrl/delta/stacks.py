@@ -64,7 +64,7 @@ def hint(
     others: Sequence[Delta] = (),
     there: Sequence[Delta] = (),
 ) -> str:
-    """Return what to do about a delta that was not made from what is below it, after a space.
+    """Return advice on a delta that was not made from what is below it, with a space in front.
 
     `others` are further deltas that the caller gave, but not to go below this one; `there`, those
     that the caller loaded before.

@@ -87,7 +87,7 @@ class RowKeys:
         self._arguments: dict[tuple[Any, ...], Arguments] = {}
 
     def of(self, found: list[tuple[str, Any]]) -> Arguments:
-        """The structure of arguments, and a key for each row; a tensor without rows is of all."""
+        """Structure of the arguments, and a key per row; a tensor without rows counts for all."""
         same = tuple(
             (path, id(v), version(v)) if isinstance(v, Tensor) else (path, type(v), v)
             for path, v in found

@@ -33,7 +33,7 @@ def flat(output: Any) -> list[Any]:
 
 
 def gradients(outputs: Sequence[Any], trained: Sequence[nn.Parameter]) -> dict[int, Tensor | None]:
-    """Gradients, by index in `trained`, of a fixed weighted mean over all outputs; frees graphs."""
+    """Gradients by index in `trained` of a fixed weighted mean over all outputs; frees the graph."""
     graphs = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
     wanted = {index: p for index, p in enumerate(trained) if p.requires_grad}
     if not graphs or not wanted:
@@ -53,7 +53,7 @@ def _weighted_mean(value: Tensor) -> Tensor:
 
 
 def difference(plain: Observed, replayed: Observed, *, exact: torch.dtype) -> str | None:
-    """A clause on what tells a replayed call from the plain one; `exact`: what both computed in."""
+    """What tells a replayed call from the plain one; `exact` is the dtype that both computed in."""
     tolerance = _TOLERANCE.get(exact, _TOLERANCE_16_BIT)
     (outputs, grads), (others, other_grads) = plain, replayed
     if len(outputs) != len(others) or {*grads} != {*other_grads}:

@@ -79,7 +79,7 @@ def with_named_rows(also: tuple[str, ...]) -> tuple[str, ...]:
 def resolved(
     selection: LayerSelection, model: nn.Module, added: Iterable[int] = ()
 ) -> LayerSelection:
-    """A selection whose `"new_tokens"` are the rows of a model that are `added`, or known to be."""
+    """A selection whose `"new_tokens"` are named rows: `added` ones, those beyond the saved size."""
     if not selection.awaits_rows:
         return selection
     rows = {*added} | added_rows(model, {})
@@ -135,7 +135,7 @@ def check_rows(selection: LayerSelection, base: nn.Module, parts: Mapping[str, s
 def by_rows(
     selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]
 ) -> dict[str, nn.Parameter]:
-    """The tensors by plain name that train by rows, no other part training them; tied ones once."""
+    """Tensors by plain name of which rows alone train, as no other part has them; tied ones once."""
     named = [(plain_name(n), p) for n, p in base.named_parameters(remove_duplicate=False)]
     names = {rows: part for rows, part in parts.items() if names_rows(rows)}
     whole = set().union(*(part for other, part in parts.items() if other not in names))
@@ -151,7 +151,7 @@ def by_rows(
 def frozen_rows(
     selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]
 ) -> dict[str, list[slice]]:
-    """Runs of rows that do not train, by plain name of the tensor with them; a tied one once."""
+    """Runs of the rows that do not train, by plain name of their tensor; a tied one once."""
     if selection.awaits_rows:
         raise SelectionError(
             f'also="{NEW_TOKENS}" was chosen without a model and names no rows yet: '

@@ -29,7 +29,7 @@ _SCALES = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern")
 
 
 def has_adapters(model: object, peft_config: object = None) -> bool:
-    """Whether adapters train, and not the model's own tensors; refuse those without a wrapper."""
+    """Whether adapters train, not the model's own tensors; refuse those that PEFT did not wrap."""
     if isinstance(model, nn.Module):
         given = described_adapters(model)
         if given:
@@ -149,7 +149,7 @@ def refuse_announcing(trainer: str) -> None:
 
 
 def config_for(config: Any, described: Any, selection: Any) -> Any:
-    """Return a `peft_config` that adapts what a selection trains, and nothing else, one by one.
+    """Return a `peft_config` that adapts what a selection trains and nothing else, by full names.
 
     PEFT itself says what the given one would adapt, in a model without weights; of that stays what
     lies in the selected layers, modules and parts.

@@ -20,7 +20,7 @@ from layerrl.trainer.sync import Part, PartialSync
 
 
 def announces(cls: type) -> bool:
-    """Whether a trainer, as TRL's asynchronous ones, tells vLLM what it will send while made."""
+    """Whether a trainer (TRL's asynchronous ones) tells vLLM while it is made what it will send."""
     if hasattr(cls, "_streaming_iter"):
         return True
     for base in cls.__mro__:

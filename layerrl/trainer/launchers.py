@@ -192,7 +192,7 @@ def raised_together(at: str, accelerator: Accelerator) -> Iterator[None]:
 
 
 def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -> None:
-    """Refuse processes that train together and were given what has another `repr`; a collective."""
+    """Refuse processes that were given different arguments, by their `repr`. Collective."""
     if accelerator.num_processes == 1:
         return
     shown = {name: (repr(value), str(value)) for name, value in given.items()}

@@ -30,7 +30,7 @@ class MaskedOptimizer:
         self._fitted: Any = None
 
     def made(self, trainer: Any, make: Callable[[], Optimizer]) -> Optimizer:
-        """The optimizer that a trainer makes, fitted to the trained tensors; or refuse it."""
+        """Let a trainer make its optimizer, and fit it; refuse one that cannot be fitted."""
         new = trainer.optimizer is None
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         if new and trainer.optimizer_cls_and_kwargs is None and updates_in_backward(optim):

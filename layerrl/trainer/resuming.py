@@ -50,7 +50,7 @@ class CheckpointReader:
     def resumed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of `train`, with the last whole checkpoint in place of `True`: `folder`."""
+        """The arguments of `train`, the last whole checkpoint in place of `True`; sets `folder`."""
         name = "resume_from_checkpoint"
         given = args[0] if args else kwargs.get(name)
         found = plain(given)  # numpy's True and False
