@@ -105,7 +105,7 @@ class Delta:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Delta:
-        """Read a delta's description, checked against itself and the tensors' names, and no tensor."""
+        """Read a delta's description, checked against itself and the names of its tensors."""
         path = check_path("path", path, DeltaError)
         for file in (path / META, path / TENSORS):
             if not os.path.isfile(file):

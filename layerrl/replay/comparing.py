@@ -33,7 +33,7 @@ def flat(output: Any) -> list[Any]:
 
 
 def gradients(outputs: Sequence[Any], trained: Sequence[nn.Parameter]) -> dict[int, Tensor | None]:
-    """Gradients by index in `trained` of a fixed weighted mean over all outputs; frees the graph."""
+    """Gradients by index in `trained` of a fixed weighted mean of all outputs; frees the graph."""
     graphs = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
     wanted = {index: p for index, p in enumerate(trained) if p.requires_grad}
     if not graphs or not wanted:

@@ -79,7 +79,7 @@ def with_named_rows(also: tuple[str, ...]) -> tuple[str, ...]:
 def resolved(
     selection: LayerSelection, model: nn.Module, added: Iterable[int] = ()
 ) -> LayerSelection:
-    """A selection whose `"new_tokens"` are named rows: `added` ones, those beyond the saved size."""
+    """A selection whose `"new_tokens"` are named rows: `added` ones, or beyond the saved size."""
     if not selection.awaits_rows:
         return selection
     rows = {*added} | added_rows(model, {})
@@ -135,7 +135,7 @@ def check_rows(selection: LayerSelection, base: nn.Module, parts: Mapping[str, s
 def by_rows(
     selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]
 ) -> dict[str, nn.Parameter]:
-    """Tensors by plain name of which rows alone train, as no other part has them; tied ones once."""
+    """Tensors by plain name of which rows alone train, as no other part has them; tied once."""
     named = [(plain_name(n), p) for n, p in base.named_parameters(remove_duplicate=False)]
     names = {rows: part for rows, part in parts.items() if names_rows(rows)}
     whole = set().union(*(part for other, part in parts.items() if other not in names))
