@@ -54,7 +54,7 @@ class Recordings:
         """Whether a call was looked at: the same in all processes, whatever fitted."""
 
     def fits(self, num_bytes: int) -> bool:
-        """Whether there is room for more; if not, forget the batch unless a part of it is useful."""
+        """Whether there is room for more; if not, forget a batch of which no part is of use."""
         if not self._full and self.num_bytes + num_bytes <= self._max_bytes:
             return True
         if not self._partly:  # rows come back shuffled: hardly a call would be over these alone
