@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,17 @@ from layerrl.quantisation import unpacked
 from layerrl.selection import LayerSelection
 from layerrl.warning import warn
 
-_Made = Callable[[], Tensor]
-"""Makes what takes the place of a tensor of the base."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Replaced:
+    """What takes the place of a tensor of the base."""
+
+    delta: Delta
+    name: str
+    below: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        return self.delta.tensor(self.name, lambda _: self.below())
 
 
 def merge_delta(
@@ -88,21 +98,19 @@ def merge_delta(
     model = described_model(folder)
     config: Any = checkpoint.config if model is None else model.config
     settings = computing_settings(config)
-    above: dict[str, _Made] = {}
-    source: dict[str, Delta] = {}
+    above: dict[str, _Replaced] = {}
     marks: Marks = {}
     for index, delta in enumerate(deltas):
         stored = stored_names(checkpoint, delta.base, model)
         own = _replaced(checkpoint, delta, stored, {} if union else above)
         _check_selection(delta, checkpoint, model, stored, set(own))
         if union:
-            refuse_overlap(delta, own, source)
+            refuse_overlap(delta, own, {name: above[name].delta for name in above})
         found = compared(checkpoint, delta.base, stored, {} if union else above, marks)
         check_base(delta, found, config=settings, hint=hint(deltas, index, union=union))
-        read = ((stored[name], made()) for name, made in own.items())
+        read = ((each.name, each()) for each in own.values())
         warn_of_nonfinite(read, f"the delta at {delta.path}")
         above |= own
-        source |= dict.fromkeys(own, delta)
     pairs = ((name, before, above[name]()) for name, before in checkpoint.tensors(only=above))
     check_rounding(pairs, str(out), "Merge onto a float32 copy of the base")
     _warn_of_other_files(deltas, union=union)
@@ -119,8 +127,8 @@ def _check_arguments(base: object, out: object, union: object, token: object) ->
 
 
 def _replaced(
-    checkpoint: Checkpoint, delta: Delta, stored: Mapping[str, str], above: Mapping[str, _Made]
-) -> dict[str, _Made]:
+    checkpoint: Checkpoint, delta: Delta, stored: Mapping[str, str], above: Mapping[str, _Replaced]
+) -> dict[str, _Replaced]:
     """Name in the checkpoint to what a delta puts there."""
     there = {*stored.values()}
     absent = sorted(name for name in delta.fingerprints if name not in there)
@@ -130,12 +138,13 @@ def _replaced(
             f"{delta.path} replaces ({len(absent)} of {len(delta.fingerprints)} are missing). Is "
             "it the model it was made from?"
         )
-    made: dict[str, _Made] = {}
-    for name, recorded in stored.items():
-        if recorded in delta.fingerprints:
-            below = above.get(name) or partial(checkpoint.tensor, name)
-            made[name] = partial(delta.tensor, recorded, lambda _, below=below: below())
-    return made
+    return {
+        name: _Replaced(
+            delta=delta, name=recorded, below=above.get(name) or partial(checkpoint.tensor, name)
+        )
+        for name, recorded in stored.items()
+        if recorded in delta.fingerprints
+    }
 
 
 def _check_selection(
@@ -203,7 +212,7 @@ def _warn_of_other_files(deltas: list[Delta], *, union: bool) -> None:
 
 
 def _write(
-    checkpoint: Checkpoint, above: Mapping[str, _Made], deltas: list[Delta], out: Path
+    checkpoint: Checkpoint, above: Mapping[str, _Replaced], deltas: list[Delta], out: Path
 ) -> None:
     last = next((delta for delta in reversed(deltas) if delta.files), deltas[-1])
     left_out = replaced_by(last.files) | {INDEX, "delta.json"}
