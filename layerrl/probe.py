@@ -198,17 +198,7 @@ def _check_trainer_class(trainer_class: Any, args: Any, full_args: Any) -> None:
 
 
 def method_of(method: object) -> tuple[Method, str]:
-    """The method of a name, and its variant: what follows the colon.
-
-    Args:
-        method: As `contribution_probe` takes it.
-
-    Returns:
-        Both.
-
-    Raises:
-        ProbeError: If there is none of this name.
-    """
+    """The method of a name, as `contribution_probe` takes it, and its variant after the colon."""
     name, _, variant = method.partition(":") if isinstance(method, str) else ("", "", "")
     refuse_removed([f"method={shown(method)}"], ProbeError)
     entry: Method | None = import_module(METHODS[name]).METHOD if name in METHODS else None

@@ -30,15 +30,7 @@ class MaskedOptimizer:
         self._fitted: Any = None
 
     def made(self, trainer: Any, make: Callable[[], Optimizer]) -> Optimizer:
-        """Let a trainer make its optimizer, and fit it.
-
-        Returns:
-            The trainer's optimizer.
-
-        Raises:
-            SelectionError: If it holds other tensors, cannot have the layers' rates, or updates in
-                the backward, where the step matters.
-        """
+        """Let a trainer make its optimizer, and fit it; refuse one that cannot be fitted."""
         new = trainer.optimizer is None
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         if new and trainer.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
@@ -86,11 +78,7 @@ class MaskedOptimizer:
         self._is_own = own
 
     def fit_another(self, trainer: Any) -> None:
-        """Fit an optimizer that was made in another way than through `create_optimizer`.
-
-        Raises:
-            SelectionError: If it holds other tensors, or cannot have the layers' rates.
-        """
+        """Fit an optimizer that was made in another way than through `create_optimizer`."""
         optimizer = unwrap_optimizer(trainer.optimizer)
         if optimizer is not None and optimizer is not self._fitted:
             self._fit(optimizer, new=False)

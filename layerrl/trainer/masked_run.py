@@ -15,7 +15,7 @@ from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.digests import json_digest
-from layerrl.errors import FrozenTensorError, SelectionError
+from layerrl.errors import SelectionError
 from layerrl.frozen import FrozenRecord
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
@@ -36,9 +36,6 @@ class MaskedRun:
     """What a masked trainer keeps of its model while one selection of it trains.
 
     Another one takes its place when `"auto"` has chosen, or `model_init` has made a new model.
-
-    Raises:
-        LayerRLError: If the selection cannot be trained as the trainer was made.
     """
 
     def __init__(self, trainer: Any, call: TrainerCall, selection: LayerSelection) -> None:
@@ -159,24 +156,15 @@ class MaskedRun:
     def check_frozen(self, at: str = "") -> None:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
 
-        Args:
-            at: Where every rank checks now, and all raise what one finds: a collective. Empty: this
-                rank alone.
-
-        Raises:
-            FrozenTensorError: If one changed.
-            LauncherError: If another process is elsewhere.
+        `at` says where every rank checks now, and all raise what one finds: a collective. Empty:
+        this rank alone.
         """
         self.follow_shards()
         if not at:
             self.frozen.check(self._trainer.model)
             return
-        error = None
-        try:
+        with launchers.raised_together(at, self._trainer.accelerator):
             self.frozen.check(self._trainer.model)
-        except FrozenTensorError as changed:
-            error = changed
-        launchers.raise_together(error, at, self._trainer.accelerator)
 
     def check_whole(self, at: str) -> None:
         """The same, where a launcher is about to shard the model: the record is taken anew then."""
@@ -184,12 +172,7 @@ class MaskedRun:
             self.check_frozen(at)
 
     def check_adapters(self) -> None:
-        """Compare the model's adapters with what the trainer was made for.
-
-        Raises:
-            SelectionError: If it has some without PEFT's wrapper or outside of layers, or if some
-                came, or are gone, since the trainer was made.
-        """
+        """Compare the model's adapters with what the trainer was made for."""
         model = self._trainer.model
         has_some = adapters.has_adapters(model)
         adapters.check_adapters(model)
@@ -201,14 +184,7 @@ class MaskedRun:
             )
 
     def save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
-        """Write a delta, after `check_frozen`. Collective: called on every rank; one `writes`.
-
-        Returns:
-            The folder.
-
-        Raises:
-            SelectionError: If `"auto"` has not chosen yet, or adapters were trained.
-        """
+        """Write a delta, after `check_frozen`. Collective: called on every rank; one `writes`."""
         if self.adapts:
             raise SelectionError(
                 f"adapters were trained on {self.selection}, and a delta holds a model's own "
