@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -216,26 +216,27 @@ def _in_float32(trainer: Any) -> Iterator[None]:
     try:
         for tensor, data in half:
             tensor.data = data.float()
-        # TRL enters it around each pass by itself, for mixed precision.
-        with replaced(trainer.accelerator, autocast=nullcontext):
+        with ExitStack() as plain:
+            # TRL enters it around each pass by itself, for mixed precision, and accelerate around
+            # the forward of a model that an evaluation has prepared.
+            plain.enter_context(replaced(trainer.accelerator, autocast=nullcontext))
+            for module in trainer.model.modules():
+                if "_original_forward" in vars(module):
+                    own: Any = module._original_forward
+                    plain.enter_context(replaced(module, forward=own))
             yield
     finally:
         for tensor, data in half:
             tensor.data = data
 
 
-METHOD = Method(
-    score=partial(
-        probed,
-        gain=Gain(
-            method="step",
-            of_prompts=_gains,
-            # At the base twice, and after each layer's steps on half of the prompts, twice.
-            more_passes=lambda num_layers: 2 + num_layers,
-            # The halves judge each other, so that each pair of prompts counts twice.
-            error_times=math.sqrt(2),
-            hint=f" Or {LENGTH:g} times the learning rate are too long a step.",
-        ),
-    ),
-    needs=ROLLOUTS,
+GAIN = Gain(
+    method="step",
+    of_prompts=_gains,
+    # At the base twice, and after each layer's steps on half of the prompts, twice.
+    more_passes=lambda num_layers: 2 + num_layers,
+    # The halves judge each other, so that each pair of prompts counts twice.
+    error_times=math.sqrt(2),
+    hint=f" Or {LENGTH:g} times the learning rate are too long a step.",
 )
+METHOD = Method(score=partial(probed, gain=GAIN), needs=ROLLOUTS)
