@@ -39,6 +39,10 @@ FEWEST_IN_HALF = FEWEST_PROMPTS // 4
 _HALF = {torch.bfloat16, torch.float16}
 
 
+class OwnLossError(ProbeError):
+    """A loss that asks its trainer for no log-probabilities; only ranks that have rows know it."""
+
+
 class _Part(NamedTuple):
     """A micro-batch of one prompt's completions, with its loss to first order.
 
@@ -153,7 +157,7 @@ def _parts(trainer: Any, micro_batches: Sequence[Any]) -> Iterator[_Part]:
         with replaced(trainer, _get_per_token_logps_and_entropies=at_the_base):
             loss = loss_alone(trainer, micro_batch)
         if not asked:
-            raise ProbeError(
+            raise OwnLossError(
                 f"method='step' needs the log-probabilities that a loss is made of, and that of "
                 f"{type(trainer).__name__} asks its trainer for none. Set use_liger_kernel=False, "
                 "or take method='gradient'."
