@@ -26,7 +26,7 @@ from tests.runs import assert_same_run, bits
 pytestmark = on_any_device
 
 # A generation batch is 16 prompts, and one step.
-VALUES = {"learning_rate": 1e-4, "per_device_train_batch_size": 64}
+VALUES = {"learning_rate": 1e-4, "per_device_train_batch_size": 128, "num_generations": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def by_step(folder: Any, selection: Any = "auto:step", reward: Any = None, **cha
         {},
         {"beta": 0.1, "num_iterations": 2},
         {"bf16": True},
-        {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 4},
         {"trainer": LayerMaskedRLOOTrainer, "kind": RLOOConfig},
     ],
     ids=["plain", "beta", "bf16", "accumulated", "rloo"],
@@ -80,12 +80,12 @@ def test_the_layers_are_those_of_the_probe_and_nothing_is_generated_twice(tmp_pa
     assert report.scores == pytest.approx(found.scores, rel=1e-4)
     assert {*run.selection.layers} == {*sorted(found.scores, key=found.scores.__getitem__)[-2:]}
     assert (report.method, report.settings["budget"]) == ("step", 16)
-    assert report.cost.forwards == report.settings["prompts_with_signal"] * 4 * (1 + 2 + 4)
+    assert report.cost.forwards == report.settings["prompts_with_signal"] * 8 * (1 + 2 + 4)
 
 
 def test_batches_of_few_prompts_are_trained_on_in_their_order(tmp_path):
     reward = Counting()
-    run = by_step(tmp_path, "auto:step", reward, per_device_train_batch_size=16, max_steps=5)
+    run = by_step(tmp_path, "auto:step", reward, per_device_train_batch_size=32, max_steps=5)
     run.train()
     assert run.masked_run.auto.report.settings["budget"] == 16
     assert len(reward.asked) == 5
@@ -191,7 +191,7 @@ class TestTakesTheMiddle:
         count = itertools.count()
 
         def every_other(completions: list[str], **_: Any) -> list[float]:
-            return [float(len(text)) * (next(count) // 4 % 2) for text in completions]
+            return [float(len(text)) * (next(count) // 8 % 2) for text in completions]
 
         run = by_step(tmp_path, "auto:2:step", every_other, max_steps=5)
         message = r"takes the middle of the model. .* takes steps from every other prompt, and 0 of"
