@@ -31,7 +31,7 @@ The delta is written to OUTPUT_DIR/delta. Several processes:
 
 
 def _add(parser: ArgumentParser) -> None:
-    add_selection(parser, "; auto, auto:2")
+    add_selection(parser, "; auto, auto:2, auto:2:step")
     parser.add_argument("--prefix_cache_bytes", type=int, metavar="N", help="0: replay nothing")
     parser.add_argument("--no_master_weights", dest="master_weights", action="store_false")
     parser.add_argument("--checkpoint_format", choices=("delta", "full"))

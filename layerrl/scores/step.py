@@ -6,7 +6,7 @@ Legend: P prompts, L layers, B rows, T completion tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +44,10 @@ FEWEST_IN_HALF = FEWEST_PROMPTS // 4
 _HALF = {torch.bfloat16, torch.float16}
 Moves = Mapping[int, Callable[[], AbstractContextManager[None]]]
 """By the number of a layer, what moves its parameters by their step inside."""
+
+
+class OwnLossError(ProbeError):
+    """A loss that asks its trainer for no log-probabilities; only ranks that have rows know it."""
 
 
 class _Part(NamedTuple):
@@ -172,7 +176,7 @@ def _parts(trainer: Any, micro_batches: Sequence[Any]) -> Iterator[_Part]:
         with replaced(trainer, _get_per_token_logps_and_entropies=at_the_base):
             loss = loss_alone(trainer, micro_batch)
         if not asked:
-            raise ProbeError(
+            raise OwnLossError(
                 f"method='step' needs the log-probabilities that a loss is made of, and that of "
                 f"{type(trainer).__name__} asks its trainer for none. Set use_liger_kernel=False, "
                 "or take method='gradient'."
@@ -245,23 +249,24 @@ def _in_float32(trainer: Any) -> Iterator[None]:
     try:
         for tensor, data in half:
             tensor.data = data.float()
-        # TRL enters it around each pass by itself, for mixed precision.
-        with replaced(trainer.accelerator, autocast=nullcontext):
+        with ExitStack() as plain:
+            # TRL enters it around each pass by itself, for mixed precision, and accelerate around
+            # the forward of a model that an evaluation has prepared.
+            plain.enter_context(replaced(trainer.accelerator, autocast=nullcontext))
+            for module in trainer.model.modules():
+                if "_original_forward" in vars(module):
+                    own: Any = module._original_forward
+                    plain.enter_context(replaced(module, forward=own))
             yield
     finally:
         for tensor, data in half:
             tensor.data = data
 
 
-METHOD = Method(
-    score=partial(
-        probed,
-        gain=Gain(
-            method="step",
-            of_prompts=_gains,
-            error_times=ERROR_TIMES,
-            hint=f" Or {LENGTH:g} times the learning rate are too long a step.",
-        ),
-    ),
-    needs=ROLLOUTS,
+GAIN = Gain(
+    method="step",
+    of_prompts=_gains,
+    error_times=ERROR_TIMES,
+    hint=f" Or {LENGTH:g} times the learning rate are too long a step.",
 )
+METHOD = Method(score=partial(probed, gain=GAIN), needs=ROLLOUTS)

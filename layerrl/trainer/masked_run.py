@@ -49,7 +49,7 @@ class MaskedRun:
         launchers.refuse_threads(trainer.args)
         auto = None if call.decided else call.auto
         given = {
-            "selection": selection if auto is None else f"auto:{auto.num_chosen}",
+            "selection": selection if auto is None else str(auto),
             "checkpoint_format": call.checkpoint_format,
             "master_weights": call.master_weights,
         }

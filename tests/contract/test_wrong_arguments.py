@@ -697,7 +697,11 @@ DOORS |= {
             "model": Kind(lambda v: isinstance(v, str | Path)),
             "args": ARGS,
             "selection": Kind(
-                are_layers, ("auto:0", "auto:9", "auto:" + "9" * 5000, *LAYERS.more[1:])
+                are_layers,
+                (
+                    *("auto:0", "auto:9", "auto:" + "9" * 5000, "auto:stp", "auto:0:step"),
+                    *LAYERS.more[1:],
+                ),
             ),
             "prefix_cache_bytes": NATURAL,
             "master_weights": SWITCH,
