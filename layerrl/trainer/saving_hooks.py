@@ -76,5 +76,6 @@ class SavingHooks(_Wrapped):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.masked_run.fit_optimizer()  # before it is loaded: float32 values are a part of it
         with launchers.as_in_one_process(self):
             super()._load_optimizer_and_scheduler(checkpoint)

@@ -103,10 +103,7 @@ class TrainingHooks(_Wrapped):
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The scheduler: asked for when the model is sharded, and no checkpoint loaded yet."""
-        self.masked_run.follow_shards()
-        self.masked_run.find_trained()
-        if not launchers.uses_deepspeed(self.accelerator):  # which wraps it in one of its own
-            self.masked_run.optimizer.fit_another(self)
+        self.masked_run.fit_optimizer()
         return super().create_scheduler(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
