@@ -60,7 +60,7 @@ def _optimizer_of(trainer: Any) -> Any:
 
 
 def _upgraded(optimizer: Any, groups: Sequence[Any]) -> list[dict[str, Any]]:
-    """The groups of a checkpoint with what the optimizer's class adds to those of older versions."""
+    """The groups of a checkpoint, with what the class of the optimizer adds to older ones."""
     kind = type(optimizer)
     loaded = object.__new__(kind)  # as in unpickling one
     values = {"defaults": {**optimizer.defaults}, "state": {}}

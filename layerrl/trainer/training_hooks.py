@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from layerrl.errors import TrainerError
+from layerrl.selection.masked import check_gradients_on
 from layerrl.trainer import callbacks, launchers
 from layerrl.trainer.masked_run import MaskedRun
 
@@ -37,6 +39,7 @@ class TrainingHooks(_Wrapped):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train the selected layers; a frozen tensor that changes is a `FrozenTensorError`."""
+        check_gradients_on("train()", TrainerError)
         args, kwargs = self._reader.resumed(args, kwargs)
         try:
             callbacks.refuse_callbacks(self.callback_handler.callbacks, self.masked_run.selection)
