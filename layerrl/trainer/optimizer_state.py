@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch.optim import Optimizer
 
 from layerrl.errors import DeltaError
 from layerrl.optimizer import updates_in_backward
@@ -12,10 +15,16 @@ from layerrl.precision import unwrap_optimizer
 from layerrl.replacing import replaced
 
 
+_ADVICE = (
+    "Resume with the optimizer that wrote it, or delete the file: the run then goes on from the "
+    "checkpoint's weights with a new optimizer."
+)
+
+
 def check_optimizer_state(trainer: Any, file: Path, state: Mapping[str, Any]) -> None:
     """Refuse the state of another optimizer, of which torch would miss an option in its first step.
 
-    Both sides have to have options that the other lacks: those that a newer version of an optimizer
+    Of options, both sides have to have options that the other lacks: those that a newer version of an optimizer
     has added are given to it by its class.
 
     Args:
@@ -24,7 +33,7 @@ def check_optimizer_state(trainer: Any, file: Path, state: Mapping[str, Any]) ->
         state: What the optimizer would load.
 
     Raises:
-        DeltaError: If it is of another optimizer.
+        DeltaError: If it is of another optimizer, or its groups have other sizes.
     """
     groups = state.get("param_groups")
     if not isinstance(groups, Sequence) or not all(isinstance(g, dict) for g in groups):
@@ -32,6 +41,12 @@ def check_optimizer_state(trainer: Any, file: Path, state: Mapping[str, Any]) ->
     optimizer = _optimizer_of(trainer)
     if optimizer is None:
         return
+    sizes, expected = (_sizes(groups_of) for groups_of in (groups, optimizer.param_groups))
+    if sizes != expected and type(optimizer).state_dict is Optimizer.state_dict:
+        raise DeltaError(
+            f"{file} has parameter groups of {sizes} tensors, and this run's "
+            f"{type(optimizer).__name__} of {expected}. Nothing was loaded. {_ADVICE}"
+        )
     found = {name for group in _upgraded(optimizer, groups) for name in group}
     needed = {name for group in optimizer.param_groups for name in group}
     missing, others = sorted(needed - found), sorted(found - needed - {"initial_lr"})
@@ -40,9 +55,30 @@ def check_optimizer_state(trainer: Any, file: Path, state: Mapping[str, Any]) ->
         raise DeltaError(
             f"{file} is of another optimizer than this run's {type(optimizer).__name__}: it has "
             f"the options {known}, and not {unknown}. Nothing was loaded. "
-            "Resume with the optim that wrote it, or delete the file: the run then goes on from "
-            "the checkpoint's weights with a new optimizer."
+            f"{_ADVICE}"
         )
+
+
+@contextmanager
+def refused_state(trainer: Any, folder: str | None) -> Iterator[None]:
+    """Inside, torch loads the state of a checkpoint; what does not fit gets a sentence.
+
+    Raises:
+        DeltaError: If the optimizer, or the scheduler, cannot load it.
+    """
+    try:
+        yield
+    except (LookupError, ValueError) as error:
+        name = type(unwrap_optimizer(trainer.optimizer)).__name__
+        raise DeltaError(
+            f"the state of the optimizer in {folder} is not one that this run's {name} and its "
+            f"scheduler can load: {error!r:.200}. Resume with those that wrote it, or delete its "
+            "optimizer.pt: the run then goes on from the checkpoint's weights with new ones."
+        ) from error
+
+
+def _sizes(groups: Sequence[Any]) -> list[int]:
+    return [len(group.get("params", ())) for group in groups]
 
 
 def _optimizer_of(trainer: Any) -> Any:

@@ -39,11 +39,11 @@ class TrainingHooks(_Wrapped):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train the selected layers; a frozen tensor that changes is a `FrozenTensorError`."""
-        check_gradients_on("train()", TrainerError)
         args, kwargs = self._reader.resumed(args, kwargs)
         try:
             callbacks.refuse_callbacks(self.callback_handler.callbacks, self.masked_run.selection)
             with self._mask.during_training():
+                check_gradients_on("train()", TrainerError)
                 if self.model_init is None:
                     self.masked_run.check_adapters()
                     self._mask.put_on(self.masked_run.selection, self.model)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
-from layerrl import load_delta, select_layers
+from layerrl import LayerMaskedGRPOTrainer, load_delta, select_layers
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
 from layerrl.trainer.callbacks import EpochOrder
@@ -502,7 +502,9 @@ class TestRefused:
         checkpoint = tmp_path / "out" / "checkpoint-1"
         again = trainer_on(base, tmp_path / "again", optim=then, **given)
         before = bits(again.model)
-        match = rf"optimizer\.pt is of another optimizer than this run's .*, and not {needed}\. Noth"
+        match = (
+            rf"optimizer\.pt is of another optimizer than this run's .*, and not {needed}\. Noth"
+        )
         with pytest.raises(DeltaError, match=match):
             again.train(resume_from_checkpoint=str(checkpoint))
         assert_close(bits(again.model), before, rtol=0, atol=0)
@@ -526,9 +528,31 @@ class TestRefused:
                         parameter.data -= group["lr"] * state["sum"].sign()
 
         trainer_on(base, tmp_path / "out", max_steps=1).train()
-        arguments = {"optimizer_cls_and_kwargs": (Sign, {"lr": 1e-3})}
-        again = trainer_on(base, tmp_path / "again", arguments=arguments)
+        again = trainer_on(base, tmp_path / "again")
+        again.optimizer_cls_and_kwargs = (Sign, {"lr": 1e-3})
         with pytest.raises(DeltaError, match=r"Sign cannot step from the state .*'sum'"):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+    def test_a_state_with_other_groups(self, base, tmp_path):
+        trainer_on(base, tmp_path / "out", max_steps=1).train()
+        again = trainer_on(base, tmp_path / "again")
+        before = bits(again.model)
+        held = again.selection.parameters(again.model).values()
+        again.optimizer = torch.optim.AdamW(held, lr=1e-3)
+        with pytest.raises(DeltaError, match=r"groups of \[7, 2\] tensors, .* AdamW of \[9\]\."):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+        assert_close(bits(again.model), before, rtol=0, atol=0)
+
+    def test_a_state_with_other_groups_of_an_optimizer_that_comes_late(self, base, tmp_path):
+        class Late(LayerMaskedGRPOTrainer):
+            def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+                held = self.selection.parameters(self.model).values()
+                self.optimizer = torch.optim.AdamW(held, lr=1e-3)
+                return super().create_scheduler(*args, **kwargs)
+
+        trainer_on(base, tmp_path / "out", max_steps=1).train()
+        again = trainer_on(base, tmp_path / "again", trainer=Late)
+        with pytest.raises(DeltaError, match="this run's AdamW and its scheduler can load: Value"):
             again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
     def test_no_state_of_an_optimizer_whose_newer_version_has_more_options(self, base, tmp_path):

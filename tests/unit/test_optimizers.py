@@ -649,9 +649,11 @@ class TestTrainer:
     @pytest.mark.parametrize("frozen", [False, True])
     @pytest.mark.parametrize("resumes", [False, True])
     def test_one_that_a_subclass_makes_with_its_scheduler(self, tmp_path, frozen, resumes):
+        all_of_it = False
+
         class Own(LayerMaskedGRPOTrainer):
             def create_scheduler(self, num_training_steps, optimizer=None):
-                held = [p for p in self.model.parameters() if frozen or p.requires_grad]
+                held = [p for p in self.model.parameters() if all_of_it or p.requires_grad]
                 self.optimizer = AdamW(held, lr=1e-6)
                 self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
                 return self.lr_scheduler
@@ -659,8 +661,9 @@ class TestTrainer:
         saves = {"save_strategy": "steps", "save_steps": 1}
         resume = {}
         if resumes:
-            self.trainer(tmp_path, **saves).train()
+            self.trainer(tmp_path, trainer=Own, **saves).train()
             resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
+        all_of_it = frozen
         trainer = self.trainer(tmp_path, trainer=Own)
         if frozen:
             with pytest.raises(SelectionError, match="holds frozen"):

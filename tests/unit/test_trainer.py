@@ -313,7 +313,9 @@ class TestFlagsAreRestored:
     @pytest.mark.parametrize("names", [(), ("model.layers.1.mlp.up_proj.weight",)], ids=str)
     def test_after_tensors_were_replaced_during_the_training(self, model, flags, tmp_path, names):
         def replace(model, **_):
-            values = {n: v.clone() for n, v in model.state_dict().items() if not names or n in names}
+            values = {
+                n: v.clone() for n, v in model.state_dict().items() if not names or n in names
+            }
             model.load_state_dict(values, strict=False, assign=True)
 
         callbacks = [Do(on_step_end=replace)]
