@@ -9,11 +9,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from layerrl.errors import DeltaError
+from layerrl.errors import DeltaError, LayerRLError
 from layerrl.optimizer import updates_in_backward
 from layerrl.precision import unwrap_optimizer
 from layerrl.replacing import replaced
-
+from layerrl.trainer.training_hooks import TrainingHooks
 
 _ADVICE = (
     "Resume with the optimizer that wrote it, or delete the file: the run then goes on from the "
@@ -24,7 +24,7 @@ _ADVICE = (
 def check_optimizer_state(trainer: Any, file: Path, state: Mapping[str, Any]) -> None:
     """Refuse the state of another optimizer, of which torch would miss an option in its first step.
 
-    Of options, both sides have to have options that the other lacks: those that a newer version of an optimizer
+    Both sides have to have options that the other lacks: those that a newer version of an optimizer
     has added are given to it by its class.
 
     Args:
@@ -68,6 +68,8 @@ def refused_state(trainer: Any, folder: str | None) -> Iterator[None]:
     """
     try:
         yield
+    except LayerRLError:
+        raise
     except (LookupError, ValueError) as error:
         name = type(unwrap_optimizer(trainer.optimizer)).__name__
         raise DeltaError(
@@ -82,7 +84,10 @@ def _sizes(groups: Sequence[Any]) -> list[int]:
 
 
 def _optimizer_of(trainer: Any) -> Any:
-    """The trainer's optimizer, or one like the one it will make; None if making it has effects."""
+    """The trainer's optimizer, or one like it will make; None if that cannot be told yet."""
+    # A caller's own may put another optimizer in the place of the one that was made before.
+    if getattr(trainer.create_scheduler, "__func__", None) is not TrainingHooks.create_scheduler:
+        return None
     if trainer.optimizer is not None:
         return unwrap_optimizer(trainer.optimizer)
     given = trainer.optimizer_cls_and_kwargs
