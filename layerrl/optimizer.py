@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerrl.blocks import plain_name, unwrap
-from layerrl.errors import SelectionError
+from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from layerrl.precision import HALF, MASTER, nested, stepped_value, unwrap_optimizer
 from layerrl.selection import LayerSelection
@@ -103,7 +103,8 @@ def check_steps(optimizer: Any, trained: Callable[[], Mapping[str, nn.Parameter]
 
     Args:
         optimizer: Its `step` is replaced on the instance, once. It then raises a `SelectionError`
-            if a tensor is not reached.
+            if a tensor is not reached, and a `DeltaError` if the first step misses something in
+            the state that was loaded.
         trained: What trains, by name; asked in the first step, when launchers have done with it.
     """
     optimizer = unwrap_optimizer(optimizer)
@@ -116,8 +117,19 @@ def check_steps(optimizer: Any, trained: Callable[[], Mapping[str, nn.Parameter]
     step = optimizer.step
 
     def checked_step(_: Any, *args: Any, **kwargs: Any) -> Any:
+        first = check.waiting is None
         before = check.before()
-        result = step(*args, **kwargs)
+        try:
+            result = step(*args, **kwargs)
+        except LookupError as error:
+            if not first or not getattr(optimizer, "state", None):
+                raise
+            raise DeltaError(
+                f"{type(optimizer).__name__} cannot step from the state that was loaded into it: "
+                f"{error!r:.200}. Was the checkpoint written with another optim? Resume with that "
+                "one, or delete the checkpoint's optimizer.pt: the run then goes on from its "
+                "weights with a new optimizer."
+            ) from error
         if before:
             check.after(before)
         return result

@@ -17,6 +17,7 @@ from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport
 from layerrl.scores.method import Method, Request
 from layerrl.selection import select_layers
+from layerrl.selection.masked import check_gradients_on
 from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
 from layerrl.trainer.arguments import check_args, names, refuse_removed
 
@@ -157,7 +158,8 @@ def contribution_probe(
     missing = [name for name in entry.needs if getattr(request, name) is None]
     if missing:
         raise ProbeError(f"method={method!r} needs {', '.join(missing)}, which was not given")
-    if "args" in entry.needs:
+    if "args" in entry.needs:  # it trains, or computes gradients
+        check_gradients_on(f"method={method!r}", ProbeError)
         _check_trainer_class(trainer_class, args, full_args)
     selection = select_layers(model, layers, modules=modules)
     if selection.stack != "text":

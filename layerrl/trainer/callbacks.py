@@ -45,6 +45,17 @@ class FrozenCheck(TrainerCallback):
         self._check("the end of train()")
 
 
+class OptimizerFit(TrainerCallback):
+    """Fits the optimizer of a trainer whose own `create_scheduler` has made or replaced it."""
+
+    def __init__(self, fit: Callable[[], None]) -> None:
+        self._fit = fit
+
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
+        """Transformers calls this when the optimizer is the one that will step."""
+        self._fit()
+
+
 class EpochOrder(TrainerCallback):
     """Goes on, after a resume, with that epoch's order of the data.
 

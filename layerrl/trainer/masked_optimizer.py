@@ -26,7 +26,7 @@ class MaskedOptimizer:
 
     def __init__(self, layers: TrainedLayers, *, master_weights: bool) -> None:
         self._layers, self._master_weights = layers, master_weights
-        self._is_own = False
+        self._own: Any = None  # the optimizer that has the layers' rates
         self._fitted: Any = None
 
     def made(self, trainer: Any, make: Callable[[], Optimizer]) -> Optimizer:
@@ -61,7 +61,7 @@ class MaskedOptimizer:
         if updates_in_backward(optimizer):
             self._refuse_updates_in_backward(type(optimizer).__name__)
             return
-        own = self._is_own or new
+        own = new or optimizer is self._own
         if not own and layers.selection.is_boosted:
             raise SelectionError(
                 f"{layers.selection}: the scales cannot be put into {type(optimizer).__name__}, "
@@ -75,7 +75,7 @@ class MaskedOptimizer:
         if self._keeps_masters():
             step_in_float32(optimizer)
         check_steps(optimizer, lambda: layers.parameters)
-        self._is_own = own
+        self._own = optimizer if own else None
 
     def fit_another(self, trainer: Any) -> None:
         """Fit an optimizer that was made in another way than through `create_optimizer`."""

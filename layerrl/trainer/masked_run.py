@@ -143,6 +143,17 @@ class MaskedRun:
         if any(self.layers.parameters[name] is not p for name, p in before.items()):
             self._follow_tensors()
 
+    def fit_optimizer(self) -> None:
+        """Fit the optimizer that the training takes, whoever made it, to the trained tensors.
+
+        Raises:
+            SelectionError: If it holds other tensors, or cannot have the layers' rates.
+        """
+        self.follow_shards()
+        self.find_trained()
+        if not launchers.uses_deepspeed(self._trainer.accelerator):  # which wraps it in its own
+            self.optimizer.fit_another(self._trainer)
+
     def _follow_tensors(self) -> None:
         """Let what was kept of the trained tensors belong to those that train now."""
         trained, reference = self.layers.parameters, self.reference
@@ -268,10 +279,28 @@ class MaskedRun:
     # What is logged
 
     def note_gradients(self) -> None:
-        """Measure the gradients, which have just been clipped."""
+        """Measure the gradients, which have just been clipped.
+
+        Raises:
+            SelectionError: If trained tensors were replaced since the training began.
+        """
         if not launchers.uses_deepspeed(self._trainer.accelerator):  # it has none left by now
             trained = self.layers.parameters.values()
+            if any(p.requires_grad and p.grad is None for p in trained):
+                self._refuse_replaced()
             self._clipped = metrics.clipped_norms(self.layers.by_part, trained)
+
+    def _refuse_replaced(self) -> None:
+        """Raise an error if the loss has other tensors than the optimizer by now."""
+        now, trained = self.selection.parameters(self._trainer.model), self.layers.parameters
+        replaced = [name for name, p in trained.items() if now.get(name) is not p]
+        if replaced:
+            raise SelectionError(
+                f"{len(replaced)} of {len(trained)} trained tensors were replaced during the "
+                f"training, as load_state_dict(assign=True) does: {replaced[0]!r} is not the "
+                "tensor that the optimizer holds, and would not be updated any more. Copy values "
+                "into the tensors that are there, or replace them between two calls of train()."
+            )
 
     def metrics_of_step(self, grad_norm: float | None) -> dict[str, float]:
         """The layers' metrics by name; `grad_norm` is the gradient's before it was clipped."""

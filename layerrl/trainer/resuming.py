@@ -35,6 +35,7 @@ from layerrl.trainer.checkpoints import (
     why_incomplete,
 )
 from layerrl.trainer.checksums import check_files
+from layerrl.trainer.optimizer_state import check_optimizer_state
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
 from layerrl.warning import warn
 
@@ -111,6 +112,7 @@ class CheckpointReader:
             raise
         if resumes:
             self._check_files(folder)
+            self._check_optimizer_state(folder)
         if values is None:
             return not resumes and self._found_adapters(folder)
         tensors, reference = values
@@ -186,6 +188,13 @@ class CheckpointReader:
         with launchers.raised_together("the files of a checkpoint", accelerator):
             if accelerator.is_local_main_process:
                 check_files(folder)
+
+    def _check_optimizer_state(self, folder: Path) -> None:
+        """Compare the optimizer's options, where transformers will load them."""
+        file = folder / OPTIMIZER_NAME
+        in_parts = launchers.shards_model(self._trainer.accelerator)
+        if not in_parts and file.exists() and (folder / SCHEDULER_NAME).exists():
+            check_optimizer_state(self._trainer, file, _state(file))
 
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""
