@@ -2,11 +2,12 @@
 
     python benchmarks/planted_scores.py                       # measure what is missing
     python benchmarks/planted_scores.py --held-out            # also the suites kept apart
+    python benchmarks/planted_scores.py --auto --held-out     # with the prompts of selection="auto"
     python benchmarks/planted_scores.py --stored --docs docs  # write the tables
 
-Each finished score is a line of `benchmarks/planted_scores.jsonl`; a stopped call continues there,
-delete lines to measure them again. The gradient probes of the suites that were not planted are
-those of `probe_seeds.py`.
+Each finished score is a line of `benchmarks/planted_scores.jsonl`, of `--auto` one of
+`planted_auto.jsonl`; a stopped call continues there, delete lines to measure them again. The
+gradient probes of the suites that were not planted are those of `probe_seeds.py`.
 """
 
 import argparse
@@ -27,16 +28,21 @@ from suites import SMALL, Suite
 
 from layerrl import ContributionReport, published_contributions
 from layerrl.errors import ProbeError
+from layerrl.scores.gradient import TooLittleSignalError
 from layerrl.scores.position import position_scores
 from layerrl.statistics import spearman
 from layerrl.sweep.harness import weights_digest
+from layerrl.trainer.auto import MOST_PROMPTS as MOST_OF_AUTO
+from layerrl.trainer.auto import NUM_PROMPTS as NUM_OF_AUTO
 
 STORE = Path(__file__).with_suffix(".jsonl")
-GAP = (
-    "<!-- planted_scores: written by benchmarks/planted_scores.py -->",
-    "<!-- planted_scores: end -->",
+AUTO_STORE = STORE.with_stem("planted_auto")
+GAP, AUTO_GAP = (
+    (f"<!-- {name}: written by benchmarks/planted_scores.py -->", f"<!-- {name}: end -->")
+    for name in ("planted_scores", "planted_auto")
 )
 """Where the tables are in `results.md`."""
+AUTO_METHODS = ["gradient", "step"]
 SUITES: dict[str, Suite] = {suite.name: suite for suite in SMALL} | PLANTED
 METHODS: dict[str, Callable[[Suite, int], ContributionReport]] = {
     "gradient": lambda suite, seed: scored(suite, "gradient", num_prompts(suite), seed),
@@ -48,6 +54,21 @@ METHODS: dict[str, Callable[[Suite, int], ContributionReport]] = {
 }
 UNSEEDED = ["spectrum"]
 POSITIONS = {"first": 0.0, "middle": 0.5, "last": 1.0}
+HEADS = {
+    "gradient": '`"gradient"`',
+    "step": '`"step"`',
+    "gradient norm": "gradient norm of the layer",
+    "bypass": "bypass: drop in likelihood without the layer",
+    "weight change": "weight change in a full run",
+    "spectrum": "spectrum of the layer's weights",
+    "first": "first layer, no probe",
+    "middle": "middle layer, no probe",
+    "last": "last layer, no probe",
+    "published": "depth published for Qwen3-1.7B",
+    "random": "random layer",
+    "another sweep": "another seed of the exact sweep",
+}
+"""What the tables call the scores."""
 Row = dict[str, Any]
 """One score: `suite`, `method`, `seed`, `base`, `scores` of layers, and why it was `refused`."""
 Scores = dict[int, float]
@@ -61,24 +82,31 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=list(SUITES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--held-out", action="store_true", help="also the suites kept apart")
+    parser.add_argument(
+        "--auto", action="store_true", help='"gradient", "step" with the prompts of "auto"'
+    )
     parser.add_argument("--stored", action="store_true", help="measure nothing")
     parser.add_argument("--docs", type=Path, help="folder whose results.md gets the tables too")
     options = parser.parse_args()
-    rows = all_rows()
+    store, measure, methods = STORE, measured, options.methods
+    if options.auto:
+        store, measure, methods = AUTO_STORE, measured_as_auto, AUTO_METHODS
+    rows = probe_seeds.stored(AUTO_STORE) if options.auto else all_rows()
     kept = {(row["suite"], row["method"], row["seed"]) for row in rows}
     for suite in [] if options.stored else options.suites:
         if (suite in HELD_OUT and not options.held_out) or not separates(suite):
             continue
-        for method in options.methods:
+        for method in methods:
             for seed in [0] if method in UNSEEDED else options.seeds:
                 if (suite, method, seed) not in kept:
-                    rows.append(measured(suite, method, seed))
-                    with STORE.open("a", encoding="utf-8") as file:
+                    rows.append(measure(suite, method, seed))
+                    with store.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
-    text = tables(rows)
+    text = auto_table(rows) if options.auto else tables(rows)
     print(text)
     if options.docs:
-        probe_seeds.put_into(options.docs / "results.md", GAP, text)
+        gap = AUTO_GAP if options.auto else GAP
+        probe_seeds.put_into(options.docs / "results.md", gap, text)
 
 
 def num_prompts(suite: Suite) -> int:
@@ -101,6 +129,22 @@ def measured(suite: str, method: str, seed: int) -> Row:
     except ProbeError as refusal:
         middle = position_scores(truth_of(suite).num_layers, POSITIONS["middle"])
         return row | {"scores": dict(enumerate(middle)), "refused": str(refusal)}
+
+
+def measured_as_auto(suite: str, method: str, seed: int) -> Row:
+    """Score one suite with more and more prompts, as `selection="auto"`; the middle in the end."""
+    row, budget = {"suite": suite, "method": method, "seed": seed}, NUM_OF_AUTO
+    row |= {"base": weights_digest(SUITES[suite].model()), "refused": []}
+    while True:
+        try:
+            scores = scored(SUITES[suite], method, budget, seed).scores
+            return row | {"scores": scores, "prompts": budget}
+        except TooLittleSignalError as refusal:
+            row["refused"].append(str(refusal))
+        if budget >= MOST_OF_AUTO:
+            middle = position_scores(truth_of(suite).num_layers, POSITIONS["middle"])
+            return row | {"scores": dict(enumerate(middle)), "prompts": 0}
+        budget *= 2
 
 
 @dataclass(frozen=True)
@@ -181,34 +225,80 @@ def truth_of(suite: str) -> ContributionReport:
 
 
 def tables(rows: list[Row]) -> str:
-    """One for each claim: suites by methods, over seeds; the last rows are over all suites."""
+    """One for each claim, below a sentence that says how to read it.
+
+    Suites by methods, over seeds; the last rows are over all suites.
+    """
     by_suite: dict[str, dict[str, list[Verdict]]] = {}
     labels = []
     for suite in (name for name in SUITES if any(row["suite"] == name for row in rows)):
         by_suite[suite] = verdicts(suite, [row for row in rows if row["suite"] == suite])
         truth = truth_of(suite)
         best = max(truth.scores, key=truth.scores.__getitem__)
-        labels.append(f"`{suite}`, best: {best} of 0 to {truth.num_layers - 1}")
+        labels.append(f"`{suite}` | {best} of 0 to {truth.num_layers - 1}")
     columns = {m: [found[m] for found in by_suite.values()] for m in next(iter(by_suite.values()))}
     columns = {method: column for method, column in columns.items() if any(column)}
     parts = []
+    heads = " | ".join(("suite", "best layer", *map(HEADS.__getitem__, columns)))
     for claim, name, over in (
-        ("Finds the best layer: regret", "regret", "mean"),
-        ("Avoids the worst third: share avoided", "avoided", "mean"),
-        ("Ranks all layers: Spearman", "spearman", "median"),
+        (
+            "**Regret**: what the layer that a score puts first gains less than the best layer, as "
+            "a share of the best layer's gain. 0 is the best layer, above 1 one that does harm.",
+            "regret",
+            "mean",
+        ),
+        (
+            "**Worst third avoided**: share of the worst third of the layers that a score does not "
+            "put into its best third. 1 is the best value.",
+            "avoided",
+            "mean",
+        ),
+        (
+            "**Rank correlation** (Spearman) of a score with what the layers gain. 1 is the same "
+            "order, 0 no relation, -1 the opposite order.",
+            "spearman",
+            "median",
+        ),
     ):
-        lines = [f"| {claim} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+        lines = [f"| {heads} |", f"|---|---|{'---|' * len(columns)}"]
         values = [[[getattr(v, name) for v in c] for c in column] for column in columns.values()]
         lines += map(row_of, labels, zip(*values, strict=True))
         average = median if over == "median" else fmean
         whole = [[*map(average, zip(*column, strict=False))] for column in values]
-        lines.append(row_of(f"{over} of the {len(labels)} suites", whole))
+        lines.append(row_of(f"{over} of the {len(labels)} suites | ", whole))
         if name == "regret":
             found = [[v.found for c in column for v in c] for column in columns.values()]
             cells = (f"{sum(every):.3g} of {len(every)}" for every in found)
-            lines.append(f"| best layer found | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+            lines.append(f"| best layer found |  | {' | '.join(cells)} |")
+        parts += [claim, "\n".join(lines)]
     return "\n\n".join(parts)
+
+
+def auto_table(rows: list[Row]) -> str:
+    """Regret of the choice by suite, with few prompts and, by the same seeds, with more."""
+    lines = [
+        f"| regret | {' | '.join(f'{m}, as auto | {m}, more' for m in AUTO_METHODS)} |",
+        f"|---|{'---|' * 2 * len(AUTO_METHODS)}",
+    ]
+    keys = {(row["suite"], row["method"], row["seed"]) for row in rows}
+    more = [row for row in all_rows() if (row["suite"], row["method"], row["seed"]) in keys]
+    columns: list[list[list[Verdict]]] = [[] for _ in lines for _ in AUTO_METHODS]
+    for suite in (name for name in SUITES if any(name == key[0] for key in keys)):
+        few, many = (verdicts(suite, [r for r in of if r["suite"] == suite]) for of in (rows, more))
+        found = [verdicts_of[method] for method in AUTO_METHODS for verdicts_of in (few, many)]
+        lines.append(row_of(f"`{suite}`", [[v.regret for v in every] for every in found]))
+        for column, every in zip(columns, found, strict=True):
+            column.append(every)
+    by_seed = [
+        [fmean(v.regret for v in of_seed) for of_seed in zip(*c, strict=False)] for c in columns
+    ]
+    lines.append(row_of(f"mean of the {len(columns[0])} suites", by_seed))
+    whole = [[v for every in column for v in every] for column in columns]
+    cells = (f"{sum(v.found for v in every):.0f} of {len(every)}" for every in whole)
+    lines.append(f"| best layer found | {' | '.join(cells)} |")
+    cells = (f"{fmean(v.avoided for v in every):.2f}" for every in whole)
+    lines.append(f"| worst third avoided | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def row_of(label: str, by_method: Sequence[Sequence[float]]) -> str:

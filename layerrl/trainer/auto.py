@@ -15,8 +15,14 @@ from layerrl.checks import shown
 from layerrl.errors import ProbeError, ReportError, SelectionError
 from layerrl.randomness import random_state, set_random_state
 from layerrl.report import ContributionReport, Cost
+from layerrl.scores import step
 from layerrl.scores.evaluation import random_state_kept
-from layerrl.scores.gradient import TooLittleSignalError, check_trainer, gradient_report
+from layerrl.scores.gradient import (
+    FIRST_ORDER,
+    TooLittleSignalError,
+    check_trainer,
+    gradient_report,
+)
 from layerrl.scores.method import without_interval
 from layerrl.scores.position import MIDDLE, position_scores
 from layerrl.scores.rollouts import Rollouts
@@ -31,14 +37,18 @@ NUM_PROMPTS = 64
 """Generation batches are taken until they have as many."""
 MOST_PROMPTS = 4 * NUM_PROMPTS
 """And while they say too little to choose by, until they have as many."""
+GAINS = {gain.method: gain for gain in (FIRST_ORDER, step.GAIN)}
+"""What the layers may be scored by."""
+DEFAULT = FIRST_ORDER.method
 REPORT = "contributions.json"
 
 
 class AutoSelection:
-    """The choice of `selection="auto:K"`, made at train start."""
+    """The choice of `selection="auto:K:METHOD"`, made at train start."""
 
-    def __init__(self, num_chosen: int) -> None:
-        self.num_chosen = num_chosen
+    def __init__(self, num_chosen: int, method: str = DEFAULT) -> None:
+        self.num_chosen, self.method = num_chosen, method
+        self._name = 'selection="auto"' if method == DEFAULT else f'selection="auto:{method}"'
         self.report: ContributionReport | None = None
         """What was chosen by; None before."""
         self._batches: list[_Batch] = []
@@ -49,20 +59,23 @@ class AutoSelection:
         """The choice that `selection` leaves to the trainer; None where it leaves none."""
         if not isinstance(selection, str) or selection.partition(":")[0] != "auto":
             return None
-        found = re.fullmatch(r"auto(?::(\d{1,9}))?", selection)
+        found = re.fullmatch(rf"auto(?::(\d{{1,9}}))?(?::({'|'.join(GAINS)}))?", selection)
         if found is None or int(found[1] or 1) == 0:
             raise SelectionError(
-                f"selection={shown(selection)} does not say how many layers to choose: "
-                'expected "auto" (one) or "auto:K", as "auto:3"'
+                f"selection={shown(selection)} does not say how many layers to choose, or by what: "
+                'expected "auto" (one) or "auto:K", as "auto:3", and last what they are scored by '
+                f'if not by "{DEFAULT}": "auto:step", "auto:3:step"'
             )
-        return cls(int(found[1] or 1))
+        return cls(int(found[1] or 1), found[2] or DEFAULT)
+
+    def __str__(self) -> str:
+        return _spelled(self.num_chosen, self.method)
 
     def check_number(self, num_layers: int) -> None:
         """Refuse to choose more layers than the model has."""
         if self.num_chosen > num_layers:
             raise SelectionError(
-                f'"auto:{self.num_chosen}" asks for {self.num_chosen} layers, and the model has '
-                f"{num_layers}"
+                f'"{self}" asks for {self.num_chosen} layers, and the model has {num_layers}'
             )
 
     def check(self, trainer: Any, num_layers: int) -> None:
@@ -72,23 +85,23 @@ class AutoSelection:
             ProbeError: If it cannot be probed.
             SelectionError: If it has fewer layers, or what depends on them is made already.
         """
-        check_trainer(trainer, 'selection="auto"')
+        check_trainer(trainer, self._name)
         self.check_number(num_layers)
         if getattr(unwrap(trainer.model), "is_quantized", False):
             raise SelectionError(
-                'selection="auto" needs gradients of every layer, and layers of this base are '
+                f"{self._name} needs gradients of every layer, and layers of this base are "
                 "quantised. Probe the base in full precision with contribution_probe, and pass the "
                 "report's selection."
             )
         if trainer.optimizer is not None:
             raise SelectionError(
-                f'selection="auto" decides at train start what the optimizer updates, and there is '
-                f"a {type(trainer.optimizer).__name__} already. Let the training make it from the "
+                f"{self._name} decides at train start what the optimizer updates, and there is a "
+                f"{type(trainer.optimizer).__name__} already. Let the training make it from the "
                 "args."
             )
         if any(isinstance(c, LayerSchedule) for c in trainer.callback_handler.callbacks):
             raise SelectionError(
-                'selection="auto" chooses the layers, and so does a LayerSchedule: take one of them'
+                f"{self._name} chooses the layers, and so does a LayerSchedule: take one of them"
             )
 
     def choose(
@@ -113,20 +126,23 @@ class AutoSelection:
         known = report.settings.setdefault("chosen", [*selection.layers])
         if known != [*selection.layers]:
             raise SelectionError(
-                f'"auto:{self.num_chosen}" and the checkpoint {folder}, whose run trained the '
-                f'layers {known}: resume with selection="auto:{len(known)}"'
+                f'"{self}" and the checkpoint {folder}, whose run trained the layers {known}: '
+                f'resume with selection="{_spelled(len(known), report.method)}"'
             )
         if report.method == "position":
-            logger.warning('selection="auto" trains %s, nearest to the middle', selection)
+            logger.warning("%s trains %s, nearest to the middle", self._name, selection)
             return selection, report
+        of_run = f', which its run chose by "{report.method}"'
         scores, chosen = report.scores, {*selection.layers}
         best, rest = (
             [scores[k] for k in scores if (k in chosen) is side] for side in (True, False)
         )
         margin = f"; the best other layer has {max(rest):.2f}" if rest else ""
         logger.warning(
-            'selection="auto" trains %s, with %.2f times the average layer\'s score%s. %s',
+            "%s trains %s%s, with %.2f times the average layer's score%s. %s",
+            self._name,
             selection,
+            "" if report.method == self.method else of_run,
             min(best),
             margin,
             "; ".join(str(warning.message) for warning in unresolved)
@@ -155,8 +171,8 @@ class AutoSelection:
         batch = self._batches.pop(0)
         if [row.get("prompt") for row in rows] != [row.get("prompt") for row in batch.rows]:
             raise ProbeError(
-                'selection="auto" has answered the prompts that the data loader gave first, and '
-                "now it gives others: nothing would be generated once. Make the loader repeat its "
+                f"{self._name} has answered the prompts that the data loader gave first, and now "
+                "it gives others: nothing would be generated once. Make the loader repeat its "
                 "order, or probe with contribution_probe and pass the report's selection."
             )
         trainer.state.num_input_tokens_seen += batch.num_tokens  # the training began at 0
@@ -227,6 +243,13 @@ class AutoSelection:
             for parameter in trainer.model.parameters():
                 parameter.grad = None
 
+    def _takes_middle(self, trainer: Any, problem: ProbeError) -> bool:
+        """Whether the run goes on, though no number of prompts would score its layers."""
+        # A gradient that is not finite is the training's, too; and ranks have to go on together.
+        together = trainer.accelerator.num_processes > 1
+        of_rank = together and isinstance(problem, step.OwnLossError)
+        return self.method != DEFAULT and not of_rank
+
     def _scored(self, trainer: Any) -> ContributionReport:
         """The report of as many prompts as it takes, or of none of them."""
         started, args = time.perf_counter(), trainer.args
@@ -238,13 +261,18 @@ class AutoSelection:
             num_prompts, most = (min(n, used * per_batch) for n in (num_prompts, most))
         rollouts = Rollouts(trainer, num_prompts, old=True, twice=False)
         settings = {"seed": args.seed}
+        gain, why = GAINS[self.method], "too few prompts said more"
         while True:
             try:
-                return gradient_report(rollouts, trainer.selection, args, settings, started)
-            except TooLittleSignalError as problem:
+                return gradient_report(rollouts, trainer.selection, args, settings, started, gain)
+            except ProbeError as problem:
+                undecided = isinstance(problem, TooLittleSignalError)
+                if not undecided and not self._takes_middle(trainer, problem):
+                    raise
                 exhausted = len(rollouts.with_signal) < rollouts.num_prompts
-                if exhausted or rollouts.num_prompts >= most:
-                    warn(f'selection="auto" takes the middle of the model. {problem}')
+                if not undecided or exhausted or rollouts.num_prompts >= most:
+                    warn(f"{self._name} takes the middle of the model. {problem}")
+                    why = why if undecided else f'"{self.method}" could not score the layers'
                     break
                 rollouts.num_prompts = min(2 * rollouts.num_prompts, most)
         settings |= {"centre": MIDDLE, "budget": len(rollouts.with_signal)}
@@ -254,7 +282,7 @@ class AutoSelection:
             method="position",
             layers=without_interval(trainer.selection, scores),
             settings=settings,
-            source="Minus the distance in relative depth: too few prompts said more.",
+            source=f"Minus the distance in relative depth: {why}.",
             cost=Cost(
                 seconds=time.perf_counter() - started,
                 tokens=rollouts.num_tokens,
@@ -274,6 +302,11 @@ class _Batch(NamedTuple):
     metrics: dict[str, list[float]]
     tables: dict[tuple[str, ...], list[Any]]
     random_state: Any
+
+
+def _spelled(num_chosen: int, method: str) -> str:
+    """How a choice is asked for; what took the middle for want of signal names no method."""
+    return f"auto:{num_chosen}" + (f":{method}" if method in {*GAINS} - {DEFAULT} else "")
 
 
 def _tables(trainer: Any) -> dict[tuple[str, ...], Any]:

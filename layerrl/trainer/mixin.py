@@ -55,7 +55,8 @@ class LayerMaskedMixin(TrainingHooks, SavingHooks):
         selection: What trains: a `LayerSelection` or anything `select_layers` takes, resolved
             against the trainer's model. `"auto"` or `"auto:K"` in a trainer that generates: the K
             layers that `contribution_probe`'s `"gradient"` scores highest when training starts, on
-            its first generation batches (64 prompts or more), which are then trained on. Until then
+            its first generation batches (64 prompts or more), which are then trained on. With
+            `"auto:step"` or `"auto:K:step"` they are scored by `"step"`. Until then
             `selection` is all layers. Checkpoints hold the report, and resume on it.
         prefix_cache_bytes: Most memory that recorded hidden states may take, on the device: those
             of an evaluation beside a batch to train on included; a larger batch is not recorded. 0:
@@ -125,7 +126,9 @@ class LayerMaskedMixin(TrainingHooks, SavingHooks):
         norms = callbacks.GradNorms(lambda: self.masked_run.note_gradients())
         self.callback_handler.callbacks.insert(0, norms)
         frozen = callbacks.FrozenCheck(lambda at: self.masked_run.check_frozen(at))
-        for callback in (callbacks.EpochOrder(), frozen, callbacks.DeltaOnTop(self._checkpoints)):
+        fit = callbacks.OptimizerFit(lambda: self.masked_run.fit_optimizer())
+        on_top = callbacks.DeltaOnTop(self._checkpoints)
+        for callback in (callbacks.EpochOrder(), fit, frozen, on_top):
             self.add_callback(callback)
         chosen = call.selection_for(self.model, self.processing_class)
         call.check_made(self, chosen)

@@ -226,6 +226,7 @@ class TestPlan:
             (["base", "--layers", "most"], "'most' does not name layers"),
             (["base", "--layers", "{}"], "not the JSON of a LayerSelection"),
             (["base", "--layers", "auto"], "'auto' is chosen by a trainer"),
+            (["base", "--layers", "auto:2:step"], "'auto:2:step' is chosen by a trainer"),
             (["base", "--layers", 1, "--modules", "nope"], "nope"),
             (["base", "--layers", 1, "--also", "nope"], "nope"),
             (["base", "--layers", 1, "--boost", "2=2"], "2"),
@@ -362,11 +363,12 @@ class TestTrain:
         whole = (tmp_path / "checkpoint-1" / "model.safetensors").exists()
         assert whole == (method == "dpo")
 
+    @pytest.mark.parametrize("layers", ["auto:2", "auto:2:step"])
     def test_layers_that_the_trainer_chooses(
-        self, capsys: pytest.CaptureFixture[str], tmp_path: Path
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, layers: str
     ) -> None:
         words = ["train", "grpo", "--config", "grpo.yaml", "--output_dir", str(tmp_path)]
-        assert main([*words, "--layers", "auto:2", "--learning_rate", "1e-3"]) == 0
+        assert main([*words, "--layers", layers, "--learning_rate", "1e-3"]) == 0
         assert " of 4 to " in capsys.readouterr().err
         saved = json.loads((tmp_path / "delta" / "delta.json").read_text())
         assert len(saved["selection"]["layers"]) == 2
@@ -410,6 +412,7 @@ class TestTrain:
             (["--reward_funcs", "nosuch.nope"], "No module named 'nosuch'"),
             (["--reward_funcs", "nope"], "Could not load reward function 'nope'"),
             (["--layers", "auto", "--also", "head"], "--layers auto chooses whole layers"),
+            (["--layers", "auto:step:2"], "selection='auto:step:2' does not say how many layers"),
             (["--prefix_cache_bytes", "-1"], "prefix_cache_bytes is -1"),
             (["--ignore_bias_buffers"], "--ignore_bias_buffers has no effect"),
         ],

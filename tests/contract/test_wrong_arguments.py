@@ -697,7 +697,11 @@ DOORS |= {
             "model": Kind(lambda v: isinstance(v, str | Path)),
             "args": ARGS,
             "selection": Kind(
-                are_layers, ("auto:0", "auto:9", "auto:" + "9" * 5000, *LAYERS.more[1:])
+                are_layers,
+                (
+                    *("auto:0", "auto:9", "auto:" + "9" * 5000, "auto:stp", "auto:0:step"),
+                    *LAYERS.more[1:],
+                ),
             ),
             "prefix_cache_bytes": NATURAL,
             "master_weights": SWITCH,
@@ -754,6 +758,7 @@ def complaint(call: Callable[..., Any], arguments: Mapping[str, Any], named: str
 def test_wrong_values_are_refused_by_name_and_change_nothing(
     world: World, door: Door, argument: str
 ) -> None:
+    assert argument in door.kinds, f"say in DOORS above which values {argument!r} takes: a Kind"
     before, wrongs = world.state(), {}
     for name, value in wrong(door.kinds[argument]):
         arguments = {**door.right(world), argument: value}

@@ -10,6 +10,7 @@ import pytest
 
 from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport, Score
+from layerrl.scores.gradient import TooLittleSignalError
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,14 +68,19 @@ def test_the_tables_by_hand(planted_scores: Any, tmp_path: Path) -> None:
         row("x", "bypass", 0, 1.0, 2.0, 3.0),
     ]
     parts = planted_scores.tables(rows).split("\n\n")
+    claims, parts = parts[::2], parts[1::2]
+    assert [claim.split("**")[1] for claim in claims] == [
+        *("Regret", "Worst third avoided", "Rank correlation")
+    ]
     columns = [cell.strip() for cell in parts[0].splitlines()[0].split("|")]
 
     def cells(part: int, column: str) -> list[str]:
         lines = parts[part].splitlines()[2:]
-        return [line.split("|")[columns.index(column)].strip() for line in lines]
+        place = columns.index(planted_scores.HEADS.get(column, column))
+        return [line.split("|")[place].strip() for line in lines]
 
-    first = columns[1]
-    assert cells(0, first)[:2] == ["`x`, best: 2 of 0 to 2", "`y`, best: 0 of 0 to 2"]
+    assert cells(0, "suite")[:2] == ["`x`", "`y`"]
+    assert cells(0, "best layer") == ["2 of 0 to 2", "0 of 0 to 2", "", ""]
     # Seed 0 loses half of x's best gain.
     assert cells(0, "gradient") == [
         "0.25 [0.00, 0.50]",
@@ -108,6 +114,60 @@ def test_what_is_refused_counts_as_the_middle(
         "scores": {0: -0.5, 1: 0.0, 2: -0.5},
         "refused": "too little",
     }
+
+
+def test_the_table_of_auto_by_hand(
+    planted_scores: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.json").write_text(truth((0.1, 0.1), (0.2, 0.2), (0.4, 0.4)))
+    few = [
+        row("x", "gradient", 0, 1.0, 3.0, 2.0),
+        row("x", "gradient", 1, 1.0, 2.0, 3.0),
+        row("x", "step", 0, 1.0, 2.0, 3.0),
+    ]
+    more = [row("x", method, 0, 3.0, 2.0, 1.0) for method in ("gradient", "step")]
+    more.append(row("x", "gradient", 2, 1.0, 2.0, 3.0))  # a seed that the few prompts do not have
+    monkeypatch.setattr(planted_scores, "all_rows", lambda: more)
+    assert planted_scores.auto_table(few).splitlines() == [
+        "| regret | gradient, as auto | gradient, more | step, as auto | step, more |",
+        "|---|---|---|---|---|",
+        "| `x` | 0.25 [0.00, 0.50] | 0.75 | 0.00 | 0.75 |",
+        "| mean of the 1 suites | 0.25 [0.00, 0.50] | 0.75 | 0.00 | 0.75 |",
+        "| best layer found | 1 of 2 | 0 of 1 | 1 of 1 | 0 of 1 |",
+        "| worst third avoided | 1.00 | 0.00 | 1.00 | 0.00 |",
+    ]
+
+
+@pytest.mark.parametrize(("enough", "prompts"), [(64, 64), (100, 128), (1000, 0)])
+def test_as_many_prompts_are_scored_as_auto_takes(
+    planted_scores: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    enough: int,
+    prompts: int,
+) -> None:
+    def scored(suite: Any, method: str, budget: int, seed: int) -> Any:
+        if budget < enough:
+            raise TooLittleSignalError(f"{budget} are too few")
+        return SimpleNamespace(scores={0: 3.0, 1: 2.0, 2: 1.0})
+
+    monkeypatch.setattr(planted_scores, "scored", scored)
+    monkeypatch.setattr(planted_scores, "SUITES", {"x": SimpleNamespace(model=lambda: None)})
+    monkeypatch.setattr(planted_scores, "weights_digest", lambda model: "b")
+    (tmp_path / "x.json").write_text(truth((0.1, 0.1), (0.2, 0.2), (0.4, 0.4)))
+    command = ["planted_scores.py", "--auto", "--seeds", "3"]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr(planted_scores, "AUTO_METHODS", ["step"])
+    monkeypatch.setattr(planted_scores, "AUTO_STORE", tmp_path / "few")
+    monkeypatch.setattr(planted_scores, "auto_table", str)
+    planted_scores.main()
+    [found] = map(json.loads, (tmp_path / "few").read_text().splitlines())
+    assert (found["prompts"], found["seed"]) == (prompts, 3)
+    tried = [n for n in (64, 128, 256) if n < enough]
+    assert found["refused"] == [f"{n} are too few" for n in tried]
+    best = max(found["scores"], key=found["scores"].__getitem__)
+    assert best == ("0" if prompts else "1")
+    assert not planted_scores.STORE.exists()
 
 
 def test_only_suites_whose_truth_separates_layers_are_scored(

@@ -4,6 +4,7 @@ Every run is in float64, where little but the order of additions can tell them a
 """
 
 import json
+import re
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +28,10 @@ from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
+from tests import processes
 from tests.grpo import config, make
 from tests.launchers.launch import launch
-from tests.launchers.worker import FROZEN, held, no_reward_for_k
+from tests.launchers.worker import FROZEN, held, letters, no_reward_for_k
 from tests.models import tiny, tiny_config
 from tests.runs import bits, in_layers, load, saved
 
@@ -50,6 +52,8 @@ ROWS |= {"weight_decay": 0.1}
 AUTO = {"selection": "auto", "num_generations": 2, "max_steps": 3}
 AUTO |= {"per_device_train_batch_size": 6}
 AUTO2 = {**AUTO, "per_device_train_batch_size": 3}
+BY_STEP: Any = {"selection": "auto:step", "max_steps": 4, "arguments": {"reward_funcs": letters}}
+BY_STEP, BY_STEP2 = ({**auto, **BY_STEP} for auto in (AUTO, AUTO2))
 # Four batches, each as above.
 PROBE = {**AUTO, "probes": 12}
 PROBE2 = {**AUTO2, "probes": 12}
@@ -130,7 +134,8 @@ class Runs:
         return self._launch(
             "one", 1, layer=SAVING, full={"selection": "full"}, compiled=COMPILED,
             schedule={"selection": [1, 2], "arguments": schedule()}, boosted=BOOSTED, rows=ROWS,
-            lora=LORA, auto=AUTO, probe=PROBE, step=STEP, dpo=DPO, sft=SFT, mixed=MIXED, half=HALF,
+            lora=LORA, auto=AUTO, auto_by_step=BY_STEP, probe=PROBE, step=STEP, dpo=DPO, sft=SFT,
+            mixed=MIXED, half=HALF,
         )  # fmt: skip
 
     @cached_property
@@ -145,11 +150,12 @@ class Runs:
             },
             schedule_unset={"selection": [1, 2], "arguments": schedule()},
             asynchronous={"asynchronous": True}, strays=straying(0), strays_later=straying(2),
-            auto=AUTO2, probe=PROBE2, step=STEP2, dpo=DPO, sft=SFT, mixed=MIXED,
-            half=HALF, changed=CHANGED,
+            auto=AUTO2, auto_by_step=BY_STEP2, probe=PROBE2, step=STEP2, dpo=DPO, sft=SFT,
+            mixed=MIXED, half=HALF, changed=CHANGED,
             unrewarded={**PROBE2, "rewards": no_reward_for_k},
             disagree=[{"selection": layer} for layer in (1, 2)],
             disagree_auto=[{"selection": name} for name in ("auto", "all")],
+            disagree_by=[{"selection": name} for name in ("auto", "auto:step")],
             disagree_format=[
                 {"arguments": {"checkpoint_format": name}} for name in ("delta", "full")
             ],
@@ -167,8 +173,8 @@ class Runs:
             schedule={"selection": [1, 2], "arguments": schedule()},
             half=HALF, asynchronous={"asynchronous": True},
             strays=straying(0), strays_later=straying(2),
-            rows=ROWS, changed=CHANGED, auto=AUTO2, probe=PROBE2, step=STEP2, dpo=DPO,
-            sft=SFT,
+            rows=ROWS, changed=CHANGED, auto=AUTO2, auto_by_step=BY_STEP2, probe=PROBE2,
+            step=STEP2, dpo=DPO, sft=SFT,
             elsewhere=ELSEWHERE,
             lora=LORA, lora_resumed={**LORA, "resume": self.checkpoint("fsdp2", "lora")},
             lora_of_ddp={**LORA, "resume": self.checkpoint("ddp", "lora")},
@@ -320,9 +326,10 @@ def test_only_gradients_of_trained_tensors_travel(runs, launched, job):
 
 
 @LAUNCHED
-def test_layers_are_chosen_as_in_one_process(runs, launched):
+@pytest.mark.parametrize("job", ["auto", "auto_by_step"])
+def test_layers_are_chosen_as_in_one_process(runs, launched, job):
     """A middle prompt's completions lie in both: three a process, two a prompt."""
-    found, [expected] = getattr(runs, launched)["auto"], runs.one["auto"]
+    found, [expected] = getattr(runs, launched)[job], runs.one[job]
     assert_same(found, [expected], 1e-6)
     assert [process["wrapper"] for process in found] == [WRAPPERS[launched]] * 2
     assert_same_report([process["report"] for process in found], expected["report"])
@@ -646,6 +653,8 @@ class TestRefused:
             assert "different selection=: process 0 layer 1 of 4, process 1 layer 2 of 4" in error
         for error in runs.ddp["disagree_auto"]:
             assert "process 0 auto:1, process 1 layers 0-3 of 4" in error
+        for error in runs.ddp["disagree_by"]:
+            assert "process 0 auto:1, process 1 auto:1:step" in error
         for error in runs.ddp["disagree_format"]:
             assert "different checkpoint_format=: process 0 delta, process 1 full" in error
 
@@ -662,6 +671,19 @@ class TestRefused:
         for error in runs.fsdp2["schedule"]:
             assert "LayerSchedule was given under FSDP" in error
         assert_same(runs.ddp["schedule"], runs.one["schedule"], 1e-12)
+
+
+def test_a_rank_that_waits_for_another_is_shown_where(tmp_path, monkeypatch):
+    assert processes.run("-c", "").returncode == 0  # from now on, starting takes no time
+    monkeypatch.setattr("tests.launchers.launch.PATIENCE", 8.0)
+    job = {"base": str(saved(tmp_path / "base")), "output": str(tmp_path / "out"), "selection": 2}
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    variables = {**two, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with pytest.raises(AssertionError) as raised:
+        launch(tmp_path / "launched", {"waits": job}, num_processes=1, environment=variables)
+    said = str(raised.value)
+    assert "rank 0: waits after 8 s; the end of" in said
+    assert re.search(r'worker\.py", line \d+ in (main|run)', said)
 
 
 class TestConfigs:
