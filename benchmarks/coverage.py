@@ -24,6 +24,9 @@ from layerrl import ContributionReport
 from layerrl.errors import ReportError
 from layerrl.replacing import replaced
 from layerrl.report import Score, ranking
+from layerrl.scores.gains import adam_step
+from layerrl.scores.gradient import widened
+from layerrl.scores.step import ERROR_TIMES
 from layerrl.statistics import bootstrap, contribution, interval_of, spearman
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -42,7 +45,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--docs", type=Path, help="folder whose results.md gets the table too")
     options = parser.parse_args()
-    lines = ["| interval | simulated | coverage |", "|---|---|---|"]
+    lines = [
+        "| 95 % interval of | simulated scores | contains the true value, ± standard error |",
+        "|---|---|---|",
+    ]
     for name in options.kinds:
         started = time.perf_counter()
         with replaced(ranking, bootstrap=partial(bootstrap, num_draws=1000)):  # a quarter: faster
@@ -175,6 +181,11 @@ def gains() -> tuple[Tensor, Tensor]:
     return gains_PL, others_PL.mean(dim=0)
 
 
+HALVED_PARAMETERS, HALVED_PROMPTS = 300, 128
+RELATIVE = torch.linspace(0.3, 1.7, NUM_LAYERS)
+DIRECTIONS = torch.randn(NUM_LAYERS, HALVED_PARAMETERS, generator=torch.Generator().manual_seed(1))
+
+
 @cache
 def gains_of_seeds() -> Tensor:
     """The mean over probes, shape (L,)."""
@@ -191,6 +202,51 @@ def probe(*, of_seeds: bool) -> list[bool]:
     made = ContributionReport(method="gradient", layers=layers)
     truth = (truth_L / truth_L.mean()).tolist()
     return [score in made.interval(k) for k, score in enumerate(truth)]
+
+
+def gains_of_halves(strength: float, shared: float = 0.0) -> Tensor:
+    """What steps from half of the prompts gain on the other half, shape (P, L).
+
+    Args:
+        strength: Mean gradient of a weight in the average layer; its deviation over prompts is one,
+            times the size of the prompt's gradient.
+        shared: Share of that variance that all weights of all layers have in common.
+    """
+    shape = HALVED_PROMPTS, NUM_LAYERS, HALVED_PARAMETERS
+    size_P = (SPREAD * torch.randn(shape[0], 1, 1, generator=RNG)).exp()
+    noise_PLN = (1 - shared) ** 0.5 * torch.randn(shape, generator=RNG)
+    noise_PLN += shared**0.5 * torch.randn(shape[0], 1, 1, generator=RNG) * DIRECTIONS
+    gradient_PLN = size_P * (strength * RELATIVE[:, None] + noise_PLN)
+    gains_PL = torch.empty(shape[:2], dtype=torch.double)
+    for half in (0, 1):
+        seen_PLN, others_PLN = gradient_PLN[half::2], gradient_PLN[1 - half :: 2]
+        step_LN = adam_step(seen_PLN.sum(dim=0), len(seen_PLN), 1e-8)
+        gains_PL[1 - half :: 2] = (others_PLN * step_LN).sum(dim=-1)
+    return gains_PL
+
+
+@cache
+def gains_of_steps(strength: float, shared: float) -> Tensor:
+    """The mean over probes, shape (L,)."""
+    return torch.stack([gains_of_halves(strength, shared).mean(dim=0) for _ in range(2000)]).mean(0)
+
+
+def halves(strength: float, shared: float = 0.0, *, differences: bool) -> list[bool]:
+    """Of the scores of a probe by steps, or of differences between two layers' scores."""
+    truth_L = gains_of_steps(strength, shared)
+    truth = (truth_L / truth_L.mean()).tolist()
+    gains_PL = gains_of_halves(strength, shared)
+    rows_PL = widened(gains_PL / gains_PL.mean(), ERROR_TIMES)
+    layers = tuple(Score(scores=(row,)) for row in rows_PL.T.tolist())
+    made = ContributionReport(method="step", layers=layers)
+    if not differences:
+        return [score in made.interval(k) for k, score in enumerate(truth)]
+    draws = [made._draws[str(k)] for k in range(NUM_LAYERS)]
+    return [
+        truth[k] - truth[j] in interval_of(draws[k] - draws[j])
+        for k in range(NUM_LAYERS)
+        for j in range(k)
+    ]
 
 
 def accuracy(level: float) -> list[bool]:
@@ -210,7 +266,7 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         partial(scores, partial(right, (0.02, 0.12, 0.68), 78, 1, 0.0), (0.02, 0.12, 0.68)),
     ),
     "score, graded": (
-        "the same",
+        "score of a layer, one seed",
         "50 prompts, graded rewards",
         partial(scores, partial(graded, LEVELS, 50, 1, 0.0), LEVELS),
     ),
@@ -229,20 +285,70 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         "2 runs, 64 maps, right or wrong",
         partial(scores, partial(right, (0.4, 0.78), 64, 3, 0.05), (0.4, 0.78)),
     ),
-    "C": ("C, one seed", "78 prompts", partial(shares, LEVELS)),
-    "C, seeds": ("C, two seeds", "78 prompts", partial(shares, LEVELS, 2, 0.04)),
-    "difference": ("difference of two runs, halving", "78 prompts, 0.68 and 0.62", difference),
-    "top": ("difference that `top` looks at", "best and second of eight equal layers", top),
-    "compare": ("difference of C in two sweeps", "4 layers, 78 prompts, two seeds each", compared),
+    "C": (
+        "contribution C(k), one seed",
+        "6 layers, 78 prompts, right or wrong",
+        partial(shares, LEVELS),
+    ),
+    "C, seeds": (
+        "contribution C(k), two seeds",
+        "6 layers, 78 prompts, right or wrong",
+        partial(shares, LEVELS, 2, 0.04),
+    ),
+    "difference": (
+        "difference of two runs, as halving takes it",
+        "78 prompts, right or wrong; 0.68 and 0.62 right",
+        difference,
+    ),
+    "top": (
+        "difference of two layers that `top` compares",
+        "best and second of eight equal layers, 78 prompts",
+        top,
+    ),
+    "compare": (
+        "difference of C(k) in two sweeps",
+        "4 layers, 78 prompts, two seeds each",
+        compared,
+    ),
     "gradient": (
-        'score of `"gradient"`: other prompts, the same steps',
-        "256 prompts, heavy tails",
+        'score of `"gradient"`, true for other prompts and the same steps',
+        "6 layers, 256 prompts, gradients with heavy tails",
         partial(probe, of_seeds=False),
     ),
     "gradient, seeds": (
-        "the same interval: other prompts and steps",
-        "the same",
+        'score of `"gradient"`, true for other prompts and other steps',
+        "6 layers, 256 prompts, gradients with heavy tails",
         partial(probe, of_seeds=True),
+    ),
+    "step": (
+        'score of `"step"`: other prompts and steps',
+        "128 prompts, heavy tails; mean gains of 3 standard errors",
+        partial(halves, 0.05, differences=False),
+    ),
+    "step, differences": (
+        "difference of two layers, the same",
+        "the same",
+        partial(halves, 0.05, differences=True),
+    ),
+    "step, shared": (
+        'score of `"step"`',
+        "a tenth of the noise common to all weights; mean gains of 1 standard error",
+        partial(halves, 0.05, 0.1, differences=False),
+    ),
+    "step, signal": (
+        'score of `"step"`',
+        "mean gains of 11 standard errors",
+        partial(halves, 0.15, differences=False),
+    ),
+    "step, signal, differences": (
+        "difference of two layers, the same",
+        "the same",
+        partial(halves, 0.15, differences=True),
+    ),
+    "step, strong": (
+        'score of `"step"`',
+        "the same, and nine in ten weights step alike in both halves",
+        partial(halves, 0.4, differences=False),
     ),
     "Spearman": (
         "rank correlation of two reports",
@@ -250,7 +356,7 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         partial(correlated, 0.95, 12, 0.03),
     ),
     "Spearman, low": (
-        "the same",
+        "rank correlation of two reports",
         "6 layers, two seeds, normal correlation 0.5",
         partial(correlated, 0.5, 6, 0.05),
     ),
@@ -259,7 +365,11 @@ KINDS: dict[str, tuple[str, str, Callable[[], list[bool]]]] = {
         "256 problems, 78 of them distinct; 0.12 right",
         partial(accuracy, 0.12),
     ),
-    "accuracy, trained": ("the same", "0.68 right", partial(accuracy, 0.68)),
+    "accuracy, trained": (
+        "accuracy of the quickstart",
+        "256 problems, 78 of them distinct; 0.68 right",
+        partial(accuracy, 0.68),
+    ),
 }
 """What is printed, what is drawn, and one trial: whether each of its intervals holds its truth."""
 

@@ -54,6 +54,21 @@ METHODS: dict[str, Callable[[Suite, int], ContributionReport]] = {
 }
 UNSEEDED = ["spectrum"]
 POSITIONS = {"first": 0.0, "middle": 0.5, "last": 1.0}
+HEADS = {
+    "gradient": '`"gradient"`',
+    "step": '`"step"`',
+    "gradient norm": "gradient norm of the layer",
+    "bypass": "bypass: drop in likelihood without the layer",
+    "weight change": "weight change in a full run",
+    "spectrum": "spectrum of the layer's weights",
+    "first": "first layer, no probe",
+    "middle": "middle layer, no probe",
+    "last": "last layer, no probe",
+    "published": "depth published for Qwen3-1.7B",
+    "random": "random layer",
+    "another sweep": "another seed of the exact sweep",
+}
+"""What the tables call the scores."""
 Row = dict[str, Any]
 """One score: `suite`, `method`, `seed`, `base`, `scores` of layers, and why it was `refused`."""
 Scores = dict[int, float]
@@ -210,33 +225,52 @@ def truth_of(suite: str) -> ContributionReport:
 
 
 def tables(rows: list[Row]) -> str:
-    """One for each claim: suites by methods, over seeds; the last rows are over all suites."""
+    """One for each claim, below a sentence that says how to read it.
+
+    Suites by methods, over seeds; the last rows are over all suites.
+    """
     by_suite: dict[str, dict[str, list[Verdict]]] = {}
     labels = []
     for suite in (name for name in SUITES if any(row["suite"] == name for row in rows)):
         by_suite[suite] = verdicts(suite, [row for row in rows if row["suite"] == suite])
         truth = truth_of(suite)
         best = max(truth.scores, key=truth.scores.__getitem__)
-        labels.append(f"`{suite}`, best: {best} of 0 to {truth.num_layers - 1}")
+        labels.append(f"`{suite}` | {best} of 0 to {truth.num_layers - 1}")
     columns = {m: [found[m] for found in by_suite.values()] for m in next(iter(by_suite.values()))}
     columns = {method: column for method, column in columns.items() if any(column)}
     parts = []
+    heads = " | ".join(("suite", "best layer", *map(HEADS.__getitem__, columns)))
     for claim, name, over in (
-        ("Finds the best layer: regret", "regret", "mean"),
-        ("Avoids the worst third: share avoided", "avoided", "mean"),
-        ("Ranks all layers: Spearman", "spearman", "median"),
+        (
+            "**Regret**: what the layer that a score puts first gains less than the best layer, as "
+            "a share of the best layer's gain. 0 is the best layer, above 1 one that does harm.",
+            "regret",
+            "mean",
+        ),
+        (
+            "**Worst third avoided**: share of the worst third of the layers that a score does not "
+            "put into its best third. 1 is the best value.",
+            "avoided",
+            "mean",
+        ),
+        (
+            "**Rank correlation** (Spearman) of a score with what the layers gain. 1 is the same "
+            "order, 0 no relation, -1 the opposite order.",
+            "spearman",
+            "median",
+        ),
     ):
-        lines = [f"| {claim} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+        lines = [f"| {heads} |", f"|---|---|{'---|' * len(columns)}"]
         values = [[[getattr(v, name) for v in c] for c in column] for column in columns.values()]
         lines += map(row_of, labels, zip(*values, strict=True))
         average = median if over == "median" else fmean
         whole = [[*map(average, zip(*column, strict=False))] for column in values]
-        lines.append(row_of(f"{over} of the {len(labels)} suites", whole))
+        lines.append(row_of(f"{over} of the {len(labels)} suites | ", whole))
         if name == "regret":
             found = [[v.found for c in column for v in c] for column in columns.values()]
             cells = (f"{sum(every):.3g} of {len(every)}" for every in found)
-            lines.append(f"| best layer found | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+            lines.append(f"| best layer found |  | {' | '.join(cells)} |")
+        parts += [claim, "\n".join(lines)]
     return "\n\n".join(parts)
 
 

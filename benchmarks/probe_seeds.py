@@ -96,8 +96,8 @@ def table(rows: list[Row], suites: list[str], seeds: list[int]) -> str:
     fitted = {suite: fidelity(truths[suite], fitted_prior(suite, truths)) for suite in suites}
     ceilings = {suite: ceiling(truths[suite]) for suite in suites}
     lines = [
-        f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | median [range] | fitted position "
-        "| another sweep |",
+        f"| rank correlation with C on | {' | '.join(f'probe seed {seed}' for seed in seeds)} "
+        "| median [range] | no probe: depth fitted on other suites | another seed of the sweep |",
         f"|---|{'---|' * (len(seeds) + 3)}",
     ]
     for suite in suites:
@@ -117,7 +117,7 @@ def table(rows: list[Row], suites: list[str], seeds: list[int]) -> str:
     ):
         means = [fmean(getattr(found[suite, seed], name) for suite in whole) for seed in seeds]
         prior = fmean(getattr(fitted[suite], name) for suite in whole)
-        lines.append(row_of(f"{label}, the same", means, prior, None))
+        lines.append(row_of(f"{label}, on these suites", means, prior, None))
     return "\n".join(lines)
 
 

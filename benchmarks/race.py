@@ -52,7 +52,7 @@ GAP = ("<!-- race: written by benchmarks/race.py -->", "<!-- race: end -->")
 """Where the tables are in `results.md`."""
 ALL = 1000
 """More candidates than a suite has layers."""
-KEPT = ", the probe's first unless it is dropped"
+KEPT = "; the probe's first wins unless it is dropped"
 QUANTILES = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14]
 """Of Student's t, 97.5 %, from one degree of freedom on."""
 
@@ -197,10 +197,13 @@ def by_race(late: Sequence[Suite], early: Sequence[Suite]) -> str:
     alone = [[choice(one, 1, ()) for one in group] for group in (late, early)]
     means = [f"{fmean(one.regret for one in group):.3f}" for group in alone]
     lines = [
-        "| candidates | evaluated after | cost | regret | minus the probe's | suites better, worse "
-        "| best candidate's | regret, best layer early | minus the probe's |",
+        "| candidates, the probe's best | evaluated after this share of a run "
+        "| steps trained, in runs per candidate | regret, best layer middle or late "
+        "| the same minus the probe's alone | suites where the race is better, worse "
+        "| regret of the best candidate | regret, best layer early "
+        "| the same minus the probe's alone |",
         f"|{'---|' * 9}",
-        f"| 1: the probe alone | - | 0 | {means[0]} | - | - | - | {means[1]} | - |",
+        f"| 1: the probe alone, no race | - | 0 | {means[0]} | - | - | - | {means[1]} | - |",
     ]
     looks = [(1,), (2,), (3,), (1, 2), (1, 2, 3)]
     races = [(top, quarters, False) for top in (2, 3, 4, 5) for quarters in looks]
@@ -235,13 +238,13 @@ def by_suite(suites: Sequence[Suite]) -> str:
     """Regret of some races on each suite."""
     races = {
         "the probe alone": (1, ()),
-        "2, after 2/4": (2, (2,)),
-        "3, after 2/4": (3, (2,)),
-        "5, after 2/4": (5, (2,)),
-        "5, after 1/4, 2/4": (5, (1, 2)),
-        "all, after 4/4": (ALL, (4,)),
+        "2 candidates, after half a run": (2, (2,)),
+        "3 candidates, after half a run": (3, (2,)),
+        "5 candidates, after half a run": (5, (2,)),
+        "5 candidates, after a quarter and half a run": (5, (1, 2)),
+        "all layers, after a whole run": (ALL, (4,)),
     }
-    lines = [f"| suite | {' | '.join(races)} |", f"|{'---|' * (len(races) + 1)}"]
+    lines = [f"| regret on | {' | '.join(races)} |", f"|{'---|' * (len(races) + 1)}"]
     for one in suites:
         cells = [f"{choice(one, *given).regret:.3f}" for given in races.values()]
         lines.append(f"| `{one.name}` | {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""Recompute, and visit in the backward, only what training needs.
+"""Gradient checkpointing, and where the backward ends: at the first trained layer.
 
 Legend: B rows, T tokens, H hidden size.
 """

@@ -52,9 +52,6 @@ def _parameters(held: Any, adapter: str) -> Iterator[str]:
 def idle_adapters(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the names of tensors in adapters that are not active, so that no pass uses them.
 
-    Args:
-        model: Any model, wrapped or not.
-
     Returns:
         Plain prefixes, which end where an adapter's name does. Empty for a model without adapters.
         That of TRL's reference, `"ref"`, counts as part of the model: losses depend on it.

@@ -1,4 +1,4 @@
-"""Where a model keeps its decoder layers.
+"""Where a model keeps its decoder layers, head and embedding.
 
 Layer = one decoder block (attention, MLP and their norms); index 0 is nearest the embedding. The
 layers are found by structure, never by matching names: `layers.1` is not `layers.10`, and an
@@ -96,9 +96,7 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Let modules run something around their `forward`; afterwards each has its own again.
 
-    Args:
-        modules: The modules. A forward that somebody else put on one is wrapped, and put back.
-        wrap: Makes the new forward of an index and the present forward.
+    `wrap` makes the new forward of an index and the present one, which somebody else may have put.
     """
     own = [vars(module).get("forward") for module in modules]
     try:
@@ -136,15 +134,12 @@ def own_forward(function: Any) -> Any:  # any callable
 
 
 def with_fused_siblings(names: Iterable[str], trained: Iterable[str]) -> list[str]:
-    """The tensors that an inference engine has to be sent when some were trained.
+    """Return the tensors that an inference engine has to be sent when some were trained, in order.
 
     vLLM fuses projections that have one parent (q, k and v; gate and up; an expert's, and the
     experts of a layer; others in other families), and its server replaces a fused module whole,
     weights and biases: what does not arrive is undefined. So everything under the same parent
     travels together, which for whole layers adds nothing.
-
-    Returns:
-        The trained ones and their siblings, in the order of `names`.
     """
     parents = {_parent(name) for name in trained}
     return [name for name in names if _parent(name) in parents]
@@ -161,16 +156,10 @@ def _parent(name: str) -> str:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The one stack of decoder layers in a model; of a vision-language model, the text stack.
+    """Return the one stack of decoder layers in a model; of a vision-language model, the text's.
 
     A stack is an `nn.ModuleList` that lies in no other. Where there are several, transformers'
     own `get_decoder()` says which part holds the text, and the config how many layers it has.
-
-    Args:
-        model: A transformers model on any device, `meta` included, wrapped or not. Not changed.
-
-    Returns:
-        The layers and where they are.
 
     Raises:
         ModelError: If there is no such stack, if several are left, or if the model is an
@@ -206,17 +195,7 @@ def find_blocks(model: nn.Module) -> Blocks:
 
 
 def count_layers(config: Any) -> int:  # transformers is not imported for a type
-    """Number of decoder layers that a transformers config describes.
-
-    Args:
-        config: A transformers config; of a composite one (vision-language), the text part counts.
-
-    Returns:
-        The number of decoder layers, at least 1.
-
-    Raises:
-        ModelError: If it is no config, describes an encoder-decoder, or no layers.
-    """
+    """Number of decoder layers that a config describes; of vision-language ones, the text's."""
     name = type(config).__name__
     if not hasattr(config, "get_text_config") or isinstance(config, type):
         raise ModelError(
@@ -239,14 +218,11 @@ def count_layers(config: Any) -> int:  # transformers is not imported for a type
 
 
 def layers_described(config: Any) -> int:
-    """Number of decoder layers that the model of a config has.
+    """Return the number of decoder layers that the model of a config has.
 
     Configs usually say it. Some count otherwise than their model (LongCat's, each layer twice): one
     that derives its number, or has another number of the kind, or comes from outside transformers,
     is not believed where the model can be made on the `meta` device.
-
-    Returns:
-        The number of layers that `find_blocks` finds in the model, at least 1.
 
     Raises:
         ModelError: As of `count_layers`; or if the config counts two ways, and no model can be made
@@ -278,14 +254,7 @@ def layers_described(config: Any) -> int:
 
 
 def meta_model(config: Any) -> nn.Module:
-    """The model a config describes, on the `meta` device: every name and shape, no weights.
-
-    Returns:
-        The model of the class that the config names, or of the one made for text generation.
-
-    Raises:
-        ModelError: If transformers has no such class.
-    """
+    """The model a config describes, on the `meta` device: every name and shape, no weights."""
     count_layers(config)
     import transformers
 

@@ -47,6 +47,14 @@ def finite_number(
     return None if most is not None and number > most else number
 
 
+def is_finite(reward: Any) -> bool:
+    """Whether a reward, of any type that knows numbers, is one, and finite."""
+    try:
+        return math.isfinite(reward)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 def shown(value: object, *, most: int = 80) -> str:
     """The beginning of a value's `repr`, or its type where that fails (an int of 5000 digits)."""
     try:

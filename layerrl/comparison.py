@@ -43,7 +43,6 @@ class Comparison:
         return rows
 
     def _remarks(self) -> list[str]:
-        """The sentences printed with the table: correlation, interval, differences."""
         shown = ""
         if self.interval is not None:
             shown = f" {self.interval:.2f}"

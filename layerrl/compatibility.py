@@ -31,12 +31,9 @@ def generated_one_each(trainer: Any, prompt_ids: list[list[int]]) -> tuple[Any, 
 
 
 def windows_of_tokens(trainer: Any) -> float:
-    """What a loss by token (DAPO's) divides a batch's tokens by, before it divides by them.
+    """Return what a loss by token (DAPO's) divides a batch's tokens by, before it divides by them.
 
     Since 1.10, TRL takes the share of a generation batch that one optimizer step is for.
-
-    Returns:
-        Generation batch over step: 1 before.
     """
     if installed("trl") < (1, 10):
         return 1.0

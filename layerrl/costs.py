@@ -75,9 +75,3 @@ def linear_weights(blocks: Blocks, layer: int) -> list[str]:
         for name, module in blocks.modules[layer].named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-
-
-def head_elements(base: nn.Module) -> int:
-    """Elements of the language model's head; 0 where there is none."""
-    head = getattr(head_of(base), "weight", None)
-    return 0 if head is None else head.numel()

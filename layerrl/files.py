@@ -22,10 +22,7 @@ _HEX = "[0-9a-f]" * 32
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Write a file that others find either as it was or as it is to be.
-
-    Args:
-        path: The file, which may exist. One process at a time may write it.
+    """Write a file that others find either as it was or as it is to be, one process at a time.
 
     Yields:
         Where to write it. It takes the file's place when the block has ended well, and is gone
@@ -74,6 +71,12 @@ def made_whole(path: Path) -> Iterator[Path]:
                 return
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Files in a folder, at any depth, by their names from there, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 def why_unwritten(error: BaseException | None) -> str:

@@ -16,11 +16,11 @@ from layerrl.selection.parts import rows_kept
 from layerrl.shards import local
 
 _WORD_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 # A GPU waits for launches: it takes as many chunks at once as make a product of 128 MiB. A CPU is
 # faster with one, which stays in its cache.
 _CHUNKS_AT_ONCE = {"cpu": 1}
-_ODD_MULTIPLIER = 0x1E3779B97F4A7C15
+ODD_MULTIPLIER = 0x1E3779B97F4A7C15
 
 
 def fingerprints(
@@ -51,9 +51,9 @@ def fingerprints(
 
 
 @lru_cache(maxsize=8)
-def _weights(device: torch.device) -> Tensor:
+def odd_weights(device: torch.device) -> Tensor:
     """Fixed odd 64-bit numbers without a pattern: positions, mixed as in splitmix64."""
-    mixed = torch.arange(1, _CHUNK + 1, dtype=torch.int64, device=device) * _ODD_MULTIPLIER
+    mixed = torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device) * ODD_MULTIPLIER
     for shift, multiplier in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
         logical = (mixed >> shift) & ((1 << (64 - shift)) - 1)
         mixed = (mixed ^ logical) * multiplier
@@ -68,12 +68,12 @@ def _chunk_sums(tensor: Tensor, device: torch.device | None) -> Tensor:
     words = flat.view(_WORD_OF_SIZE[flat.element_size()])
     if device is None or words.device.type != "cpu":
         device = words.device
-    weights = _weights(device)
+    weights = odd_weights(device)
     at_once = _CHUNKS_AT_ONCE.get(device.type, 64)
-    num_rest = len(words) % _CHUNK
+    num_rest = len(words) % CHUNK
     full, rest = words.split([len(words) - num_rest, num_rest])
-    groups = full.split(at_once * _CHUNK) if len(full) else ()
-    sums = [(group.to(device).view(-1, _CHUNK) * weights).sum(dim=1) for group in groups]
+    groups = full.split(at_once * CHUNK) if len(full) else ()
+    sums = [(group.to(device).view(-1, CHUNK) * weights).sum(dim=1) for group in groups]
     if num_rest or not sums:
         sums.append((rest.to(device) * weights.narrow(0, 0, num_rest)).sum().view(1))
     return torch.cat(sums)
@@ -83,7 +83,7 @@ def _combined(sums: Iterable[int]) -> int:
     """One checksum of all chunks, in their order."""
     total = 0
     for of_chunk in sums:
-        total = (total * _ODD_MULTIPLIER + of_chunk) % (1 << 64)
+        total = (total * ODD_MULTIPLIER + of_chunk) % (1 << 64)
     return total
 
 
@@ -132,12 +132,9 @@ def fingerprints_of_rows(
     device: torch.device | None = None,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, str]:
-    """The fingerprints of `frozen_rows`, by names as `"model.embed_tokens.weight[0:49152]"`.
+    """Return the fingerprints of `frozen_rows`, by name as `"model.embed_tokens.weight[0:49152]"`.
 
     `dtypes` has what the rows of a tensor, by its plain name, count as converted to.
-
-    Returns:
-        Name to fingerprint.
     """
     rows = {
         f"{name}[{run.start}:{run.stop}]": values.to((dtypes or {}).get(name, values.dtype))
@@ -188,12 +185,7 @@ class FrozenRecord:
         """Name of a frozen tensor to its fingerprint."""
 
     def check(self, model: nn.Module) -> None:
-        """Compare the frozen tensors with the record.
-
-        Raises:
-            FrozenTensorError: If a frozen parameter or buffer has other bits, or is new, or is
-                gone.
-        """
+        """Compare the frozen tensors with the record; a `FrozenTensorError` if one changed."""
         now, then = self._now(model), self.fingerprints
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
         if changed:

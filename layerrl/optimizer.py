@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerrl.blocks import plain_name, unwrap
-from layerrl.errors import SelectionError
+from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
-from layerrl.precision import (
-    HALF,
-    MASTER,
-    nested,
-    stepped_value,
-    unwrap_optimizer,
-)
+from layerrl.precision import HALF, MASTER, nested, stepped_value, unwrap_optimizer
 from layerrl.selection import LayerSelection
 from layerrl.selection.rates import learning_rate_factors
 from layerrl.shards import local
@@ -44,12 +38,7 @@ def updates_in_backward(optimizer: Any) -> bool:
 def refuse_updates_in_backward(
     name: str, selection: LayerSelection, *, master_weights: bool
 ) -> None:
-    """Refuse an optimizer that updates in the backward, where the step matters.
-
-    Raises:
-        SelectionError: If the selection scales learning rates or trains rows of a tensor without
-            the others, or there are master weights.
-    """
+    """Refuse an optimizer that updates in the backward, where the step matters."""
     if selection.token_rows:
         raise SelectionError(
             f"{selection}: {name} updates layer by layer, in the backward, and the other rows of "
@@ -105,10 +94,7 @@ def keep_only(optimizer: Any, parameters: Collection[nn.Parameter]) -> None:
         )
 
 
-def check_steps(
-    optimizer: Any,
-    trained: Callable[[], Mapping[str, nn.Parameter]],
-) -> None:
+def check_steps(optimizer: Any, trained: Callable[[], Mapping[str, nn.Parameter]]) -> None:
     """Make sure, in the first step with a gradient, that an optimizer's step reaches each tensor.
 
     A tensor is reached if its value, or its master's, is another one afterwards, or if the
@@ -117,7 +103,8 @@ def check_steps(
 
     Args:
         optimizer: Its `step` is replaced on the instance, once. It then raises a `SelectionError`
-            if a tensor is not reached.
+            if a tensor is not reached, and a `DeltaError` if the first step misses something in
+            the state that was loaded.
         trained: What trains, by name; asked in the first step, when launchers have done with it.
     """
     optimizer = unwrap_optimizer(optimizer)
@@ -130,8 +117,19 @@ def check_steps(
     step = optimizer.step
 
     def checked_step(_: Any, *args: Any, **kwargs: Any) -> Any:
+        first = check.waiting is None
         before = check.before()
-        result = step(*args, **kwargs)
+        try:
+            result = step(*args, **kwargs)
+        except LookupError as error:
+            if not first or not getattr(optimizer, "state", None):
+                raise
+            raise DeltaError(
+                f"{type(optimizer).__name__} cannot step from the state that was loaded into it: "
+                f"{error!r:.200}. Was the checkpoint written with another optim? Resume with that "
+                "one, or delete the checkpoint's optimizer.pt: the run then goes on from its "
+                "weights with a new optimizer."
+            ) from error
         if before:
             check.after(before)
         return result
@@ -142,11 +140,7 @@ def check_steps(
 class _StepCheck:
     """Which tensors the steps of an optimizer have not been seen to reach yet."""
 
-    def __init__(
-        self,
-        optimizer: Any,
-        trained: Callable[[], Mapping[str, nn.Parameter]],
-    ) -> None:
+    def __init__(self, optimizer: Any, trained: Callable[[], Mapping[str, nn.Parameter]]) -> None:
         self.optimizer = optimizer
         self.trained = trained
         self.waiting: dict[str, nn.Parameter] | None = None
@@ -257,11 +251,7 @@ def scale_learning_rates(optimizer: Optimizer, layers: TrainedLayers) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, layers: TrainedLayers) -> None:
-    """Make sure that an optimizer holds the trained tensors and nothing else.
-
-    Raises:
-        SelectionError: If it misses a trained tensor or holds a frozen one.
-    """
+    """Make sure that an optimizer holds the trained tensors and nothing else."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = layers.parameters
     names = {id(p): plain_name(name) for name, p in unwrap(layers.model).named_parameters()}

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import Blocks, find_blocks, plain_name, unwrap, with_fused_siblings
+from layerrl.blocks import Blocks, find_blocks, head_of, plain_name, unwrap, with_fused_siblings
 from layerrl.checks import check_count, check_number, shown
-from layerrl.costs import RANK, Costs, head_elements, linear_weights, met_by_a_token
+from layerrl.costs import RANK, Costs, linear_weights, met_by_a_token
 from layerrl.errors import SelectionError
 from layerrl.quantisation import quantised_bytes
 from layerrl.tables import as_html, in_units
@@ -138,8 +138,6 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bytes:
-    """Bytes of a model's tensors and of what is kept for them."""
-
     tensors: Mapping[str, Tensor]
     quantised: Mapping[str, int]
     """Bytes of those that are quantised in the base."""
@@ -210,10 +208,11 @@ def make_plan(
 def _costs(
     base: nn.Module, text: Blocks, met: Mapping[str, float], *, beta: float, num_iterations: int
 ) -> Costs:
+    head = getattr(head_of(base), "weight", None)
     paths = [f"{text.path}.{layer}." for layer in range(len(text.modules))]
     return Costs(
         layers=[sum(met[name] for name in met if name.startswith(path)) for path in paths],
-        head=head_elements(base),
+        head=0 if head is None else head.numel(),
         num_scored=int(beta > 0) + int(num_iterations > 1),
         num_iterations=num_iterations,
     )

@@ -1,4 +1,4 @@
-"""Pictures. Matplotlib is imported when the first one is drawn."""
+"""Plots of scores by layer and depth. Matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -21,23 +21,7 @@ def plot_layers(
     lines: Mapping[float, str],
     ax: Any = None,  # matplotlib's Axes
 ) -> Any:
-    """One value a layer against depth.
-
-    Args:
-        values: Layer to value.
-        intervals: Layer to its 95 % interval.
-        num_layers: Decoder layers of the model.
-        quantity: What the values are.
-        lines: Heights of horizontal lines, and what to call them. A layer is drawn filled where its
-            interval excludes the first.
-        ax: Matplotlib axes; None makes a figure.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ReportError: If matplotlib is missing, or `ax` is none of its axes.
-    """
+    """Draw a value per layer, filled where its interval excludes the first horizontal line."""
     try:
         import matplotlib.pyplot as plt
         from matplotlib.axes import Axes

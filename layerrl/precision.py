@@ -73,11 +73,7 @@ def stepped_value(optimizer: Any, parameter: Tensor) -> Tensor:
 
 
 def nested(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and all that it holds in attributes, lists or dicts, at any depth.
-
-    Yields:
-        Each once, from the outside in.
-    """
+    """An optimizer and all that it holds in attributes, lists or dicts, from the outside in."""
     queue: list[Any] = [optimizer]
     seen: dict[int, Any] = {}
     while queue:

@@ -49,17 +49,10 @@ def skipped_by_default(model: nn.Module) -> list[str]:
 
 
 def quantised_bytes(model: nn.Module, config: Any) -> dict[str, int]:
-    """Bytes of each tensor that bitsandbytes would quantise, its scales included.
+    """Return bytes by plain name of each tensor that bitsandbytes would quantise, with its scales.
 
     An element takes 8 bits, and a row one scale in float32; or 4 bits, and 64 elements one scale:
     in float32, or with double quantisation in 8 bits and a float32 for 256 of them.
-
-    Args:
-        model: The model, not quantised; `meta` will do.
-        config: A `BitsAndBytesConfig`, or the dict that a quantised model's config holds.
-
-    Returns:
-        Plain name of a weight to bytes, scales included.
 
     Raises:
         SelectionError: If it is the config of another method.

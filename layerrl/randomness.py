@@ -11,15 +11,8 @@ from torch import Tensor, nn
 
 
 def devices_of(model: nn.Module, *given: Any) -> set[torch.device]:
-    """Devices on which a pass of a model may draw random numbers.
-
-    Args:
-        model: It may lie on several, and sharded on the CPU until it is gathered.
-        *given: What it is called with: tensors count.
-
-    Returns:
-        What `random_state` takes.
-    """
+    """Devices on which a pass of a model, called with some values, may draw random numbers."""
+    # A model may lie on several, and sharded on the CPU until it is gathered.
     tensors = (*model.parameters(), *(value for value in given if isinstance(value, Tensor)))
     return {tensor.device for tensor in tensors if not tensor.is_meta}
 

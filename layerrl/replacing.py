@@ -12,14 +12,8 @@ def replaced(holder: Any, /, **values: Any) -> Iterator[None]:
     """Give attributes of an object other values inside, and its own back, also after an exception.
 
     An attribute that the object has from its class alone is its class's again: a copy would hide
-    what the class is given later.
-
-    Args:
-        holder: The object: an instance, a class or a module.
-        **values: Attribute to value.
-
-    Raises:
-        AttributeError: If the object has no such attribute, which to set would have no effect.
+    what the class is given later. One that it does not have is an `AttributeError`: to set it would
+    have no effect.
     """
     before = {name: getattr(holder, name) for name in values}
     own = {*values} & {*_attributes(holder)}

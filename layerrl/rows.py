@@ -28,40 +28,31 @@ def keep_rows(optimizer: Any, layers: TrainedLayers) -> None:
         layers: What trains.
     """
     optimizer = unwrap_optimizer(optimizer)
-    kept = vars(optimizer).get(_KEPT)
-    if isinstance(kept, _KeptRows):  # of a training before
-        kept.layers = layers
+    if _KEPT in vars(optimizer):  # of a training before
+        setattr(optimizer, _KEPT, layers)
     elif layers.frozen_rows:
-        kept = _KeptRows(layers)
-        setattr(optimizer, _KEPT, kept)
+        setattr(optimizer, _KEPT, layers)
         for name in {"step"} | other_methods(type(optimizer)):
-            method = kept.around(getattr(optimizer, name))
+            method = _keeping_rows(getattr(optimizer, name))
             setattr(optimizer, name, MethodType(method, optimizer))
 
 
-class _KeptRows:
-    """The rows that an optimizer must not change."""
+def _keeping_rows(method: Callable[..., Any]) -> Callable[..., Any]:
+    def keeping_rows(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        with _kept(getattr(optimizer, _KEPT)):
+            return method(*args, **kwargs)
 
-    def __init__(self, layers: TrainedLayers) -> None:
-        self.layers = layers
+    return keeping_rows
 
-    def around(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A method of the optimizer that changes no row but those that train."""
 
-        def keeping_rows(_: Any, *args: Any, **kwargs: Any) -> Any:
-            with self._kept():
-                return method(*args, **kwargs)
-
-        return keeping_rows
-
-    @contextmanager
-    def _kept(self) -> Iterator[None]:
-        parameters, rows = self.layers.parameters, self.layers.frozen_rows
-        runs = [(parameters[name], run) for name, each in rows.items() for run in each]
-        before = [parameter.detach()[run].clone() for parameter, run in runs]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for (parameter, run), values in zip(runs, before, strict=True):
-                    parameter[run] = values
+@contextmanager
+def _kept(layers: TrainedLayers) -> Iterator[None]:
+    parameters, rows = layers.parameters, layers.frozen_rows
+    runs = [(parameters[name], run) for name, each in rows.items() for run in each]
+    before = [parameter.detach()[run].clone() for parameter, run in runs]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, run), values in zip(runs, before, strict=True):
+                parameter[run] = values

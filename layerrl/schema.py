@@ -19,12 +19,7 @@ _LARGEST = 2**63
 
 
 class Misfit(ValueError):
-    """A value that is not of its type.
-
-    Args:
-        sentence: What is wrong, to follow on the name of the value.
-        where: The way to the value, empty for all of it.
-    """
+    """A value that is not of its type: a `sentence` to follow on its name, and the way to it."""
 
     def __init__(self, sentence: str, where: str = "") -> None:
         self.sentence, self.where = sentence, where

@@ -32,14 +32,7 @@ class Seam(NamedTuple):
         return f"{self.of}.{self.name}{takes}"
 
     def problem(self, place: Any) -> str:
-        """What is not as the table says; empty where all is.
-
-        Args:
-            place: What is at `of`; None: nothing.
-
-        Returns:
-            Words to go on with what it is needed for.
-        """
+        """What differs from the table at `place` (None: nothing is there); empty if all fits."""
         if place is None:
             return f"there is no {self.of}"
         if not has(place, self.name):

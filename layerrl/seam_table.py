@@ -16,10 +16,15 @@ def _seams(of: str, uses: Mapping[str, str], by: str | None = "", **more: Any) -
         yield Seam(of, name, parameters, use, of if by == "" else by, **more)
 
 
+def _rows(by: str | None, table: Mapping[str, Mapping[str, str]]) -> Iterator[Seam]:
+    for of, uses in table.items():
+        yield from _seams(of, uses, by)
+
+
 _EVERY = "transformers.Trainer"
 _VLLM = "trl.generation.vllm_generation.VLLMGeneration"
 _GENERATING = {
-    "_generate_and_score_completions(inputs)": "tell the passes over a batch from other calls",
+    "_generate_and_score_completions(inputs)": "tell the passes over a batch from other calls"
 }
 _REWARDING = {
     **_GENERATING,
@@ -99,10 +104,92 @@ def _of_generating_trainers() -> Iterator[Seam]:
     )
 
 
-_SCRIPTS = ("grpo", "rloo", "dpo", "kto", "sft")
-_OF_A_SCRIPT = {
+_BESIDE_TRAINERS = {
+    "transformers.TrainerCallback": {
+        "on_init_end(args, state, control, ...)": "mask a model before it is announced",
+        "on_train_begin(args, state, control, ...)": "check what is frozen when it was loaded",
+        "on_train_end(args, state, control, ...)": "check what is frozen at the end",
+        "on_step_begin(args, state, control, ...)": "let layers take turns",
+        "on_pre_optimizer_step(args, state, control, ...)": "measure the layers' gradients",
+        "on_push_begin(args, state, control, ...)": "push a delta where readers look for it",
+    },
+    "transformers.trainer": {
+        "validate_quantization_for_training(model)": "train on a quantised base"
+    },
+    "transformers.PreTrainedModel": {
+        "enable_input_require_grads()": "end the backward at the first trained layer",
+        "_hf_peft_config_loaded": "refuse adapters beside a selection",
+    },
+    "transformers.modeling_layers.GradientCheckpointingLayer": {
+        "gradient_checkpointing": "recompute only layers that the backward visits"
+    },
+    "accelerate.state.AcceleratorState": {
+        "__init__(..., fsdp_plugin)": "know FSDP2, and refuse FSDP1",
+        "deepspeed_plugin": "know DeepSpeed",
+    },
+}
+_OF_TORCH = {
+    "torch.nn.Module()": {
+        "_forward_hooks": "take the hook off that lengthens the backward",
+        "_non_persistent_buffers_set": "compare the buffers that are saved",
+        "_parameters": "compare what is frozen",
+        "_buffers": "compare what is frozen",
+        "_modules": "find the model in a launcher's wrapper",
+    },
+    "torch.Tensor": {"_version": "notice when a frozen tensor is written to"},
+    "torch._C": {
+        "_swap_tensor_impl(...)": "update half-precision weights in float32",
+        "_are_functorch_transforms_active(...)": "replay nothing where tensors have no values",
+        "_autograd._top_saved_tensors_default_hooks(...)": "checkpoint layers reentrantly",
+    },
+    "torch.distributed.tensor.DTensor": dict.fromkeys(
+        ("_local_tensor", "_spec"), "update sharded half-precision weights in float32"
+    ),
+}
+_SCRIPT = {
     "make_parser(...)": "take the options of TRL's script",
     "main(script_args, training_args, model_args, dataset_args)": "train with them",
+}
+_IMPORTED = {
+    "torch.nn.modules.module": {
+        "_IncompatibleKeys": "load the reference's values",
+        **{
+            f"_global_{kind}_hooks": "replay nothing that a hook has to see"
+            for kind in ("forward", "forward_pre", "backward", "backward_pre")
+        },
+    },
+    "torch.nn.modules.dropout": {"_DropoutNd": "replay nothing random"},
+    "torch.nn.modules.batchnorm": {"_BatchNorm": "replay nothing that is counted"},
+    "transformers.core_model_loading": {
+        "revert_weight_conversion(model, state_dict)": "name a delta's tensors as on disk",
+        "WeightConverter": "find a delta's tensors in a base",
+        "WeightRenaming": "find a delta's tensors in a base",
+        "dot_natural_key(...)": "find a delta's tensors in a base",
+        "rename_source_key(...)": "find a delta's tensors in a base",
+    },
+    "transformers.conversion_mapping": {
+        "get_model_conversion_mapping(model, ...)": "find a delta's tensors in a base"
+    },
+    "accelerate.optimizer": {"AcceleratedOptimizer": "find the optimizer in its wrapper"},
+    **{f"trl.scripts.{method}": _SCRIPT for method in ("grpo", "rloo", "dpo", "kto", "sft")},
+    "trl.trainer.utils": {"create_model_from_path(path, ...)": "probe as TRL's scripts load"},
+    "torch.autograd.grad_mode": {
+        "_unsafe_preserve_version_counter(tensors)": "show the base's values for a while"
+    },
+    "transformers.pytorch_utils": {"Conv1D": "know GPT-2's linear layers"},
+    "transformers.PreTrainedModel": {
+        "_from_config(config, ...)": "make a model of names and shapes without weights"
+    },
+    "transformers.quantizers.base": {
+        "HfQuantizer": "know what stays in full precision",
+        "get_keys_to_not_convert(model)": "know what stays in full precision",
+    },
+    "transformers.quantizers.base.HfQuantizer": {
+        "get_modules_to_not_convert(...)": "know what stays in full precision"
+    },
+    "transformers.quantizers.quantizers_utils": {
+        "should_convert_module(...)": "know what is quantised"
+    },
 }
 
 SEAMS: tuple[Seam, ...] = (
@@ -170,44 +257,7 @@ SEAMS: tuple[Seam, ...] = (
         attribute=True,
         when=lambda trainer: getattr(trainer.model, "is_quantized", False),
     ),
-    *_seams(
-        "transformers.TrainerCallback",
-        {
-            "on_init_end(args, state, control, ...)": "mask a model before it is announced",
-            "on_train_begin(args, state, control, ...)": "check what is frozen when it was loaded",
-            "on_train_end(args, state, control, ...)": "check what is frozen at the end",
-            "on_step_begin(args, state, control, ...)": "let layers take turns",
-            "on_pre_optimizer_step(args, state, control, ...)": "measure the layers' gradients",
-            "on_push_begin(args, state, control, ...)": "push a delta where readers look for it",
-        },
-        by=_EVERY,
-    ),
-    *_seams(
-        "transformers.trainer",
-        {"validate_quantization_for_training(model)": "train on a quantised base"},
-        by=_EVERY,
-    ),
-    *_seams(
-        "transformers.PreTrainedModel",
-        {
-            "enable_input_require_grads()": "end the backward at the first trained layer",
-            "_hf_peft_config_loaded": "refuse adapters beside a selection",
-        },
-        by=_EVERY,
-    ),
-    *_seams(
-        "transformers.modeling_layers.GradientCheckpointingLayer",
-        {"gradient_checkpointing": "recompute only layers that the backward visits"},
-        by=_EVERY,
-    ),
-    *_seams(
-        "accelerate.state.AcceleratorState",
-        {
-            "__init__(..., fsdp_plugin)": "know FSDP2, and refuse FSDP1",
-            "deepspeed_plugin": "know DeepSpeed",
-        },
-        by=_EVERY,
-    ),
+    *_rows(_EVERY, _BESIDE_TRAINERS),
     *_of_generating_trainers(),
     *_seams("trl.DPOTrainer", _REFERENCE),
     *_seams("trl.KTOTrainer", _REFERENCE),
@@ -215,9 +265,7 @@ SEAMS: tuple[Seam, ...] = (
     *_seams("trl.KTOConfig", _REFERENCE_ARGS, by="trl.KTOTrainer"),
     *_seams(
         "trl.trainer.callbacks.SyncRefModelCallback",
-        {
-            "sync_target_model(model, target_model, alpha)": "let the reference follow the policy",
-        },
+        {"sync_target_model(model, target_model, alpha)": "let the reference follow the policy"},
         by=_EVERY,
     ),
     # Of what TRL sends weights with.
@@ -245,101 +293,7 @@ SEAMS: tuple[Seam, ...] = (
         # An older TRL (1.9) pushes tensor by tensor, and announces nothing.
         when=lambda vllm: not hasattr(vllm, "_push_param_to_vllm"),
     ),
-    # Of torch.
-    *_seams(
-        "torch.nn.Module()",
-        {
-            "_forward_hooks": "take the hook off that lengthens the backward",
-            "_non_persistent_buffers_set": "compare the buffers that are saved",
-            "_parameters": "compare what is frozen",
-            "_buffers": "compare what is frozen",
-            "_modules": "find the model in a launcher's wrapper",
-        },
-        by=_EVERY,
-    ),
-    *_seams("torch.Tensor", {"_version": "notice when a frozen tensor is written to"}, by=_EVERY),
-    *_seams(
-        "torch._C",
-        {
-            "_swap_tensor_impl(...)": "update half-precision weights in float32",
-            "_are_functorch_transforms_active(...)": "replay nothing where tensors have no values",
-            "_autograd._top_saved_tensors_default_hooks(...)": "checkpoint layers reentrantly",
-        },
-        by=_EVERY,
-    ),
-    *_seams(
-        "torch.distributed.tensor.DTensor",
-        {
-            "_local_tensor": "update sharded half-precision weights in float32",
-            "_spec": "update sharded half-precision weights in float32",
-        },
-        by=_EVERY,
-    ),
-    # Imported.
-    *_seams("torch.nn.modules.module", {"_IncompatibleKeys": "load the reference's values"}, None),
-    *_seams(
-        "torch.nn.modules.module",
-        {
-            f"_global_{kind}_hooks": "replay nothing that a hook has to see"
-            for kind in ("forward", "forward_pre", "backward", "backward_pre")
-        },
-        None,
-    ),
-    *_seams("torch.nn.modules.dropout", {"_DropoutNd": "replay nothing random"}, None),
-    *_seams("torch.nn.modules.batchnorm", {"_BatchNorm": "replay nothing that is counted"}, None),
-    *_seams(
-        "transformers.core_model_loading",
-        {
-            "revert_weight_conversion(model, state_dict)": "name a delta's tensors as on disk",
-            "WeightConverter": "find a delta's tensors in a base",
-            "WeightRenaming": "find a delta's tensors in a base",
-            "dot_natural_key(...)": "find a delta's tensors in a base",
-            "rename_source_key(...)": "find a delta's tensors in a base",
-        },
-        None,
-    ),
-    *_seams(
-        "transformers.conversion_mapping",
-        {"get_model_conversion_mapping(model, ...)": "find a delta's tensors in a base"},
-        None,
-    ),
-    *_seams(
-        "accelerate.optimizer", {"AcceleratedOptimizer": "find the optimizer in its wrapper"}, None
-    ),
-    *(s for method in _SCRIPTS for s in _seams(f"trl.scripts.{method}", _OF_A_SCRIPT, None)),
-    *_seams(
-        "trl.trainer.utils",
-        {"create_model_from_path(path, ...)": "probe as TRL's scripts load"},
-        None,
-    ),
-    *_seams(
-        "torch.autograd.grad_mode",
-        {"_unsafe_preserve_version_counter(tensors)": "show the base's values for a while"},
-        None,
-    ),
-    *_seams("transformers.pytorch_utils", {"Conv1D": "know GPT-2's linear layers"}, None),
-    *_seams(
-        "transformers.PreTrainedModel",
-        {"_from_config(config, ...)": "make a model of names and shapes without weights"},
-        None,
-    ),
-    *_seams(
-        "transformers.quantizers.base",
-        {
-            "HfQuantizer": "know what stays in full precision",
-            "get_keys_to_not_convert(model)": "know what stays in full precision",
-        },
-        None,
-    ),
-    *_seams(
-        "transformers.quantizers.base.HfQuantizer",
-        {"get_modules_to_not_convert(...)": "know what stays in full precision"},
-        None,
-    ),
-    *_seams(
-        "transformers.quantizers.quantizers_utils",
-        {"should_convert_module(...)": "know what is quantised"},
-        None,
-    ),
+    *_rows(_EVERY, _OF_TORCH),
+    *_rows(None, _IMPORTED),
 )
 """The table. What is imported at the top of `layerrl.trainer` and is public there is not in it."""

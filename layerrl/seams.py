@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 from layerrl.errors import FrameworkError
 from layerrl.seam import Seam, has, object_at, short_name
@@ -34,22 +34,12 @@ INPUT_GRAD_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 gradient: the only mark that these hooks have."""
 
 
-class _Gone(NamedTuple):
-    """A seam that is not as the table says."""
-
-    seam: Seam
-    problem: str
+_Gone = tuple[Seam, str]
+"""A seam that is not as the table says, and its problem."""
 
 
 def check_class(cls: type) -> None:
-    """Compare what a class needs with what is installed.
-
-    Args:
-        cls: A trainer's, masked or to be masked, or that of what it sends vLLM weights with.
-
-    Raises:
-        FrameworkError: If something was renamed or takes other parameters, or a package is too old.
-    """
+    """Compare what a class needs, a trainer's or that of its vLLM, with what is installed."""
     check_versions()
     gone = []
     for seam in SEAMS:
@@ -61,7 +51,7 @@ def check_class(cls: type) -> None:
         if seam.name == "enable_input_require_grads" and not problem:
             problem = _problem_of_hook(place)
         if problem:
-            gone.append(_Gone(seam, problem))
+            gone.append((seam, problem))
     _refuse(gone)
 
 
@@ -72,20 +62,13 @@ def check_made(trainer: Any) -> None:
         if not seam.attribute or seam.by is None or _base(type(trainer), seam.by) is None:
             continue
         if (seam.when is None or seam.when(trainer)) and not has(trainer, seam.name):
-            gone.append(_Gone(seam, f"{short_name(seam.of)} has no attribute {seam.name}"))
+            gone.append((seam, f"{short_name(seam.of)} has no attribute {seam.name}"))
     _refuse(gone)
 
 
 @contextmanager
 def imported() -> Iterator[None]:
-    """Inside, names are looked up that may have gone, or that an old version does not have yet.
-
-    Raises:
-        FrameworkError: If a package is too old, or not installed, or lacks a name.
-        ImportError: If it is of another package, as it is.
-        AttributeError: The same.
-        RuntimeError: The same.
-    """
+    """Inside, names are looked up that may have gone, or that an old version does not have yet."""
     check_versions()
     try:
         yield
@@ -126,7 +109,7 @@ def _message(error: ImportError | AttributeError) -> str | None:
     problem = f"there is no {of}" if of else str(error)
     if name:
         problem = f"{short_name(of)} has no {name}"
-    return _sentence([_Gone(Seam(of, name, None, use, None), problem)])
+    return _sentence([(Seam(of, name, None, use, None), problem)])
 
 
 def _packages(error: BaseException) -> list[str]:
@@ -149,21 +132,15 @@ def _missing(error: ImportError | AttributeError) -> tuple[str, str]:
 
 @cache
 def check_versions() -> None:
-    """Refuse versions below the lowest that works; warn, once, of those above the tested range.
-
-    A package that is not installed is not needed until it is imported.
-
-    Raises:
-        FrameworkError: If one is too old, as pip does not find out with `--no-deps`.
-    """
+    """Refuse versions below the lowest that works; warn, once, of those above the tested range."""
     untested = []
     for package, (lowest, highest) in TESTED.items():
         installed = installed_version(package)
         if installed is None:
-            continue
+            continue  # not needed until it is imported
         numbers = _numbers(installed)  # none where it was built from source
         if numbers and numbers < _numbers(lowest):
-            raise FrameworkError(
+            raise FrameworkError(  # as pip does not find out with --no-deps
                 f"{package} {installed} is installed, and layerrl needs {package} {lowest} or "
                 f'later: pip install "{_requirement(package)}"'
             )
@@ -172,7 +149,7 @@ def check_versions() -> None:
     if untested:
         warn(
             f"layerrl was not tested with {', '.join(untested)}. What it needs of a trainer is "
-            "checked when one is made; what else may differ is not.",
+            "checked when one is made; what else may differ is not."
         )
 
 
@@ -241,7 +218,6 @@ def _refuse(gone: list[_Gone]) -> None:
 
 
 def _sentence(gone: list[_Gone]) -> str:
-    """What is not as it was, by package, and what to do."""
     problems: dict[str, list[str]] = {}
     for seam, problem in gone:
         use = f"which layerrl needs to {seam.use}" if seam.use else "which layerrl needs"

@@ -83,13 +83,10 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def with_parameter(value: Tensor, parameter: Tensor) -> Tensor:
-    """A value that is kept beside a parameter, moved to where the parameter is now.
+    """Return a value that is kept beside a parameter, moved to where the parameter is now.
 
     `bf16_full_eval` has transformers place the model when training starts, after such values were
     taken, and a user may move it at any time.
-
-    Returns:
-        `value`.
     """
     device = parts(parameter).device
     if value.device != device:
@@ -101,9 +98,8 @@ def with_parameter(value: Tensor, parameter: Tensor) -> Tensor:
 def write(model: nn.Module, values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
     """Overwrite parameters, so that the next pass gathers sharded ones anew.
 
-    Args:
-        model: Theirs. FSDP2 and ZeRO-3 keep some tensors gathered after a pass.
-        values: Parameters and their values, which are as `sharded_like` gives them.
+    FSDP2 and ZeRO-3 keep some tensors of `model` gathered after a pass. The values are as
+    `sharded_like` gives them.
     """
     for module in model.modules():
         reshard = getattr(module, "reshard", None)

@@ -32,14 +32,9 @@ class Interval:
 
 
 def interval_of(draws_D: Tensor, estimate: float | None = None) -> Interval:
-    """The central 95 % of draws.
+    """Return the central 95 % of draws, stretched to hold the `estimate` that they are around.
 
-    Args:
-        draws_D: Resampled values. NaN, such as a difference of infinite ones, lies on either side.
-        estimate: What they are around: the interval is stretched to hold it.
-
-    Returns:
-        The interval.
+    NaN, such as a difference of infinite draws, lies on either side.
     """
     tail = (1 - _CONFIDENCE) / 2
     draws_D, found = draws_D.double(), []
@@ -116,15 +111,7 @@ def bootstrap(
 
 
 def _deviation_of_seeds(scores: Sequence[Tensor], num_draws: int) -> Tensor:
-    """Standard deviation between seeds, that single prompts do not make, in each draw.
-
-    Args:
-        scores: Those of each run, shape (S, P).
-        num_draws: Number of draws.
-
-    Returns:
-        Shape (D,), 0 where no run has two seeds.
-    """
+    """Standard deviation between seeds minus the prompts' part, shape (D,); 0 without two seeds."""
     freedom = sum(len(run) - 1 for run in scores)
     if not freedom:
         return torch.zeros(num_draws, dtype=torch.double, device="cpu")
@@ -152,30 +139,20 @@ def contribution(score: float, base: float, full: float) -> float:
 
 
 def contribution_draws(score_D: Tensor, base_D: Tensor, full_D: Tensor) -> Tensor:
-    """The same of bootstrap draws.
+    """Return the same of bootstrap draws.
 
-    Args:
-        score_D: The layer's.
-        base_D: Those of the base.
-        full_D: Those of the full-parameter run.
-
-    Returns:
-        Shape (D,), infinite in draws in which the full run gained nothing and the layer did not
-        score as the base. Where the gain is resolved those are so few that quantiles hold, as in
-        Fieller's interval for a ratio.
+    Infinite in draws in which the full run gained nothing and the layer did not score as the base.
+    Where the gain is resolved those are so few that quantiles hold, as in Fieller's interval for a
+    ratio.
     """
     gain_D, above_D = full_D - base_D, score_D - base_D
     return torch.where(above_D == 0, 0.0, above_D / gain_D.clamp(min=0))
 
 
 def over_average(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Resampled gains of layers in units of the average layer's in the same draw.
+    """Return gains of layers in units of the average layer's in the same draw.
 
-    Args:
-        draws: Name to gains around 1 on average, shape (D,).
-
-    Returns:
-        Name to shares, very large in draws in which the average layer gained nothing.
+    Very large in draws in which the average layer gained nothing.
     """
     average_D = torch.stack([*draws.values()]).mean(dim=0)
     return {name: gain_D / average_D.clamp(min=1e-3) for name, gain_D in draws.items()}

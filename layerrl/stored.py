@@ -24,13 +24,7 @@ _MOST_DIGITS = 40
 
 @contextmanager
 def refused_as(error: type[LayerRLError], said: object, advice: str = "") -> Iterator[None]:
-    """Inside, what is wrong with a file is an error of layerrl.
-
-    Args:
-        error: Its class.
-        said: What its text begins with; the cause follows.
-        advice: What to do, a sentence or more.
-    """
+    """Inside, a fault of a file is raised as `error`: `said`, the cause, and `advice`."""
     try:
         yield
     except (OSError, SafetensorError, Misfit) as cause:
@@ -107,23 +101,7 @@ def decoded(text: str | bytes, **hooks: Any) -> Any:
 def version_of(
     value: Any, key: str, latest: int, error: type[LayerRLError], said: str, *, default: Any = None
 ) -> int:
-    """The version of the format that a file has.
-
-    Args:
-        value: What the file holds.
-        key: Where the version is in it.
-        latest: The latest that is known.
-        error: Of a later one.
-        said: What has it, in a clause.
-        default: The version of a file that says none.
-
-    Returns:
-        The version, from 1 up.
-
-    Raises:
-        LayerRLError: As `error`, if it is later than the latest.
-        Misfit: If it is none, or the value no object.
-    """
+    """The version of the format that a file has, from 1 up; `default` where it says none."""
     version = fitted(int, fitted(dict[str, Any], value).get(key, default), key)
     if version > latest:
         raise error(

@@ -15,9 +15,7 @@ from layerrl.shards import is_sharded, parts, with_parameter, write
 def swapped_in(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[nn.Module]:
     """Give a model's parameters other values; afterwards they have their own again.
 
-    Args:
-        model: The model.
-        values: Parameter to value, of the same shape; of a sharded one, this process's part.
+    Of a sharded parameter, the value is this process's part.
 
     Yields:
         The model, in evaluation mode. Values and modes are restored also after an exception.

@@ -13,11 +13,7 @@ from layerrl.shards import is_sharded, shape
 
 
 class TrainedLayers:
-    """The tensors of a model that train, found once: by name, and by layer.
-
-    Raises:
-        SelectionError: If the selection does not fit the model.
-    """
+    """The tensors of a model that train, found once: by name, and by layer."""
 
     def __init__(self, model: nn.Module, selection: LayerSelection) -> None:
         self.selection = selection

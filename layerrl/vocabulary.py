@@ -15,15 +15,10 @@ from layerrl.seams import imported
 
 
 def added_rows(model: nn.Module, tokens: Mapping[str, int]) -> set[int]:
-    """Rows of the embedding for what the model was not saved with.
+    """Return rows of the embedding for what the model was not saved with, as its name or path says.
 
-    Args:
-        model: The model as it is now, of which the name or path says what it was saved with.
-        tokens: Token to id of the tokenizer that is used; may be empty. Its new tokens may have
-            rows that were padding.
-
-    Returns:
-        Rows beyond the saved vocabulary, and those of the tokens that the saved tokenizer had not.
+    Rows beyond the saved vocabulary, and those of `tokens` that the saved tokenizer had not, which
+    may have been padding.
     """
     name, size = name_of(model), vocabulary_size(getattr(unwrap(model), "config", None))
     if not name or size is None:

@@ -14,15 +14,7 @@ _EPSILON = 1e-6
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
-    r"""What each step of one episode led to: $R_t = \sum_{j \ge t} \gamma^{j-t} r_j$.
-
-    Args:
-        rewards: Reward of each step, in order.
-        gamma: Discount of a step, from 0 to 1.
-
-    Returns:
-        One return per step, in the unit of the rewards.
-    """
+    r"""What each step of one episode led to: $R_t = \sum_{j \ge t} \gamma^{j-t} r_j$."""
     returns, later = [], 0.0
     for reward in reversed(rewards):
         later = reward + gamma * later
@@ -31,15 +23,7 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
 
 
 def anchor_groups(tasks: Iterable[Hashable], observations: Iterable[Hashable]) -> Tensor:
-    """Which steps were taken from the same state: same task, equal observation.
-
-    Args:
-        tasks: Task of each step.
-        observations: What was seen before each step.
-
-    Returns:
-        A group for each step, shape (S,), numbered from 0 as they first appear.
-    """
+    """Group of each step, shape (S,), from 0 up: one for each task and observation seen in it."""
     numbers: dict[tuple[Hashable, Hashable], int] = {}
     anchors = zip(tasks, observations, strict=True)
     return torch.tensor([numbers.setdefault(anchor, len(numbers)) for anchor in anchors])

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from layerrl.agents.episodes import Step, is_finite
-from layerrl.checks import check_count, shown
+from layerrl.agents.episodes import Step
+from layerrl.checks import check_count, is_finite, shown
 from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.errors import EpisodeError
 from layerrl.replacing import replaced
@@ -144,7 +144,6 @@ class TextRollout:
             ) from error
 
     def _respond(self, going: list[_Episode], trainer: Any) -> None:
-        """One response in each of these episodes."""
         rooms = [trainer.max_completion_length - len(e.completion_ids) for e in going]
         with _at_most(trainer, min(max(rooms), self.max_turn_tokens or max(rooms))):
             responses, logprobs = generated_one_each(
@@ -279,7 +278,6 @@ def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> l
 
 
 def _at_most(trainer: Any, num_tokens: int) -> AbstractContextManager[None]:
-    """Let the trainer generate no more than this many tokens."""
     if getattr(trainer, "vllm_generation", None) is not None:
         return replaced(trainer.vllm_generation, max_completion_length=num_tokens)
     return replaced(trainer.generation_config, max_new_tokens=num_tokens)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from layerrl.checks import whole_number
+from layerrl.checks import is_finite, whole_number
 from layerrl.errors import EpisodeError
 
 
@@ -28,24 +27,8 @@ class Step:
     """Whether the response was an action that the environment knows."""
 
 
-def is_finite(reward: Any) -> bool:
-    """Whether a reward is a number, and a finite one."""
-    try:
-        return math.isfinite(reward)
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
 def check_episodes(output: Mapping[str, Any], num_episodes: int) -> list[list[int]]:
-    """Refuse episodes that advantages cannot be computed of.
-
-    Returns:
-        For each episode 1 where the completion's token is of a response, otherwise 0.
-
-    Raises:
-        EpisodeError: If steps are missing, or do not fit the completions, or have rewards that are
-            no finite numbers, or observations that cannot be compared.
-    """
+    """Refuse episodes without usable steps; return each one's mask, 1 on response tokens."""
     found = sorted(output) if isinstance(output, dict) else type(output).__name__
     for name in ("completion_ids", "steps"):
         if not isinstance(output, dict) or not isinstance(output.get(name), list):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 
-from layerrl.cli.options import add_revision, revision_of
-
 _DOES = "Write the base with deltas in it: a whole model that plain transformers loads."
 
 
@@ -23,12 +21,17 @@ def run(argv: list[str]) -> None:
         action="store_true",
         help="the deltas were trained side by side, and train different layers",
     )
-    add_revision(parser)
+    parser.add_argument(
+        "--revision",
+        action="append",
+        metavar="REV",
+        help="branch, tag or commit of a delta on the hub; of several, give it once for each",
+    )
     given = parser.parse_args(argv)
 
     from layerrl import merge_delta
 
-    made = merge_delta(
-        given.base, given.deltas, given.out, union=given.union, revision=revision_of(given)
-    )
+    words = [word or None for word in given.revision or ()]  # an empty one is a folder's
+    revision = words if len(words) > 1 else next(iter(words), None)
+    made = merge_delta(given.base, given.deltas, given.out, union=given.union, revision=revision)
     print(f"Wrote {made}: AutoModelForCausalLM.from_pretrained loads it.", file=sys.stderr)

@@ -36,22 +36,6 @@ def add_selection(parser: ArgumentParser, also: str = "") -> None:
     parser.add_argument("--stack", help="whose layers: text (default) or vision")
 
 
-def add_revision(parser: ArgumentParser) -> None:
-    """Add the option that says at which revision deltas on the hub are read."""
-    parser.add_argument(
-        "--revision",
-        action="append",
-        metavar="REV",
-        help="branch, tag or commit of a delta on the hub; of several, give it once for each",
-    )
-
-
-def revision_of(given: Namespace) -> str | list[str | None] | None:
-    """The revision of all deltas, or one of each: an empty one is a folder's."""
-    words = [word or None for word in given.revision or ()]
-    return words if len(words) > 1 else next(iter(words), None)
-
-
 def selection_of(config: Any, given: Namespace) -> LayerSelection:
     """The selection that the options, or the keys of a YAML file, name for a model's config."""
     from layerrl.selection import select_layers
@@ -112,11 +96,7 @@ def config_of(model: str, **options: Any) -> Any:
 
 @contextmanager
 def in_a_sentence() -> Iterator[None]:
-    """Inside, what another package says of what it was given is an error of layerrl.
-
-    Raises:
-        LayerRLError: For the others' ValueError, OSError and the like.
-    """
+    """Inside, what another package says of what it was given is a `LayerRLError`."""
     try:
         yield
     except LayerRLError:

@@ -26,10 +26,7 @@ def run(argv: list[str]) -> None:
     config = config_of(given.model)
     selection = selection_of(config, given)
     plan = selection.plan(
-        config,
-        dtype=_dtype(given.dtype),
-        beta=given.beta,
-        num_iterations=given.num_iterations,
+        config, dtype=_dtype(given.dtype), beta=given.beta, num_iterations=given.num_iterations
     )
     print(f"{given.model}: {selection}", file=sys.stderr)
     print(json.dumps(asdict(plan), indent=1) if given.json else plan)

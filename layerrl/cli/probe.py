@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from typing import TYPE_CHECKING, Any
 
 from layerrl.checks import check_path
@@ -14,6 +14,7 @@ from layerrl.cli.scripts import (
     add_trl,
     first_word,
     model_config,
+    own_parser,
     read_options,
     trainer_arguments,
 )
@@ -32,23 +33,6 @@ Both continue in --output_dir, and score on --dataset_test_split, which
 --eval_strategy steps loads."""
 
 
-def _parser() -> ArgumentParser:
-    """The parser of layerrl's own options, whose help fits a screen."""
-    parser = ArgumentParser(
-        prog="layerrl probe",
-        usage="layerrl probe MODEL [--out FILE] [--config FILE] [options of TRL]",
-        description=_DOES,
-        epilog=_MORE,
-        formatter_class=RawDescriptionHelpFormatter,
-        argument_default=SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
-    add_trl(parser)
-    _add(parser)
-    return parser
-
-
 def _add(parser: ArgumentParser) -> None:
     methods = "gradient (default), step, race, train, position, published"
     parser.add_argument("--method", help=methods)
@@ -59,12 +43,11 @@ def _add(parser: ArgumentParser) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Score layers and print the report.
-
-    Raises:
-        LayerRLError: If the report has no place, or adapters are asked for.
-    """
-    parser = _parser()
+    """Score layers and print the report."""
+    parser = own_parser("probe MODEL [--out FILE]", _DOES, _MORE)
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id")
+    add_trl(parser)
+    _add(parser)
     model = first_word(parser, argv, "MODEL")
     own, of_trl = parser.parse_known_args(argv)
     options = None

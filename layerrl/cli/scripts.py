@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from importlib import import_module
@@ -39,6 +39,19 @@ class Options(NamedTuple):
     """TRL's `DatasetMixtureConfig`."""
     own: Namespace
     """Those of layerrl."""
+
+
+def own_parser(usage: str, does: str, more: str) -> ArgumentParser:
+    """The parser of a command's own options, whose help fits a screen."""
+    return ArgumentParser(
+        prog=f"layerrl {usage.partition(' ')[0]}",
+        usage=f"layerrl {usage} [--config FILE] [options of TRL]",
+        description=does,
+        epilog=more,
+        formatter_class=RawDescriptionHelpFormatter,
+        argument_default=SUPPRESS,
+        allow_abbrev=False,
+    )
 
 
 def add_trl(parser: ArgumentParser) -> None:
@@ -145,15 +158,7 @@ def model_config(options: Options) -> Any:
 
 
 def trainer_arguments(options: Options) -> dict[str, Any]:
-    """The arguments with which TRL's script makes its trainer: model, data, rewards and the rest.
-
-    Returns:
-        Name to value. No weights are loaded.
-
-    Raises:
-        LayerRLError: If the script finds no data or no rewards.
-        FrameworkError: If the script does not make its trainer where it did.
-    """
+    """Name to value of what TRL's script makes its trainer with; no weights are loaded."""
     _name_file_as_dataset(options)
     import trl
 

@@ -61,7 +61,6 @@ def _text(file: Path) -> str:
 
 
 def _read(file: Path, text: str) -> Any:
-    """The report or selection in a file."""
     from layerrl import ContributionReport, LayerSelection
     from layerrl.stored import parsed, refused_as
 
@@ -79,7 +78,6 @@ def _read(file: Path, text: str) -> Any:
 
 
 def _table(delta: Delta) -> str:
-    """A delta in lines."""
     from layerrl.tables import in_units
 
     base = delta.base

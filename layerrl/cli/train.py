@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
 from layerrl.cli.options import add_selection, in_a_sentence, selection_of
@@ -12,6 +12,7 @@ from layerrl.cli.scripts import (
     add_trl,
     first_word,
     model_config,
+    own_parser,
     read_options,
     trainer_arguments,
     trainer_name,
@@ -29,23 +30,6 @@ The delta is written to OUTPUT_DIR/delta. Several processes:
   accelerate launch -m layerrl train grpo --layers 10 --config run.yaml"""
 
 
-def _parser() -> ArgumentParser:
-    """The parser of layerrl's own options, whose help fits a screen."""
-    parser = ArgumentParser(
-        prog="layerrl train",
-        usage="layerrl train METHOD --layers LAYERS [--config FILE] [options of TRL]",
-        description=_DOES,
-        epilog=_MORE,
-        formatter_class=RawDescriptionHelpFormatter,
-        argument_default=SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("method", metavar="METHOD", choices=METHODS, help=", ".join(METHODS))
-    add_trl(parser)
-    _add(parser)
-    return parser
-
-
 def _add(parser: ArgumentParser) -> None:
     add_selection(parser, "; auto, auto:2, auto:2:step")
     parser.add_argument("--prefix_cache_bytes", type=int, metavar="N", help="0: replay nothing")
@@ -54,12 +38,11 @@ def _add(parser: ArgumentParser) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Train, save the delta and say where.
-
-    Raises:
-        LayerRLError: If no model is named, or an option of TRL's script has no effect here.
-    """
-    parser = _parser()
+    """Train, save the delta and say where."""
+    parser = own_parser("train METHOD --layers LAYERS", _DOES, _MORE)
+    parser.add_argument("method", metavar="METHOD", choices=METHODS, help=", ".join(METHODS))
+    add_trl(parser)
+    _add(parser)
     options = read_options(first_word(parser, argv, "METHOD"), parser, argv, _add)
     given, model, args = options.own, options.model, options.args
     if model.model_name_or_path is None:

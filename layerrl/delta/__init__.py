@@ -257,14 +257,7 @@ def load_delta(
 def tensors_of_run(
     path: str | os.PathLike[str], selection: LayerSelection, base: DeltaBase, model: nn.Module
 ) -> dict[str, Tensor]:
-    """A delta's tensors, if it is of this run. Collective where the model is sharded.
-
-    Returns:
-        Name in a checkpoint to tensor.
-
-    Raises:
-        DeltaError: If the folder is missing or damaged, or the delta has another selection or base.
-    """
+    """A delta's tensors by name in a checkpoint, if it is of this run. Collective where sharded."""
     delta = Delta.read(path)
     if delta.selection != selection:
         raise DeltaError(f"{path} trained {delta.selection}; this run trains {selection}")

@@ -48,12 +48,9 @@ def write_card(
 ) -> None:
     """Write a folder's README, or put the delta's part into the one that is there.
 
-    Args:
-        folder: Where the delta lies.
-        meta: The delta's description, as in `delta.json`.
-        beside: A whole model in the same folder: none, the same state, or maybe an earlier one.
-        hub_id: The repository that the folder is pushed to.
-        run: What is known of the run; None: what the README says of it stays.
+    `meta` is the delta's description, as in `delta.json`; `beside` says what whole model is in the
+    folder: none, one of the same state, or maybe of an earlier one; `hub_id` is the repository that
+    it is pushed to. Without `run`, what the README says of the run stays.
     """
     file = folder / CARD
     found = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
@@ -70,12 +67,9 @@ def card_of(
     hub_id: str | None = None,
     run: RunSummary | None = None,
 ) -> str:
-    """A README with the delta's part in it.
+    """Return a README with the delta's part in it, and metadata that the hub's pages understand.
 
     `found` is the README that is there, empty where none is; the rest is as in `write_card`.
-
-    Returns:
-        The text, with metadata that the hub's pages understand.
     """
     from huggingface_hub import ModelCard
     from yaml import YAMLError  # huggingface_hub reads cards with it

@@ -34,11 +34,7 @@ INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Checkpoint:
-    """The weights of a checkpoint folder, found once.
-
-    Raises:
-        DeltaError: If the folder holds no such checkpoint, or a shard or the index is damaged.
-    """
+    """The weights of a checkpoint folder, found once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -163,13 +159,10 @@ def _plain(entry: str) -> str | None:
 def stored_names(
     checkpoint: Checkpoint, base: DeltaBase, model: nn.Module | None
 ) -> dict[str, str]:
-    """The tensors of a checkpoint that a record knows.
+    """Return the recorded names, by those in a checkpoint, of the tensors that a record knows.
 
     A tensor that the model shares may lie in a checkpoint under any of its names, or several.
     Checkpoints of the model without its head leave out the prefix of the model inside.
-
-    Returns:
-        Name in the checkpoint to the recorded one.
     """
     prefix = getattr(model, "base_model_prefix", "") + "."
     recorded = {name: name for name in base.fingerprints} | base.tied
@@ -191,13 +184,10 @@ def compared(
     above: Mapping[str, Callable[[], Tensor]],
     marks: Marks | None = None,
 ) -> Comparison:
-    """Compare a checkpoint with a record, tensor by tensor.
+    """Return what differs between a checkpoint and a record, compared tensor by tensor.
 
     What a delta puts in a tensor's place (`above`) counts as it is, or as the checkpoint's dtype
     rounds it. `marks`: its fingerprints taken so far; more are added.
-
-    Returns:
-        What differs.
     """
     found = Comparison(base, marks={} if marks is None else marks)
     for name, tensor in _shown(checkpoint.tensors(only=stored), "comparing", len(stored)):

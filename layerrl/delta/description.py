@@ -82,14 +82,7 @@ class Version2(Version1):
 
 
 def read(file: Path) -> tuple[Version1 | Version2, LayerSelection, dict[str, Any]]:
-    """A description that is whole, of a known version, and makes sense in itself.
-
-    Returns:
-        The description, its selection, and its JSON without the checksum.
-
-    Raises:
-        DeltaError: If it is missing, damaged, changed, or of a newer format.
-    """
+    """A description that makes sense in itself, its selection, and its JSON minus the checksum."""
     with refused_as(DeltaError, f"{file} is damaged"):
         meta = parsed(bytes_of(file))
         said = f"the delta at {file.parent}"

@@ -112,10 +112,8 @@ def warn_of_nonfinite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 def check_rounding(pairs: Iterable[tuple[str, Tensor, Tensor]], where: str, advice: str) -> None:
     """Refuse trained values that the base's dtype makes infinite; warn of those it rounds back.
 
-    Args:
-        pairs: Name, tensor of the base, and what takes its place.
-        where: What will hold the rounded ones.
-        advice: What to do, without the end of the sentence.
+    `pairs` are a name, the base's tensor and what takes its place in what `where` says; `advice`
+    is a sentence without its end.
 
     Raises:
         DeltaError: If a finite value would become infinite.
@@ -163,18 +161,9 @@ def misfit(delta: Delta, what: str, error: SelectionError) -> str:
 
 
 def check_base(
-    delta: Delta,
-    found: Comparison,
-    *,
-    config: Mapping[str, Any] | None,
-    hint: str = STAGES,
+    delta: Delta, found: Comparison, *, config: Mapping[str, Any] | None, hint: str = STAGES
 ) -> None:
-    """Refuse a base that is not the recorded one; warn of what cannot be compared.
-
-    Raises:
-        DeltaError: If a tensor is missing or has another shape or other values, or the vocabulary
-            or a setting differs.
-    """
+    """Refuse a base that is not the recorded one; warn of what cannot be compared."""
     base, path = delta.base, delta.path
     missing = [name for name in base.fingerprints if name not in found.names]
     if missing:
@@ -206,16 +195,12 @@ def check_base(
         warn(
             f"{len(found.uncompared)} of {len(base.fingerprints)} tensors are quantised here or "
             f"were when the delta at {path} was trained, and cannot be compared with the others: "
-            f"{described(found.uncompared)}.",
+            f"{described(found.uncompared)}."
         )
 
 
 def check_same_base(delta: Delta, base: DeltaBase) -> None:
-    """A run's base must be the one that a delta of that run was made from, dtypes included.
-
-    Raises:
-        DeltaError: If it differs in anything that the delta records.
-    """
+    """Refuse a delta that was made from another base than the run's, dtypes included."""
     then, path = delta.base, delta.path
     check_model_type(delta, base.model_type)
     if delta.version > 1:
@@ -261,7 +246,7 @@ def _warn_of_version(delta: Delta) -> None:
     warn(
         f"the delta at {delta.path} has format version 1, which knows only the "
         f"{len(delta.base.trained)} tensors that it replaces: whether the frozen tensors, the "
-        "vocabulary and the config are those that it was trained with cannot be checked.",
+        "vocabulary and the config are those that it was trained with cannot be checked."
     )
 
 

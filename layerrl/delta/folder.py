@@ -50,14 +50,9 @@ class Delta:
     """Tokenizer, processor and generation settings in the folder: name to SHA-256."""
 
     def tensor(self, name: str, below: Callable[[str], Tensor]) -> Tensor:
-        """One of the trained tensors, checked against the description.
+        """Return one of the trained tensors, whole, checked against the description.
 
-        Args:
-            name: Its name in a checkpoint.
-            below: By that name, the tensor that it replaces: the rows that did not train are of it.
-
-        Returns:
-            The whole tensor, as it was when the delta was written.
+        `below` gives by name the tensor that it replaces, of which are the rows that did not train.
 
         Raises:
             DeltaError: If it is not the one that was written.
@@ -110,14 +105,7 @@ class Delta:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Delta:
-        """A delta's description, checked against itself and against the tensors' names.
-
-        Returns:
-            The delta, no tensor of which is read.
-
-        Raises:
-            DeltaError: If a file is missing or damaged, or of a newer format.
-        """
+        """Read a delta's description, checked against itself and the names of its tensors."""
         path = check_path("path", path, DeltaError)
         for file in (path / META, path / TENSORS):
             if not os.path.isfile(file):

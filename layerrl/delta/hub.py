@@ -110,20 +110,9 @@ def _check_visibility(there: Any, repo_id: str, private: bool | None) -> None:
 
 
 def delta_folder(
-    path: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
+    path: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The folder of a delta: the one that is given, or a repository's in the hub's cache.
-
-    Returns:
-        The folder, with the delta's files if it was fetched. No other file is downloaded.
-
-    Raises:
-        DeltaError: If a repository or revision does not exist, may not be read or cannot be reached
-            and is not in the cache, or holds no delta; if a revision is asked of a folder.
-    """
+    """The folder of a delta: the one that is given, or a repository's in the hub's cache."""
     check_path("path", path, DeltaError)
     check_token(token)
     if not isinstance(path, str) or os.path.lexists(path) or not _REPOSITORY.fullmatch(path):
@@ -226,12 +215,7 @@ def _is_of_client(error: BaseException | None) -> bool:
 
 
 def _reason(
-    error: Exception,
-    action: str,
-    repo_id: str,
-    *,
-    token: str | bool | None,
-    revision: str | None,
+    error: Exception, action: str, repo_id: str, *, token: str | bool | None, revision: str | None
 ) -> str:
     from huggingface_hub import constants, errors
 

@@ -46,15 +46,10 @@ def checked(
     there: Sequence[Delta] = (),
     marks: Marks | None = None,
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """What deltas put into a model, if it is what they were made from.
+    """What deltas put into a model, if it is what they were made from. Collective where sharded.
 
-    Args:
-        model: The base. Not changed. Collective where it is sharded.
-        deltas: In the order of their training on top of each other.
-        union: Whether each was made from the base, and they train different tensors.
-        others: Further deltas that the caller was given, for hints.
-        there: Deltas in the model, for hints.
-        marks: Fingerprints of the model as it is, taken so far.
+    `others` are further deltas that the caller was given, `there` those in the model, for hints;
+    `marks`: fingerprints of the model as it is, taken so far.
 
     Returns:
         Name in the model to parameter, and name in a checkpoint to value, as `put_tensors` takes
@@ -116,18 +111,9 @@ def _by_rows(model: nn.Module, selection: LayerSelection) -> dict[str, nn.Parame
 
 
 def whole_tensors(delta: Delta, model: nn.Module, above: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A delta's tensors, those that it holds by rows with the model's other rows.
+    """Return a delta's tensors by name in a checkpoint, new tokens' rows among the model's others.
 
-    Args:
-        delta: One that was made from the model, and from what is above it.
-        model: The model. Collective where it is sharded.
-        above: Name in a checkpoint to what earlier deltas put there.
-
-    Returns:
-        Name in a checkpoint to tensor.
-
-    Raises:
-        DeltaError: If the delta is damaged.
+    `above` is, by that name, what earlier deltas put there. Collective where the model is sharded.
     """
     below: dict[str, Tensor] = {}
     if delta.by_rows:
@@ -163,13 +149,10 @@ def compared(
     above: Mapping[str, Tensor] | None = None,
     marks: Marks | None = None,
 ) -> Comparison:
-    """Compare a model with a record, tensor by tensor. Collective where the model is sharded.
+    """Return what differs between a model and a record. Collective where the model is sharded.
 
     What a delta puts in a tensor's place (`above`) counts as it is, or as the model's dtype rounds
     it. `marks`: fingerprints of the model as it is, taken so far; more are added.
-
-    Returns:
-        What differs.
     """
     found, above = Comparison(base, marks={} if marks is None else marks), above or {}
     tensors, tied = saved_tensors(model)

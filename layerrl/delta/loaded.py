@@ -70,17 +70,7 @@ def keeping(
     *,
     keep_base: bool | None,
 ) -> Iterator[None]:
-    """Keep what the block is going to overwrite with deltas.
-
-    Args:
-        model: The model, with other deltas in it or none.
-        trained: Name to parameter to overwrite.
-        deltas: What it is overwritten with, for messages.
-        keep_base: As `load_delta` takes it.
-
-    Yields:
-        Nothing. If the block raises, nothing is kept, and what it has written already is taken
-        back where it would have been.
+    """Keep what the block overwrites with deltas (`trained`, by name); take it back if it raises.
 
     Raises:
         DeltaError: If the base below an earlier delta is to be kept, which was not.
@@ -189,14 +179,7 @@ def _warn_of_writes(versions: Iterable[tuple[nn.Parameter, int]]) -> None:
 
 
 def deltas_in(model: nn.Module) -> list[Delta]:
-    """The deltas in a model that others are to be loaded into.
-
-    Returns:
-        Them, in the order in which they were loaded; none if all of their tensors were replaced.
-
-    Raises:
-        DeltaError: If it is no model, a `Deltas` switches its deltas, or they are disabled.
-    """
+    """The deltas in a model to load others into, in order; none if their tensors were replaced."""
     expected = (
         "a model to load the delta into. To write a merged checkpoint from folders, use "
         "merge_delta(base, path, out)."

@@ -127,10 +127,7 @@ def _check_arguments(base: object, out: object, union: object, token: object) ->
 
 
 def _replaced(
-    checkpoint: Checkpoint,
-    delta: Delta,
-    stored: Mapping[str, str],
-    above: Mapping[str, _Replaced],
+    checkpoint: Checkpoint, delta: Delta, stored: Mapping[str, str], above: Mapping[str, _Replaced]
 ) -> dict[str, _Replaced]:
     """Name in the checkpoint to what a delta puts there."""
     there = {*stored.values()}
@@ -143,9 +140,7 @@ def _replaced(
         )
     return {
         name: _Replaced(
-            delta=delta,
-            name=recorded,
-            below=above.get(name) or partial(checkpoint.tensor, name),
+            delta=delta, name=recorded, below=above.get(name) or partial(checkpoint.tensor, name)
         )
         for name, recorded in stored.items()
         if recorded in delta.fingerprints
@@ -212,7 +207,7 @@ def _warn_of_other_files(deltas: list[Delta], *, union: bool) -> None:
     if union and any(delta.files != having[-1].files for delta in having):
         warn(
             "the deltas of this union hold different tokenizer or generation files: those of "
-            f"{having[-1].path} are taken.",
+            f"{having[-1].path} are taken."
         )
 
 
@@ -248,11 +243,7 @@ def _checkpoint_folder(
     revision = delta.base.revision if os.fspath(base) == delta.base.name else None
     patterns = ["*.safetensors", INDEX, "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
     fetch = partial(
-        snapshot_download,
-        os.fspath(base),
-        revision=revision,
-        allow_patterns=patterns,
-        token=token,
+        snapshot_download, os.fspath(base), revision=revision, allow_patterns=patterns, token=token
     )
     try:
         return Path(fetch())

@@ -18,11 +18,7 @@ from layerrl.shards import is_sharded, parts, shape, sharded_like, write
 def put_tensors(
     model: nn.Module, trained: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Overwrite parameters with tensors that have the names and shapes of `checkpoint_form`.
-
-    Raises:
-        DeltaError: If the model drops or repeats elements when it is saved. It is then as it was.
-    """
+    """Overwrite parameters with tensors that have the names and shapes of `checkpoint_form`."""
     values = memory_form(model, trained, tensors)
     write(model, ((trained[name], sharded_like(value, trained[name])) for name, value in values))
 

@@ -14,6 +14,7 @@ from layerrl.checks import shown
 from layerrl.delta.record import vocabulary
 from layerrl.digests import file_digest
 from layerrl.errors import DeltaError
+from layerrl.files import files_in
 
 WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".ckpt")
@@ -33,16 +34,7 @@ _TOKENIZER = {
 
 
 def refuse_misfit(processing_class: Any, model: nn.Module) -> None:
-    """A tokenizer must not give ids that the model has no embedding for.
-
-    Args:
-        processing_class: A tokenizer, or a processor with one; others pass. So do ids that the
-            tokenizer in the model's own folder or repository has already.
-        model: Any.
-
-    Raises:
-        DeltaError: If it does, with the tokens.
-    """
+    """Refuse a tokenizer with ids beyond the embedding, but those that the model's own has."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     rows, ids = vocabulary(model), getattr(tokenizer, "get_vocab", dict)()
     unknown = sorted(
@@ -94,9 +86,8 @@ def save_processing(processing_class: Any, model: nn.Module, folder: Path) -> No
 
 def sums_of(folder: Path) -> dict[str, str]:
     """Every file in a folder that is neither a delta's nor a model's, with its SHA-256."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: file_digest(path) for name, path in names.items() if not is_refused(name)}
+    files = files_in(folder).items()
+    return {name: file_digest(path) for name, path in files if not is_refused(name)}
 
 
 def is_refused(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from layerrl.blocks import embedding_of, unwrap
 from layerrl.checks import check_kind
-from layerrl.delta.fitting import is_packed
+from layerrl.delta.fitting import is_packed, place_of
 from layerrl.delta.origin import commit_of
 from layerrl.delta.settings import computing_settings
 from layerrl.digests import json_digest
@@ -23,8 +22,6 @@ from layerrl.replacing import replaced
 from layerrl.seams import imported
 from layerrl.selection import LayerSelection
 from layerrl.shards import is_sharded, shape, whole
-
-_IN_LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +140,6 @@ class DeltaBase:
 
 
 def _check_arguments(model: object, selection: object, frozen: object, device: object) -> None:
-    """Refuse what is no argument of `DeltaBase.of`."""
     check_kind("model", model, nn.Module, "a model", DeltaError)
     selected = "what select_layers returns"
     check_kind("selection", selection, LayerSelection, selected, DeltaError)
@@ -201,10 +197,9 @@ def checkpoint_groups(
     form = checkpoint_form(model, empty)
     same = {id(tensor): name for name, tensor in empty.items()}
     renamed = {same[id(tensor)]: name for name, tensor in form.items() if id(tensor) in same}
-    groups: dict[str, list[str]] = {}
+    groups: dict[Any, list[str]] = {}
     for name in [name for name in tensors if name not in renamed]:
-        inside = _IN_LAYER.match(name)
-        groups.setdefault(inside[1] if inside else name, []).append(name)
+        groups.setdefault(place_of(name) or name, []).append(name)
     made = {name for name in form if name not in set(renamed.values())}
     parts = [[empty[name] for name in group] for group in groups.values()]
     alone = [

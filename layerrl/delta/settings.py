@@ -34,13 +34,10 @@ def _kept(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing_settings(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, str]:
-    """Settings that two configs both have, with other values.
+    """Return by dotted name the settings that two configs both have with different values.
 
     A key that one of them lacks belongs to another version of transformers. Inside of a setting
     that is a dict itself (rope), a key that is left out counts as None.
-
-    Returns:
-        Dotted name of a setting to what it is and was.
     """
     return dict(_differing(now, recorded, "", lenient=True))
 

@@ -64,17 +64,10 @@ def hint(
     others: Sequence[Delta] = (),
     there: Sequence[Delta] = (),
 ) -> str:
-    """What to do about a delta that was not made from what is below it.
+    """Return advice on a delta that was not made from what is below it, with a space in front.
 
-    Args:
-        deltas: What is loaded or merged, in order.
-        index: Of that delta.
-        union: Whether each should have been made from the base.
-        others: Further deltas that the caller gave, but not to go below this one.
-        there: Deltas that the caller loaded before.
-
-    Returns:
-        A sentence that begins with a space.
+    `others` are further deltas that the caller gave, but not to go below this one; `there`, those
+    that the caller loaded before.
     """
     delta = deltas[index]
     if delta.base_digest is None:

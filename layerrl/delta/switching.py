@@ -11,14 +11,7 @@ from layerrl.blocks import unwrap
 from layerrl.checks import shown
 from layerrl.delta.fitting import Marks
 from layerrl.delta.in_memory import checked
-from layerrl.delta.loaded import (
-    LOADED,
-    Loaded,
-    deltas_in,
-    name_of,
-    refuse_another,
-    refuse_disabled,
-)
+from layerrl.delta.loaded import LOADED, Loaded, deltas_in, name_of, refuse_another, refuse_disabled
 from layerrl.delta.placing import copies, like, memory_form, put_values, surroundings
 from layerrl.delta.stacks import read_deltas
 from layerrl.errors import DeltaError

@@ -26,11 +26,7 @@ SELECTION = "LAYERRL_SELECTION"
 
 
 def require(framework: str, tested: str) -> None:
-    """Make sure that a framework is installed, and say if it is not the version that was tested.
-
-    Raises:
-        FrameworkError: If it is not installed.
-    """
+    """Refuse a framework that is not installed; warn of a version that was not tested."""
     try:
         installed = version(framework)
     except PackageNotFoundError:
@@ -43,7 +39,7 @@ def require(framework: str, tested: str) -> None:
         warn(
             f"layerrl.integrations.{framework} was tested with {framework} {tested}, and "
             f"{installed} is installed. It overrides methods that may have changed: compare a "
-            f"first checkpoint with the base, or install {framework}=={tested}.",
+            f"first checkpoint with the base, or install {framework}=={tested}."
         )
 
 
@@ -91,9 +87,7 @@ def read_selection(model: nn.Module, text: str) -> LayerSelection:
 def mask(model: nn.Module, selection: LayerSelection) -> ExitStack:
     """Freeze what a selection does not train, and let the backward end at its first layer.
 
-    Args:
-        model: The model, before its optimizer exists and after checkpointing has been enabled.
-        selection: What trains.
+    Called before the optimizer exists and after checkpointing has been enabled.
 
     Returns:
         Undoes both when it is closed, at the latest when Python ends.

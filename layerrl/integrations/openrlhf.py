@@ -31,10 +31,6 @@ class LayerMaskedStrategy(upstream.DeepspeedStrategy):
     optimizer, which OpenRLHF gives only what requires a gradient, and its backward ends at the
     first trained layer. References, reward models and critics are OpenRLHF's own.
 
-    Args:
-        *args: OpenRLHF's.
-        **kwargs: OpenRLHF's.
-
     Raises:
         SelectionError: If `LAYERRL_SELECTION` says nothing.
         LauncherError: If the settings are ZeRO-3, tensor parallelism, LoRA or 4 bits.
@@ -97,11 +93,7 @@ class LayerMaskedStrategy(upstream.DeepspeedStrategy):
 
 
 def main() -> None:
-    """Run one of OpenRLHF's commands with `LayerMaskedStrategy`: the first argument is its name.
-
-    Raises:
-        LauncherError: If there is no such command, or it trains no `Actor`.
-    """
+    """Run one of OpenRLHF's commands with `LayerMaskedStrategy`: the first argument is its name."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in COMMANDS:
         raise LauncherError(

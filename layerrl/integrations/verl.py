@@ -68,12 +68,6 @@ class LayerMaskedFSDPEngine(FSDPEngineWithLMHead):
 
     Everything is sent (`LAYERRL_SYNC=all`) by default.
 
-    Args:
-        model_config: verl's.
-        engine_config: verl's.
-        *args: verl's.
-        **kwargs: verl's.
-
     Raises:
         LauncherError: If the settings are not FSDP2, or are LoRA or quantisation-aware training.
     """

@@ -110,12 +110,9 @@ class PrefixReplay:
 
     @contextmanager
     def passes(self, *, training: bool, alone: bool = False) -> Iterator[None]:
-        """Record or replay calls of the model inside.
+        """Record or replay calls of the model inside; `training`: over a batch for training.
 
-        Args:
-            training: Whether the batch is for training or for evaluation.
-            alone: Whether there are no others over this batch: they are recorded, and forgotten at
-                the end.
+        `alone`: there are no other passes over this batch, so that its recordings end with these.
         """
         if not self.enabled or self._inside:
             yield

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from layerrl.frozen import CHUNK, ODD_MULTIPLIER, odd_weights
 from layerrl.shards import is_sharded
 
-_CHUNK_WORDS = 1 << 18
 _SLICE_BYTES = 1 << 26
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_GOLDEN = 0x1E3779B97F4A7C15
 
 
 class OpaqueArgumentError(TypeError):
@@ -89,12 +87,7 @@ class RowKeys:
         self._arguments: dict[tuple[Any, ...], Arguments] = {}
 
     def of(self, found: list[tuple[str, Any]]) -> Arguments:
-        """Describe some arguments.
-
-        Returns:
-            Their structure, and a key for each of the pass's rows. A tensor without a row for each
-            counts for all of them.
-        """
+        """Structure of the arguments, and a key per row; a tensor without rows counts for all."""
         same = tuple(
             (path, id(v), version(v)) if isinstance(v, Tensor) else (path, type(v), v)
             for path, v in found
@@ -115,7 +108,7 @@ class RowKeys:
             structure.append((path, value.dtype, tuple(size), dim))
             key = self._key(value, dim)
             # Another factor for each place, or two arguments could change places.
-            key = _mixed(key * (_GOLDEN * (2 * place + 1) % (1 << 63)))
+            key = _mixed(key * (ODD_MULTIPLIER * (2 * place + 1) % (1 << 63)))
             total = key if total is None else total.to(key.device) + key
         keys = [0] * self._num_rows if total is None else total.expand(self._num_rows).tolist()
         return Arguments(structure=tuple(structure), keys=tuple(keys))
@@ -146,13 +139,10 @@ def version(tensor: Tensor) -> int:
 
 
 def as_integers(tensor: Tensor) -> Tensor:
-    """A view of a tensor's bits as integers, which autocast neither casts nor refuses.
+    """Return a view of a tensor's bits as integers, which autocast neither casts nor refuses.
 
     Under autocast, torch joins floating-point tensors of float32 and of autocast's dtype alone: no
     float16 beside bfloat16. Bookkeeping must not depend on what a caller computes in.
-
-    Returns:
-        The view, of the same shape.
     """
     return tensor.view(_INTEGERS.get(tensor.element_size(), tensor.dtype))
 
@@ -182,9 +172,9 @@ def row_keys(tensor: Tensor) -> Tensor:
 def _slice_keys(tensor: Tensor) -> Tensor:
     words_BN = _words(tensor)
     keys_B = torch.zeros(len(tensor), dtype=torch.int64, device=tensor.device)
-    for chunk_BN in words_BN.split(_CHUNK_WORDS, dim=1):
-        weights_N = _weights(tensor.device)[: chunk_BN.shape[1]]
-        keys_B = keys_B * _GOLDEN + _mixed(_mixed(chunk_BN) * weights_N).sum(dim=1)
+    for chunk_BN in words_BN.split(CHUNK, dim=1):
+        weights_N = odd_weights(tensor.device)[: chunk_BN.shape[1]]
+        keys_B = keys_B * ODD_MULTIPLIER + _mixed(_mixed(chunk_BN) * weights_N).sum(dim=1)
     return keys_B
 
 
@@ -204,13 +194,3 @@ def _words(tensor: Tensor) -> Tensor:
 def _mixed(words: Tensor) -> Tensor:
     """Let each word's upper bits reach the lower ones, which a product does not."""
     return words ^ ((words >> 32) & 0xFFFFFFFF)
-
-
-@lru_cache(maxsize=8)
-def _weights(device: torch.device) -> Tensor:
-    """Fixed odd 64-bit numbers without a pattern, as many as a chunk has words."""
-    generator = torch.Generator().manual_seed(20260701)
-    least, most = -(1 << 63), (1 << 63) - 1
-    # On the CPU whatever torch's default device is, so that keys are the same everywhere.
-    bits = torch.randint(least, most, (_CHUNK_WORDS,), generator=generator, device="cpu")
-    return (bits | 1).to(device)

@@ -67,7 +67,6 @@ class Call:
         return output
 
     def _verify(self, kind: tuple[Any, ...]) -> None:
-        """Compute the call both ways, and compare."""
         replay, watched, problems = self._replay, self._prefix(watched=True), []
         with _noting(problems):
             replayed = self._observed(self._prefix(trusted=True))

@@ -33,15 +33,7 @@ def flat(output: Any) -> list[Any]:
 
 
 def gradients(outputs: Sequence[Any], trained: Sequence[nn.Parameter]) -> dict[int, Tensor | None]:
-    """Gradients of a fixed weighted mean over all outputs; freed from their graph.
-
-    Args:
-        outputs: What a model returned, `flat`.
-        trained: The tensors whose gradients count.
-
-    Returns:
-        Index in `trained` to gradient; empty where nothing has one.
-    """
+    """Gradients by index in `trained` of a fixed weighted mean of all outputs; frees the graph."""
     graphs = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
     wanted = {index: p for index, p in enumerate(trained) if p.requires_grad}
     if not graphs or not wanted:
@@ -61,16 +53,7 @@ def _weighted_mean(value: Tensor) -> Tensor:
 
 
 def difference(plain: Observed, replayed: Observed, *, exact: torch.dtype) -> str | None:
-    """What tells a replayed call from the plain one, if anything does.
-
-    Args:
-        plain: What the plain call returned, and its gradients.
-        replayed: Those of the replayed one.
-        exact: The dtype that both computed in, which says how far rounding may go.
-
-    Returns:
-        A clause, or None where they agree.
-    """
+    """What tells a replayed call from the plain one; `exact` is the dtype that both computed in."""
     tolerance = _TOLERANCE.get(exact, _TOLERANCE_16_BIT)
     (outputs, grads), (others, other_grads) = plain, replayed
     if len(outputs) != len(others) or {*grads} != {*other_grads}:

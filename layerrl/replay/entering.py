@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from layerrl.blocks import unwrap
 from layerrl.randomness import devices_of
-from layerrl.replay.arguments import (
-    Arguments,
-    RowKeys,
-    hidden_states,
-    leaves,
-    row_keys,
-    version,
-)
+from layerrl.replay.arguments import Arguments, RowKeys, hidden_states, leaves, row_keys, version
 from layerrl.replay.state import modules_of, sampled, state_of, tensors_of
 from layerrl.shards import is_sharded
 
@@ -123,10 +116,7 @@ class Entry:
 
 
 def entry_of(
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    keys: RowKeys,
-    prefix: Sequence[nn.Module],
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: RowKeys, prefix: Sequence[nn.Module]
 ) -> Entry:
     """Describe a call of layer 0; an `OpaqueArgumentError` if an argument cannot be compared."""
     hidden_BTH = hidden_states(args, kwargs)

@@ -37,13 +37,8 @@ class RestartError(BaseException):
 class Prefix:
     """The frozen layers during one call.
 
-    Args:
-        replay: Whose prefix.
-        recordings: Those of the batch.
-        request: How the model is called.
-        records: Whether to record the call where it runs.
-        trusted: Whether to replay without having compared, in order to compare.
-        watched: Whether to run, and see whether that draws random numbers.
+    It `records` the call where it runs; or is `trusted` to replay without having compared, in order
+    to compare; or `watched`, as it runs, for random numbers that it draws.
     """
 
     def __init__(
@@ -111,7 +106,6 @@ class Prefix:
             raise RestartError
 
     def _decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Replay, record or neither."""
         replay = self._replay
         if self._watched:
             self.dtype = _computed_in(hidden_states(args, kwargs))
@@ -185,12 +179,10 @@ class Prefix:
         self._random_before = random_state(*self._request.devices)
 
     def _give_up(self, why: str) -> None:
-        """Run on without recording."""
         self._runs = False
         self._replay.say(why)
 
     def _before(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note what enters a layer that runs."""
         if self._watched:
             return
         try:

@@ -41,10 +41,7 @@ Place = tuple[Recording, int]
 class Recordings:
     """The recordings of one batch, row by row.
 
-    Args:
-        max_bytes: Memory that they may take.
-        partly: Whether a part of the batch is of use. If not, nothing of a batch is kept that does
-            not fit.
+    Unless a part of the batch is of use (`partly`), nothing of one is kept that does not fit.
     """
 
     def __init__(self, max_bytes: int, *, partly: bool) -> None:
@@ -57,12 +54,7 @@ class Recordings:
         """Whether a call was looked at: the same in all processes, whatever fitted."""
 
     def fits(self, num_bytes: int) -> bool:
-        """Whether there is room for more; to be asked before it is made.
-
-        Returns:
-            False if it would exceed the budget, which then forgets what is there, unless a part is
-            of use.
-        """
+        """Whether there is room for more; if not, forget a batch of which no part is of use."""
         if not self._full and self.num_bytes + num_bytes <= self._max_bytes:
             return True
         if not self._partly:  # rows come back shuffled: hardly a call would be over these alone

@@ -124,13 +124,9 @@ def _comparable(value: object) -> Any:
 
 
 def sampled(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Keys of a few elements of each tensor, for writes in place through `.data`.
+    """Return keys of a few elements of each dense tensor, for writes in place through `.data`.
 
-    Args:
-        tensors: Those of the prefix. Of other kinds (sharded, quantised) none are looked at.
-
-    Returns:
-        One for each dtype and device: these are read together, in one transfer.
+    One for each dtype and device: these are read together, in one transfer.
     """
     samples: dict[tuple[Any, ...], list[Tensor]] = {}
     for tensor in tensors:

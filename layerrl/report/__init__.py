@@ -185,8 +185,7 @@ class ContributionReport:
             last, following = ordered[number - 1 : number + 1]
             if why := self._ranking.doubt(last, following):
                 warn(
-                    f"layer {last} is in and layer {following} is out, which is not resolved: "
-                    f"{why}",
+                    f"layer {last} is in and layer {following} is out, which is not resolved: {why}"
                 )
         modules = self.settings.get("modules")
         return LayerSelection(

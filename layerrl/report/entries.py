@@ -79,12 +79,7 @@ class Score:
 
 
 def check_report(report: ContributionReport) -> None:
-    """Refuse runs and settings that no report can be of.
-
-    Raises:
-        ReportError: If a field is of another type, runs were scored on different numbers of
-            prompts, or a setting that a report reads is no such setting.
-    """
+    """Refuse runs and settings that no report can be of."""
     layers, settings, ends = report.layers, report.settings, (report.base, report.full)
     for name in ("method", "source"):
         check_kind(f"{name} of a report", getattr(report, name), str, "text", ReportError)

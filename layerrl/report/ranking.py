@@ -91,15 +91,10 @@ class Ranking:
 def resampled(
     runs: Mapping[str, Score], method: str, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Means of resampled scores, of the runs that have scores prompt by prompt.
+    """Return means of resampled scores, shape (D,), of the runs that have scores prompt by prompt.
 
-    Args:
-        runs: Of a report, by name.
-        method: How it was made. Gains of `OVER_AVERAGE` stay in units of the average layer's.
-        settings: Of the report. Reports on the same prompts see the same ones in the same draw.
-
-    Returns:
-        Name to means, shape (D,).
+    Reports on the same prompts see the same ones in the same draw. Gains of `OVER_AVERAGE` stay in
+    units of the average layer's.
     """
     scores = {name: run.scores for name, run in runs.items() if run.scores is not None}
     if not scores:

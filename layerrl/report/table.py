@@ -20,16 +20,7 @@ def cells(
     intervals: Mapping[str, Interval],
     shares: Mapping[str, tuple[float, Interval | None]],
 ) -> list[tuple[str, ...]]:
-    """The cells, without the columns in which nothing is known.
-
-    Args:
-        runs: All runs by name; a layer's is its number.
-        intervals: 95 % intervals of the scores of those that have one.
-        shares: Contributions of those that have one, and their intervals.
-
-    Returns:
-        Rows: the head, base and full, the layers.
-    """
+    """Rows of cells, without the columns in which nothing is known: head, base and full, layers."""
 
     def row(name: str, run: Score) -> Iterator[str]:
         share, around = shares.get(name, (None, None))

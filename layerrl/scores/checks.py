@@ -1,9 +1,8 @@
-"""What can be wrong with rewards and prompts, said in a sentence."""
+"""Checks of what a probe is given: rewards, prompts, seeds, the arguments of runs."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import wraps
@@ -13,7 +12,7 @@ from typing import Any, cast
 from datasets import Dataset
 from torch import nn
 
-from layerrl.checks import check_path, shown, whole_number
+from layerrl.checks import check_path, is_finite, shown, whole_number
 from layerrl.errors import ProbeError
 from layerrl.scores.identity import name_of, stored_rows
 
@@ -47,13 +46,8 @@ def checked(function: Any) -> Any:
                 f"completions, expected one for each; the first prompt is {prompts[0]!r:.200}"
             )
         for prompt, reward in zip(prompts, rewards, strict=True):
-            if reward is None:  # TRL: this function does not apply to this prompt
-                continue
-            try:
-                finite = not isinstance(reward, str) and math.isfinite(reward)
-            except (TypeError, ValueError):
-                finite = False
-            if not finite:
+            # None, to TRL: this function does not apply to this prompt.
+            if reward is not None and not is_finite(reward):
                 raise ProbeError(
                     f"the reward {name} returned {shown(reward)} for a completion of the prompt "
                     f"{prompt!r:.200}, expected a finite number, or None where it does not apply"

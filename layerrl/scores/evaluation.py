@@ -21,19 +21,11 @@ _ROW = "layerrl_row"
 
 
 def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float]:
-    """The mean reward of each prompt's completions.
+    """Return the mean reward of each prompt's completions, of a TRL trainer that generates.
 
-    Random state is as it was afterwards, and so is the trainer: an evaluation in the middle of a
-    training changes nothing in it.
-
-    Args:
-        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-        dataset: Prompts, with the columns that the rewards need.
-        greedy: Decode greedily, once, instead of sampling as in training.
-
-    Returns:
-        One number per row, the weighted sum of the rewards as the trainer weighs them, averaged
-        over the prompt's completions: `num_generations_eval` where they are sampled.
+    Rewards are summed as the trainer weighs them; there are `num_generations_eval` completions
+    where they are sampled, one where decoding is greedy. Random state is as it was afterwards, and
+    so is the trainer: an evaluation in the middle of a training changes nothing in it.
 
     Raises:
         ProbeError: If a prompt was not scored, or not with a finite number.
@@ -68,11 +60,9 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float
 def watched_rewards(trainer: Any, look: Callable[[Any, list[float]], None]) -> Iterator[None]:
     """Show somebody what is rewarded.
 
-    Args:
-        trainer: A TRL trainer that generates and rewards (GRPO, RLOO).
-        look: Called with the rows of each rewarded batch, and rewards as the trainer weighs them,
-            NaN where no function gave one: in several processes with this one's rows and the
-            rewards of all, in the order of their ranks.
+    `look` is called with the rows of each rewarded batch, and rewards as the trainer weighs them,
+    NaN where no function gave one: in several processes with this one's rows and the rewards of
+    all, in the order of their ranks.
     """
 
     def watch(calculate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -95,9 +85,6 @@ def all_rewarded(trainer: Any) -> Iterator[None]:
 
     One function of several may give None where it does not apply, as long as another gives a
     number.
-
-    Raises:
-        ProbeError: Inside, if no function gave a completion a reward.
     """
 
     def look(inputs: Any, rewards: list[float]) -> None:

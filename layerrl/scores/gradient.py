@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -42,23 +42,29 @@ class TooLittleSignalError(ProbeError):
     """Prompts that say too little of the layers; more of them may say enough."""
 
 
+class Gains(NamedTuple):
+    """What a step in each layer alone gains on prompts without part in it."""
+
+    gains_PL: Tensor
+    """By prompt that is scored and layer, float64. In several processes, of all their prompts."""
+    more_passes: float = 0.0
+    """Forward passes of a completion beside those of its gradient, a mean."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
     """How a method computes what a step in each layer alone gains on prompts without part in it."""
 
     method: str
-    of_prompts: Callable[[Rollouts, LayerSelection, Any], Tensor]
-    """Takes the rollouts, the layers and the arguments of the run. Shape (P, L), float64: gains on
-    the prompts that are scored. In several processes, of all their prompts."""
-    more_passes: Callable[[int], int] = lambda num_layers: 0
-    """Forward passes of a completion beside those of its gradient, by the number of layers."""
+    of_prompts: Callable[[Rollouts, LayerSelection, Any], Gains]
+    """Takes the rollouts, the layers and the arguments of the run."""
     error_times: float = 1.0
-    """The average gain's standard error, over that of as many independent prompts."""
+    """Standard error of a mean gain, over that of as many independent prompts."""
     hint: str = ""
     """Further advice in the error that is raised if the average layer gains nothing."""
 
 
-def _first_order(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
+def _first_order(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Gains:
     """The held-out gains of the prompts whose step knows enough of the others."""
     trainer = rollouts.trainer
     gains_PL = held_out_gains(
@@ -70,13 +76,12 @@ def _first_order(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Te
         epsilon=args.adam_epsilon,
         add_up=add_up if trainer.accelerator.num_processes > 1 else None,
     )
-    return gains_PL[int(len(gains_PL) * _UNSCORED) :]
+    return Gains(gains_PL[int(len(gains_PL) * _UNSCORED) :])
 
 
 FIRST_ORDER = Gain(method="gradient", of_prompts=_first_order)
 
 
-# Over 60 lines: a third is the report, field by field.
 def gradient_report(
     rollouts: Rollouts,
     selection: LayerSelection,
@@ -106,16 +111,15 @@ def gradient_report(
     trainer = rollouts.trainer
     check_trainer(trainer, f"method={gain.method!r}")
     with whole_model(trainer):
-        gains_PL = gain.of_prompts(rollouts, selection, args)
+        gains_PL, more = gain.of_prompts(rollouts, selection, args)
     if trainer.accelerator.num_processes > 1:
         # Or the last bit of a sum could make them choose differently.
         [gains_PL] = broadcast_object_list([gains_PL])
     check_signal(rollouts)
-    rows = _against_average(gains_PL, rollouts, gain.hint)
+    rows = _against_average(gains_PL, rollouts, gain)
     warn_of_noise(gains_PL, rollouts, gain.error_times)
     size = trainer.num_generations
     units = len(rollouts.with_signal) * size, sum(rollouts.with_signal) * size
-    more = gain.more_passes(len(selection.layers))
     scores = dict(zip(selection.layers, rows, strict=True))
     return ContributionReport(
         method=gain.method,
@@ -132,7 +136,7 @@ def gradient_report(
         cost=Cost(
             seconds=time.perf_counter() - started,
             tokens=rollouts.num_tokens,
-            forwards=units[1] * (1 + more),
+            forwards=math.ceil(units[1] * (1 + more)),
             backwards=units[1],
             fraction=(units[0] + units[1] * (units_of_a_pass(args) + more))
             / run_units(args, trainer),
@@ -140,16 +144,32 @@ def gradient_report(
     )
 
 
-def _against_average(gains_PL: Tensor, rollouts: Rollouts, hint: str) -> list[list[float]]:
+def _against_average(gains_PL: Tensor, rollouts: Rollouts, gain: Gain) -> list[list[float]]:
     """For each layer its gain on each prompt, in units of the average layer's gain."""
-    average = gains_PL.mean().item()
+    average = gains_PL.mean()
     if average <= 0:
         raise TooLittleSignalError(
             f"{_tried(rollouts)}: on {len(gains_PL)} of them, a step that others ask for gains "
             "nothing in the average layer, so that their gradients cannot be told from noise. "
-            f"{_advice(rollouts)}{hint}"
+            f"{_advice(rollouts)}{gain.hint}"
         )
-    return (gains_PL.T / average).tolist()
+    return widened(gains_PL / average, gain.error_times).T.tolist()
+
+
+def widened(gains_PL: Tensor, error_times: float) -> Tensor:
+    """Gains whose intervals hold although their prompts depend on each other.
+
+    A report's intervals take prompts for independent.
+
+    Args:
+        gains_PL: Gains by prompt and layer.
+        error_times: Standard error of their mean, over that of as many independent prompts.
+
+    Returns:
+        Gains as many times as far from the layer's mean, which stays.
+    """
+    mean_L = gains_PL.mean(dim=0)
+    return mean_L + error_times * (gains_PL - mean_L) if error_times != 1 else gains_PL
 
 
 def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts, error_times: float = 1.0) -> None:

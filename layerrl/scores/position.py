@@ -11,15 +11,7 @@ MIDDLE = 0.5
 
 
 def position_scores(num_layers: int, centre: float) -> list[float]:
-    """Minus the distance of each layer from a relative depth.
-
-    Args:
-        num_layers: Decoder layers of the model.
-        centre: Relative depth of the best layer: 0 is the first, 1 the last.
-
-    Returns:
-        One number per layer, 0 at most.
-    """
+    """Minus the distance of each layer from a relative depth: 0 is the first layer, 1 the last."""
     return [0.0 - abs(layer / max(num_layers - 1, 1) - centre) for layer in range(num_layers)]
 
 

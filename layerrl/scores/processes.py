@@ -17,11 +17,7 @@ from layerrl.replacing import replaced
 
 
 def refuse_sharded(trainer: Any, asked: str) -> None:
-    """Refuse launchers under which not every process has the whole model before training starts.
-
-    Raises:
-        ProbeError: Under ZeRO-3; under FSDP with weights in one process only, or with vLLM.
-    """
+    """Refuse launchers under which not every process has the whole model before training starts."""
     plugins = trainer.accelerator.state
     why, instead = "", ""
     if trainer.is_deepspeed_enabled and plugins.deepspeed_plugin.zero_stage == 3:
@@ -64,11 +60,9 @@ def whole_model(trainer: Any) -> Iterator[None]:
 
 
 def loss_alone(trainer: Any, inputs: Any) -> Tensor:
-    """The loss of rows that the other processes may have none of.
+    """Return the loss of rows that the other processes may have none of.
 
-    Returns:
-        The loss. What TRL gathers beside it for its metrics is this process's alone: the others
-        would not answer.
+    What TRL gathers beside it for its metrics is this process's alone: the others would not answer.
     """
     alone = {"distributed_type": DistributedType.NO}
     # Both, as each accelerator's state takes over what the process's says whenever it is asked for.

@@ -17,10 +17,8 @@ _TENSORS = {"_parameters", "_buffers"}
 def as_found(*models: nn.Module) -> Iterator[None]:
     """Give models back with all that they had, but for their weights.
 
-    That is flags, gradients, dtypes, devices, modes, hooks and settings.
-
-    Args:
-        *models: Any models. A trainer sets many of these: checkpointing, `use_cache`, a cast.
+    That is flags, gradients, dtypes, devices, modes, hooks and settings. A trainer sets many of
+    these: checkpointing, `use_cache`, a cast.
     """
     modules = [module for model in models for module in model.modules()]
     parameters = [parameter for model in models for parameter in model.parameters()]

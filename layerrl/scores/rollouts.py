@@ -141,7 +141,7 @@ class Rollouts:
                 warn(
                     f"rewards of {num_differ} of {len(difference_B)} completions were others when "
                     f"asked for again, by {self.reward_noise:.3g} on average: part of what layers "
-                    "would learn from is noise, and their scores need more prompts for it",
+                    "would learn from is noise, and their scores need more prompts for it"
                 )
             return rewards_BF
 

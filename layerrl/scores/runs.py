@@ -13,13 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from layerrl.checks import check_kind, shown
 from layerrl.errors import ProbeError
-from layerrl.scores.checks import (
-    check_length,
-    check_prompts,
-    check_rewards,
-    check_seeds,
-    checked,
-)
+from layerrl.scores.checks import check_length, check_prompts, check_rewards, check_seeds, checked
 from layerrl.scores.identity import (
     digest_of_rows,
     identity_of,

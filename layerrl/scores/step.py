@@ -5,9 +5,8 @@ Legend: P prompts, L layers, B rows, T completion tokens.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,10 +17,12 @@ from layerrl.blocks import unwrap
 from layerrl.errors import ProbeError
 from layerrl.quantisation import is_quantised
 from layerrl.replacing import replaced
+from layerrl.scores.base_pass import ShortPasses
 from layerrl.scores.gains import adam_step
 from layerrl.scores.gradient import (
     FEWEST_PROMPTS,
     Gain,
+    Gains,
     TooLittleSignalError,
     check_signal,
     probed,
@@ -35,8 +36,14 @@ from layerrl.warning import warn
 
 LENGTH = 3.0
 """Learning rates that a step is long. Chosen on seven suites (docs/results.md)."""
+ERROR_TIMES = 1.5
+"""Standard error of a gain over that of independent prompts. Each half is measured by steps from
+the other: a pair of prompts counts twice, and what is random in a step shows on no prompt. Chosen
+by simulation (`benchmarks/coverage.py`)."""
 FEWEST_IN_HALF = FEWEST_PROMPTS // 4
 _HALF = {torch.bfloat16, torch.float16}
+Moves = Mapping[int, Callable[[], AbstractContextManager[None]]]
+"""By the number of a layer, what moves its parameters by their step inside."""
 
 
 class OwnLossError(ProbeError):
@@ -54,17 +61,19 @@ class _Part(NamedTuple):
     """Computes the log-probabilities of the completions, shape (B, T)."""
     weights_BT: Tensor
     """How much the trainer's loss falls, at the base, by each of them that rises."""
+    asked: tuple[str, ...]
+    """Names of what they are computed from: images, or none."""
 
     def objective(self) -> Tensor:
         """Minus the trainer's loss, but linear in log-probabilities, up to a constant."""
         return (self.weights_BT * self.logps()).sum(dtype=torch.double)
 
 
-def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
+def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Gains:
     """Gains of all prompts: steps from half of them are measured on the other half.
 
     Returns:
-        Shape (P, L), float64; in several processes the gains on the prompts of all.
+        Those of shape (P, L); in several processes on the prompts of all.
 
     Raises:
         ProbeError: If there is no step, or the trainer's loss is not one of log-probabilities.
@@ -79,22 +88,30 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
     )
     check_signal(rollouts)
     _check_halves(rollouts)
-    measure = partial(_objectives, trainer.model)
+    passes = ShortPasses(trainer.model, selection.blocks(trainer.model).modules)
     with _in_float32(trainer):
-        base_P = measure(prompts)
         for half in (0, 1):
-            seen, others = slice(half, None, 2), slice(1 - half, None, 2)
+            seen, others = (range(first, len(prompts), 2) for first in (half, 1 - half))
             trainer.model.train()
-            for part in (part for prompt in prompts[seen] for part in prompt):
+            for part in (part for number in seen for part in prompts[number]):
                 (-part.objective()).backward()
-            for column, parameters in enumerate(layers.by_layer.values()):
-                steps = [
-                    _step(p, len(prompts[seen]), args.adam_epsilon, together) for p in parameters
-                ]
-                with _moved(parameters, steps, LENGTH * args.learning_rate):
-                    gains_PL[others, column] = measure(prompts[others]) - base_P[others]
+            moves: Moves = {
+                layer: partial(
+                    _moved,
+                    parameters,
+                    [_after_step(p, len(seen), args, together) for p in parameters],
+                )
+                for layer, parameters in layers.by_layer.items()
+            }
+            with _evaluating(trainer.model):
+                for number in others:
+                    gains_PL[number] = _gain(prompts[number], moves, passes)
+            del moves  # before the gradients of the other half
+    rows = sum(len(part.weights_BT) for prompt in prompts for part in prompt)
+    counted_2 = gains_PL.new_tensor([passes.passes, rows])
     if together:
         add_up(gains_PL)
+        add_up(counted_2)
     if not gains_PL.isfinite().all():
         finite_L = gains_PL.isfinite().all(dim=0).tolist()
         odd = [k for k, finite in zip(layers.by_layer, finite_L, strict=True) if not finite]
@@ -103,7 +120,8 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Tensor:
             f"each of the layers {odd} is not finite. Expected the learning rate of the run, and a "
             "base without NaN."
         )
-    return gains_PL.cpu()
+    passed, rows = counted_2.tolist()
+    return Gains(gains_PL.cpu(), more_passes=1 + passed / rows)  # one at the base, in `_parts`
 
 
 def _check(trainer: Any, args: Any) -> None:
@@ -143,13 +161,14 @@ def _check_halves(rollouts: Rollouts) -> None:
 def _parts(trainer: Any, micro_batches: Sequence[Any]) -> Iterator[_Part]:
     """The micro-batches of a prompt, with what the trainer's loss makes of log-probabilities."""
     score = trainer._get_per_token_logps_and_entropies
-    asked: list[tuple[Tensor, Callable[[], Tensor]]] = []
+    asked: list[tuple[Tensor, Callable[[], Tensor], tuple[str, ...]]] = []
 
     def at_the_base(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         with torch.no_grad():
             logps_BT, *others = score(*args, **kwargs)
         logps_BT.requires_grad_()
-        asked.append((logps_BT, lambda: score(*args, **kwargs)[0]))
+        names = tuple(sorted(name for name, value in kwargs.items() if value is not None))
+        asked.append((logps_BT, lambda: score(*args, **kwargs)[0], names))
         return (logps_BT, *others)
 
     for micro_batch in micro_batches:
@@ -162,42 +181,52 @@ def _parts(trainer: Any, micro_batches: Sequence[Any]) -> Iterator[_Part]:
                 f"{type(trainer).__name__} asks its trainer for none. Set use_liger_kernel=False, "
                 "or take method='gradient'."
             )
-        slopes = torch.autograd.grad(loss, [logps_BT for logps_BT, _ in asked])
-        for (_, logps), slope_BT in zip(asked, slopes, strict=True):
-            yield _Part(logps, -slope_BT)
+        slopes = torch.autograd.grad(loss, [logps_BT for logps_BT, *_ in asked])
+        for (_, logps, names), slope_BT in zip(asked, slopes, strict=True):
+            yield _Part(logps, -slope_BT, names)
 
 
-@torch.no_grad()
-def _objectives(model: nn.Module, prompts: Sequence[Sequence[_Part]]) -> Tensor:
-    """Of each prompt, without dropout, which would hide what a step gains."""
+def _gain(prompt: Sequence[_Part], moves: Moves, passes: ShortPasses) -> Tensor:
+    """What each move gains on a prompt, shape (L,); 0 on one without signal."""
+    base, after_L = torch.zeros(2, 1, dtype=torch.double)
+    for part in prompt:
+        of_part, after_part_L = passes.values(
+            part.objective, moves, kind=part.asked, weight=len(part.weights_BT)
+        )
+        base, after_L = base.to(of_part) + of_part, after_L.to(of_part) + after_part_L
+    return after_L - base
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, there is no dropout, which would hide what a step gains, and no gradient."""
     training = model.training
     model.eval()
     try:
-        values = [sum(part.objective() for part in prompt) for prompt in prompts]
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
-    return torch.tensor(values, dtype=torch.double)
 
 
-def _step(parameter: nn.Parameter, num_prompts: int, epsilon: float, together: bool) -> Tensor:
-    """Adam's first step by the gradient that a parameter has, which is freed."""
+def _after_step(parameter: nn.Parameter, num_prompts: int, args: Any, together: bool) -> Tensor:
+    """A parameter's values after Adam's first step by the gradient that it has, which is freed."""
     gradient, parameter.grad = parameter.grad, None
     if gradient is None:  # of an expert that no token was sent to
         gradient = torch.zeros_like(parameter)
     if together:
         add_up(gradient)
-    return adam_step(gradient, num_prompts, epsilon)
+    step = adam_step(gradient, num_prompts, args.adam_epsilon)
+    return parameter.data - LENGTH * args.learning_rate * step
 
 
 @contextmanager
-def _moved(
-    parameters: Sequence[nn.Parameter], steps: Sequence[Tensor], rate: float
-) -> Iterator[None]:
-    """Inside, the parameters lie a step downhill. Afterwards they are the same bits as before."""
+def _moved(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, parameters have other values. Afterwards they are the same bits as before."""
     before = [parameter.data for parameter in parameters]
     try:
-        for parameter, step in zip(parameters, steps, strict=True):
-            parameter.data = parameter.data - rate * step
+        for parameter, moved in zip(parameters, values, strict=True):
+            parameter.data = moved
         yield
     finally:
         for parameter, data in zip(parameters, before, strict=True):
@@ -237,10 +266,7 @@ def _in_float32(trainer: Any) -> Iterator[None]:
 GAIN = Gain(
     method="step",
     of_prompts=_gains,
-    # At the base twice, and after each layer's steps on half of the prompts, twice.
-    more_passes=lambda num_layers: 2 + num_layers,
-    # The halves judge each other, so that each pair of prompts counts twice.
-    error_times=math.sqrt(2),
+    error_times=ERROR_TIMES,
     hint=f" Or {LENGTH:g} times the learning rate are too long a step.",
 )
 METHOD = Method(score=partial(probed, gain=GAIN), needs=ROLLOUTS)

@@ -23,7 +23,9 @@ def config_for(tool: object, selection: LayerSelection, base: nn.Module) -> dict
     check_choice("tool", tool, TOOLS, SelectionError)
     trained = selection.parameters(base)
     path = selection.blocks(base).path
-    _refuse(tool, selection, multimodal=_is_multimodal(base))
+    config: Any = getattr(base, "config", None)
+    is_multimodal = config is not None and config.get_text_config() is not config
+    _refuse(tool, selection, multimodal=is_multimodal)
     if tool == "peft":
         return {"target_modules": _linear_modules(base, {*trained}, selection)}
     if tool == "slime":
@@ -61,11 +63,6 @@ def _refuse(tool: object, selection: LayerSelection, *, multimodal: bool) -> Non
         )
     if problem:
         raise SelectionError(f"{tool} cannot be told to train {selection}: {problem}.")
-
-
-def _is_multimodal(base: nn.Module) -> bool:
-    config: Any = getattr(base, "config", None)
-    return config is not None and config.get_text_config() is not config
 
 
 def _linear_modules(base: nn.Module, trained: set[str], selection: LayerSelection) -> list[str]:

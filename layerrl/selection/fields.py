@@ -89,15 +89,7 @@ def as_json(values: Mapping[str, Any]) -> str:
 
 
 def selection_in(kind: type[LayerSelection], data: Any) -> LayerSelection:
-    """The selection that `as_json` wrote.
-
-    Returns:
-        The selection.
-
-    Raises:
-        SelectionError: If it is of a newer version, or says something impossible.
-        Misfit: If it has other fields, or of other types.
-    """
+    """The selection that `as_json` wrote; a `SelectionError` or `Misfit` if the data is none."""
     of = "the JSON of a LayerSelection"
     version_of(data, "format_version", _VERSION, SelectionError, of, default=1)
     values = {name: value for name, value in data.items() if name != "format_version"}

@@ -1,4 +1,4 @@
-"""Which layers train, and how fast: a small frozen value that everything else derives from."""
+"""`LayerSelection`: a selection as a frozen value, what it gives for a model, and its JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ import torch
 from torch import nn
 
 from layerrl.adapters import adapter_tensors
-from layerrl.blocks import (
-    Blocks,
-    meta_model,
-    unwrap,
-)
+from layerrl.blocks import Blocks, meta_model, unwrap
 from layerrl.errors import SelectionError
 from layerrl.plan import Plan, make_plan
 from layerrl.quantisation import is_bitsandbytes, skipped_by_default
@@ -68,7 +64,6 @@ class LayerSelection:
             object.__setattr__(self, name, value)
 
     def _described(self) -> dict[str, str]:
-        """What trains, by kind."""
         kind = "" if self.stack == "text" else f"{self.stack} "
         if self.full:
             text = f"every parameter ({self.num_layers} layers)"

@@ -1,4 +1,4 @@
-"""Which tensors require gradients, for a while."""
+"""The training mask: which tensors require gradients, for a while."""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from layerrl.blocks import plain_name, unwrap
+from layerrl.errors import LayerRLError
 from layerrl.selection.parts import rows_kept
 
 if TYPE_CHECKING:
     from layerrl.selection import LayerSelection
+
+
+def check_gradients_on(called: str, error: type[LayerRLError]) -> None:
+    """Refuse to train where torch computes no gradients.
+
+    Raises:
+        error: Inside `torch.no_grad()` or `torch.inference_mode()`.
+    """
+    if not torch.is_grad_enabled():
+        raise error(
+            f"{called} inside torch.no_grad() or torch.inference_mode(), where torch computes no "
+            "gradients: call it outside of them"
+        )
 
 
 class Masked(AbstractContextManager[dict[str, nn.Parameter]]):

@@ -28,15 +28,7 @@ _SHOWN = 12
 def names_in_parts(
     selection: LayerSelection, base: nn.Module, blocks: Blocks, adapted: Mapping[str, str]
 ) -> dict[str, set[str]]:
-    """Names of the tensors that a selection trains outside the layers.
-
-    Returns:
-        Part to the plain names of its tensors, those of shared ones too.
-
-    Raises:
-        SelectionError: If the model does not have a part or a row, or a glob matches nothing
-            outside the layers.
-    """
+    """Part to the plain names of its tensors, shared ones too, that train outside the layers."""
     outside = [
         name for name, _ in _named_parameters(base) if not name.startswith(f"{blocks.path}.")
     ]
@@ -76,13 +68,9 @@ def names_in_parts(
 
 
 def rows_kept(selection: LayerSelection, base: nn.Module) -> dict[str, list[slice]]:
-    """The rows of trained tensors that do not train: those of the tokens that were there before.
+    """Return the rows of trained tensors that do not train: of the tokens that were there before.
 
-    Returns:
-        Plain name of each tensor that trains by rows, to runs of its other rows; mostly none.
-
-    Raises:
-        SelectionError: If the selection does not fit the model, or its new tokens have no rows yet.
+    By the plain name of each tensor that trains by rows, runs of its other rows; mostly none.
     """
     if not any(map(names_rows, selection.also)):
         return {}

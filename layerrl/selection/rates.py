@@ -46,13 +46,6 @@ def read_boost(
 ) -> tuple[tuple[float, ...], tuple[Boost, ...]]:
     """Read a boost: which factors it gives, not yet whether its globs match.
 
-    Args:
-        boost: A mapping, or `"decay:D"`.
-        layers: Layers that train, ascending.
-        parts: Parts that train, by the names that a boost can give them.
-        num_layers: Layers of the model.
-        described: What the model has, in a clause.
-
     Returns:
         A factor for each layer, none where nothing is boosted; and the boosts of globs and parts in
         the order of a selection's.
@@ -159,7 +152,6 @@ def _order(boost: Boost) -> tuple[int, str]:
 
 
 def _key(layer: int | None, glob: str) -> str | tuple[int, str]:
-    """As the user writes it."""
     return glob if layer is None else (layer, glob)
 
 
@@ -181,15 +173,7 @@ def nameable_parts(also: tuple[str, ...], *, full: bool) -> tuple[str, ...]:
 def learning_rate_factors(
     selection: LayerSelection, model: nn.Module, trained: Mapping[str, nn.Parameter]
 ) -> dict[int, float]:
-    """Find the factor of each tensor that has one.
-
-    Returns:
-        Identity of a parameter to its factor: of those in layers, and of boosted ones outside.
-
-    Raises:
-        SelectionError: If a boost names nothing that trains, or a tensor is named by two that
-            disagree, neither being more specific.
-    """
+    """Factor by identity of a parameter: of those in layers, and of boosted ones outside."""
     base, blocks = unwrap(model), selection.blocks(model)
     name_of = {id(parameter): name for name, parameter in trained.items()}
     adapted = adapter_tensors(base)

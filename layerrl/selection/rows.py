@@ -32,17 +32,7 @@ def names_rows(part: str) -> bool:
 
 
 def rows_of(part: str) -> tuple[int, ...]:
-    """The rows that a part names, ascending.
-
-    Args:
-        part: `"new_tokens:49152-49153,49160"`, or `"new_tokens"` alone, which names none yet.
-
-    Returns:
-        The rows.
-
-    Raises:
-        SelectionError: If they cannot be read, or one is given twice.
-    """
+    """The rows that a part names, ascending; none yet of `"new_tokens"` alone."""
     text = part.partition(":")[2].replace(" ", "")
     if part == NEW_TOKENS:
         return ()
@@ -70,14 +60,7 @@ def part_of(rows: Iterable[int]) -> str:
 
 
 def with_named_rows(also: tuple[str, ...]) -> tuple[str, ...]:
-    """Parts with new tokens named in one way, for equal selections to be equal.
-
-    Returns:
-        The same, with the rows ascending and in ranges.
-
-    Raises:
-        SelectionError: If they are named more than once, or beside the whole embedding.
-    """
+    """Parts with new tokens named in one way, ascending, for equal selections to be equal."""
     by_rows = [part for part in also if names_rows(part)]
     if len(by_rows) > 1:
         raise SelectionError(
@@ -96,19 +79,7 @@ def with_named_rows(also: tuple[str, ...]) -> tuple[str, ...]:
 def resolved(
     selection: LayerSelection, model: nn.Module, added: Iterable[int] = ()
 ) -> LayerSelection:
-    """A selection whose `"new_tokens"` are those of a model.
-
-    Args:
-        selection: Any; one without, or that names their rows, stays as it is.
-        model: The model with the rows.
-        added: Rows that are known to be new beside those beyond the saved vocabulary.
-
-    Returns:
-        The selection, with the rows named.
-
-    Raises:
-        SelectionError: If no row is known to have been added.
-    """
+    """A selection whose `"new_tokens"` are named rows: `added` ones, or beyond the saved size."""
     if not selection.awaits_rows:
         return selection
     rows = {*added} | added_rows(model, {})
@@ -164,11 +135,7 @@ def check_rows(selection: LayerSelection, base: nn.Module, parts: Mapping[str, s
 def by_rows(
     selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]
 ) -> dict[str, nn.Parameter]:
-    """The tensors that train by rows: no other part trains them as a whole.
-
-    Returns:
-        Plain name to tensor, a tied one once.
-    """
+    """Tensors by plain name of which rows alone train, as no other part has them; tied once."""
     named = [(plain_name(n), p) for n, p in base.named_parameters(remove_duplicate=False)]
     names = {rows: part for rows, part in parts.items() if names_rows(rows)}
     whole = set().union(*(part for other, part in parts.items() if other not in names))
@@ -184,14 +151,7 @@ def by_rows(
 def frozen_rows(
     selection: LayerSelection, base: nn.Module, parts: Mapping[str, set[str]]
 ) -> dict[str, list[slice]]:
-    """The rows of trained tensors that do not train.
-
-    Returns:
-        Plain name of each tensor that trains by rows, to runs of the others; a tied one once.
-
-    Raises:
-        SelectionError: If `"new_tokens"` do not name their rows yet.
-    """
+    """Runs of the rows that do not train, by plain name of their tensor; a tied one once."""
     if selection.awaits_rows:
         raise SelectionError(
             f'also="{NEW_TOKENS}" was chosen without a model and names no rows yet: '

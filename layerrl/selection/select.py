@@ -1,4 +1,4 @@
-"""Layers, as people name them, made a selection of a model."""
+"""`select_layers`: layers, as people name them, made a selection of a model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from layerrl.blocks import (
-    layers_described,
-    meta_model,
-    unwrap,
-)
+from layerrl.blocks import layers_described, meta_model, unwrap
 from layerrl.checks import check_choice
 from layerrl.errors import SelectionError
 from layerrl.selection.layer_selection import LayerSelection
-from layerrl.selection.parsing import (
-    counted,
-    globs,
-    parts,
-    resolve,
-)
+from layerrl.selection.parsing import counted, globs, parts, resolve
 from layerrl.selection.rates import nameable_parts, read_boost
 from layerrl.selection.rows import resolved
 from layerrl.selection.tensors import described
@@ -131,18 +122,7 @@ def select_layers(
 
 
 def layers_in(text: str) -> LayerSelection | list[int] | str:
-    """Layers in their text form, for `select_layers`.
-
-    Args:
-        text: A layer or several with commas between (`"10"`, `"10,-1"`), a word that
-            `select_layers` takes, or `to_json()` of a selection.
-
-    Returns:
-        What `select_layers` takes. Any other word is left to it to refuse.
-
-    Raises:
-        SelectionError: If it begins like the JSON of a selection and is none.
-    """
+    """What `select_layers` takes, from a text: `"10,-1"`, one of its words, a selection's JSON."""
     if text.startswith("{"):
         return LayerSelection.from_json(text)
     if _INTEGERS.fullmatch(text):

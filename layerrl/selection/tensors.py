@@ -50,12 +50,9 @@ def trained_tensors(selection: LayerSelection, base: nn.Module) -> dict[str, nn.
 def names_in_layers(
     selection: LayerSelection, base: nn.Module, blocks: Blocks, adapted: Mapping[str, str]
 ) -> set[str]:
-    """Names of the tensors that a selection trains inside the layers.
+    """Return the names of the tensors that a selection trains inside the layers.
 
     Where there are adapters, they train, and globs mean what they adapt.
-
-    Returns:
-        Names in the model.
 
     Raises:
         SelectionError: If a glob matches nothing, or nothing of some layer.

@@ -33,13 +33,10 @@ them, as it has of the tower."""
 
 
 def blocks_of(model: nn.Module, stack: str) -> Blocks:
-    """The layers of one stack of a model.
+    """Return the layers of one stack of a model.
 
     A tower is what transformers' own `get_encoder(modality="image")` gives. Its layers are its one
     list of modules; of several, the one whose modules transformers can checkpoint.
-
-    Returns:
-        The layers and where they are.
 
     Raises:
         ModelError: If the model has no such stack, or several.
@@ -54,7 +51,7 @@ def blocks_of(model: nn.Module, stack: str) -> Blocks:
             'transformers\' get_encoder(modality="image") would give. Text layers are selected '
             "without stack."
         )
-    path = _path(base, tower)
+    path = next(plain_name(name) for name, module in base.named_modules() if module is tower)
     stacks = dict(outermost_lists(tower, f"{path}."))
     described = ", ".join(f"{path!r} ({len(each)})" for path, each in stacks.items()) or "none"
     if len(stacks) > 1:
@@ -107,7 +104,3 @@ def _tower(base: nn.Module) -> nn.Module | None:
     # A model without a tower gives itself, or the model inside its head.
     whole = (base, getattr(base, "base_model", None))
     return None if tower is None or any(tower is each for each in whole) else tower
-
-
-def _path(base: nn.Module, tower: nn.Module) -> str:
-    return next(plain_name(name) for name, module in base.named_modules() if module is tower)

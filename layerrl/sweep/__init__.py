@@ -53,18 +53,9 @@ class Entry:
 class Sweep:
     """Runs over some layers of one model, and their report.
 
-    `report.json` in its folder is up to date after every run, also for other processes.
-
-    Args:
-        harness: What measures a run.
-        num_layers: Decoder layers of the model.
-        layers: Those to train, each alone.
-        seeds: Seeds of each.
-        args: Arguments of the single layers' runs.
-        settings: What the runs have in common, for the journal.
-        halving: Drop layers on the way that have fallen behind.
-        stop: Step to stop the layers' runs at, in which case there is no full run; None: the end.
-        folder: Folder of the journal.
+    `report.json` in its folder is up to date after every run, also for other processes. The `args`
+    are those of the single layers' runs; `settings`, for the journal, what all runs have in common.
+    With a step to `stop` the layers' runs at, there is no full run.
     """
 
     def __init__(
@@ -217,8 +208,6 @@ class Sweep:
 
 
 class _Records:
-    """A journal's entries, by run."""
-
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._entries: dict[Run, Entry] = {}
         for entry in entries:

@@ -29,13 +29,10 @@ def measured(
     choose: Callable[[dict[str, Any]], Sequence[int]] | None = None,
     stop: int | None = None,
 ) -> ContributionReport:
-    """Train layers alone and score them.
+    """Return the report of layers that are trained alone and scored.
 
     `choose` is given the journal's settings, when all is checked, and says which to train; `stop`
     is as `Sweep` takes it.
-
-    Returns:
-        The report.
     """
     greedy = check_switch("greedy", request.greedy, ProbeError)
     halving = check_switch("halving", request.halving, ProbeError)

@@ -1,4 +1,4 @@
-"""Where runs happen: here one after the other, or on a Ray cluster."""
+"""Executors: where the runs of a sweep happen, here one after the other, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -27,19 +27,7 @@ _loaded: dict[str, Harness] = {}
 def executor(
     name: str, harness: Harness, resources: Mapping[str, float]
 ) -> Iterator[Callable[[Iterable[Task]], Measured]]:
-    """A function that measures runs, in any order, and yields each when it is done.
-
-    Args:
-        name: `"serial"` or `"ray"`.
-        harness: What measures them.
-        resources: What each run needs, as Ray names it: `num_cpus`, `num_gpus`, `memory`.
-
-    Yields:
-        The function.
-
-    Raises:
-        ProbeError: If Ray is missing, or no node has what a run needs.
-    """
+    """A function that measures runs, in any order, and yields each when it is done."""
     if name == "serial":
         yield lambda tasks: ((run, harness.measure(run, since)) for run, since in tasks)
         return

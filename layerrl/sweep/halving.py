@@ -12,15 +12,9 @@ _SHARES = (1 / 8, 1 / 4, 1 / 2)
 
 
 def rungs(num_steps: int, cycle: int = 1) -> tuple[int, ...]:
-    """Steps at which layers may be dropped: after an eighth, a quarter and a half of a run.
+    """Return the steps at which layers may be dropped: after an eighth, a quarter, a half of a run.
 
-    Args:
-        num_steps: Steps of a whole run.
-        cycle: Steps on one generation batch. A run can be continued exactly only between batches,
-            so rungs lie there.
-
-    Returns:
-        The steps, in order.
+    A run can be continued exactly only between batches, of `cycle` steps: rungs lie there.
     """
     found = {math.ceil(num_steps * share / cycle) * cycle for share in _SHARES}
     return tuple(sorted(step for step in found if step < num_steps))
@@ -35,19 +29,11 @@ def cycle(args: Any) -> int:
 def below_the_cut(
     scores: Mapping[int, Sequence[Sequence[float]]], *, base: float, full: float
 ) -> dict[int, str]:
-    """Layers that are resolved to be worse, by now, than the last one of the better half.
+    """Return the layers resolved to be worse, by now, than the last of the better half, and why.
 
     Nothing is dropped before that one has half of the full gain: layers that only have not begun
-    to learn would be the first to go, and such layers have ended level with the others.
-
-    Args:
-        scores: Each layer's scores, shape (S, P), after the same number of steps.
-        base: Score of the base.
-        full: Score of the full-parameter run at its end.
-
-    Returns:
-        The layers to drop, and why: none but those whose difference to the cut has a 95 % interval
-        below zero.
+    to learn would be the first to go, and such layers have ended level with the others. Resolved:
+    the difference has a 95 % interval below zero.
     """
     draws = bootstrap({str(layer): rows for layer, rows in scores.items()})
     means = {layer: sum(map(sum, rows)) / sum(map(len, rows)) for layer, rows in scores.items()}

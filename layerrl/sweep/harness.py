@@ -54,16 +54,8 @@ class Harness:
 
     The model is loaded once: after each run, what was trained gets its old values back, and the
     fingerprint of everything is compared with what it was. Can be pickled, for other processes.
-
-    Args:
-        models: The base, and models that reward. As they were after each run.
-        make_trainer: Makes a masked trainer from `model`, `args` and `selection`.
-        args: Arguments of the single layers' runs.
-        full_args: Those of the full-parameter run.
-        eval_dataset: Prompts that are not trained on.
-        greedy: Evaluate greedily.
-        modules: Globs inside the block; None: whole layers.
-        folder: Where runs that stopped on their way keep their checkpoints.
+    `models` are the base, and those that reward; in `folder`, runs that stopped on their way keep
+    their checkpoints.
     """
 
     def __init__(
@@ -179,11 +171,7 @@ class Harness:
         return args
 
     def _train(
-        self,
-        trainer: Any,
-        run: Run,
-        since: int,
-        curve: list[tuple[int, list[float]]],
+        self, trainer: Any, run: Run, since: int, curve: list[tuple[int, list[float]]]
     ) -> int:
         """Train up to the run's stop, and say from which step on."""
         asked = self._full_args if run.name == "full" else self._args

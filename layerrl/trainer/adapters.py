@@ -29,15 +29,7 @@ _SCALES = ("lora_alpha", "use_rslora", "use_dora", "alpha_pattern")
 
 
 def has_adapters(model: object, peft_config: object = None) -> bool:
-    """Whether adapters train, and not the model's own tensors.
-
-    Returns:
-        True of a PEFT model, or if the trainer will make one.
-
-    Raises:
-        SelectionError: If a model has adapters without PEFT's wrapper, put into it by transformers
-            (`model.add_adapter`) or `inject_adapter_in_model`: TRL takes them for its own tensors.
-    """
+    """Whether adapters train, not the model's own tensors; refuse those that PEFT did not wrap."""
     if isinstance(model, nn.Module):
         given = described_adapters(model)
         if given:
@@ -78,18 +70,7 @@ def check_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def reference_of_default(model: Any) -> Iterator[None]:
-    """Inside, TRL makes the reference of a PEFT model: a copy of the adapter "default".
-
-    Args:
-        model: The trainer's, of any kind, or what it is loaded from.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        KeyError: Any other.
-        SelectionError: If it has adapters, and none of this name.
-    """
+    """Inside, TRL makes the reference of a PEFT model: a copy of the adapter "default"."""
     try:
         yield
     except KeyError as error:
@@ -116,12 +97,7 @@ def active_in(model: nn.Module, checkpoint: Path) -> tuple[str, Path]:
 
 
 def check_checkpoint(model: nn.Module, folder: Path, digest: str | None) -> None:
-    """Refuse to go on with adapters of another run: PEFT loads what fits, and says nothing.
-
-    Raises:
-        CheckpointError: If it holds no adapters, or others than the model has, or adapters that
-            were trained on other weights.
-    """
+    """Refuse to go on with adapters of another run: PEFT loads what fits, and says nothing."""
     import peft
 
     active, place = active_in(model, folder)
@@ -173,13 +149,10 @@ def refuse_announcing(trainer: str) -> None:
 
 
 def config_for(config: Any, described: Any, selection: Any) -> Any:
-    """A `peft_config` that adapts what a selection trains, and nothing else.
+    """Return a `peft_config` that adapts what a selection trains and nothing else, by full names.
 
     PEFT itself says what the given one would adapt, in a model without weights; of that stays what
     lies in the selected layers, modules and parts.
-
-    Returns:
-        A copy that names modules and parameters one by one.
 
     Raises:
         SelectionError: If its method does not belong to layers, if it trains something outside the
@@ -238,11 +211,7 @@ def _refuse(config: Any, selection: LayerSelection) -> None:
 
 
 def _narrowed(
-    config: Any,
-    adapted: Any,
-    selection: LayerSelection,
-    weights: set[str],
-    linear: list[str],
+    config: Any, adapted: Any, selection: LayerSelection, weights: set[str], linear: list[str]
 ) -> Any:
     """A copy of a config that names, of all that it adapts, what holds some weights."""
     from peft.utils.constants import DUMMY_TARGET_MODULES

@@ -20,14 +20,7 @@ from layerrl.trainer.sync import Part, PartialSync
 
 
 def announces(cls: type) -> bool:
-    """Whether a trainer tells vLLM, while it is made, which weights it will send.
-
-    Returns:
-        Whether it is one of TRL's asynchronous trainers.
-
-    Raises:
-        TrainerError: If it is one, and sends its weights in another way than is known here.
-    """
+    """Whether a trainer (TRL's asynchronous ones) tells vLLM while it is made what it will send."""
     if hasattr(cls, "_streaming_iter"):
         return True
     for base in cls.__mro__:
@@ -83,16 +76,8 @@ class AnnouncedSync(PartialSync):
 
     TRL's own transfer is sent everything first, as a server may have been trained before. One that
     was passed to the trainer, and does not hold an announcement like TRL's, is sent what trains,
-    and vLLM's module of it, every time.
-
-    Args:
-        trainer: A trainer that `announces`, made under the mask. Its `_streaming_iter` is this
-            object's from now on.
-        selection: What trains.
-        mask: The mask.
-
-    Raises:
-        TrainerError: If it sends or has announced something else than TRL's trainers are known to.
+    and vLLM's module of it, every time. The trainer is one that `announces`, made under the mask;
+    its `_streaming_iter` is this object's from now on.
     """
 
     def __init__(self, trainer: Any, selection: LayerSelection, mask: EarlyMask) -> None:

@@ -1,4 +1,4 @@
-"""What a masked trainer is given, before and behind the trainer that it wraps."""
+"""A masked trainer's arguments: found in signatures, refused, warned of, changed for TRL."""
 
 from __future__ import annotations
 
@@ -98,11 +98,7 @@ def check_keywords(
 
 
 def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
-    """Refuse what no trainer takes, before anything is read.
-
-    Raises:
-        TrainerError: If the model is none and no path of one, or the args are another trainer's.
-    """
+    """Refuse what no trainer takes, before anything is read."""
     model = given.get("model")
     if isinstance(model, str | os.PathLike):
         check_path("model", model, TrainerError)
@@ -116,11 +112,7 @@ def check_given(cls: type, mixin: type, given: dict[str, Any]) -> None:
 
 
 def check_args(cls: type, mixin: type, args: object, name: str = "args") -> None:
-    """Refuse arguments that are another trainer's, or none.
-
-    Raises:
-        TrainerError: If the trainer behind the mixin names another class for them.
-    """
+    """Refuse arguments that are another trainer's than that behind the mixin, or none."""
     for base in behind(cls, mixin):
         try:
             kinds = get_type_hints(base.__init__).get("args")
@@ -168,15 +160,10 @@ def config_at(path: Any, args: Any) -> Any:
 
 
 def chosen_early(described: Any, selection: Any) -> Any:
-    """Resolve a selection before weights are loaded, to find a mistake in it.
+    """Return a selection resolved before weights are loaded, to find a mistake in it.
 
-    Args:
-        described: The model, or the config at its path.
-        selection: As the trainer is given it. It is resolved again against the loaded model, which
-            may have another number of layers than its config says.
-
-    Returns:
-        The `LayerSelection`; what was given, where only the loaded model can tell.
+    As it was given where only the loaded model can tell; it is resolved again against that, which
+    may have another number of layers than its config says.
 
     Raises:
         SelectionError: If it does not fit the model.
@@ -261,7 +248,7 @@ def warn_of_frozen_head(model: nn.Module, selection: LayerSelection) -> None:
     warn(
         f"{', '.join(head)} of {type(base).__name__} stays as it is: {selection} does not train "
         "it. A head that is still random (of a reward model made from a language model) has to be "
-        'trained: select_layers(model, ..., also="head").',
+        'trained: select_layers(model, ..., also="head").'
     )
 
 
@@ -279,5 +266,5 @@ def warn_of_idle_layers(model: nn.Module, selection: LayerSelection) -> None:
     if idle:
         warn(
             f"{selection}: {idle} will get no gradient, as {type(unwrap(model)).__name__} takes "
-            f"its features below (vision_feature_layer={taken} in its config). Leave them out.",
+            f"its features below (vision_feature_layer={taken} in its config). Leave them out."
         )

@@ -1,4 +1,4 @@
-"""What happens at certain moments of a run."""
+"""Callbacks of a masked trainer: frozen check, reference that follows, gradient norms, pushes."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ class FrozenCheck(TrainerCallback):
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         """Transformers calls this after loading the best model."""
         self._check("the end of train()")
+
+
+class OptimizerFit(TrainerCallback):
+    """Fits the optimizer of a trainer whose own `create_scheduler` has made or replaced it."""
+
+    def __init__(self, fit: Callable[[], None]) -> None:
+        self._fit = fit
+
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
+        """Transformers calls this when the optimizer is the one that will step."""
+        self._fit()
 
 
 class EpochOrder(TrainerCallback):

@@ -133,12 +133,9 @@ class Checkpoints:
         is_internal: bool,
         save_model: Callable[[str | None, bool], None],
     ) -> None:
-        """Save a model, or the delta that a checkpoint holds in place of one.
+        """Save a model, or the delta that a checkpoint holds in place of one; a collective.
 
-        Args:
-            output_dir: Folder; None: the args' own. Collective: call on every rank.
-            is_internal: Whether transformers asks, for a checkpoint or to push.
-            save_model: The wrapped trainer's own.
+        `is_internal`: transformers asks, for a checkpoint or to push.
         """
         # Pushing to the hub is an internal call too, but names no folder and wants a whole model.
         folder = Path(output_dir or self._trainer.args.output_dir)

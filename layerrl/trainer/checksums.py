@@ -13,7 +13,7 @@ from layerrl.delta.card import CARD
 from layerrl.delta.description import Sha256
 from layerrl.digests import file_digest, json_digest
 from layerrl.errors import DeltaError, LayerRLError
-from layerrl.files import written_whole
+from layerrl.files import files_in, written_whole
 from layerrl.schema import Misfit, Rule, fitted
 from layerrl.stored import bytes_of, parsed, refused_as
 
@@ -30,11 +30,7 @@ class _Checksums:
 
 
 def write_checksums(folder: Path) -> None:
-    """Record every file of a checkpoint but its README, which is there to be edited.
-
-    Raises:
-        OSError: If a file cannot be read, or the record not be written.
-    """
+    """Record every file of a checkpoint but its README, which is there to be edited."""
     _write(folder, _sums(_files(folder)))
 
 
@@ -99,15 +95,10 @@ def check_files(folder: Path, *, because: LayerRLError | None = None) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
     # No file of a checkpoint has a name that is no text, which JSON could not hold.
     return {
         name: path
-        for name, path in files.items()
+        for name, path in files_in(folder).items()
         if name not in (CARD, CHECKSUMS) and name.isprintable()
     }
 

@@ -1,4 +1,4 @@
-"""What differs where several processes train together: DDP, FSDP2, DeepSpeed.
+"""Launchers (DDP, FSDP2, DeepSpeed): what differs where several processes train together.
 
 A collective is called on every rank or on none: a rank that leaves early keeps the others waiting.
 """
@@ -58,13 +58,7 @@ def shards_model(accelerator: Accelerator) -> bool:
 def refuse_launcher(
     selection: LayerSelection, accelerator: Accelerator, *, quantised: bool
 ) -> None:
-    """Launchers that cannot hold frozen and trained tensors side by side.
-
-    Raises:
-        LauncherError: Under FSDP1; under a DeepSpeed that makes the optimizer, or a ZeRO-3 whose
-            parts are not all that counts; of a quantised base, or for new tokens, under any FSDP or
-            DeepSpeed.
-    """
+    """Refuse launchers that cannot hold frozen and trained tensors side by side."""
     if quantised and (uses_fsdp(accelerator) or uses_deepspeed(accelerator)):
         raise LauncherError(
             f"a quantised base was given for {selection} under FSDP or DeepSpeed, which has not "
@@ -171,16 +165,21 @@ def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
     return [other for _, other in found]
 
 
-def raise_together(error: LayerRLError | None, at: str, accelerator: Accelerator) -> None:
-    """Raise on every rank what one has found: the others would wait in the next collective.
+@contextmanager
+def raised_together(at: str, accelerator: Accelerator) -> Iterator[None]:
+    """Raise on every rank what one finds inside: the others would wait in the next collective.
 
-    A collective itself: call on every rank. `at` is where this one looked, as a user knows it.
+    A collective itself: enter on every rank. `at` is where this one looks, as a user knows it.
     Others get a plain error of its class.
 
     Raises:
         LayerRLError: If one found something.
-        LauncherError: If another process is elsewhere, or has ended.
     """
+    error = None
+    try:
+        yield
+    except LayerRLError as found_here:
+        error = found_here
     found: list[tuple[type[LayerRLError], str] | None] = []
     if accelerator.num_processes > 1:
         found = _of_all(None if error is None else (type(error), str(error)), at, accelerator)
@@ -193,13 +192,7 @@ def raise_together(error: LayerRLError | None, at: str, accelerator: Accelerator
 
 
 def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -> None:
-    """Processes that train together have to train the same.
-
-    Collective: call on every rank. What differs has another `repr`.
-
-    Raises:
-        LauncherError: In all processes, if one was given something else.
-    """
+    """Refuse processes that were given different arguments, by their `repr`. Collective."""
     if accelerator.num_processes == 1:
         return
     shown = {name: (repr(value), str(value)) for name, value in given.items()}
@@ -224,12 +217,7 @@ def of_main_process(record: _Record, accelerator: Accelerator) -> _Record:
 
 
 def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool) -> None:
-    """Checkpoints of a launcher whose optimizer state this one cannot read.
-
-    Raises:
-        DeltaError: If it was written with DeepSpeed and this run is without it, or the opposite,
-            or the same is true of ZeRO-3; if it has no delta and the same is true of FSDP.
-    """
+    """Refuse checkpoints of a launcher whose optimizer state this one cannot read."""
     by_deepspeed = (folder / _DEEPSPEED).is_file()
     if by_deepspeed != uses_deepspeed(accelerator):
         wrote, runs = ("with", "without") if by_deepspeed else ("without", "with")

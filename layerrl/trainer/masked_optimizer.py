@@ -1,4 +1,4 @@
-"""The optimizer of a masked trainer."""
+"""The optimizer of a masked trainer: made, its float32 masters, replaced where it does not fit."""
 
 from __future__ import annotations
 
@@ -26,19 +26,11 @@ class MaskedOptimizer:
 
     def __init__(self, layers: TrainedLayers, *, master_weights: bool) -> None:
         self._layers, self._master_weights = layers, master_weights
-        self._is_own = False
+        self._own: Any = None  # the optimizer that has the layers' rates
         self._fitted: Any = None
 
     def made(self, trainer: Any, make: Callable[[], Optimizer]) -> Optimizer:
-        """Let a trainer make its optimizer, and fit it.
-
-        Returns:
-            The trainer's optimizer.
-
-        Raises:
-            SelectionError: If it holds other tensors, cannot have the layers' rates, or updates in
-                the backward, where the step matters.
-        """
+        """Let a trainer make its optimizer, and fit it; refuse one that cannot be fitted."""
         new = trainer.optimizer is None
         optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
         if new and trainer.optimizer_cls_and_kwargs is None and updates_in_backward(optim):
@@ -69,7 +61,7 @@ class MaskedOptimizer:
         if updates_in_backward(optimizer):
             self._refuse_updates_in_backward(type(optimizer).__name__)
             return
-        own = self._is_own or new
+        own = new or optimizer is self._own
         if not own and layers.selection.is_boosted:
             raise SelectionError(
                 f"{layers.selection}: the scales cannot be put into {type(optimizer).__name__}, "
@@ -83,14 +75,10 @@ class MaskedOptimizer:
         if self._keeps_masters():
             step_in_float32(optimizer)
         check_steps(optimizer, lambda: layers.parameters)
-        self._is_own = own
+        self._own = optimizer if own else None
 
     def fit_another(self, trainer: Any) -> None:
-        """Fit an optimizer that was made in another way than through `create_optimizer`.
-
-        Raises:
-            SelectionError: If it holds other tensors, or cannot have the layers' rates.
-        """
+        """Fit an optimizer that was made in another way than through `create_optimizer`."""
         optimizer = unwrap_optimizer(trainer.optimizer)
         if optimizer is not None and optimizer is not self._fitted:
             self._fit(optimizer, new=False)

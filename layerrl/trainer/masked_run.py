@@ -15,7 +15,7 @@ from layerrl.activations import backward_from_first_trained
 from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.digests import json_digest
-from layerrl.errors import FrozenTensorError, SelectionError
+from layerrl.errors import SelectionError
 from layerrl.frozen import FrozenRecord
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
@@ -36,9 +36,6 @@ class MaskedRun:
     """What a masked trainer keeps of its model while one selection of it trains.
 
     Another one takes its place when `"auto"` has chosen, or `model_init` has made a new model.
-
-    Raises:
-        LayerRLError: If the selection cannot be trained as the trainer was made.
     """
 
     def __init__(self, trainer: Any, call: TrainerCall, selection: LayerSelection) -> None:
@@ -146,6 +143,17 @@ class MaskedRun:
         if any(self.layers.parameters[name] is not p for name, p in before.items()):
             self._follow_tensors()
 
+    def fit_optimizer(self) -> None:
+        """Fit the optimizer that the training takes, whoever made it, to the trained tensors.
+
+        Raises:
+            SelectionError: If it holds other tensors, or cannot have the layers' rates.
+        """
+        self.follow_shards()
+        self.find_trained()
+        if not launchers.uses_deepspeed(self._trainer.accelerator):  # which wraps it in its own
+            self.optimizer.fit_another(self._trainer)
+
     def _follow_tensors(self) -> None:
         """Let what was kept of the trained tensors belong to those that train now."""
         trained, reference = self.layers.parameters, self.reference
@@ -159,24 +167,15 @@ class MaskedRun:
     def check_frozen(self, at: str = "") -> None:
         """Compare every frozen tensor and buffer with what it was when the trainer was made.
 
-        Args:
-            at: Where every rank checks now, and all raise what one finds: a collective. Empty: this
-                rank alone.
-
-        Raises:
-            FrozenTensorError: If one changed.
-            LauncherError: If another process is elsewhere.
+        `at` says where every rank checks now, and all raise what one finds: a collective. Empty:
+        this rank alone.
         """
         self.follow_shards()
         if not at:
             self.frozen.check(self._trainer.model)
             return
-        error = None
-        try:
+        with launchers.raised_together(at, self._trainer.accelerator):
             self.frozen.check(self._trainer.model)
-        except FrozenTensorError as changed:
-            error = changed
-        launchers.raise_together(error, at, self._trainer.accelerator)
 
     def check_whole(self, at: str) -> None:
         """The same, where a launcher is about to shard the model: the record is taken anew then."""
@@ -184,12 +183,7 @@ class MaskedRun:
             self.check_frozen(at)
 
     def check_adapters(self) -> None:
-        """Compare the model's adapters with what the trainer was made for.
-
-        Raises:
-            SelectionError: If it has some without PEFT's wrapper or outside of layers, or if some
-                came, or are gone, since the trainer was made.
-        """
+        """Compare the model's adapters with what the trainer was made for."""
         model = self._trainer.model
         has_some = adapters.has_adapters(model)
         adapters.check_adapters(model)
@@ -201,14 +195,7 @@ class MaskedRun:
             )
 
     def save_delta(self, path: str | os.PathLike[str], *, writes: bool) -> Path:
-        """Write a delta, after `check_frozen`. Collective: called on every rank; one `writes`.
-
-        Returns:
-            The folder.
-
-        Raises:
-            SelectionError: If `"auto"` has not chosen yet, or adapters were trained.
-        """
+        """Write a delta, after `check_frozen`. Collective: called on every rank; one `writes`."""
         if self.adapts:
             raise SelectionError(
                 f"adapters were trained on {self.selection}, and a delta holds a model's own "
@@ -292,10 +279,28 @@ class MaskedRun:
     # What is logged
 
     def note_gradients(self) -> None:
-        """Measure the gradients, which have just been clipped."""
+        """Measure the gradients, which have just been clipped.
+
+        Raises:
+            SelectionError: If trained tensors were replaced since the training began.
+        """
         if not launchers.uses_deepspeed(self._trainer.accelerator):  # it has none left by now
             trained = self.layers.parameters.values()
+            if any(p.requires_grad and p.grad is None for p in trained):
+                self._refuse_replaced()
             self._clipped = metrics.clipped_norms(self.layers.by_part, trained)
+
+    def _refuse_replaced(self) -> None:
+        """Raise an error if the loss has other tensors than the optimizer by now."""
+        now, trained = self.selection.parameters(self._trainer.model), self.layers.parameters
+        replaced = [name for name, p in trained.items() if now.get(name) is not p]
+        if replaced:
+            raise SelectionError(
+                f"{len(replaced)} of {len(trained)} trained tensors were replaced during the "
+                f"training, as load_state_dict(assign=True) does: {replaced[0]!r} is not the "
+                "tensor that the optimizer holds, and would not be updated any more. Copy values "
+                "into the tensors that are there, or replace them between two calls of train()."
+            )
 
     def metrics_of_step(self, grad_norm: float | None) -> dict[str, float]:
         """The layers' metrics by name; `grad_norm` is the gradient's before it was clipped."""

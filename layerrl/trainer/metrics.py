@@ -43,17 +43,10 @@ def relative_updates(
     state: Mapping[nn.Parameter, Mapping[str, Any]],
     trained_rows: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """How far each part has moved, relative to its size.
+    """Return the norm of each part's change over its norm at the start; none without `initial`.
 
-    Args:
-        by_part: The trained tensors of each layer and part.
-        trained: The same by name.
-        initial: Their values at the start, by name; empty where nobody kept them.
-        state: The optimizer's, with master values where it has them.
-        trained_rows: What trains of a tensor, given its name and a value.
-
-    Returns:
-        The norm of the change over the norm at the start, for each part; none without `initial`.
+    `state` is the optimizer's, with master values where it has them; `trained_rows` gives what
+    trains of a tensor, by its name and a value.
     """
     if not initial:
         return {}

@@ -126,7 +126,9 @@ class LayerMaskedMixin(TrainingHooks, SavingHooks):
         norms = callbacks.GradNorms(lambda: self.masked_run.note_gradients())
         self.callback_handler.callbacks.insert(0, norms)
         frozen = callbacks.FrozenCheck(lambda at: self.masked_run.check_frozen(at))
-        for callback in (callbacks.EpochOrder(), frozen, callbacks.DeltaOnTop(self._checkpoints)):
+        fit = callbacks.OptimizerFit(lambda: self.masked_run.fit_optimizer())
+        on_top = callbacks.DeltaOnTop(self._checkpoints)
+        for callback in (callbacks.EpochOrder(), fit, frozen, on_top):
             self.add_callback(callback)
         chosen = call.selection_for(self.model, self.processing_class)
         call.check_made(self, chosen)

@@ -35,6 +35,7 @@ from layerrl.trainer.checkpoints import (
     why_incomplete,
 )
 from layerrl.trainer.checksums import check_files
+from layerrl.trainer.optimizer_state import check_optimizer_state
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
 from layerrl.warning import warn
 
@@ -50,14 +51,7 @@ class CheckpointReader:
     def resumed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of `train`, with the last whole checkpoint in place of `True`.
-
-        Returns:
-            Both; `folder` is the checkpoint that they name.
-
-        Raises:
-            DeltaError: If there is none, or none was written to its end, or it is no path.
-        """
+        """The arguments of `train`, the last whole checkpoint in place of `True`; sets `folder`."""
         name = "resume_from_checkpoint"
         given = args[0] if args else kwargs.get(name)
         found = plain(given)  # numpy's True and False
@@ -69,7 +63,6 @@ class CheckpointReader:
         return with_argument([name], args, kwargs, name, found)
 
     def _last_whole(self) -> str:
-        """The last checkpoint that was written to its end."""
         output_dir = Path(self._trainer.args.output_dir)
         if self._trainer.args.should_save:
             for before in [*output_dir.glob("_checkpoint-*.replaced")]:
@@ -88,7 +81,7 @@ class CheckpointReader:
             )
         warn(
             f"{last} was not written to its end, or was deleted in part ({why}): going on from "
-            f"{earlier}",
+            f"{earlier}"
         )
         return str(earlier)
 
@@ -119,6 +112,7 @@ class CheckpointReader:
             raise
         if resumes:
             self._check_files(folder)
+            self._check_optimizer_state(folder)
         if values is None:
             return not resumes and self._found_adapters(folder)
         tensors, reference = values
@@ -173,12 +167,7 @@ class CheckpointReader:
         return True
 
     def load_reference(self) -> None:
-        """Load what DeepSpeed does not: of the checkpoint that it will load itself.
-
-        Raises:
-            DeltaError: If the launcher cannot load it, its delta is not of this run, its
-                reference is missing, or a file is damaged.
-        """
+        """Load what DeepSpeed does not: of the checkpoint that it will load itself."""
         if self.folder is None:
             return
         run, delta = self._trainer.masked_run, delta_in(self.folder)
@@ -195,13 +184,17 @@ class CheckpointReader:
 
     def _check_files(self, folder: Path) -> None:
         """Compare a checkpoint with its record: one process of each node reads all of it."""
-        error, accelerator = None, self._trainer.accelerator
-        if accelerator.is_local_main_process:
-            try:
+        accelerator = self._trainer.accelerator
+        with launchers.raised_together("the files of a checkpoint", accelerator):
+            if accelerator.is_local_main_process:
                 check_files(folder)
-            except DeltaError as found:
-                error = found
-        launchers.raise_together(error, "the files of a checkpoint", accelerator)
+
+    def _check_optimizer_state(self, folder: Path) -> None:
+        """Compare the optimizer's options, where transformers will load them."""
+        file = folder / OPTIMIZER_NAME
+        in_parts = launchers.shards_model(self._trainer.accelerator)
+        if not in_parts and file.exists() and (folder / SCHEDULER_NAME).exists():
+            check_optimizer_state(self._trainer, file, _state(file))
 
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""
@@ -225,7 +218,7 @@ class CheckpointReader:
             warn(
                 f"{folder} has no {' and no '.join(missing)} (as with save_only_model=True): the "
                 "optimizer and the learning rate schedule start anew from its weights. This is not "
-                "the run that would have gone on.",
+                "the run that would have gone on."
             )
         if not of_delta and optimizer is not None:
             try:
@@ -284,7 +277,7 @@ def _reference_in(
     if known is None:
         warn(
             f"{file} was written without fingerprints: only the names, shapes and dtypes in it "
-            "could be checked",
+            "could be checked"
         )
     elif wrong := sorted(n for n, value in fingerprints(found).items() if known.get(n) != value):
         raise DeltaError(

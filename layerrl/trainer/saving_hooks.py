@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from layerrl.delta.hub import hub_errors
 from layerrl.trainer import launchers
 from layerrl.trainer.checkpoints import refuse_readers
+from layerrl.trainer.optimizer_state import refused_state
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Wrapped
@@ -76,5 +77,6 @@ class SavingHooks(_Wrapped):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with launchers.as_in_one_process(self):
+        self.masked_run.fit_optimizer()  # before it is loaded: float32 values are a part of it
+        with launchers.as_in_one_process(self), refused_state(self, checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)

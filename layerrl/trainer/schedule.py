@@ -1,4 +1,4 @@
-"""Layers that take turns."""
+"""`LayerSchedule`: the layers of a selection take turns during one training."""
 
 from __future__ import annotations
 
@@ -80,7 +80,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
         self._active: tuple[int, ...] | None = None
 
     def _of_sets(self, weights: Any, order: str) -> list[float]:
-        """One weight for each set."""
         if isinstance(weights, Mapping):
             rows = [[weights.get(layer) for layer in chosen] for chosen in self._sets]
         else:
@@ -126,13 +125,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
             random.Random(f"{self._seed} {rounds}").shuffle(sets)
         return sets[place]
 
-    def on_train_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        **given: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuse what cannot take turns."""
         self._active = None
         self._refuse_layers(given["model"])
@@ -199,13 +192,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
                 "step."
             )
 
-    def on_step_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        **given: Any,
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Change turns where it is time."""
         active = self.at(state.global_step)
         if active != self._active:

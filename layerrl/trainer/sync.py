@@ -161,12 +161,7 @@ class Part(nn.Module):
 
 
 class MergedPart(Part):
-    """The same of a PEFT model, with the names of a model whose adapters are merged.
-
-    Args:
-        model: The whole model, wrapped by PEFT.
-        served: Plain name of what is seen, to its name in the engine.
-    """
+    """The same of a PEFT model, under the names that merged weights have in the engine."""
 
     def __init__(self, model: nn.Module, served: Mapping[str, str]) -> None:
         super().__init__(unwrap(model), frozenset(served))

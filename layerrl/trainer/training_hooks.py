@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from layerrl.errors import TrainerError
+from layerrl.selection.masked import check_gradients_on
 from layerrl.trainer import callbacks, launchers
 from layerrl.trainer.masked_run import MaskedRun
 
@@ -41,6 +43,7 @@ class TrainingHooks(_Wrapped):
         try:
             callbacks.refuse_callbacks(self.callback_handler.callbacks, self.masked_run.selection)
             with self._mask.during_training():
+                check_gradients_on("train()", TrainerError)
                 if self.model_init is None:
                     self.masked_run.check_adapters()
                     self._mask.put_on(self.masked_run.selection, self.model)
@@ -103,10 +106,7 @@ class TrainingHooks(_Wrapped):
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The scheduler: asked for when the model is sharded, and no checkpoint loaded yet."""
-        self.masked_run.follow_shards()
-        self.masked_run.find_trained()
-        if not launchers.uses_deepspeed(self.accelerator):  # which wraps it in one of its own
-            self.masked_run.optimizer.fit_another(self)
+        self.masked_run.fit_optimizer()
         return super().create_scheduler(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

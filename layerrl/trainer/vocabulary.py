@@ -10,13 +10,7 @@ from layerrl.blocks import embedding_of, head_of, unwrap
 from layerrl.errors import SelectionError
 from layerrl.selection import LayerSelection
 from layerrl.shards import shape
-from layerrl.vocabulary import (
-    added_rows,
-    name_of,
-    saved,
-    tokens_of,
-    vocabulary_size,
-)
+from layerrl.vocabulary import added_rows, name_of, saved, tokens_of, vocabulary_size
 from layerrl.warning import warn
 
 logger = logging.getLogger(__name__)
@@ -43,15 +37,7 @@ class Vocabulary:
         self._tokens = tokens_of(processing_class) if processing_class is not None else None
 
     def added_rows(self, model: nn.Module, processing_class: object) -> set[int]:
-        """Rows of the embedding for what the base was not saved with.
-
-        Returns:
-            Those of tokens that were added to the model or its tokenizer after it was saved, and
-            while the trainer was made.
-
-        Raises:
-            SelectionError: If the tokenizer has ids beyond the embedding.
-        """
+        """Rows of tokens that came after the base was saved, or while the trainer was made."""
         size = vocabulary_size(getattr(unwrap(model), "config", None)) or 0
         tokens, known = tokens_of(processing_class), _known(model)
         _refuse_beyond(model, tokens, known)
@@ -62,10 +48,6 @@ class Vocabulary:
         """Refuse tokens whose rows would stay random, and warn of those that only this base has.
 
         More rows than tokens are usual: embeddings are padded. Rows that train are as they should.
-
-        Raises:
-            SelectionError: If making the trainer changed the vocabulary, or the tokenizer has ids
-                beyond the embedding.
         """
         size = vocabulary_size(getattr(unwrap(model), "config", None))
         if selection.full or size is None:
@@ -157,7 +139,7 @@ def _warn_of_change(
     trains = "trains none of these rows" if trained else "trains no row of the embedding"
     warn(
         f"{', and '.join(found)}. {selection} {trains}: random ones stay so."
-        f"{needs if resized else ''} To have them trained, {_TRAIN_ROWS}.",
+        f"{needs if resized else ''} To have them trained, {_TRAIN_ROWS}."
     )
 
 

@@ -32,16 +32,7 @@ class CheckpointError(DeltaError, FrozenTensorError):
 
 
 def trained_tensors(model: nn.Module, folder: Path, selection: LayerSelection) -> dict[str, Tensor]:
-    """The trained tensors of a whole model, if everything else in it is as in this one.
-
-    Returns:
-        Name in a checkpoint to tensor, as `put_tensors` takes them.
-
-    Raises:
-        CheckpointError: If a frozen tensor is another one than the model's.
-        DeltaError: If there are no weights, they cannot be read, or those that train are missing or
-            have other shapes.
-    """
+    """The trained tensors of a whole model by name, if all else in it is as in this one."""
     frozen = checkpoint_form(model, frozen_tensors(model, selection))
     wanted = checkpoint_form(model, selection.parameters(model))
     other_names = _other_names(model)

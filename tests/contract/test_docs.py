@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 import layerrl
-from layerrl import LayerMaskedMixin, contribution_probe, errors, select_layers
+from layerrl import LayerMaskedMixin, LayerSelection, contribution_probe, errors, select_layers
 from layerrl.probe import METHODS
 from layerrl.scores.method import Method, Request
+from layerrl.selection.exports import TOOLS
+from layerrl.selection.parsing import PARTS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -52,7 +54,7 @@ def test_tables_of_keywords_are_those_of_the_code(
     }
     text = section(page, heading)
     table = {name: default for name, default, *_ in rows(text[text.index("default") :])}
-    assert [*table] == [*parameters]
+    assert [*table] == [*parameters], f"the rows of docs/{page}, {heading}, and the arguments"
     for name, default in parameters.items():
         shown = {inspect.Parameter.empty: "required", 2 * 2**30: "2 GiB"}
         if isinstance(default, type) and default is not inspect.Parameter.empty:
@@ -69,6 +71,20 @@ def test_every_method_needs_known_arguments_and_is_in_the_tables(name: str) -> N
     assert {*method.needs} <= {field.name for field in dataclasses.fields(Request)}
     for text in (section("choosing.md", "Probe"), contribution_probe.__doc__ or ""):
         assert f'| `"{name}"' in text
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_outside_the_layers_is_in_the_table(part: str) -> None:
+    assert f'| `"{part}"' in section("choosing.md", "Outside the layers")
+    assert f'`"{part}"`' in (select_layers.__doc__ or "")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_that_takes_a_selection_is_in_the_docs(tool: str) -> None:
+    page = (DOCS / "integrations.md").read_text(encoding="utf-8")
+    for text in (section("choosing.md", "In other tools"), page):
+        assert tool in text.lower()
+    assert f'`"{tool}"`' in (LayerSelection.to_config.__doc__ or "")
 
 
 def texts() -> Iterator[str]:
@@ -103,6 +119,19 @@ def test_modules_of_the_glossary_exist() -> None:
     modules = re.findall(r"`(layerrl/\S+)`", page)
     assert len(modules) > 30
     assert [module for module in modules if not (ROOT / module).is_file()] == []
+
+
+def test_files_that_contributing_names_exist() -> None:
+    """Those of the package without its name, and of the folder that a row is about without it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = {*re.findall(r"`([\w/.]+\.(?:py|pyi|md|toml|txt|cff))\b[^`]*`", text)}
+    files = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("*.*")}
+    for folder in ("layerrl", "tests", "benchmarks", "docs", "examples"):
+        found = (ROOT / folder).rglob("*.*")
+        files |= {file.relative_to(ROOT).as_posix() for file in found}
+    assert len(named) > 90
+    gone = {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)}
+    assert gone <= {"docs/NAME.md", "examples/NAME.py"}
 
 
 PAGES = [
@@ -141,9 +170,11 @@ def test_the_readme_is_short() -> None:
 def test_the_home_page_leads_to_every_page() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     pages = {file.name for file in DOCS.glob("*.md")} - {"index.md"}
-    assert pages == {*re.findall(r"\]\((\w[\w-]*\.md)\)", index)} & pages
+    linked = {*re.findall(r"\]\((\w[\w-]*\.md)\)", index)}
+    assert pages - linked == set(), "give each a row in docs/index.md"
     nav = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"]
-    assert {name for entry in nav for name in entry.values()} == pages | {"index.md"}
+    listed = {name for entry in nav for name in entry.values()}
+    assert listed == pages | {"index.md"}, "list each page in the nav of zensical.toml"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -48,7 +48,7 @@ def test_typed_signatures_are_those_at_runtime(cls: type) -> None:
 
     here, there = typed(cls.__name__), inspect.signature(cls)
     if NEWEST:
-        assert shape(here) == shape(there)
+        assert shape(here) == shape(there), "run: make signatures"
     else:  # an older TRL may take less
         assert {*there.parameters} <= {*here.parameters}
     assert {"model", "args", "selection", "master_weights"} <= {*here.parameters}

@@ -31,7 +31,8 @@ def functions(text: str) -> Iterator[tuple[str, int, bool]]:
 def test_no_file_is_long() -> None:
     sizes = {name: len(text.splitlines()) for name, text in files()}
     assert len(sizes) > 80
-    assert {name: size for name, size in sizes.items() if size > FILE} == {}
+    long = {name: size for name, size in sizes.items() if size > FILE}
+    assert long == {}, f"over {FILE} lines: move a noun of it into a file of its own"
 
 
 def test_no_function_is_long_unless_a_comment_above_it_says_why() -> None:
@@ -46,6 +47,6 @@ def test_no_function_is_long_unless_a_comment_above_it_says_why() -> None:
             if size > LONGER_FUNCTIONS.get(name, FUNCTION) and not why
         ]
         assert text.count(WHY) == sum(why for *_, why in here), file  # each above its function
-    assert long == []
-    assert needless == []
+    assert long == [], f"take a step out, or write {WHY!r} and the reason above the function"
+    assert needless == [], f"short enough by now: take the comment {WHY!r} out"
     assert "probe.py:contribution_probe" in excused

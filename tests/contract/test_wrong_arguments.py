@@ -758,6 +758,7 @@ def complaint(call: Callable[..., Any], arguments: Mapping[str, Any], named: str
 def test_wrong_values_are_refused_by_name_and_change_nothing(
     world: World, door: Door, argument: str
 ) -> None:
+    assert argument in door.kinds, f"say in DOORS above which values {argument!r} takes: a Kind"
     before, wrongs = world.state(), {}
     for name, value in wrong(door.kinds[argument]):
         arguments = {**door.right(world), argument: value}

@@ -9,11 +9,19 @@ from tests.grpo import tokenizer
 from tests.models import tiny
 from tests.processes import run
 
-EXAMPLES = sorted(
-    file
-    for file in (Path(__file__).parents[2] / "examples").glob("*.py")
-    if "__main__" in file.read_text()
-)
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RUN_HERE = [
+    AGENT := EXAMPLES / "agent_gigpo.py",
+    COMPARE := EXAMPLES / "compare_in_memory.py",
+    NEW_TOKENS := EXAMPLES / "new_tokens.py",
+    PROBE := EXAMPLES / "probe_then_train.py",
+    QUANTISED := EXAMPLES / "quantised_base.py",
+    QUICKSTART := EXAMPLES / "quickstart.py",
+    STRATEGIES := EXAMPLES / "strategies.py",
+    SWEEP := EXAMPLES / "sweep_layers.py",
+    VOTE := EXAMPLES / "vote_over_layers.py",
+]
+"""A new example gets a line here, and a test below that runs it."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,9 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-AGENT, COMPARE, NEW_TOKENS, PROBE, QUANTISED, QUICKSTART, STRATEGIES, SWEEP, VOTE = EXAMPLES
+def test_every_example_is_run_here() -> None:
+    found = {file for file in EXAMPLES.glob("*.py") if "__main__" in file.read_text()}
+    assert found == {*RUN_HERE}, "put it into RUN_HERE, and run it in a test"
 
 
 def test_quickstart_runs_twice_in_the_same_folder(model_folder: Path, tmp_path: Path) -> None:
@@ -63,7 +73,7 @@ def test_a_sweep_and_the_strategies_that_follow_from_it(
     assert {"journal.jsonl", "report.json", "contributions.png"} <= {
         f.name for f in sweep.iterdir()
     }
-    figures = run(EXAMPLES[0].parents[1] / "benchmarks" / "sweep_figures.py", sweep)
+    figures = run(EXAMPLES.parent / "benchmarks" / "sweep_figures.py", sweep)
     assert figures.returncode == 0, figures.stderr
     assert "Overhead over training and evaluation, by the steps" in figures.stdout
     assert "Mean score by third of the depth" in figures.stdout

@@ -68,14 +68,19 @@ def test_the_tables_by_hand(planted_scores: Any, tmp_path: Path) -> None:
         row("x", "bypass", 0, 1.0, 2.0, 3.0),
     ]
     parts = planted_scores.tables(rows).split("\n\n")
+    claims, parts = parts[::2], parts[1::2]
+    assert [claim.split("**")[1] for claim in claims] == [
+        *("Regret", "Worst third avoided", "Rank correlation")
+    ]
     columns = [cell.strip() for cell in parts[0].splitlines()[0].split("|")]
 
     def cells(part: int, column: str) -> list[str]:
         lines = parts[part].splitlines()[2:]
-        return [line.split("|")[columns.index(column)].strip() for line in lines]
+        place = columns.index(planted_scores.HEADS.get(column, column))
+        return [line.split("|")[place].strip() for line in lines]
 
-    first = columns[1]
-    assert cells(0, first)[:2] == ["`x`, best: 2 of 0 to 2", "`y`, best: 0 of 0 to 2"]
+    assert cells(0, "suite")[:2] == ["`x`", "`y`"]
+    assert cells(0, "best layer") == ["2 of 0 to 2", "0 of 0 to 2", "", ""]
     # Seed 0 loses half of x's best gain.
     assert cells(0, "gradient") == [
         "0.25 [0.00, 0.50]",

@@ -49,7 +49,8 @@ def test_the_table_by_hand(seeds: Any, tmp_path: Path, monkeypatch: pytest.Monke
     rows = [row(0, 1.0, 2.0, 3.0, 4.0), row(1, 4.0, 3.0, 2.0, 1.0), row(2, 1.0, 3.0, 2.0, 4.0)]
     rows.append(row(0, 1.0, 3.0, 2.0, 4.0) | {"suite": "y"})
     assert seeds.table(rows, ["x", "y"], [0, 1, 2]).splitlines() == [
-        "| | seed 0 | seed 1 | seed 2 | median [range] | fitted position | another sweep |",
+        "| rank correlation with C on | probe seed 0 | probe seed 1 | probe seed 2 "
+        "| median [range] | no probe: depth fitted on other suites | another seed of the sweep |",
         "|---|---|---|---|---|---|---|",
         # The last layer is the best one of the other suite, too, and another seed agrees.
         "| `x` | 1.00 | -1.00 | 0.80 | 0.80 [-1.00, 1.00] | 1.00 | 1.00 |",
@@ -58,9 +59,10 @@ def test_the_table_by_hand(seeds: Any, tmp_path: Path, monkeypatch: pytest.Monke
         "| median of the 1 suites with all seeds | 1.00 | -1.00 | 0.80 | 0.80 [-1.00, 1.00] "
         "| 1.00 | 1.00 |",
         # Seed 1 chooses layer 0: of a gain of 0.5 it loses 0.3.
-        "| mean regret, the same | 0.00 | 0.60 | 0.00 | 0.00 [0.00, 0.60] | 0.00 | - |",
-        "| best three found, the same | 1.00 | 0.67 | 1.00 | 1.00 [0.67, 1.00] | 1.00 | - |",
-        "| worst third avoided, the same | 1.00 | 0.00 | 1.00 | 1.00 [0.00, 1.00] | 1.00 | - |",
+        "| mean regret, on these suites | 0.00 | 0.60 | 0.00 | 0.00 [0.00, 0.60] | 0.00 | - |",
+        "| best three found, on these suites | 1.00 | 0.67 | 1.00 | 1.00 [0.67, 1.00] | 1.00 | - |",
+        "| worst third avoided, on these suites | 1.00 | 0.00 | 1.00 | 1.00 [0.00, 1.00] "
+        "| 1.00 | - |",
     ]
 
 

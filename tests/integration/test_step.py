@@ -3,6 +3,8 @@
 import itertools
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.testing import assert_close
 from layerrl import LayerMaskedGRPOTrainer, select_layers
 from layerrl.errors import ProbeError
 from layerrl.scores import step
+from layerrl.scores.base_pass import shares_of_passes
 from layerrl.scores.rollouts import Rollouts
 from layerrl.trained import TrainedLayers
 from tests.grpo import make
@@ -40,7 +43,8 @@ def gains(model, folder, rate, *, prompts=PROMPTS, **changes):
         **changes,
     )
     rollouts = Rollouts(trainer, prompts, twice=False)
-    return trainer, rollouts, step._gains(rollouts, trainer.masked_run.selection, trainer.args)
+    found = step._gains(rollouts, trainer.masked_run.selection, trainer.args)
+    return trainer, rollouts, found.gains_PL
 
 
 def logps_of(model, batch, temperature):
@@ -187,23 +191,51 @@ def test_attention_that_is_for_half_precision(model, tmp_path):
         gains(model, tmp_path, 1e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 7])
+@pytest.mark.parametrize("stage", [1, 9, 10, 12])  # backward, at the base, after steps
 def test_an_interruption_leaves_no_step_behind(model, tmp_path, monkeypatch, stage):
     before, calls, training = bits(model), [], model.training
-    measure = step._objectives
+    objective = step._Part.objective
 
-    def failing(*args):
+    def failing(part):
         calls.append(1)
         if len(calls) == stage:
             raise KeyboardInterrupt
-        return measure(*args)
+        return objective(part)
 
-    monkeypatch.setattr(step, "_objectives", failing)
+    monkeypatch.setattr(step._Part, "objective", failing)
     with pytest.raises(KeyboardInterrupt):
         gradient(model, tmp_path, method="step", budget=PROMPTS)
     assert_close(bits(model), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
     assert model.training == training
+
+
+def test_says_what_it_cost(model, tmp_path):
+    report = gradient(model, tmp_path, method="step", budget=PROMPTS)
+    found = report.settings["prompts_with_signal"]
+    layers = select_layers(model, "all").blocks(model).modules
+    more = 2 + sum(shares_of_passes(model, layers)) + 3 / found  # the first of them whole, too
+    assert report.cost.forwards == pytest.approx(found * 4 * (1 + more), abs=1)
+    assert report.cost.backwards == found * 4
+    passed = PROMPTS * 4 + found * 4 * (4 + more)  # generated; activations are recomputed
+    assert report.cost.fraction == pytest.approx(passed / (800 * (1 + 4)))
+
+
+def test_scores_on_prompts_are_further_apart_than_measured(model, tmp_path, monkeypatch):
+    found = gradient(model, tmp_path, method="step", budget=PROMPTS)
+    score: Any = step.METHOD.score
+    as_measured = replace(score.keywords["gain"], error_times=1.0)
+    monkeypatch.setattr(
+        step, "METHOD", replace(step.METHOD, score=partial(score, gain=as_measured))
+    )
+    measured = gradient(model, tmp_path, method="step", budget=PROMPTS)
+    for one, other in zip(found.layers, measured.layers, strict=True):
+        assert one.score == pytest.approx(other.score, rel=1e-12)
+        further = [1.5 * (value - other.score) for value in other.scores[0]]
+        assert [value - one.score for value in one.scores[0]] == pytest.approx(further)
+    widths = [report.interval(1).high - report.interval(1).low for report in (found, measured)]
+    assert widths[0] > 1.3 * widths[1]
 
 
 def test_no_learning_rate(model, tmp_path):

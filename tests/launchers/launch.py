@@ -1,9 +1,13 @@
 """Starts processes that train together, as torchrun would: on a CPU, with gloo.
 
 They come from a server process that has imported everything once, so that a launch takes seconds.
+Of one that hangs, the error shows where each rank stands; `LAYERRL_PATIENCE=60` waits as many
+seconds for it.
 """
 
+import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import torch
 from tests.launchers import worker
 from tests.processes import forking
 
-_SECONDS = 1800  # of a launch that hangs; a busy machine takes minutes
+PATIENCE = float(os.environ.get("LAYERRL_PATIENCE", "1800"))
+"""Seconds until a launch is said to hang; a busy machine takes minutes."""
+_LAST_LINES = 40
 
 
 def launch(
@@ -51,13 +57,15 @@ def launch(
                 "MASTER_PORT": str(port),
             }
         own = {name: job[rank] if isinstance(job, list) else job for name, job in jobs.items()}
-        process = context.Process(target=worker.main, args=(folder, own, variables))
+        process = context.Process(target=worker.main, args=(folder, own, variables, PATIENCE))
         process.start()
         processes.append(process)
     try:
+        until = time.monotonic() + PATIENCE + 5  # in which ranks that wait write their stacks
         for process in processes:
-            process.join(_SECONDS)
-        assert [process.exitcode for process in processes] == [0] * num_processes
+            process.join(max(0.0, until - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * num_processes, _what_happened(folder, codes)
     finally:
         for process in processes:
             process.kill()
@@ -68,3 +76,14 @@ def launch(
         ]
         for name in jobs
     }
+
+
+def _what_happened(folder: Path, codes: list[int | None]) -> str:
+    """How each rank ended, or that it did not, and the end of what it printed."""
+    said = []
+    for rank, code in enumerate(codes):
+        file = folder / f"log-{rank}.txt"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else ["no log"]
+        how = f"waits after {PATIENCE:g} s" if code is None else f"exit code {code}"
+        said += [f"rank {rank}: {how}; the end of {file}:", *lines[-_LAST_LINES:]]
+    return "\n".join(said)

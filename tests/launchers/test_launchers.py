@@ -4,6 +4,7 @@ Every run is in float64, where little but the order of additions can tell them a
 """
 
 import json
+import re
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
+from tests import processes
 from tests.grpo import config, make
 from tests.launchers.launch import launch
 from tests.launchers.worker import FROZEN, held, letters, no_reward_for_k
@@ -669,6 +671,19 @@ class TestRefused:
         for error in runs.fsdp2["schedule"]:
             assert "LayerSchedule was given under FSDP" in error
         assert_same(runs.ddp["schedule"], runs.one["schedule"], 1e-12)
+
+
+def test_a_rank_that_waits_for_another_is_shown_where(tmp_path, monkeypatch):
+    assert processes.run("-c", "").returncode == 0  # from now on, starting takes no time
+    monkeypatch.setattr("tests.launchers.launch.PATIENCE", 8.0)
+    job = {"base": str(saved(tmp_path / "base")), "output": str(tmp_path / "out"), "selection": 2}
+    two = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    variables = {**two, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with pytest.raises(AssertionError) as raised:
+        launch(tmp_path / "launched", {"waits": job}, num_processes=1, environment=variables)
+    said = str(raised.value)
+    assert "rank 0: waits after 8 s; the end of" in said
+    assert re.search(r'worker\.py", line \d+ in (main|run)', said)
 
 
 class TestConfigs:

@@ -3,6 +3,7 @@
 Started by `tests.launchers.launch`.
 """
 
+import faulthandler
 import os
 import traceback
 from collections import defaultdict
@@ -283,11 +284,18 @@ def let_deepspeed_compile_nothing() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def main(folder: Path, jobs: dict[str, dict[str, Any]], environment: dict[str, str]) -> None:
-    """Do jobs one after the other, and leave what each found in the folder."""
+def main(
+    folder: Path, jobs: dict[str, dict[str, Any]], environment: dict[str, str], patience: float
+) -> None:
+    """Do jobs one after the other, and leave what each found in the folder.
+
+    After the seconds of `patience` the stack is logged: of a rank that waits for another one, the
+    collective that it waits in.
+    """
     os.environ.update(environment)
     rank = environment.get("RANK", "0")
     with (folder / f"log-{rank}.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        faulthandler.dump_traceback_later(patience, file=log)
         if "ACCELERATE_USE_FSDP" in environment:
             let_accelerate_shard_on_a_cpu()
         if "DS_ACCELERATOR" in environment:
@@ -307,5 +315,6 @@ def main(folder: Path, jobs: dict[str, dict[str, Any]], environment: dict[str, s
                 traceback.print_exc()
                 found = f"{type(error).__name__}: {error}"
             torch.save(found, folder / f"{name}-{rank}.pt")
+        faulthandler.cancel_dump_traceback_later()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
-from layerrl import load_delta, select_layers
+from layerrl import LayerMaskedGRPOTrainer, load_delta, select_layers
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
 from layerrl.trainer.callbacks import EpochOrder
@@ -484,6 +484,101 @@ class TestRefused:
             model.model.layers[2].mlp.up_proj.weight[0, 0] += 1
         other = saved(tmp_path / "other", model)
         self.refuse(other, tmp_path / "new", checkpoint, f"fingerprint of '{WEIGHT}'", beta=0.04)
+
+    @pytest.mark.parametrize("checkpoint_format", ["delta", "full"])
+    @pytest.mark.parametrize(
+        ("first", "then", "needed"),
+        [
+            ("adamw_torch", "sgd", "dampening, momentum"),
+            ("sgd", "adamw_torch", "betas, eps"),
+            ("adamw_torch", "adafactor", "beta1, clip_threshold, decay_rate"),
+        ],
+    )
+    def test_the_state_of_another_optimizer(
+        self, base, tmp_path, first, then, needed, checkpoint_format
+    ):
+        given = {"arguments": {"checkpoint_format": checkpoint_format}}
+        trainer_on(base, tmp_path / "out", max_steps=1, optim=first, **given).train()
+        checkpoint = tmp_path / "out" / "checkpoint-1"
+        again = trainer_on(base, tmp_path / "again", optim=then, **given)
+        before = bits(again.model)
+        match = (
+            rf"optimizer\.pt is of another optimizer than this run's .*, and not {needed}\. Noth"
+        )
+        with pytest.raises(DeltaError, match=match):
+            again.train(resume_from_checkpoint=str(checkpoint))
+        assert_close(bits(again.model), before, rtol=0, atol=0)
+        assert again.optimizer is None
+        (checkpoint / "optimizer.pt").unlink()  # as the message says
+        with pytest.warns(UserWarning, match="start anew"):
+            again.train(resume_from_checkpoint=str(checkpoint))
+        assert again.state.global_step == 2
+
+    def test_a_state_that_an_optimizer_with_the_same_options_cannot_read(self, base, tmp_path):
+        class Sign(torch.optim.Optimizer):
+            def __init__(self, params: Any, lr: float) -> None:
+                super().__init__(params, {"lr": lr})
+
+            def step(self, closure: Any = None) -> None:
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        state = self.state[parameter] or {"sum": torch.zeros_like(parameter)}
+                        self.state[parameter] = state
+                        state["sum"] += parameter.grad
+                        parameter.data -= group["lr"] * state["sum"].sign()
+
+        trainer_on(base, tmp_path / "out", max_steps=1).train()
+        again = trainer_on(base, tmp_path / "again")
+        again.optimizer_cls_and_kwargs = (Sign, {"lr": 1e-3})
+        with pytest.raises(DeltaError, match=r"Sign cannot step from the state .*'sum'"):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+    def test_a_state_with_other_groups(self, base, tmp_path):
+        trainer_on(base, tmp_path / "out", max_steps=1).train()
+        again = trainer_on(base, tmp_path / "again")
+        before = bits(again.model)
+        held = again.selection.parameters(again.model).values()
+        again.optimizer = torch.optim.AdamW(held, lr=1e-3)
+        with pytest.raises(DeltaError, match=r"groups of \[7, 2\] tensors, .* AdamW of \[9\]\."):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+        assert_close(bits(again.model), before, rtol=0, atol=0)
+
+    def test_a_state_with_other_groups_of_an_optimizer_that_comes_late(self, base, tmp_path):
+        class Late(LayerMaskedGRPOTrainer):
+            def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+                held = self.selection.parameters(self.model).values()
+                self.optimizer = torch.optim.AdamW(held, lr=1e-3)
+                return super().create_scheduler(*args, **kwargs)
+
+        trainer_on(base, tmp_path / "out", max_steps=1).train()
+        again = trainer_on(base, tmp_path / "again", trainer=Late)
+        with pytest.raises(DeltaError, match="this run's AdamW and its scheduler can load: Value"):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+    def test_no_state_of_an_optimizer_whose_newer_version_has_more_options(self, base, tmp_path):
+        straight = trainer_on(base, tmp_path / "out")
+        train(straight)
+        file = tmp_path / "out" / "checkpoint-1" / "optimizer.pt"
+        state = torch.load(file)
+        for group in state["param_groups"]:
+            del group["decoupled_weight_decay"], group["maximize"]  # AdamW of torch 1.11 to 2.6
+        torch.save(state, file)
+        (file.parent / "checksums.json").unlink()
+        again = trainer_on(base, tmp_path / "again")
+        again.train(resume_from_checkpoint=str(file.parent))
+        assert_same_but_summary(again, straight)
+
+    def test_keywords_of_an_optimizer_are_there_for_the_one_that_trains(self, base, tmp_path):
+        runs = []
+        for resumes in (False, True):
+            trainer = trainer_on(base, tmp_path / str(resumes))
+            held = trainer.selection.parameters(trainer.model).values()
+            groups = [{"params": [*held], "lr": 1e-3}]
+            trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": groups})
+            resume = {"resume_from_checkpoint": str(tmp_path / "False" / "checkpoint-1")}
+            train(trainer, **(resume if resumes else {}))
+            runs.append(trainer)
+        assert_same_but_summary(runs[1], runs[0])
 
     def test_a_damaged_delta(self, base, tmp_path, checkpoint):
         damage(checkpoint / "delta.safetensors")

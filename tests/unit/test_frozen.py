@@ -43,28 +43,28 @@ def one_by_one(tensor: Tensor) -> str:
     bits = tensor.contiguous().view(-1)
     bits = torch.view_as_real(bits).view(-1) if bits.is_complex() else bits
     word = {1: torch.uint8, 2: torch.int16}.get(bits.element_size(), torch.int32)
-    weights, total = frozen._weights(torch.device("cpu")), 0
+    weights, total = frozen.odd_weights(torch.device("cpu")), 0
     for chunk in bits.view(word).split(2**18):
         of_chunk = (chunk.long() * weights[: len(chunk)]).sum().item()
-        total = (total * frozen._ODD_MULTIPLIER + of_chunk) % 2**64
+        total = (total * frozen.ODD_MULTIPLIER + of_chunk) % 2**64
     return f"{total:016x}"
 
 
 @contextmanager
 def fake_gpu() -> Iterator[None]:
     """Inside, tensors have a GPU and no values."""
-    frozen._weights.cache_clear()
+    frozen.odd_weights.cache_clear()
     try:
         with FakeTensorMode():
             yield
     finally:
-        frozen._weights.cache_clear()
+        frozen.odd_weights.cache_clear()
 
 
 def launched(shape: tuple[int, ...], dtype: torch.dtype, where: str, **how: object) -> Operations:
     """What the fingerprint of a tensor without values computes, until one is asked for."""
     with fake_gpu():
-        frozen._weights(torch.device("cuda", 0))  # once in a process
+        frozen.odd_weights(torch.device("cuda", 0))  # once in a process
         tensor = torch.empty(shape, dtype=dtype, device=where)
         with Operations() as operations, pytest.raises(DataDependentOutputException):
             fingerprints({"": tensor}, **how)  # type: ignore[arg-type]

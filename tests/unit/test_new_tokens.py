@@ -21,6 +21,7 @@ from layerrl.frozen import FrozenRecord
 from layerrl.integrations import mask
 from layerrl.precision import step_in_float32
 from layerrl.rows import keep_rows
+from layerrl.selection.exports import TOOLS
 from layerrl.trained import TrainedLayers
 from layerrl.trainer.launchers import refuse_launcher
 from tests.grpo import make, tokenizer
@@ -229,7 +230,7 @@ class TestRefused:
         with pytest.raises(SelectionError, match="train the rows first, without adapters"):
             make(model, tmp_path, selection=selection, arguments=arguments)
 
-    @pytest.mark.parametrize("tool", ["peft", "slime", "ms-swift", "axolotl"])
+    @pytest.mark.parametrize("tool", TOOLS)
     def test_by_other_tools(self, tool):
         model = tiny("llama")
         with pytest.raises(SelectionError, match=f"{tool} cannot be told to train"):

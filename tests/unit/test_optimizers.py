@@ -646,6 +646,46 @@ class TestTrainer:
             state = trainer.optimizer.state
             assert all("master" in state[p] for p in trainer.masked_run.layers.parameters.values())
 
+    @pytest.mark.parametrize("frozen", [False, True])
+    @pytest.mark.parametrize("resumes", [False, True])
+    def test_one_that_a_subclass_makes_with_its_scheduler(self, tmp_path, frozen, resumes):
+        all_of_it = False
+
+        class Own(LayerMaskedGRPOTrainer):
+            def create_scheduler(self, num_training_steps, optimizer=None):
+                held = [p for p in self.model.parameters() if all_of_it or p.requires_grad]
+                self.optimizer = AdamW(held, lr=1e-6)
+                self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+                return self.lr_scheduler
+
+        saves = {"save_strategy": "steps", "save_steps": 1}
+        resume = {}
+        if resumes:
+            self.trainer(tmp_path, trainer=Own, **saves).train()
+            resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
+        all_of_it = frozen
+        trainer = self.trainer(tmp_path, trainer=Own)
+        if frozen:
+            with pytest.raises(SelectionError, match="holds frozen"):
+                trainer.train(**resume)
+        else:
+            trainer.train(**resume)
+            state = trainer.optimizer.state
+            assert all("master" in state[p] for p in trainer.masked_run.layers.parameters.values())
+
+    def test_one_that_takes_the_place_of_the_scaled_one(self, tmp_path):
+        class Own(LayerMaskedGRPOTrainer):
+            def create_optimizer(self, model=None):
+                super().create_optimizer(model)
+                held = [p for p in self.model.parameters() if p.requires_grad]
+                self.optimizer = AdamW(held, lr=1e-6)
+                return self.optimizer
+
+        boosted = select_layers(tiny("llama", 4), 2, boost={2: 3.0})
+        trainer = self.trainer(tmp_path, trainer=Own, arguments={"selection": boosted})
+        with pytest.raises(SelectionError, match="scales cannot be put into AdamW"):
+            trainer.train()
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_layers_that_take_turns_start_anew_inside_of_a_composite(self, tmp_path, dtype):
         schedule = LayerSchedule([1, 2], every=2)

@@ -13,7 +13,7 @@ from layerrl import select_layers
 from layerrl.blocks import find_blocks
 from layerrl.errors import ProbeError
 from layerrl.scores.gains import held_out_gains
-from layerrl.scores.gradient import warn_of_noise
+from layerrl.scores.gradient import warn_of_noise, widened
 from layerrl.scores.position import position_scores
 from layerrl.trained import TrainedLayers
 from tests.models import tiny
@@ -172,3 +172,10 @@ def test_an_order_that_may_be_noise_is_said():
         warn_of_noise(clear[32:], rollouts)
     with pytest.warns(UserWarning, match=r"1\.5 standard errors"):  # of prompts that count twice
         warn_of_noise(clear[32:], rollouts, error_times=2.0)
+
+
+def test_gains_that_count_twice_are_further_apart():
+    gains_PL = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 9.0]], dtype=torch.double)
+    assert widened(gains_PL, 1.0) is gains_PL
+    expected = torch.tensor([[-1.0, -3.0], [3.0, -3.0], [7.0, 15.0]], dtype=torch.double)
+    assert_close(widened(gains_PL, 2.0), expected, rtol=0, atol=0)

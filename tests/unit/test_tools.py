@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerrl import select_layers
 from layerrl.errors import SelectionError
+from layerrl.selection.exports import TOOLS
 from tests.models import FAMILIES, TEXT, Plain, tiny, tiny_config
 
 LAYERS = 12  # so that layer 1 could be taken for 10 and 11
@@ -164,7 +165,7 @@ LLAMA, GEMMA = tiny_config("llama"), tiny_config("gemma3")
         *((tool, LLAMA, "full", {}, "needs no list of layers") for tool in ("peft", "slime")),
         *(
             (tool, LLAMA, [0, 1], {"boost": {1: 2.0}}, f"{tool} cannot .* one learning rate")
-            for tool in ("peft", "slime", "ms-swift", "axolotl")
+            for tool in TOOLS
         ),
         ("slime", LLAMA, 1, {"modules": "mlp"}, "Megatron fuses and renames"),
         ("slime", GEMMA, 1, {}, "names the layers of text and vision alike"),

@@ -310,6 +310,31 @@ class TestFlagsAreRestored:
         with pytest.raises(FrozenTensorError, match="frozen tensors"):
             trainer.train()
 
+    @pytest.mark.parametrize("names", [(), ("model.layers.1.mlp.up_proj.weight",)], ids=str)
+    def test_after_tensors_were_replaced_during_the_training(self, model, flags, tmp_path, names):
+        def replace(model, **_):
+            values = {
+                n: v.clone() for n, v in model.state_dict().items() if not names or n in names
+            }
+            model.load_state_dict(values, strict=False, assign=True)
+
+        callbacks = [Do(on_step_end=replace)]
+        trainer = make(model, tmp_path, selection=1, arguments={"callbacks": callbacks})
+        num = len(names) or 9
+        with pytest.raises(SelectionError, match=f"{num} of 9 trained tensors were replaced"):
+            trainer.train()
+        assert flags_of(model) == flags
+        assert trainer.state.global_step == 1
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    def test_without_gradients(self, model, flags, tmp_path, context):
+        trainer = make(model, tmp_path, selection=1)
+        with context(), pytest.raises(TrainerError, match=r"train\(\) inside torch\.no_grad"):
+            trainer.train()
+        assert flags_of(model) == flags
+        trainer.train()
+        assert trainer.state.global_step == 3
+
     @pytest.mark.parametrize("own", [False, True], ids=["the args' optimizer", "its own"])
     def test_and_a_checkpoint_is_loaded_into_tensors_that_were_replaced(self, tmp_path, own):
         class Own(LayerMaskedGRPOTrainer):

@@ -47,7 +47,7 @@ class TestRowKeys:
     def test_are_the_same_whatever_torchs_default_device_is(self):
         rows = random(torch.int64, B, 8)
         expected = keys(rows)
-        arguments._weights.cache_clear()
+        arguments.odd_weights.cache_clear()
         with torch.device("meta"):  # where tensors that are made by mistake have no values
             found = keys(rows)
         assert found == expected
@@ -106,7 +106,7 @@ class TestRowKeys:
         whole = keys(rows)
         monkeypatch.setattr("layerrl.replay.arguments._SLICE_BYTES", 1)
         assert keys(rows) == whole
-        monkeypatch.setattr("layerrl.replay.arguments._CHUNK_WORDS", 64)
+        monkeypatch.setattr("layerrl.replay.arguments.CHUNK", 64)
         swapped = torch.cat([rows[:, 128:256], rows[:, :128], rows[:, 256:]], dim=1)
         assert not {*keys(swapped)} & {*keys(rows)}
 
