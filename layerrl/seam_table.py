@@ -135,6 +135,7 @@ _OF_TORCH = {
         "_parameters": "compare what is frozen",
         "_buffers": "compare what is frozen",
         "_modules": "find the model in a launcher's wrapper",
+        "_compiled_call_impl": "start no pass in the middle of a compiled model",
     },
     "torch.Tensor": {"_version": "notice when a frozen tensor is written to"},
     "torch._C": {

@@ -92,7 +92,7 @@ class ShortPasses:
         self._shares = shares_of_passes(model, layers)
         # What was compiled for one way would be compiled again for each layer, or be other code.
         self._whole = whole or any(
-            module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+            module._compiled_call_impl is not None or "_orig_mod" in module._modules
             for module in model.modules()
         )
         self._compared: set[Hashable] = set()
