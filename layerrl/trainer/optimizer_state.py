@@ -65,6 +65,7 @@ def refused_state(trainer: Any, folder: str | None) -> Iterator[None]:
 
     Raises:
         DeltaError: If the optimizer, or the scheduler, cannot load it.
+        LayerRLError: As it is, if one was raised inside.
     """
     try:
         yield
