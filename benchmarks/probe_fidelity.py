@@ -62,6 +62,7 @@ PROBES: dict[str, Callable[[Any], ContributionReport]] = {
     "position:0.37": lambda suite: contribution_probe(suite.model(), method="position:0.37"),
     "published": lambda suite: contribution_probe(suite.model(), method="published"),
     "gradient": lambda suite: scored(suite, "gradient", NUM_PROMPTS),
+    "step": lambda suite: scored(suite, "step", NUM_PROMPTS),
     "gradient norm": lambda suite: baselines.gradient_norm(suite, NUM_PROMPTS),
     "spectrum": baselines.spectrum,
     "bypass": lambda suite: baselines.bypass(suite, NUM_PROMPTS),
