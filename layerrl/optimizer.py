@@ -114,15 +114,16 @@ def check_steps(optimizer: Any, trained: Callable[[], Mapping[str, nn.Parameter]
         return
     check = _StepCheck(optimizer, trained)
     setattr(optimizer, _CHECK, check)
-    step = optimizer.step
+    step, own_state = optimizer.step, bool(getattr(optimizer, "state", None))
 
     def checked_step(_: Any, *args: Any, **kwargs: Any) -> Any:
-        first = check.waiting is None
+        # In the first step what is there was loaded, unless the optimizer has made it itself.
+        loaded = check.waiting is None and not own_state and bool(getattr(optimizer, "state", None))
         before = check.before()
         try:
             result = step(*args, **kwargs)
         except LookupError as error:
-            if not first or not getattr(optimizer, "state", None):
+            if not loaded:
                 raise
             raise DeltaError(
                 f"{type(optimizer).__name__} cannot step from the state that was loaded into it: "

@@ -6,7 +6,7 @@ Legend: L layers that move.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -75,9 +75,9 @@ class BasePass:
 class ShortPasses:
     """What a model computes at the base, and after each of some layers alone has moved.
 
-    Where a pass from the moved layer on gives the same bits as a whole one, which is compared once
-    for each kind of call, with each of the moved layers. Where it does not (layers that share
-    weights, or hand on more than they return), all passes of the kind are whole.
+    Where a pass from the moved layer on gives the same bits as a whole one, which is compared for
+    each kind of call and each layer, until its move has shown in the number. Where it does not
+    (layers that share weights, or hand on more than they return), all passes of the kind are whole.
 
     Args:
         model: The model, which computes nothing at random.
@@ -95,7 +95,7 @@ class ShortPasses:
             module._compiled_call_impl is not None or "_orig_mod" in module._modules
             for module in model.modules()
         )
-        self._compared: set[Hashable] = set()
+        self._compared: set[tuple[Hashable, int]] = set()
         self._refused: set[Hashable] = set()
         self.passes = 0.0
         """Passes so far, where one that starts at a layer counts as its share of the weights that a
@@ -121,43 +121,43 @@ class ShortPasses:
             The number at the base, shape (), and those after the moves, shape (L,), in their order.
         """
 
-        def after(base: BasePass | None) -> Tensor:
+        def after(base: BasePass | None, layers: Iterable[int] = moves) -> list[Tensor]:
             values = []
-            for layer, move in moves.items():
-                with move(), nullcontext() if base is None else base.started_at(layer):
+            for layer in layers:
+                with moves[layer](), nullcontext() if base is None else base.started_at(layer):
                     values.append(compute())
                 self.passes += weight * (1.0 if base is None else self._shares[layer])
-            return torch.stack(values)
+            return values
 
         self.passes += weight
         if self._whole or kind in self._refused:
-            return compute(), after(None)
+            return compute(), torch.stack(after(None))
         base = BasePass(self._layers)
         with base.recorded():
             value = compute()
-        short_L: Tensor | None = None
+        short: list[Tensor] | None = None
         why = "layers are not called once each, in order, or what one returned is written into"
         if base.usable:
             try:
-                short_L, why = after(base), "the model writes into what a layer returned"
+                short, why = after(base), "the model writes into what a layer returned"
             except Exception as error:  # whatever a model does where layers before did not run
                 why = f"{type(error).__name__}: {error}"
-        if short_L is not None and base.usable:
-            if kind in self._compared:
-                return value, short_L
-            whole_L, why = after(None), "the result would be another"
-            if torch.equal(short_L, whole_L):
-                self._compared.add(kind)
-                return value, whole_L
-        else:
-            whole_L = after(None)
+        if short is not None and base.usable:
+            by_layer, why = dict(zip(moves, short, strict=True)), "the result would be another"
+            unsure = [layer for layer in moves if (kind, layer) not in self._compared]
+            whole = dict(zip(unsure, after(None, unsure), strict=True))
+            if all(torch.equal(by_layer[layer], whole[layer]) for layer in unsure):
+                # A number of weights that are all zero is the same whatever a layer does.
+                shown = (layer for layer in unsure if not torch.equal(whole[layer], value))
+                self._compared |= {(kind, layer) for layer in shown}
+                return value, torch.stack(short)
         self._refused.add(kind)
         logger.warning(
             "Passes after a layer's step run the layers before it, too: %s. Scores are the same; "
             "the probe takes up to twice as long.",
             why,
         )
-        return value, whole_L
+        return value, torch.stack(after(None))
 
 
 def shares_of_passes(model: nn.Module, layers: Sequence[nn.Module]) -> list[float]:

@@ -191,6 +191,17 @@ def test_whole_passes_where_short_ones_would_differ(make, why, caplog):
     assert passes.passes - before == 4
 
 
+def test_a_number_that_no_layer_moves_proves_nothing(caplog):
+    model = remembering()
+    passes = ShortPasses(model, model.layers)
+    moves = {k: lambda k=k: moved(model.layers[k]) for k in range(3)}
+    expected = plainly(model)
+    with torch.no_grad():  # the weights of a micro-batch whose advantages are all zero
+        passes.values(lambda: 0 * model(), moves)
+    assert_close(values(model, passes), expected, rtol=0, atol=0)
+    assert "another" in caplog.text
+
+
 def test_what_is_random_stays_so(caplog):
     model = random_in_the_head()
     passes = ShortPasses(model, model.layers)

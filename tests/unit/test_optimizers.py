@@ -447,6 +447,26 @@ class TestCheckSteps:
         assert optimizer.step == step
         run(optimizer, parameters, range(2))
 
+    @pytest.mark.parametrize("early", [False, True])
+    def test_an_error_in_a_first_step_is_the_optimizers_own(self, early):
+        """Where nothing was loaded, whether its state was made with it or in the step."""
+
+        class Missing(SGD):
+            def __init__(self, params: Any) -> None:
+                super().__init__(params, lr=1.0)
+                if early:
+                    self.state[self.param_groups[0]["params"][0]]["step"] = 0
+
+            def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+                self.state[self.param_groups[0]["params"][0]]["momentum"].add_(1)
+
+        parameter = nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        optimizer = Missing([parameter])
+        check_steps(optimizer, lambda: {"w": parameter})
+        with pytest.raises(KeyError, match="momentum"):
+            optimizer.step()
+
 
 class TestKeepOnly:
     def test_takes_frozen_tensors_out_at_every_depth(self):
