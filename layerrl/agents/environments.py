@@ -26,8 +26,8 @@ class TextEnvironment(Protocol):
         """Start an episode.
 
         Args:
-            **row: A copy of the row of the data set, `prompt` included. All that the episode starts with
-                has to follow from it: the episodes of a prompt are compared with each other.
+            **row: A copy of the row of the data set, `prompt` included. All that the episode starts
+                with has to follow from it: the episodes of a prompt are compared with each other.
 
         Returns:
             The first observation, which is put behind the prompt.
@@ -146,8 +146,7 @@ class TextRollout:
         if any(made is other for other in self._pool):
             raise EpisodeError(
                 f"environment={self.environment!r:.80} gave {made!r:.80} a second time, expected a "
-                "new environment each time: episodes are played side by side, and would all act "
-                "in one"
+                "new environment each time: episodes are played side by side, and cannot share one"
             )
         return made
 
@@ -255,7 +254,7 @@ def _with(prompt: Any, observation: str) -> Any:
     if isinstance(prompt, str):
         return prompt + observation
     content = prompt[-1]["content"]
-    behind = [{"type": "text", "text": observation}] if isinstance(content, list) else observation
+    behind: Any = [{"type": "text", "text": observation}] if isinstance(content, list) else observation
     return [*prompt[:-1], {**prompt[-1], "content": content + behind}]
 
 

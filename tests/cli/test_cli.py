@@ -447,7 +447,10 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("layers: 1\nreward_funcs: [./rewards.py]", "has './rewards.py', expected a function's"),
+            (
+                "layers: 1\nreward_funcs: [./rewards.py]",
+                "has './rewards.py', expected a function's",
+            ),
             ("layers: 1\nreward_funcs: [3]", "reward_funcs has 3, expected"),
             ("layers: 1\nreward_funcs: rewards.nope", "module 'rewards' has no attribute 'nope'"),
             ("layers: 1\ndataset_name: grpo.yaml", "expected a file that ends in .json, .jsonl"),
