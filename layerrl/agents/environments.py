@@ -254,7 +254,8 @@ def _with(prompt: Any, observation: str) -> Any:
     if isinstance(prompt, str):
         return prompt + observation
     content = prompt[-1]["content"]
-    behind: Any = [{"type": "text", "text": observation}] if isinstance(content, list) else observation
+    is_list = isinstance(content, list)
+    behind: Any = [{"type": "text", "text": observation}] if is_list else observation
     return [*prompt[:-1], {**prompt[-1], "content": content + behind}]
 
 
