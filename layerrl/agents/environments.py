@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ class TextEnvironment(Protocol):
         """Start an episode.
 
         Args:
-            **row: The row of the data set, `prompt` included. All that the episode starts with
-                has to follow from it: the episodes of a prompt are compared with each other.
+            **row: A copy of the row of the data set, `prompt` included. All that the episode starts
+                with has to follow from it: the episodes of a prompt are compared with each other.
 
         Returns:
             The first observation, which is put behind the prompt.
@@ -136,12 +137,18 @@ class TextRollout:
 
     def _made(self) -> TextEnvironment:
         try:
-            return self.environment()
+            made = self.environment()
         except Exception as error:  # whatever it may raise
             raise EpisodeError(
                 f"environment={self.environment!r:.80} raised {error!r}; expected a class or a "
                 "function that takes nothing and makes an environment"
             ) from error
+        if any(made is other for other in self._pool):
+            raise EpisodeError(
+                f"environment={self.environment!r:.80} gave {made!r:.80} a second time, expected a "
+                "new environment each time: episodes are played side by side, and cannot share one"
+            )
+        return made
 
     def _respond(self, going: list[_Episode], trainer: Any) -> None:
         rooms = [trainer.max_completion_length - len(e.completion_ids) for e in going]
@@ -172,7 +179,7 @@ class _Episode:
 
     def __post_init__(self) -> None:
         with self._named("reset"):
-            self.observation = self._text(self.environment.reset(**self.row))
+            self.observation = self._text(self.environment.reset(**copy.deepcopy(self.row)))
 
     def add(self, ids: list[int], logprobs: list[float] | None, *, mask: int = 1) -> None:
         """Put tokens behind the completion."""
@@ -246,7 +253,10 @@ def _with(prompt: Any, observation: str) -> Any:
     """A prompt and the first observation, put together as TRL does it for its environments."""
     if isinstance(prompt, str):
         return prompt + observation
-    return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + observation}]
+    content = prompt[-1]["content"]
+    is_list = isinstance(content, list)
+    behind: Any = [{"type": "text", "text": observation}] if is_list else observation
+    return [*prompt[:-1], {**prompt[-1], "content": content + behind}]
 
 
 def _observation_ids(trainer: Any, observation: str, *, conversation: bool) -> list[int]:

@@ -67,7 +67,7 @@ def _boosts(given: Any) -> Any:
     for key, factor in pairs:
         name = int(key) if re.fullmatch(r"\s*-?\d+", str(key)) else key
         try:
-            value = float(factor)
+            value = None if isinstance(factor, bool) else float(factor)
         except (TypeError, ValueError):
             value = None
         if value is None or key == "":

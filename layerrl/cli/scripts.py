@@ -10,12 +10,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from layerrl.checks import check_path
+from layerrl.cli.config_file import read_file
 from layerrl.cli.options import config_of, first_line, in_a_sentence
 from layerrl.errors import FrameworkError, LayerRLError
 from layerrl.replacing import replaced
 from layerrl.seams import imported
 
+_KINDS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+"""How a file's name may end, and what the datasets library calls its kind."""
 METHODS = ("grpo", "rloo", "dpo", "kto", "sft")
 """Scripts that have a masked trainer."""
 
@@ -98,8 +107,12 @@ def read_options(
         parser.print_help()
         raise SystemExit(0)
     known = {*vars(parser.parse_args([]))}
-    config = getattr(given, "config", None)
-    unknown = [] if config is None else _unknown_keys(config, known, short)
+    config, unknown = getattr(given, "config", None), []
+    if config is not None:
+        try:
+            unknown = [key for key in read_file(config) if key not in {*known, "env"}]
+        except ValueError as error:
+            short.error(f"--config {config}: {error}")
     _, left = parser.parse_known_args(rest)
     unknown += [word for word in left if word.startswith("-")] or left
     if unknown:
@@ -110,29 +123,6 @@ def read_options(
     except (TypeError, ValueError, ImportError, OSError) as error:  # in the classes' own checks
         short.error(f"{first_line(error)}")
     return Options(method, *values, own=Namespace(**vars(own) | vars(given)))
-
-
-def _unknown_keys(path: str, known: Collection[str], parser: ArgumentParser) -> list[str]:
-    import yaml
-
-    try:
-        text = check_path("--config", path, LayerRLError).read_text(encoding="utf-8")
-        config, nodes = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {' '.join(str(error).split())}")
-    if not isinstance(config, dict):
-        wrong = f"expected a mapping of options to values, got {config!r:.80}"
-        parser.error(f"--config {path}: {wrong}")
-    for node in [value for key, value in nodes.value if key.value == "layers"]:
-        for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
-            # YAML 1.1 counts 1:2 in sixties and 010 in eights.
-            if part.tag.endswith(":int") and not re.fullmatch(r"[-+]?(0|[1-9]\d*)", part.value):
-                number = yaml.safe_load(part.value)
-                parser.error(
-                    f"--config {path}: layers: {part.value} is the number {number} in YAML. Write "
-                    f'"{part.value}" in quotes, or the number'
-                )
-    return [str(key) for key in config if key not in known and key != "env"]
 
 
 def _what_is_known(unknown: list[str], known: Collection[str], kind: str) -> str:
@@ -160,7 +150,9 @@ def model_config(options: Options) -> Any:
 def trainer_arguments(options: Options) -> dict[str, Any]:
     """Name to value of what TRL's script makes its trainer with; no weights are loaded."""
     _name_file_as_dataset(options)
+    _name_rewards(options)
     import trl
+    from datasets.exceptions import DatasetsError
 
     script, name = import_module(f"trl.scripts.{options.method}"), trainer_name(options.method)
 
@@ -177,6 +169,9 @@ def trainer_arguments(options: Options) -> dict[str, Any]:
             f"{options.script.dataset_name or 'the data'} has no split {error}: name those to use "
             "with --dataset_train_split and --dataset_test_split"
         ) from error
+    except DatasetsError as error:
+        said = f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
+        raise LayerRLError(f"cannot read {options.script.dataset_name}: {said}") from error
     raise FrameworkError(f"trl.scripts.{options.method} does not make a {name} from trl any more")
 
 
@@ -185,8 +180,24 @@ def _name_file_as_dataset(options: Options) -> None:
     name = options.script.dataset_name
     file = Path(name or "")
     if name and file.is_file() and not options.datasets.datasets:
-        kind = {".jsonl": "json", ".txt": "text"}.get(file.suffix, file.suffix[1:])
+        kind = _KINDS.get(file.suffix.lower())
+        if kind is None:  # its suffix would be looked for on the hub
+            known = ", ".join(_KINDS)
+            raise LayerRLError(f"--dataset_name {name}: expected a file that ends in {known}")
         entry = {"path": kind, "data_files": name}
         options.datasets.datasets.append(entry)
         options.datasets.__post_init__()
         options.script.dataset_name = None
+
+
+def _name_rewards(options: Options) -> None:
+    """One reward function in a YAML file is a text, of which TRL would take each character."""
+    names = getattr(options.script, "reward_funcs", None)
+    if isinstance(names, str):
+        options.script.reward_funcs = names = [names]
+    for name in names or []:
+        if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise LayerRLError(
+                f"reward_funcs has {name!r:.80}, expected a function's name: one of TRL's, or "
+                "module.function, such as rewards.correct of rewards.py here"
+            )

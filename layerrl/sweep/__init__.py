@@ -81,6 +81,7 @@ class Sweep:
         """Do what the journal does not hold yet, and report."""
         with Journal(self._folder, self._settings, Entry) as journal, ExitStack() as stack:
             self._check_prompts(journal)
+            self._check_runs(journal)
             measure_all = None
             bar = self._bar(journal.entries)
             stack.callback(bar.close)
@@ -106,6 +107,19 @@ class Sweep:
                 f"{journal.path} has scores of {sorted(sizes)} prompts, expected the same prompts "
                 "for every run: it was edited or damaged. Delete the wrong lines to run them again."
             )
+
+    def _check_runs(self, journal: Journal) -> None:
+        """Refuse a run with two results, as two journals put together have of base and full."""
+        lines: dict[Run, tuple[int, Entry]] = {}
+        for line, entry in enumerate(journal.entries, 2):
+            run = Run(entry.name, entry.seed, entry.stop)
+            before, first = lines.setdefault(run, (line, entry))
+            if entry.scores != first.scores:
+                raise JournalError(
+                    f"lines {before} and {line} of {journal.path} have different scores of "
+                    f"{run.name!r}, seed {run.seed}: it was edited, or put together from two. "
+                    "Delete one of them."
+                )
 
     def report(self, entries: Sequence[Entry]) -> ContributionReport:
         """The report of a journal's entries; what is missing in them is `"missing"`."""

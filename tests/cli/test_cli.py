@@ -447,6 +447,27 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
+            (
+                "layers: 1\nreward_funcs: [./rewards.py]",
+                "has './rewards.py', expected a function's",
+            ),
+            ("layers: 1\nreward_funcs: [3]", "reward_funcs has 3, expected"),
+            ("layers: 1\nreward_funcs: rewards.nope", "module 'rewards' has no attribute 'nope'"),
+            ("layers: 1\ndataset_name: grpo.yaml", "expected a file that ends in .json, .jsonl"),
+            ("layers: 1\ndataset_name: base", "cannot read base: DatasetGenerationError: "),
+            ("layers: [1]\nboost: {1: true}", "--boost '1=True': expected KEY=FACTOR"),
+        ],
+    )
+    def test_refuses_what_a_file_names(
+        self, here: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+    ) -> None:
+        options = yaml.safe_load((here / "grpo.yaml").read_text()) | yaml.safe_load(text)
+        Path("bad.yaml").write_text(yaml.safe_dump(options | {"output_dir": "out-bad"}))
+        assert message in refused(capsys, "train", "grpo", "--config", "bad.yaml")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
             ("learning_rte: 1", "learning_rte (nearest: learning_rate"),
             ("layer: 1", "layer (nearest: layers"),
             ("reward_funcs: [x.y]", "SFTConfig, ModelConfig and script have: reward_funcs ("),
@@ -457,6 +478,11 @@ class TestTrain:
             ("a: [", "--config bad.yaml: while parsing a flow node"),
             ("layers: 1:2", 'layers: 1:2 is the number 62 in YAML. Write "1:2" in quotes'),
             ("layers: [3, 010]", "layers: 010 is the number 8 in YAML"),
+            ("layers: 1\nmax_steps: 3\nlayers: 2", "layers is there twice, in lines 3 and 5"),
+            ("layers: 1\nboost: {1: 2, 1: 3}", "1 is there twice, in lines 4 and 4"),
+            ("layers: [1, 2]\nboost: {010: 2}", "boost: 010 is the number 8 in YAML"),
+            ("max_steps: 1:30", "max_steps: 1:30 is the number 90 in YAML"),
+            ("a: " + "[" * 3000, "it is nested too deep"),
             ("max_steps: two", "invalid int value: 'two'"),
             ("learning_rate: fast", "invalid float value: 'fast'"),
         ],

@@ -264,6 +264,7 @@ def texts(folder: Path) -> dict[str, Kind]:
         file.write_bytes(content)
         with Journal(folder, {"steps": 4}, Entry) as journal:
             sweep._check_prompts(journal)
+            sweep._check_runs(journal)
             sweep._standing(_records(journal))
             sweep._progress(journal.entries)
             made = sweep.report(journal.entries)

@@ -105,6 +105,35 @@ class TestTextRollout:
             rollout(["P"] * 3, Scripted(["5<eos>"] * 3, rows=[{"start": 0}] * 3))
         assert len(made) == 3
 
+    def test_one_environment_for_all_episodes_is_refused(self):
+        shared = Count()
+        trainer = Scripted(["1<eos>", "2<eos>"], rows=[{"start": 1}] * 2)
+        with pytest.raises(EpisodeError, match=r"Count object.* a second time, expected a new"):
+            play(trainer, lambda: shared)
+
+    def test_an_environment_may_change_what_it_was_reset_with(self):
+        class Pops(Count):
+            def reset(self, code, **row):
+                self.code = code
+                return "A"
+
+            def step(self, action):
+                right = action == self.code.pop(0)
+                return "B", float(right), not self.code, True
+
+        row = {"code": ["1", "2"]}  # one object for two episodes
+        turns = ["1<eos>", "1<eos>"], ["2<eos>", "2<eos>"]
+        output = play(Scripted(*turns, rows=[row, row]), Pops)
+        assert [[step.reward for step in steps] for steps in output["steps"]] == [[1.0, 1.0]] * 2
+        assert row == {"code": ["1", "2"]}  # rewards read it afterwards
+
+    def test_a_prompt_with_a_list_of_contents(self):
+        part = {"type": "text", "text": "P"}
+        trainer = Scripted(["1<eos>"], rows=[{"start": 4}])
+        play(trainer, prompts=[[{"role": "user", "content": [part]}]])
+        [[message]] = trainer.prompts
+        assert message["content"] == [part, {"type": "text", "text": "AT4"}]
+
     def test_invalid_actions_are_noted(self):
         output = play(Scripted(["X<eos>"], ["5<eos>"], rows=[{"start": 0}]))
         assert [step.valid for step in output["steps"][0]] == [False, True]

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from layerrl.errors import JournalError
 from layerrl.journal import Journal, write_beside
+from layerrl.sweep import Entry, Sweep
 
 SETTINGS = {"steps": 5, "base": "abc"}
 
@@ -199,3 +202,23 @@ def test_a_file_beside_it_that_cannot_be_written_is_a_sentence(tmp_path):
     with pytest.raises(JournalError, match=r"cannot write .*folder: .*the same call continues"):
         write_beside(tmp_path / "folder", "new")
     assert sorted(os.listdir(tmp_path)) == ["folder", "report.json"]
+
+
+def test_two_results_of_one_run_are_refused(tmp_path):
+    args = SimpleNamespace(max_steps=8)
+    sweep = Sweep(
+        Mock(), num_layers=2, layers=(0,), seeds=(0,), args=args, settings={}, halving=False,
+        folder=tmp_path,
+    )  # fmt: skip
+    entry = {"stop": None, "curve": [], "steps": 8, "seconds": 1.0, "scores": [1.0, 0.0]}
+    runs = [{"name": "base", "seed": None}, {"name": "full", "seed": 0}, {"name": "0", "seed": 0}]
+    with Journal(tmp_path, {}, Entry) as journal:
+        for run in [*runs, runs[0]]:  # the same result again does no harm
+            journal.append(entry | run)
+    assert sweep.run("serial", {}).scores == {0: 0.5}
+    with Journal(tmp_path, {}, Entry) as journal:
+        journal.append(entry | runs[1] | {"scores": [1.0, 1.0]})
+    with pytest.raises(
+        JournalError, match=r"lines 3 and 6 of .*journal\.jsonl have different scores of 'full'"
+    ):
+        sweep.run("serial", {})
