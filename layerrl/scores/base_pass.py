@@ -33,16 +33,16 @@ class BasePass:
         self._layers = layers
         self._called: list[int] = []
         self._returned: list[Any] = []
-        self._versions: list[int] = []
+        self._versions: list[int | None] = []
 
     @property
     def usable(self) -> bool:
-        """Whether each layer was called once, in order, and what it returned is as it was.
+        """Whether each layer was called once, in order, and the tensors returned are as they were.
 
         No proof that a pass can start here, as a layer may hand on more than it returns.
         """
-        in_order = self._called == [*range(len(self._layers))]
-        return in_order and self._versions == _versions(self._returned)
+        in_order, now = self._called == [*range(len(self._layers))], _versions(self._returned)
+        return in_order and None not in now and self._versions == now
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -136,7 +136,10 @@ class ShortPasses:
         with base.recorded():
             value = compute()
         short: list[Tensor] | None = None
-        why = "layers are not called once each, in order, or what one returned is written into"
+        why = (
+            "layers are not called once each, in order, or what one returned is no tensors, or is "
+            "written into"
+        )
         if base.usable:
             try:
                 short, why = after(base), "the model writes into what a layer returned"
@@ -151,6 +154,7 @@ class ShortPasses:
                 shown = (layer for layer in unsure if not torch.equal(whole[layer], value))
                 self._compared |= {(kind, layer) for layer in shown}
                 return value, torch.stack(short)
+        del base  # what it keeps may be what the memory lacked
         self._refused.add(kind)
         logger.warning(
             "Passes after a layer's step run the layers before it, too: %s. Scores are the same; "
@@ -182,10 +186,11 @@ def shares_of_passes(model: nn.Module, layers: Sequence[nn.Module]) -> list[floa
     ]
 
 
-def _versions(outputs: Sequence[Any]) -> list[int]:
-    """How often each tensor that layers returned was written into."""
-    found = []
-    for output in outputs:
-        values = output if isinstance(output, tuple | list) else [output]
-        found += [value._version for value in values if isinstance(value, Tensor)]
-    return found
+def _versions(outputs: Sequence[Any]) -> list[int | None]:
+    """How often each tensor that layers returned was written into; None of what shows no writes."""
+    return [
+        value._version if isinstance(value, Tensor) else None
+        for output in outputs
+        for value in (output if isinstance(output, tuple | list) else [output])
+        if value is not None
+    ]

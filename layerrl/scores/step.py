@@ -95,18 +95,19 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Gains:
             trainer.model.train()
             for part in (part for number in seen for part in prompts[number]):
                 (-part.objective()).backward()
+            by_layer = layers.by_layer
+            after = {  # a parameter may be of several layers
+                p: _after_step(p, len(seen), args, together)
+                for p in dict.fromkeys(p for parameters in by_layer.values() for p in parameters)
+            }
             moves: Moves = {
-                layer: partial(
-                    _moved,
-                    parameters,
-                    [_after_step(p, len(seen), args, together) for p in parameters],
-                )
-                for layer, parameters in layers.by_layer.items()
+                layer: partial(_moved, parameters, [after[p] for p in parameters])
+                for layer, parameters in by_layer.items()
             }
             with _evaluating(trainer.model):
                 for number in others:
                     gains_PL[number] = _gain(prompts[number], moves, passes)
-            del moves  # before the gradients of the other half
+            del moves, after  # before the gradients of the other half
     rows = sum(len(part.weights_BT) for prompt in prompts for part in prompt)
     counted_2 = gains_PL.new_tensor([passes.passes, rows])
     if together:
