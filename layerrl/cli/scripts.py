@@ -192,7 +192,7 @@ def _name_file_as_dataset(options: Options) -> None:
 
 def _name_rewards(options: Options) -> None:
     """One reward function in a YAML file is a text, of which TRL would take each character."""
-    names = getattr(options.script, "reward_funcs", None)
+    names = vars(options.script).get("reward_funcs")
     if isinstance(names, str):
         options.script.reward_funcs = names = [names]
     for name in names or []:

@@ -137,8 +137,8 @@ class ShortPasses:
             value = compute()
         short: list[Tensor] | None = None
         why = (
-            "layers are not called once each, in order, or what one returned is no tensors, or is "
-            "written into"
+            "layers are not called once each, in order, or what one returned is written into, or "
+            "no tensor"
         )
         if base.usable:
             try:

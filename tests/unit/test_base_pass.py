@@ -145,6 +145,15 @@ def written_inside():
     return model
 
 
+def returning_dicts():
+    """In which no write can be seen."""
+    model = Model()
+    for layer in model.layers:
+        layer.forward = lambda hidden, own=layer.forward: {"hidden": own(hidden)}
+    model.between = lambda output: output["hidden"]
+    return model
+
+
 def called_twice():
     model = Model()
     model.order = [0, 1, 1, 2]
@@ -172,6 +181,7 @@ def random_in_the_head():
         (remembering, "another"),
         (written_between, "once each, in order, or what one returned is written into"),
         (written_inside, "once each, in order, or what one returned is written into"),
+        (returning_dicts, "or no tensor"),
         (called_twice, "once each, in order"),
         (one_module_twice, "once each, in order"),
     ],
