@@ -96,7 +96,7 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Let modules run something around their `forward`; afterwards each has its own again.
 
-    `wrap` makes the new forward of an index and the present one, which somebody else may have put.
+    `wrap(index, forward)` returns the new forward of a module, given the one that it has now.
     """
     own = [vars(module).get("forward") for module in modules]
     try:

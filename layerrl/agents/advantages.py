@@ -14,7 +14,7 @@ _EPSILON = 1e-6
 
 
 def discounted_returns(rewards: Sequence[float], gamma: float) -> list[float]:
-    r"""What each step of one episode led to: $R_t = \sum_{j \ge t} \gamma^{j-t} r_j$."""
+    r"""Discounted rewards from each step of an episode: $R_t = \sum_{j \ge t} \gamma^{j-t} r_j$."""
     returns, later = [], 0.0
     for reward in reversed(rewards):
         later = reward + gamma * later

@@ -14,7 +14,7 @@ _DOES = "Print what a run will take, beside LoRA and full training. No weights a
 
 
 def run(argv: list[str]) -> str:
-    """What a run will take, beside LoRA and full training, for `main` to print."""
+    """Return the plan of a run, beside those of LoRA and full training, as text."""
     parser = ArgumentParser(prog="layerrl plan", description=_DOES)
     parser.add_argument("model", metavar="MODEL", help="folder, config.json or hub id")
     add_selection(parser)

@@ -18,7 +18,7 @@ _PATH = "folder of a delta or a sweep, delta on the hub, or JSON of a report or 
 
 
 def run(argv: list[str]) -> str:
-    """What a folder or file of layerrl holds, for `main` to print."""
+    """Return the contents of a folder or file of layerrl, as text."""
     parser = ArgumentParser(prog="layerrl show", description=_DOES)
     parser.add_argument("path", metavar="PATH", help=_PATH)
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw a report: .png, .pdf, .svg")

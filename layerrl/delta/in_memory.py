@@ -46,7 +46,7 @@ def checked(
     there: Sequence[Delta] = (),
     marks: Marks | None = None,
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """What deltas put into a model, if it is what they were made from. Collective where sharded.
+    """Return what deltas write into a model that they were made from. Collective where sharded.
 
     `others` are further deltas that the caller was given, `there` those in the model, for hints;
     `marks`: fingerprints of the model as it is, taken so far.

@@ -53,7 +53,7 @@ def _weighted_mean(value: Tensor) -> Tensor:
 
 
 def difference(plain: Observed, replayed: Observed, *, exact: torch.dtype) -> str | None:
-    """What tells a replayed call from the plain one; `exact` is the dtype that both computed in."""
+    """Describe how a replayed call differs from the plain one; both computed in `exact`."""
     tolerance = _TOLERANCE.get(exact, _TOLERANCE_16_BIT)
     (outputs, grads), (others, other_grads) = plain, replayed
     if len(outputs) != len(others) or {*grads} != {*other_grads}:

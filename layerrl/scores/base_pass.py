@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class BasePass:
-    """What each decoder layer returned in one pass without gradients.
+    """The outputs of all decoder layers in one forward pass without gradients.
 
     A pass in which one layer has other weights can start at this layer: the layers before it return
     again what they returned. It keeps as much as a backward with activation checkpointing does, one
@@ -73,7 +73,7 @@ class BasePass:
 
 
 class ShortPasses:
-    """What a model computes at the base, and after each of some layers alone has moved.
+    """Compute a number with the base model, and again with each of some layers changed alone.
 
     Where a pass from the moved layer on gives the same bits as a whole one, which is compared for
     each kind of call and each layer, until its move has shown in the number. Where it does not

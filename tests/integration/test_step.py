@@ -31,13 +31,13 @@ def model(request):
     return tiny(request.param, 3)
 
 
-def gains(model, folder, rate, *, prompts=PROMPTS, **changes):
+def gains(model, folder, rate, *, prompts=PROMPTS, selection="all", **changes):
     """Gains of prompts and layers in a model that a trainer has not touched."""
     torch.manual_seed(0)
     trainer = make(
         model,
         folder,
-        selection="all",
+        selection=selection,
         arguments={"reward_funcs": letters, "train_dataset": TRAIN},
         learning_rate=rate,
         **changes,
@@ -99,6 +99,16 @@ def test_is_the_change_of_the_objective_after_a_step(model, tmp_path):
     expected = plainly(base, trainer, [batch for [batch] in batches], 1e-3)
     scale = (expected * found).sum() / expected.square().sum()  # a share of a generation batch
     assert_close(found, expected * scale, rtol=1e-3, atol=1e-3 * found.abs().max().item())
+
+
+def test_layers_that_share_a_tensor_gain_the_same_by_it(tmp_path):
+    model = tiny("llama", 3)
+    first, second, _ = model.model.layers
+    second.mlp.down_proj.weight = first.mlp.down_proj.weight
+    selection = select_layers(model, "all", modules="mlp.down_proj.weight")
+    found = gains(model, tmp_path, 1e-3, selection=selection)[-1]
+    assert found[:, 0].any()
+    assert torch.equal(found[:, 0], found[:, 1])
 
 
 def test_gains_of_short_steps_are_in_proportion(tmp_path):
