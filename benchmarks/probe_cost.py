@@ -13,6 +13,7 @@ pass at the base to the last after a step, without generating and without gradie
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from functools import partial
 
 KINDS = ("backward", "gradient")
 STEPS = ("short", "whole")
-PROMPTS, RUN = 256, 10_000
+PROMPTS, RUN = (256, 64), 10_000
 SIZES = {
     "a head that takes next to nothing": {"vocab_size": 2},
     "the shape of Qwen2.5-0.5B": {},
@@ -43,11 +44,11 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure(options.worker, options.suite, options.prompts)))
     elif options.price:
-        for shape, changes in SIZES.items():
-            print(f"{PROMPTS} prompts, of a run over {RUN}, 24 layers, {shape}:")
+        for num_prompts, (shape, changes) in itertools.product(PROMPTS, SIZES.items()):
+            print(f"{num_prompts} prompts, of a run over {RUN}, 24 layers, {shape}:")
             for layers in ([], range(24), range(0, 24, 4)):
                 name = f'"step" of {len(layers)} layers' if layers else '"gradient"'
-                print(f"  {name}: {100 * price(layers, changes):.1f} %")
+                print(f"  {name}: {100 * price(num_prompts, layers, changes):.1f} %")
     else:
         compare(options)
 
@@ -79,7 +80,7 @@ def compare(options: argparse.Namespace) -> None:
     print(f"{statistics.median(seconds):.0f}; {cost}")
 
 
-def price(layers: Sequence[int], changes: dict[str, int]) -> float:
+def price(num_prompts: int, layers: Sequence[int], changes: dict[str, int]) -> float:
     """Passes of a probe over those of a run, where all prompts have signal; see `Cost.fraction`."""
     from transformers import AutoConfig
 
@@ -93,8 +94,8 @@ def price(layers: Sequence[int], changes: dict[str, int]) -> float:
     generated, trained = 1, 3
     passes = generated + trained
     if layers:  # twice at the base, after each step, and the first micro-batch whole
-        passes += 2 + sum(shares[k] for k in layers) + len(layers) / PROMPTS
-    return PROMPTS * passes / (RUN * (generated + trained))
+        passes += 2 + sum(shares[k] for k in layers) + len(layers) / num_prompts
+    return num_prompts * passes / (RUN * (generated + trained))
 
 
 def measure(kind: str, name: str, num_prompts: int) -> dict[str, float | str]:
