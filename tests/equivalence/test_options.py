@@ -104,7 +104,9 @@ def both(case: str, folder: Any, **changes: Any) -> Runs:
 
 
 @pytest.mark.parametrize(
-    ("case", "changes"), OPTIONS, ids=[f"{case}-{next(iter(row.values()))}" for case, row in OPTIONS]
+    ("case", "changes"),
+    OPTIONS,
+    ids=[f"{case}-{next(iter(changes.values()))}" for case, changes in OPTIONS],
 )
 def test_options_train_to_the_bits_of_trl(tmp_path, case, changes):
     both(case, tmp_path, **changes)
