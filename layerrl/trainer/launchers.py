@@ -250,6 +250,20 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
         )
 
 
+def forget_evaluation(trainer: Any) -> None:
+    """Let DDP wrap a model that has been evaluated before training.
+
+    Accelerate marks it as prepared then, and would train it in each process alone. Plain TRL
+    evaluates so only without a reference model; a masked trainer never has a second one.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    if accelerator.num_processes == 1 or uses_fsdp(accelerator) or uses_deepspeed(accelerator):
+        return
+    if vars(model).pop("_is_accelerate_prepared", False):
+        if "_original_forward" in vars(model):  # or autocast would be put around it twice
+            model.forward = vars(model).pop("_original_forward")
+
+
 @contextmanager
 def optimizer_in_one_piece(optimizer: Optimizer) -> Iterator[None]:
     """Inside, an optimizer gives and takes the state that it would have in one process.

@@ -20,7 +20,7 @@ from layerrl.frozen import FrozenRecord
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection
-from layerrl.shards import parts, sharded_like
+from layerrl.shards import parts, reshard, sharded_like
 from layerrl.trained import TrainedLayers
 from layerrl.trainer import adapters, arguments, launchers, metrics
 from layerrl.trainer.announced import AnnouncedSync
@@ -137,6 +137,7 @@ class MaskedRun:
         `load_state_dict(assign=True)` does, and another model in `trainer.model`.
         """
         before, model = self.layers.parameters, self._trainer.model
+        reshard(model)
         if unwrap(model) is not unwrap(self.layers.model):
             self.replay = self._replay_of(model)
         self.layers.find(model)
@@ -171,6 +172,7 @@ class MaskedRun:
         this rank alone.
         """
         self.follow_shards()
+        reshard(self._trainer.model)  # an evaluation leaves some tensors gathered
         if not at:
             self.frozen.check(self._trainer.model)
             return
