@@ -76,7 +76,8 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Gains:
         Those of shape (P, L); in several processes on the prompts of all.
 
     Raises:
-        ProbeError: If there is no step, or the trainer's loss is not one of log-probabilities.
+        OwnLossError: If the trainer's loss is not one of log-probabilities; in all processes.
+        ProbeError: If there is no step.
     """
     trainer = rollouts.trainer
     _check(trainer, args)

@@ -22,6 +22,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from layerrl.digests import json_digest
@@ -206,6 +207,9 @@ def refuse_disagreement(
     """Refuse processes that were given different arguments, by their `repr`. Collective.
 
     `accelerator` may be the process's state, where there is no trainer.
+
+    Raises:
+        LauncherError: If one was given another.
     """
     if accelerator.num_processes == 1:
         return
@@ -279,9 +283,9 @@ def warn_of_divergence(marks: Mapping[str, str], at: str, accelerator: Accelerat
         if names := sorted(name for name in found[0] if of_rank.get(name) != found[0][name]):
             warn(
                 f"processes 0 and {rank} no longer train the same model: {len(names)} of "
-                f"{len(found[0])} trained tensors differ, as {names[0]!r}. What is saved is process "
-                "0's. Something writes to them, or skips their gradients, in one process alone: a "
-                "callback, or another setting or seed there."
+                f"{len(found[0])} trained tensors differ, as {names[0]!r}. What is saved is that "
+                "of process 0. Something writes to them, or skips their gradients, in one process "
+                "alone: a callback, or another setting or seed there."
             )
             return
 
@@ -337,9 +341,12 @@ def forget_evaluation(trainer: Any) -> None:
     model, accelerator = trainer.model, trainer.accelerator
     if accelerator.num_processes == 1 or uses_fsdp(accelerator) or uses_deepspeed(accelerator):
         return
-    if vars(model).pop("_is_accelerate_prepared", False):
-        if "_original_forward" in vars(model):  # or autocast would be put around it twice
-            model.forward = vars(model).pop("_original_forward")
+    if isinstance(trainer.model_wrapped, DistributedDataParallel):  # it has trained before
+        return
+    trainer.model_wrapped = model  # or compiled for the evaluation, which would train as it is
+    marked = vars(model).pop("_is_accelerate_prepared", False)
+    if marked and "_original_forward" in vars(model):  # or autocast would be put around it twice
+        model.forward = vars(model).pop("_original_forward")
 
 
 @contextmanager

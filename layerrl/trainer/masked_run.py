@@ -63,7 +63,8 @@ class MaskedRun:
         self.layers = TrainedLayers(model, selection)
         # A model that will be sharded lies on the CPU until it is.
         self.frozen = FrozenRecord(model, selection, device=accelerator.device)
-        if not quantised and not self.layers.in_parts:
+        together = accelerator.num_processes > 1
+        if together and not quantised and not self.layers.in_parts:
             trained = fingerprints(self.layers.parameters, device=accelerator.device)
             marks = self.frozen.fingerprints | trained
             if launchers.share_weights(unwrap(model), marks, accelerator):
