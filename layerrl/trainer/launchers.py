@@ -341,12 +341,13 @@ def forget_evaluation(trainer: Any) -> None:
     model, accelerator = trainer.model, trainer.accelerator
     if accelerator.num_processes == 1 or uses_fsdp(accelerator) or uses_deepspeed(accelerator):
         return
-    if isinstance(trainer.model_wrapped, DistributedDataParallel):  # it has trained before
-        return
-    trainer.model_wrapped = model  # or compiled for the evaluation, which would train as it is
-    marked = vars(model).pop("_is_accelerate_prepared", False)
-    if marked and "_original_forward" in vars(model):  # or autocast would be put around it twice
-        model.forward = vars(model).pop("_original_forward")
+    wrapped = trainer.model_wrapped
+    if isinstance(getattr(wrapped, "_orig_mod", wrapped), DistributedDataParallel):
+        return  # it has trained before
+    if vars(model).pop("_is_accelerate_prepared", False):
+        trainer.model_wrapped = model  # or compiled for the evaluation, it would train as it is
+        if "_original_forward" in vars(model):  # or autocast would be put around it twice
+            model.forward = vars(model).pop("_original_forward")
 
 
 @contextmanager
