@@ -94,6 +94,17 @@ def with_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     return value
 
 
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2 give up what it has gathered: after a pass without a backward, its root's tensors.
+
+    Those of other modules, too, with `reshard_after_forward: false`. No collective.
+    """
+    for module in model.modules():
+        give_up = getattr(module, "reshard", None)
+        if callable(give_up) and hasattr(module, "unshard"):
+            give_up()
+
+
 @torch.no_grad()
 def write(model: nn.Module, values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
     """Overwrite parameters, so that the next pass gathers sharded ones anew.
@@ -101,10 +112,7 @@ def write(model: nn.Module, values: Iterable[tuple[nn.Parameter, Tensor]]) -> No
     FSDP2 and ZeRO-3 keep some tensors of `model` gathered after a pass. The values are as
     `sharded_like` gives them.
     """
-    for module in model.modules():
-        reshard = getattr(module, "reshard", None)
-        if callable(reshard) and hasattr(module, "unshard"):
-            reshard()
+    reshard(model)
     under_way = getattr(model, "ds_inflight_param_registry", {})  # ZeRO-3's, of the pass before
     for handle in under_way.values():
         handle.wait()

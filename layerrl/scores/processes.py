@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, broadcast, gather_object
 from torch import Tensor
 
 from layerrl.blocks import unwrap
@@ -68,6 +68,11 @@ def loss_alone(trainer: Any, inputs: Any) -> Tensor:
     # Both, as each accelerator's state takes over what the process's says whenever it is asked for.
     with replaced(trainer.accelerator.state, **alone), replaced(PartialState(), **alone):
         return trainer.compute_loss(trainer.model, inputs)
+
+
+def first_problem(problem: Exception | None) -> Exception | None:
+    """The problem of the first rank that has one; a collective: call it on every rank."""
+    return next((found for found in gather_object([problem]) if found is not None), None)
 
 
 def add_up(gradient: Tensor) -> None:

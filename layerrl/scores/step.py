@@ -28,7 +28,7 @@ from layerrl.scores.gradient import (
     probed,
 )
 from layerrl.scores.method import ROLLOUTS, Method
-from layerrl.scores.processes import add_up, loss_alone
+from layerrl.scores.processes import add_up, first_problem, loss_alone
 from layerrl.scores.rollouts import Rollouts
 from layerrl.selection import LayerSelection
 from layerrl.trained import TrainedLayers
@@ -47,7 +47,7 @@ Moves = Mapping[int, Callable[[], AbstractContextManager[None]]]
 
 
 class OwnLossError(ProbeError):
-    """A loss that asks its trainer for no log-probabilities; only ranks that have rows know it."""
+    """A loss that asks its trainer for no log-probabilities."""
 
 
 class _Part(NamedTuple):
@@ -76,13 +76,25 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Gains:
         Those of shape (P, L); in several processes on the prompts of all.
 
     Raises:
-        ProbeError: If there is no step, or the trainer's loss is not one of log-probabilities.
+        OwnLossError: If the trainer's loss is not one of log-probabilities; in all processes.
+        ProbeError: If there is no step.
     """
     trainer = rollouts.trainer
     _check(trainer, args)
-    prompts = [[*_parts(trainer, micro_batches)] for micro_batches in rollouts]
-    layers = TrainedLayers(trainer.model, selection)
     together = trainer.accelerator.num_processes > 1
+    prompts: list[list[_Part]] = []
+    problem: Exception | None = None
+    for micro_batches in rollouts:
+        try:
+            prompts.append([*_parts(trainer, micro_batches)])
+        except OwnLossError as of_rank:
+            if not together:
+                raise
+            prompts.append([])  # the others, which may have no rows, generate on
+            problem = of_rank
+    if together and (problem := first_problem(problem)):
+        raise problem
+    layers = TrainedLayers(trainer.model, selection)
     gains_PL = torch.zeros(
         len(prompts), len(layers.by_layer), dtype=torch.double, device=trainer.accelerator.device
     )

@@ -243,13 +243,6 @@ class AutoSelection:
             for parameter in trainer.model.parameters():
                 parameter.grad = None
 
-    def _takes_middle(self, trainer: Any, problem: ProbeError) -> bool:
-        """Whether the run goes on, though no number of prompts would score its layers."""
-        # A gradient that is not finite is the training's, too; and ranks have to go on together.
-        together = trainer.accelerator.num_processes > 1
-        of_rank = together and isinstance(problem, step.OwnLossError)
-        return self.method != DEFAULT and not of_rank
-
     def _scored(self, trainer: Any) -> ContributionReport:
         """The report of as many prompts as it takes, or of none of them."""
         started, args = time.perf_counter(), trainer.args
@@ -267,7 +260,8 @@ class AutoSelection:
                 return gradient_report(rollouts, trainer.selection, args, settings, started, gain)
             except ProbeError as problem:
                 undecided = isinstance(problem, TooLittleSignalError)
-                if not undecided and not self._takes_middle(trainer, problem):
+                # Of the default, no number of prompts would help: what it finds is the training's.
+                if not undecided and self.method == DEFAULT:
                     raise
                 exhausted = len(rollouts.with_signal) < rollouts.num_prompts
                 if not undecided or exhausted or rollouts.num_prompts >= most:

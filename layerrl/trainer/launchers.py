@@ -13,14 +13,24 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
+from accelerate.utils import (
+    DistributedType,
+    broadcast,
+    broadcast_object_list,
+    gather,
+    gather_object,
+)
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from layerrl.digests import json_digest
 from layerrl.errors import DeltaError, LauncherError, LayerRLError
 from layerrl.selection import LayerSelection
 from layerrl.shards import sharded_state, whole_state
 from layerrl.stored import bytes_of, refused_as
+from layerrl.warning import warn
 
 _Record = TypeVar("_Record")
 _DEEPSPEED = "latest"  # the file in which DeepSpeed names the part of a checkpoint that is its own
@@ -146,7 +156,7 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
     return bool(values.all())
 
 
-def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
+def _of_all(value: _Record, at: str, accelerator: Any) -> list[_Record]:
     """Each rank's value, if all have come to the same place: a collective."""
     try:
         found = gather_object([(at, value)])
@@ -191,12 +201,20 @@ def raised_together(at: str, accelerator: Accelerator) -> Iterator[None]:
             raise kind(f"process {rank} found: {text}")
 
 
-def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -> None:
-    """Refuse processes that were given different arguments, by their `repr`. Collective."""
+def refuse_disagreement(
+    given: Mapping[str, object], accelerator: Any, at: str = "the making of the trainer"
+) -> None:
+    """Refuse processes that were given different arguments, by their `repr`. Collective.
+
+    `accelerator` may be the process's state, where there is no trainer.
+
+    Raises:
+        LauncherError: If one was given another.
+    """
     if accelerator.num_processes == 1:
         return
     shown = {name: (repr(value), str(value)) for name, value in given.items()}
-    found = _of_all(shown, "the making of the trainer", accelerator)
+    found = _of_all(shown, at, accelerator)
     for name in given:
         if len({values[name] for values in found}) > 1:
             texts = [text for _, text in (values[name] for values in found)]
@@ -206,6 +224,70 @@ def refuse_disagreement(given: Mapping[str, object], accelerator: Accelerator) -
                 + f". Give the same {name}= to each, not one that depends on the rank, on chance "
                 "or on a file that only some can read."
             )
+
+
+def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accelerator) -> bool:
+    """Give every process the first one's weights where they differ, and warn of it. Collective.
+
+    As DDP does, but when training starts: what a trainer keeps of the model would be of another by
+    then. FSDP2 would put together a model of parts of all.
+
+    Args:
+        model: Not sharded yet.
+        marks: The fingerprints of its tensors, by name.
+        accelerator: The trainer's.
+
+    Returns:
+        Whether weights were written.
+
+    Raises:
+        LauncherError: If processes have models of other shapes or dtypes.
+    """
+    state: Any = accelerator.state
+    in_one = uses_fsdp(accelerator) and state.fsdp_plugin.cpu_ram_efficient_loading
+    if accelerator.num_processes == 1 or uses_zero3(accelerator) or in_one:
+        return False
+    forms = {n: (str(p.dtype), tuple(p.shape), p.is_meta) for n, p in model.named_parameters()}
+    at = "the making of the trainer"
+    found = _of_all((json_digest(repr(forms)), json_digest(dict(marks))), at, accelerator)
+    if odd := [rank for rank, (form, _) in enumerate(found) if form != found[0][0]]:
+        raise LauncherError(
+            f"process {odd[0]} was given another model than process 0: the names, shapes, dtypes "
+            "or devices of its parameters differ. Give the same model to each."
+        )
+    odd = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
+    if not odd:
+        return False
+    of_ranks = _of_all(dict(marks), at, accelerator)
+    names = sorted(name for name in of_ranks[0] if of_ranks[odd[0]].get(name) != of_ranks[0][name])
+    warn(
+        f"process {odd[0]} was given other weights than process 0 (in {len(names)} of "
+        f"{len(marks)} tensors: {', '.join(names[:3])}): all take those of process 0, as under "
+        "DDP. Load or make the model from the same seed in each."
+    )
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_meta:
+                on_device = tensor.data.to(accelerator.device)
+                tensor.data.copy_(broadcast(on_device))
+    return True
+
+
+def warn_of_divergence(marks: Mapping[str, str], at: str, accelerator: Accelerator) -> None:
+    """Warn if trained tensors, which every process has whole, are not the same in each.
+
+    Collective. Not an error: different devices may round differently.
+    """
+    found = _of_all(dict(marks), at, accelerator)
+    for rank, of_rank in enumerate(found):
+        if names := sorted(name for name in found[0] if of_rank.get(name) != found[0][name]):
+            warn(
+                f"processes 0 and {rank} no longer train the same model: {len(names)} of "
+                f"{len(found[0])} trained tensors differ, as {names[0]!r}. What is saved is that "
+                "of process 0. Something writes to them, or skips their gradients, in one process "
+                "alone: a callback, or another setting or seed there."
+            )
+            return
 
 
 def of_main_process(record: _Record, accelerator: Accelerator) -> _Record:
@@ -248,6 +330,24 @@ def refuse_checkpoint(folder: Path, accelerator: Accelerator, *, has_delta: bool
             '(checkpoint_format="delta", of a selection other than "full", without adapters) can '
             "be resumed under another launcher."
         )
+
+
+def forget_evaluation(trainer: Any) -> None:
+    """Let DDP wrap a model that has been evaluated before training.
+
+    Accelerate marks it as prepared then, and would train it in each process alone. Plain TRL
+    evaluates so only without a reference model; a masked trainer never has a second one.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    if accelerator.num_processes == 1 or uses_fsdp(accelerator) or uses_deepspeed(accelerator):
+        return
+    wrapped = trainer.model_wrapped
+    if isinstance(getattr(wrapped, "_orig_mod", wrapped), DistributedDataParallel):
+        return  # it has trained before
+    if vars(model).pop("_is_accelerate_prepared", False):
+        trainer.model_wrapped = model  # or compiled for the evaluation, it would train as it is
+        if "_original_forward" in vars(model):  # or autocast would be put around it twice
+            model.forward = vars(model).pop("_original_forward")
 
 
 @contextmanager

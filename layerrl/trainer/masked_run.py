@@ -16,11 +16,11 @@ from layerrl.blocks import unwrap
 from layerrl.delta import DeltaBase, save_delta
 from layerrl.digests import json_digest
 from layerrl.errors import SelectionError
-from layerrl.frozen import FrozenRecord
+from layerrl.frozen import FrozenRecord, fingerprints
 from layerrl.reference import ReferenceModel
 from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection
-from layerrl.shards import parts, sharded_like
+from layerrl.shards import parts, reshard, sharded_like
 from layerrl.trained import TrainedLayers
 from layerrl.trainer import adapters, arguments, launchers, metrics
 from layerrl.trainer.announced import AnnouncedSync
@@ -63,6 +63,12 @@ class MaskedRun:
         self.layers = TrainedLayers(model, selection)
         # A model that will be sharded lies on the CPU until it is.
         self.frozen = FrozenRecord(model, selection, device=accelerator.device)
+        together = accelerator.num_processes > 1
+        if together and not quantised and not self.layers.in_parts:
+            trained = fingerprints(self.layers.parameters, device=accelerator.device)
+            marks = self.frozen.fingerprints | trained
+            if launchers.share_weights(unwrap(model), marks, accelerator):
+                self.frozen.take(model)
         self.base: DeltaBase | None = None
         """What a delta is relative to; None before `"auto"` has chosen, and of adapters."""
         self.adapted: str | None = None
@@ -137,6 +143,7 @@ class MaskedRun:
         `load_state_dict(assign=True)` does, and another model in `trainer.model`.
         """
         before, model = self.layers.parameters, self._trainer.model
+        reshard(model)
         if unwrap(model) is not unwrap(self.layers.model):
             self.replay = self._replay_of(model)
         self.layers.find(model)
@@ -171,11 +178,16 @@ class MaskedRun:
         this rank alone.
         """
         self.follow_shards()
+        reshard(self._trainer.model)  # an evaluation leaves some tensors gathered
         if not at:
             self.frozen.check(self._trainer.model)
             return
-        with launchers.raised_together(at, self._trainer.accelerator):
+        accelerator = self._trainer.accelerator
+        with launchers.raised_together(at, accelerator):
             self.frozen.check(self._trainer.model)
+        if accelerator.num_processes > 1 and not launchers.shards_model(accelerator):
+            marks = fingerprints(self.layers.parameters, device=accelerator.device)
+            launchers.warn_of_divergence(marks, at, accelerator)
 
     def check_whole(self, at: str) -> None:
         """The same, where a launcher is about to shard the model: the record is taken anew then."""

@@ -36,6 +36,7 @@ from layerrl.trainer.checkpoints import (
 )
 from layerrl.trainer.checksums import check_files
 from layerrl.trainer.optimizer_state import check_optimizer_state
+from layerrl.trainer.schedule import LayerSchedule
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
 from layerrl.warning import warn
 
@@ -53,9 +54,19 @@ class CheckpointReader:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of `train`, the last whole checkpoint in place of `True`; sets `folder`."""
         name = "resume_from_checkpoint"
+        accelerator = self._trainer.accelerator
         given = args[0] if args else kwargs.get(name)
         found = plain(given)  # numpy's True and False
-        found = self._last_whole() if found is True else found
+        # By its last name, as each node may have a folder of its own.
+        shown = Path(found).name if isinstance(found, str | Path) else found
+        callbacks = self._trainer.callback_handler.callbacks
+        taking_turns = [one for one in callbacks if isinstance(one, LayerSchedule)]
+        both = {name: shown or None, "callbacks": taking_turns}
+        launchers.refuse_disagreement(both, accelerator, "train()")
+        if found is True:
+            with launchers.raised_together("train()", accelerator):
+                found = self._last_whole()
+            launchers.refuse_disagreement({name: Path(found).name}, accelerator, "train()")
         begins = found is None or found is False
         self.folder = None if begins else check_path(name, found, DeltaError)
         if found is given:
@@ -67,7 +78,7 @@ class CheckpointReader:
         if self._trainer.args.should_save:
             for before in [*output_dir.glob("_checkpoint-*.replaced")]:
                 put_back(before.with_name(before.stem.removeprefix("_")))
-        self._trainer.accelerator.wait_for_everyone()
+        self._trainer.accelerator.wait_for_everyone()  # all were given `True`
         last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if last is None:
             raise DeltaError(f"there is no checkpoint in {output_dir} to resume")

@@ -6,6 +6,7 @@ import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -106,6 +107,9 @@ class LayerSchedule(TrainerCallback, ExportableState):
         }
         return {"args": given, "attributes": {}}
 
+    def __repr__(self) -> str:
+        return f"LayerSchedule {self.state()['args']}"
+
     def at(self, step: int) -> tuple[int, ...]:
         """The layers that train in a step.
 
@@ -149,6 +153,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
             )
         turns = {self.at(step) for step in range(0, state.max_steps, self._every)}
         idle = [chosen for chosen in self._sets if chosen not in turns]
+        launchers.refuse_disagreement({"callbacks": [self]}, PartialState(), "train()")
         if idle:
             seeds = "" if self._weights is None else ", another seed"
             raise SelectionError(

@@ -51,6 +51,7 @@ class TrainingHooks(_Wrapped):
                     self._choose()
                 if self.model_init is None:
                     self._before_sharding()
+                    launchers.forget_evaluation(self)
                 return super().train(*args, **kwargs)
         except BaseException:
             self.masked_run.sync_everything()  # what failed may have been a sync

@@ -15,13 +15,14 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from layerrl import LayerSelection, load_delta, select_layers
+from layerrl import LayerMaskedGRPOTrainer, LayerSelection, load_delta, select_layers
 from layerrl.blocks import unwrap
 from layerrl.delta import unload_delta
 from layerrl.errors import DeltaError, LauncherError, SelectionError
@@ -29,7 +30,7 @@ from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, refuse_launcher
 from tests import processes
-from tests.grpo import config, make
+from tests.grpo import PROMPTS, config, make
 from tests.launchers.launch import launch
 from tests.launchers.worker import FROZEN, held, letters, no_reward_for_k
 from tests.models import tiny, tiny_config
@@ -39,6 +40,7 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
 LAYER = 2
+TRAINED = f"model.layers.{LAYER}.mlp.up_proj.weight"
 BOOSTED = {
     "selection": select_layers(
         tiny_config("llama", 4), [1, 2], boost={2: 2.0, "mlp": 0.5, (1, "self_attn"): 4.0}
@@ -117,6 +119,34 @@ CHANGED = [{}, {"arguments": {"callbacks": [FrozenChanges()]}}]
 CHANGED = [{"max_steps": 2, "save_strategy": "steps", "save_steps": 2, **c} for c in CHANGED]
 
 
+class WritesAlone(TrainerCallback):
+    """Writes to a trained tensor of this process, after the last step but one."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps - 1:
+            unwrap(kwargs["model"]).get_parameter(TRAINED).data.view(-1)[0] += 1
+
+
+class OwnLoss(LayerMaskedGRPOTrainer):
+    """A loss that asks for no log-probabilities."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        logits = model(torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)).logits
+        return (logits[:, -1, 0] * inputs["advantages"]).mean()
+
+
+# Evaluations between the steps, before training, and in a run that saves after each.
+QUESTIONS: Any = Dataset.from_dict({"prompt": PROMPTS})
+EVALUATED = {"arguments": {"eval_dataset": QUESTIONS}}
+EVALUATES = {**EVALUATED, **SAVING, "eval_strategy": "steps", "eval_steps": 3}
+# In the second of two processes another than in the first.
+TURNS: Any = [
+    {"selection": [1, 2], "arguments": {"callbacks": [LayerSchedule([1, 2], every=1, seed=seed)]}}
+    for seed in (0, 1)
+]
+TURNS = [{**turns, "ddp_find_unused_parameters": True} for turns in TURNS]
+
+
 def straying(step: int) -> list[dict[str, Any]]:
     """One of two processes."""
     return [{}, {"arguments": {"callbacks": [OtherArguments(step)]}}]
@@ -161,6 +191,29 @@ class Runs:
             ],
             damaged={"resume": self.damaged},
             left=LEFT,  # the last, as the second process has ended then
+        )  # fmt: skip
+
+    @cached_property
+    def apart(self) -> dict[str, list[Any]]:
+        """What a script gives to one of two processes alone."""
+        assert self.one
+        (self.folder / "apart" / "taken" / "called").mkdir(parents=True)
+        return self._launch(
+            "apart", 2, evaluated={**EVALUATED, "evaluates": True}, evaluates=EVALUATES,
+            other_weights=[{}, {"base": str(self.other_base)}],
+            other_dtype=[{}, {"dtype": "float32"}],
+            own_loss={**BY_STEP2, "trainer": OwnLoss, "beta": 0.0},
+            writes=[{}, {"arguments": {"callbacks": [WritesAlone()]}}],
+            turns=TURNS, turns_in_one=[TURNS[0], {**TURNS[0], "arguments": {}}],
+            resumed_in_one=[{"resume": self.checkpoint("one")}, {}],
+            taken={"calls": "save_delta"},
+        )  # fmt: skip
+
+    @cached_property
+    def apart_fsdp2(self) -> dict[str, list[Any]]:
+        return self._launch(
+            "apart-fsdp2", 2, FSDP2, evaluates=EVALUATES,
+            other_weights=[{}, {"base": str(self.other_base)}],
         )  # fmt: skip
 
     @cached_property
@@ -216,6 +269,17 @@ class Runs:
     def deltas(self) -> list[str]:
         """Of one layer, and of two."""
         return [str(self.folder / "one" / job / "delta") for job in ("layer", "boosted")]
+
+    @property
+    def other_base(self) -> Path:
+        """One that was made from another seed: a frozen and a trained tensor differ."""
+        folder = self.folder / "other"
+        if not folder.exists():
+            model = tiny("llama", 4).double()
+            for name in (FROZEN, TRAINED):
+                model.get_parameter(name).data.normal_(std=0.02)
+            saved(folder, model)
+        return folder
 
     @property
     def damaged(self) -> str:
@@ -476,6 +540,68 @@ def test_a_frozen_tensor_that_changes_in_one_process_is_an_error_in_all(runs, la
         assert "frozen tensors are not what they were" in error
         assert FROZEN in error
     assert errors[0].startswith("FrozenTensorError: process 1 found: 1 of")
+
+
+def test_an_evaluation_before_training_leaves_processes_together(runs):
+    """Accelerate would take a model that was evaluated for one that DDP has wrapped."""
+    found = runs.apart["evaluated"]
+    assert [process["wrapper"] for process in found] == [WRAPPERS["ddp"]] * 2
+    for process in found:
+        assert distance(process["weights"], runs.one["layer"][0]["weights"]) <= 1e-12
+
+
+@pytest.mark.parametrize("launched", ["apart", "apart_fsdp2"])
+def test_an_evaluation_changes_nothing_that_is_frozen(runs, launched):
+    """FSDP2 leaves some tensors gathered after a pass without a backward."""
+    for process in getattr(runs, launched)["evaluates"]:
+        assert not isinstance(process, str), process
+        assert distance(process["weights"], runs.one["layer"][0]["weights"]) <= 1e-12
+
+
+@pytest.mark.parametrize("launched", ["apart", "apart_fsdp2"])
+def test_processes_that_were_given_other_weights_train_the_first_ones(runs, launched):
+    """The reference and what is frozen included, of which each process keeps a record."""
+    assert_same(getattr(runs, launched)["other_weights"], runs.one["layer"], 1e-12)
+    log = (runs.folder / launched.replace("_", "-") / "log-0.txt").read_text()
+    assert f"other weights than process 0 (in 2 of 39 tensors: {FROZEN}, {TRAINED})" in log
+
+
+def test_processes_that_were_given_another_model_are_told(runs):
+    for error in runs.apart["other_dtype"]:
+        assert "LauncherError: process 1 was given another model than process 0" in error
+
+
+def test_processes_fall_back_together_where_a_loss_cannot_be_scored(runs):
+    reports = [process["report"] for process in runs.apart["own_loss"]]
+    assert [report.method for report in reports] == ["position"] * 2
+    assert reports[0].layers == reports[1].layers
+
+
+def test_processes_that_part_are_warned_of(runs):
+    assert not isinstance(runs.apart["writes"][0], str), runs.apart["writes"][0]
+    log = (runs.folder / "apart" / "log-0.txt").read_text()
+    assert "processes 0 and 1 no longer train the same model: 1 of 9 trained tensors" in log
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ("turns", r"different callbacks=: .*'seed': 0}\], process 1 .*'seed': 1}\]"),
+        ("turns_in_one", r"different callbacks=: .*'seed': 0}\], process 1 \[\]"),
+        ("resumed_in_one", r"different resume_from_checkpoint=: process 0 checkpoint-3, .* None"),
+    ],
+)
+def test_processes_that_would_train_differently_are_told(runs, job, said):
+    for error in runs.apart[job]:
+        assert re.search("LauncherError: 2 processes were given " + said, error)
+
+
+def test_a_delta_that_cannot_be_written_is_an_error_in_all(runs):
+    """The others would wait for the one that writes."""
+    folder = runs.folder / "apart" / "taken" / "called"
+    first, second = runs.apart["taken"]
+    assert first.startswith(f"DeltaError: {folder} exists already")
+    assert second.startswith(f"DeltaError: process 0 found: {folder} exists already")
 
 
 def test_processes_that_wait_in_different_places_are_told_where(runs):

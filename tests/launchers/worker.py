@@ -111,6 +111,7 @@ def run(
     loads: bool = True,
     arguments: dict[str, Any] | None = None,
     resume: str | None = None,
+    evaluates: bool = False,
     evaluates_changed: bool = False,
     case: str | None = None,
     calls: str | None = "train",
@@ -126,6 +127,7 @@ def run(
     `case`: one of `tests.trainers`, in place of GRPO.
     `probes`: prompts of `contribution_probe`, in place of training; `rewards`: its function;
     `method`: its method.
+    `evaluates`: an evaluation comes before the training.
     `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
     unset_hf_deepspeed_config()  # the job before's, for which models would be loaded in parts
@@ -163,6 +165,7 @@ def run(
     )
     if evaluates_changed:
         trainer.model.get_parameter(FROZEN).data.view(-1)[0] += 1
+    if evaluates or evaluates_changed:
         trainer.evaluate()
     if calls != "train":
         return calls and getattr(trainer, calls)(str(Path(output) / "called"))
