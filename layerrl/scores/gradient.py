@@ -38,6 +38,11 @@ _TOLD_FROM_NOISE = 2.0
 something: a probe at 0.4 has printed the order of noise."""
 
 
+_MOST_TIMES = 100.0
+"""Times as many standard errors as there are: a number of prompts for more of them, which grows
+with its square, is no advice."""
+
+
 class TooLittleSignalError(ProbeError):
     """Prompts that say too little of the layers; more of them may say enough."""
 
@@ -178,11 +183,14 @@ def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts, error_times: float = 1.0
     error = error_times * (gains_P.std() / len(gains_P) ** 0.5).item()
     found = gains_P.mean().item() / error if error else math.inf
     if found < _TOLD_FROM_NOISE:
-        enough = math.ceil(tried * (_TOLD_FROM_NOISE / found) ** 2)
+        times = _TOLD_FROM_NOISE / found if found > 0 else math.inf
+        advice = "No number of prompts that could be had would tell"
+        if times <= _MOST_TIMES:
+            advice = f"About {math.ceil(tried * times**2)} prompts would tell"
         warn(
             f"{_tried(rollouts)}: the average layer's gain is only {found:.1f} standard errors "
-            f"above zero, so that the order of layers may be noise. About {enough} prompts would "
-            "tell; method='train' measures."
+            f"above zero, so that the order of layers may be noise. {advice}; method='train' "
+            "measures."
         )
 
 

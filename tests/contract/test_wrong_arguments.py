@@ -183,6 +183,7 @@ COUNT = Kind(lambda value: is_int(value, 1), (-3, "3"))
 NATURAL = Kind(lambda value: is_int(value, 0))
 INTEGER = Kind(is_int)
 NUMBER = Kind(is_float)
+MEAN = Kind(lambda value: is_float(value, -1e149, 1e149), (1e150, -1e308))
 AMOUNT = Kind(lambda value: is_float(value, 0))
 TEXT = Kind(lambda value: isinstance(value, str))
 PATH = Kind(is_path, (5,))
@@ -488,10 +489,10 @@ DOORS |= {
         Score,
         lambda w: {"score": 1.0},
         {
-            "score": optional(NUMBER),
+            "score": optional(MEAN),
             "scores": SCORES_ROWS,
             "curve": Kind(lambda v: is_empty(v) or v == ""),
-            "contribution": optional(NUMBER),
+            "contribution": optional(MEAN),
             "seconds": AMOUNT,
             "steps": NATURAL,
             "status": Kind(),
@@ -655,7 +656,7 @@ DOORS |= {
                         and not getattr(v, "is_meta", False)
                     )
                 ),
-                ([1], [1, 0], [1, "2"], [1, True], {1: 1}, {1: 1, 2: 0}, (1, 10**400)),
+                ([1], [1, 0], [1, "2"], [1, True], {1: 1}, {1: 1, 2: 0}, (1, 10**400), [1e308, 1e308]),
             ),
             "seed": INTEGER,
         },

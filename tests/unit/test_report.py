@@ -208,6 +208,14 @@ class TestTop:
     def test_takes_any_whole_number(self):
         assert report(0.1, 0.9, 0.2).top(np.int64(1)).layers == (1,)
 
+    def test_of_a_report_without_scores_is_refused(self):
+        empty = ContributionReport(method="train", layers=(Score(status="missing"),) * 3)
+        with pytest.raises(ReportError, match=r"top\(1\): none of the 3 layers has a score yet"):
+            empty.top(1)
+        none = ContributionReport(method="train", layers=())
+        with pytest.raises(ReportError, match="layer is 0, and this report has no layers"):
+            none.interval(0)
+
     @pytest.mark.parametrize("k", [0, 4, -1, True, 1.0, "1"])
     def test_of_more_layers_than_there_are_is_refused(self, k):
         with pytest.raises(ReportError, match="expected a number from 1 to 3"):
@@ -308,6 +316,11 @@ class TestJson:
     def test_scores_that_are_no_scores_are_refused(self, scores):
         with pytest.raises(ReportError, match="one finite number for each of the same prompts"):
             Score(scores=scores)
+
+    @pytest.mark.parametrize("name", ["score", "contribution"])
+    def test_a_mean_that_is_too_large_to_compute_with_is_refused(self, name):
+        with pytest.raises(ReportError, match=rf"{name} of a run is -1e\+200, .* below 1e\+150"):
+            Score(**{name: -1e200})
 
 
 class TestShown:
