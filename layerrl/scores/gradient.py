@@ -137,6 +137,7 @@ def gradient_report(
             "budget": len(rollouts.with_signal),
             "prompts_with_signal": sum(rollouts.with_signal),
             "reward_noise": rollouts.reward_noise,
+            **({"error_times": gain.error_times} if gain.error_times != 1 else {}),
         },
         cost=Cost(
             seconds=time.perf_counter() - started,
