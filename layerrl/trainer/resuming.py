@@ -207,6 +207,7 @@ class CheckpointReader:
         Raises:
             DeltaError: If a state is of other ones.
             FrameworkError: If transformers does not let this version of torch read them.
+            LayerRLError: As it is, if another one was raised inside.
         """
         trainer = self._trainer
         try:
@@ -227,8 +228,9 @@ class CheckpointReader:
     def _check_optimizer_state(self, folder: Path) -> None:
         """Compare the optimizer's options, where transformers will load them."""
         file, accelerator = folder / OPTIMIZER_NAME, self._trainer.accelerator
-        loads = not launchers.shards_model(accelerator) and not launchers.uses_deepspeed(accelerator)
-        if loads and file.exists() and (folder / SCHEDULER_NAME).exists():
+        if launchers.shards_model(accelerator) or launchers.uses_deepspeed(accelerator):
+            return
+        if file.exists() and (folder / SCHEDULER_NAME).exists():
             optimizer = unwrap_optimizer(self._trainer.optimizer)
             loaded = "Nothing" if self._put_back else "Only the model"  # by transformers
             check_optimizer_state(optimizer, file, _state(file), loaded=loaded)

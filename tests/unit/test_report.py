@@ -338,6 +338,16 @@ class TestShown:
         known = tuple(Score(score=s) for s in (0.1, 0.2))  # no prompts, and so no seed
         assert "seed" not in str(ContributionReport(method="position", layers=known))
 
+    def test_scores_that_were_widened_say_so(self):
+        layers, settings = report(0.1, 0.2).layers, {"error_times": 1.5}
+        made = ContributionReport(method="step", layers=layers, settings=settings)
+        said = "Prompts depend on each other: their scores are written 1.5 times as far from"
+        assert said in str(made)
+        assert said in str(ContributionReport.from_json(made.to_json()))
+        odd = ContributionReport(method="step", layers=layers, settings={"error_times": "x"})
+        for other in (odd, ContributionReport(method="step", layers=layers)):
+            assert "times as far" not in str(other)
+
     def test_html_has_the_same_cells(self):
         shown = report(0.1, 0.35)._repr_html_()
         assert shown.count("<tr>") == 5

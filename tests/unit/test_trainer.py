@@ -1159,6 +1159,51 @@ def test_a_selection_is_for_good(model, tmp_path, trained):
     assert trainer.selection == select_layers(model, 1)
 
 
+class Freezing(TrainerCallback):
+    """Freezes all that it is given the name of a part of, at some time."""
+
+    def __init__(self, event: str, part: str) -> None:
+        setattr(self, event, lambda *_, model, **others: self.freeze(model))
+        self.part = part
+
+    def freeze(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if self.part in name:
+                parameter.requires_grad_(False)
+
+
+class TestNothingWithAGradient:
+    @pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end"])
+    @pytest.mark.parametrize("reentrant", [None, False, True])
+    @pytest.mark.parametrize("part", ["", "layers.1."])
+    def test_names_what_a_callback_has_frozen(self, model, tmp_path, event, reentrant, part):
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        changes = {"gradient_checkpointing": reentrant is not None, **options}
+        trainer = make(model, tmp_path, selection=1, **changes)
+        trainer.add_callback(Freezing(event, part))
+        match = r"none of the 9 tensors of layer 1 of 3 .* 'model\.layers\.1\.self_attn\.q_proj"
+        with pytest.raises(SelectionError, match=match):
+            trainer.train()
+
+    def test_a_part_may_be_frozen(self, model, tmp_path):
+        trainer = make(model, tmp_path, selection=1, max_steps=1)
+        trainer.add_callback(Freezing("on_step_begin", "mlp"))
+        before = bits(model)
+        trainer.train()
+        assert {name.split(".")[3] for name in changed(model, before)} == {
+            *("self_attn", "input_layernorm", "post_attention_layernorm")
+        }
+
+    def test_says_that_a_loss_is_cut_off(self, model, tmp_path):
+        class Detaching(LayerMaskedGRPOTrainer):
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs).detach()
+
+        trainer = make(model, tmp_path, selection=1, trainer=Detaching)
+        with pytest.raises(SelectionError, match=r"loss depends on no tensor that trains, .*detach"):
+            trainer.train()
+
+
 class TestScoreHead:
     def make(self, tmp_path, selection):
         config = tiny_config("llama", 3)
