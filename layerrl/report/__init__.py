@@ -268,7 +268,11 @@ class ContributionReport:
         return Ranking(self.num_layers, self._values(), {}).at(depth)
 
     def to_json(self) -> str:
-        """A text that `from_json` makes an equal report of."""
+        """A text that `from_json` makes an equal report of.
+
+        Raises:
+            ReportError: If its settings are no JSON values.
+        """
         return as_json(self)
 
     @classmethod

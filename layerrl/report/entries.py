@@ -11,6 +11,7 @@ from layerrl.checks import (
     check_count,
     check_kind,
     check_number,
+    check_text,
     finite_number,
     shown,
     whole_number,
@@ -61,7 +62,7 @@ class Score:
         _set_numbers(self, optional=("score", "contribution"), below=_LARGEST)
         _set_numbers(self, needed=("seconds",), counts=("steps",), least=0)
         check_choice("status of a run", self.status, get_args(Status), ReportError)
-        check_kind("note of a run", self.note, str, "text", ReportError)
+        check_text("note of a run", self.note, ReportError)
         try:
             curve = tuple((_step(step), _rows(scores, "curve")) for step, scores in self.curve)
         except (TypeError, ValueError) as error:  # of what is no pairs
@@ -82,7 +83,7 @@ def check_report(report: ContributionReport) -> None:
     """Refuse runs and settings that no report can be of."""
     layers, settings, ends = report.layers, report.settings, (report.base, report.full)
     for name in ("method", "source"):
-        check_kind(f"{name} of a report", getattr(report, name), str, "text", ReportError)
+        check_text(f"{name} of a report", getattr(report, name), ReportError)
     check_kind("layers of a report", layers, (tuple, list), "a tuple of Score", ReportError)
     for layer in layers:
         check_kind("an entry of layers", layer, Score, "a Score", ReportError)

@@ -132,13 +132,7 @@ def gradient_report(
             Score(scores=(tuple(scores[layer]),)) if layer in scores else Score(status="missing")
             for layer in range(selection.num_layers)
         ),
-        settings={
-            **settings,
-            "budget": len(rollouts.with_signal),
-            "prompts_with_signal": sum(rollouts.with_signal),
-            "reward_noise": rollouts.reward_noise,
-            **({"error_times": gain.error_times} if gain.error_times != 1 else {}),
-        },
+        settings={**settings, **_measured(rollouts, gain)},
         cost=Cost(
             seconds=time.perf_counter() - started,
             tokens=rollouts.num_tokens,
@@ -148,6 +142,17 @@ def gradient_report(
             / run_units(args, trainer),
         ),
     )
+
+
+def _measured(rollouts: Rollouts, gain: Gain) -> dict[str, Any]:
+    """What a report keeps of the prompts, and of how they were scored, for its readers."""
+    times = {} if gain.error_times == 1 else {"error_times": gain.error_times}
+    return {
+        "budget": len(rollouts.with_signal),
+        "prompts_with_signal": sum(rollouts.with_signal),
+        "reward_noise": rollouts.reward_noise,
+        **times,
+    }
 
 
 def _against_average(gains_PL: Tensor, rollouts: Rollouts, gain: Gain) -> list[list[float]]:

@@ -220,7 +220,7 @@ class CheckpointReader:
                 for tensor, before in self._put_back:
                     tensor.copy_(before)
             if not self._has_optimizer:
-                trainer.optimizer = trainer.lr_scheduler = None  # the next try makes others
+                trainer.optimizer = None  # the next try makes another
             raise
         finally:
             self._put_back = []

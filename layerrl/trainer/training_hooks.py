@@ -9,6 +9,7 @@ from layerrl.errors import SelectionError, TrainerError
 from layerrl.selection.masked import check_gradients_on
 from layerrl.trainer import callbacks, launchers
 from layerrl.trainer.masked_run import MaskedRun
+from layerrl.trainer.texts import refused_texts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,7 +137,7 @@ class TrainingHooks(_Wrapped):
         return self._answered(inputs) if auto is None else auto.batch(self, inputs, self._answered)
 
     def _answered(self, inputs: Any) -> dict[str, Any]:
-        with self.masked_run.batch():
+        with refused_texts(inputs), self.masked_run.batch():
             return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -224,6 +224,7 @@ def test_an_interruption_leaves_no_step_behind(model, tmp_path, monkeypatch, sta
 def test_says_what_it_cost(model, tmp_path):
     report = gradient(model, tmp_path, method="step", budget=PROMPTS)
     found = report.settings["prompts_with_signal"]
+    assert report.settings["error_times"] == step.ERROR_TIMES
     layers = select_layers(model, "all").blocks(model).modules
     more = 2 + sum(shares_of_passes(model, layers)) + 3 / found  # the first of them whole, too
     assert report.cost.forwards == pytest.approx(found * 4 * (1 + more), abs=1)

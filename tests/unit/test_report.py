@@ -323,6 +323,25 @@ class TestJson:
             Score(**{name: -1e200})
 
 
+class TestTextsThatNoFileHolds:
+    @pytest.mark.parametrize("field", ["method", "source"])
+    def test_of_a_report(self, field):
+        message = rf"{field} of a report is 'a.ud83d', expected text of whole characters"
+        with pytest.raises(ReportError, match=message):
+            report(0.1, **{field: "a\ud83d"})
+
+    def test_of_a_run(self):
+        with pytest.raises(ReportError, match="note of a run is .* is half of one"):
+            Score(note="\ud83d")
+
+    @pytest.mark.parametrize(
+        "settings", [{"a": [{"b": "\ud83d"}]}, {"\ud83d": 1}, {"a": object()}, {(1,): 2}]
+    )
+    def test_in_settings_are_refused_when_it_is_written(self, settings):
+        with pytest.raises(ReportError, match="settings of a report are no JSON values"):
+            report(0.1, settings=settings).to_json()
+
+
 class TestShown:
     def test_table_has_a_line_for_each_run(self):
         text = str(report(0.1, 0.35))

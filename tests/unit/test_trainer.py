@@ -8,7 +8,7 @@ from abc import ABC, ABCMeta
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -1200,7 +1200,42 @@ class TestNothingWithAGradient:
                 return super().compute_loss(*args, **kwargs).detach()
 
         trainer = make(model, tmp_path, selection=1, trainer=Detaching)
-        with pytest.raises(SelectionError, match=r"loss depends on no tensor that trains, .*detach"):
+        with pytest.raises(
+            SelectionError, match=r"loss depends on no tensor that trains, .*detach"
+        ):
+            trainer.train()
+
+
+HALF = "a\ud83d"  # as in a JSON file that was cut
+
+
+class TestTextsThatNoTokenizerTakes:
+    @pytest.mark.parametrize("prompt", [HALF, [{"role": "user", "content": HALF}]])
+    def test_of_a_prompt(self, model, tmp_path, prompt):
+        rows = IterableDataset.from_generator(lambda: iter([{"prompt": prompt}] * 8))
+        own = tokenizer()
+        own.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        arguments = {"train_dataset": rows, "processing_class": own}
+        trainer = make(model, tmp_path, selection=1, arguments=arguments)
+        match = r"prompt of row 0 of a batch has '.ud83d', half of a character.*'a.ud83d'"
+        with pytest.raises(TrainerError, match=match):
+            trainer.train()
+
+    def test_of_something_else(self, model, tmp_path):
+        def rollout(prompts, trainer):
+            return trainer.processing_class(HALF)
+
+        arguments = {"rollout_func": rollout}
+        trainer = make(model, tmp_path, selection=1, arguments=arguments)
+        with pytest.raises(TrainerError, match=r"text that is none of the prompts: what a tool"):
+            trainer.train()
+
+    def test_other_errors_of_a_type_are_as_they_are(self, model, tmp_path):
+        def odd(**_):
+            raise TypeError("of the reward")
+
+        trainer = make(model, tmp_path, selection=1, arguments={"reward_funcs": odd})
+        with pytest.raises(TypeError, match=r"^of the reward$"):
             trainer.train()
 
 
