@@ -270,6 +270,9 @@ class ContributionReport:
     def to_json(self) -> str:
         """A text that `from_json` makes an equal report of.
 
+        Returns:
+            The text, JSON.
+
         Raises:
             ReportError: If its settings are no JSON values.
         """

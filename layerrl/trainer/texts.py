@@ -18,6 +18,8 @@ def refused_texts(rows: Iterable[Any]) -> Iterator[None]:
 
     Raises:
         TrainerError: If a prompt, or what a tool or an environment answered, has one.
+        TypeError: As it is, if it is of something else.
+        UnicodeEncodeError: Never: it is a `TrainerError`.
     """
     try:
         yield

@@ -26,6 +26,7 @@ from layerrl.delta import DeltaBase, checkpoint_form, placing, put_tensors, reco
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from tests.devices import on_any_device, on_cpu
+from tests.grpo import tokenizer
 from tests.models import tiny
 from tests.operations import during
 from tests.runs import bits, no_file_above

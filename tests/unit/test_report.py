@@ -331,7 +331,7 @@ class TestTextsThatNoFileHolds:
             report(0.1, **{field: "a\ud83d"})
 
     def test_of_a_run(self):
-        with pytest.raises(ReportError, match="note of a run is .* is half of one"):
+        with pytest.raises(ReportError, match=r"note of a run is .* is half of one"):
             Score(note="\ud83d")
 
     @pytest.mark.parametrize(
