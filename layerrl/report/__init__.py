@@ -176,10 +176,7 @@ class ContributionReport:
         values = self._values()
         number = whole_number(k, least=1)
         if not values:
-            raise ReportError(
-                f"top({shown(k)}): none of the {self.num_layers} layers has a score yet, so that "
-                "there is no best one. Measure some, or name the layers."
-            )
+            raise ReportError(f"top({shown(k)}): none of {self.num_layers} layers has a score yet")
         if number is None or number > len(values):
             raise ReportError(
                 f"top({shown(k)}): expected a number from 1 to {len(values)}, the layers with a "

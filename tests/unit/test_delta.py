@@ -753,7 +753,7 @@ class TestOutput:
         model, base, own = tiny("llama"), tiny("llama"), tokenizer()
         selection = select_layers(model, 1)
         if of == "base":
-            base.name_or_path = "a\ud83d"
+            base.config.name_or_path = "a\ud83d"
         else:
             own.chat_template = "a\ud83d"
         match = r"^cannot write .*out: a text has '.ud83d', half of a character"

@@ -210,7 +210,7 @@ class TestTop:
 
     def test_of_a_report_without_scores_is_refused(self):
         empty = ContributionReport(method="train", layers=(Score(status="missing"),) * 3)
-        with pytest.raises(ReportError, match=r"top\(1\): none of the 3 layers has a score yet"):
+        with pytest.raises(ReportError, match=r"top\(1\): none of 3 layers has a score yet"):
             empty.top(1)
         none = ContributionReport(method="train", layers=())
         with pytest.raises(ReportError, match="layer is 0, and this report has no layers"):
