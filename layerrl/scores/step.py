@@ -266,7 +266,10 @@ def _in_float32(trainer: Any) -> Iterator[None]:
 
 
 def _prepared(model: nn.Module) -> list[Any]:
-    """Modules whose forward accelerate has put an autocast around, which can be taken off.
+    """Find modules whose forward accelerate has put an autocast around, which can be taken off.
+
+    Returns:
+        The modules, each with its own forward in `_original_forward`.
 
     Raises:
         ProbeError: If another forward lies around that: nothing can be taken out of it.
