@@ -44,7 +44,8 @@ def refuse_copies(optimizer: Any, why: str) -> None:
 
 
 def _reduced(optimizer: Any, rebuild: Callable[..., Any], protocol: int) -> tuple[Any, ...]:
-    make, args, state = type(optimizer).__reduce_ex__(optimizer, protocol)[:3]
+    kind: Any = type(optimizer)
+    make, args, state = kind.__reduce_ex__(optimizer, protocol)[:3]
     if isinstance(state, dict):  # classes that take all of their attributes
         state = {name: value for name, value in state.items() if not _is_replaced(name, value)}
     return rebuild, (make, args, state)

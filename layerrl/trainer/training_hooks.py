@@ -121,7 +121,8 @@ class TrainingHooks(_Wrapped):
                 raise
             self.masked_run.refuse_frozen()
             raise SelectionError(
-                f"the loss depends on no tensor that trains, although {self.selection} does: "
+                f"the loss depends on no tensor that trains, although "
+                f"{self.masked_run.selection} does: "
                 "something on its way has no gradient, such as a forward or a compute_loss that "
                 "detaches its result or runs inside torch.no_grad()"
             ) from error
