@@ -96,17 +96,23 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Let modules run something around their `forward`; afterwards each has its own again.
 
-    `wrap(index, forward)` returns the new forward of a module, given the one that it has now.
+    `wrap(index, forward)` returns the new forward of a module, given the one that it has now. What
+    others put in its place inside stays there, and finds the module's own in it afterwards.
     """
     own = [vars(module).get("forward") for module in modules]
+    ours: list[_Forward] = []
     try:
         for index, module in enumerate(modules):
-            module.forward = _Forward(module.forward, wrap(index, module.forward))
+            ours.append(_Forward(module.forward, wrap(index, module.forward)))
+            module.forward = ours[-1]
         yield
     finally:
-        for module, forward in zip(modules, own, strict=True):
+        for module, forward, mine in zip(modules, own, ours, strict=False):
+            mine.end()
+            if vars(module).get("forward") is not mine:
+                continue
             if forward is None:
-                vars(module).pop("forward", None)
+                del module.forward
             else:
                 module.forward = forward
 
@@ -120,6 +126,10 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
+
+    def end(self) -> None:
+        """Be the module's own forward, for whoever has kept this one."""
+        self._run = self._forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         """The copied module's own forward: a teacher copied meanwhile is no longer the model."""

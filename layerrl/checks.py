@@ -121,6 +121,27 @@ def check_choice(name: str, value: object, choices: Iterable[str], error: type[E
     return value
 
 
+def half_character(text: str) -> str:
+    """The first half of a character in a text, which no file and no tokenizer takes; or empty."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start : error.end]
+    return ""
+
+
+def check_text(name: str, value: object, error: type[Exception]) -> str:
+    """A text, of whole characters."""
+    if not isinstance(value, str):
+        raise error(f"{name} is {shown(value)}, expected text")
+    if half := half_character(value):
+        raise error(
+            f"{name} is {shown(value)}, expected text of whole characters: {half!r:.20} is half of "
+            "one, which no file can hold"
+        )
+    return value
+
+
 def check_path(name: str, value: object, error: type[Exception]) -> Path:
     """A path, there or not, that a file system could have: not empty, no NUL, no half character."""
     given: object = value

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from layerrl.copies import copied_by
 from layerrl.errors import SelectionError
 from layerrl.seams import imported
 
@@ -118,6 +119,7 @@ class _Masters:
             replaced[name] = self._touching(getattr(optimizer, name))
         for name, function in replaced.items():
             setattr(optimizer, name, MethodType(function, optimizer))
+        copied_by(optimizer, _copy_of)
         _widen_state(optimizer)
 
     def _stepping(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,6 +262,16 @@ class _Masters:
 
     def _halves(self) -> list[Any]:
         return [p for p in self._parameters() if p.dtype in HALF]
+
+
+def _copy_of(make: Callable[..., Any], args: tuple[Any, ...], state: Any) -> Any:
+    """A copy of an optimizer that steps in float32, with masters of its own."""
+    optimizer = make(*args)
+    optimizer.__setstate__(state)
+    step_in_float32(optimizer)
+    masters = vars(optimizer)[_MASTERS]
+    masters.values = {p: of[MASTER] for p, of in optimizer.state.items() if MASTER in of}
+    return optimizer
 
 
 def other_methods(cls: type) -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from layerrl.copies import refuse_copies
 from layerrl.precision import other_methods, unwrap_optimizer
 from layerrl.trained import TrainedLayers
 
@@ -35,6 +36,7 @@ def keep_rows(optimizer: Any, layers: TrainedLayers) -> None:
         for name in {"step"} | other_methods(type(optimizer)):
             method = _keeping_rows(getattr(optimizer, name))
             setattr(optimizer, name, MethodType(method, optimizer))
+        refuse_copies(optimizer, "would not keep the other rows of the embedding as they are")
 
 
 def _keeping_rows(method: Callable[..., Any]) -> Callable[..., Any]:

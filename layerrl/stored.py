@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from layerrl.checks import shown
+from layerrl.checks import half_character, shown
 from layerrl.errors import LayerRLError
 from layerrl.schema import Misfit, fitted, is_not
 
@@ -137,8 +137,5 @@ def _integer(digits: str) -> int:
 
 
 def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        bad = text[error.start : error.end]
-        raise Misfit(f" has the text {bad!r:.20}, half of a character") from error
+    if half := half_character(text):
+        raise Misfit(f" has the text {half!r:.20}, half of a character")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from layerrl.agents.episodes import Step
-from layerrl.checks import check_count, is_finite, shown
+from layerrl.checks import check_count, half_character, is_finite, shown
 from layerrl.compatibility import end_tokens, generated_one_each
 from layerrl.errors import EpisodeError
 from layerrl.replacing import replaced
@@ -243,6 +243,11 @@ class _Episode:
     @staticmethod
     def _text(observation: object) -> str:
         if isinstance(observation, str):
+            if half := half_character(observation):
+                raise EpisodeError(
+                    f"gave a text to observe that has {half!r:.20}, half of a character, which no "
+                    f"tokenizer takes ({observation!r:.80})"
+                )
             return observation
         raise EpisodeError(
             f"gave a {type(observation).__name__} to observe, expected text ({observation!r:.80})"

@@ -23,7 +23,7 @@ from layerrl.errors import EpisodeError
 from layerrl.seams import check_class, check_made
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
     from peft import PeftConfig, PeftModel
@@ -198,7 +198,7 @@ class GiGPOTrainer(GRPOTrainer):
 
     def episode_reward(self, steps: list[list[Step]], **_: object) -> list[float]:
         """The first of the reward functions: a whole episode's rewards, minus its penalties."""
-        return [math.fsum(s.reward - self._penalty(s) for s in episode) for episode in steps]
+        return [_total(s.reward - self._penalty(s) for s in episode) for episode in steps]
 
     def _penalty(self, step: Step) -> float:
         return 0.0 if step.valid else self.args.invalid_action_penalty
@@ -218,12 +218,22 @@ class GiGPOTrainer(GRPOTrainer):
             step_BT = on_response_tokens(*self._of_steps, batch["completion_ids"].shape[1])
             steps_BT = self.args.omega * step_BT.to(episode_B.device)
             batch["advantages"] = episode_B[:, None] + steps_BT
+        if not batch["advantages"].isfinite().all():
+            raise EpisodeError(
+                "the advantages of a batch of episodes are not finite: rewards, omega="
+                f"{self.args.omega:g} or invalid_action_penalty="
+                f"{self.args.invalid_action_penalty:g} are too large for their sums and squares "
+                "in float32. The largest reward of a step is "
+                f"{self._largest:g}. Scale them down."
+            )
         return batch
 
     def _rollout(self, prompts: list[Any], _: object) -> dict[str, Any]:
         """What the rollout function returns, with its steps' advantages computed on the way."""
         output = self._play(prompts, self)
         masks = check_episodes(output, len(prompts))
+        rewards = (step.reward for steps in output["steps"] for step in steps)
+        self._largest = max(map(abs, rewards))
         if shared := {*self.rollout_rows[0]} & {"steps", "finished"} & {*output}:
             raise EpisodeError(
                 f"the data set has the columns {sorted(shared)}, and so does what the rollout "
@@ -270,3 +280,12 @@ class GiGPOTrainer(GRPOTrainer):
         of_episodes = advantage_S.split([len(steps) for steps in everyone])
         own = self.accelerator.process_index * len(episodes)
         return list(of_episodes[own : own + len(episodes)])
+
+
+def _total(rewards: Iterable[float]) -> float:
+    """The sum, infinite or NaN where it is too large for a float."""
+    rewards = [*rewards]
+    try:
+        return math.fsum(rewards)
+    except OverflowError:
+        return sum(rewards)

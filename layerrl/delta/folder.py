@@ -174,4 +174,5 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except Exception as error:
         if isinstance(error, DeltaError) or not why_unwritten(error):
             raise
-        raise DeltaError(f"cannot write {path}: {error}") from error
+        why = why_unwritten(error) if isinstance(error, UnicodeError) else error
+        raise DeltaError(f"cannot write {path}: {why}") from error

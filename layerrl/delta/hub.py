@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerrl.checks import check_path, check_switch, shown
+from layerrl.checks import check_path, check_switch, check_text, shown
 from layerrl.delta.card import CARD, card_of
 from layerrl.delta.description import Version2, read
 from layerrl.delta.folder import META, TENSORS, Delta
@@ -180,6 +180,8 @@ def _check_texts(**options: object) -> None:
     for name, value in options.items():
         if value is not None and not (isinstance(value, str) and value.strip()):
             raise DeltaError(f"{name} is {shown(value)}, expected a text, or None")
+        if value is not None:
+            check_text(name, value, DeltaError)
 
 
 def _api(token: str | bool | None) -> HfApi:

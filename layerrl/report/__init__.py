@@ -171,10 +171,12 @@ class ContributionReport:
             The selection.
 
         Raises:
-            ReportError: If fewer layers have a score.
+            ReportError: If fewer layers have a score, or none has.
         """
         values = self._values()
         number = whole_number(k, least=1)
+        if not values:
+            raise ReportError(f"top({shown(k)}): none of {self.num_layers} layers has a score yet")
         if number is None or number > len(values):
             raise ReportError(
                 f"top({shown(k)}): expected a number from 1 to {len(values)}, the layers with a "
@@ -263,7 +265,14 @@ class ContributionReport:
         return Ranking(self.num_layers, self._values(), {}).at(depth)
 
     def to_json(self) -> str:
-        """A text that `from_json` makes an equal report of."""
+        """A text that `from_json` makes an equal report of.
+
+        Returns:
+            The text, JSON.
+
+        Raises:
+            ReportError: If its settings are no JSON values.
+        """
         return as_json(self)
 
     @classmethod

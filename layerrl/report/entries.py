@@ -11,6 +11,7 @@ from layerrl.checks import (
     check_count,
     check_kind,
     check_number,
+    check_text,
     finite_number,
     shown,
     whole_number,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Status = Literal["done", "dropped", "missing"]
 _LARGEST = 1e150
-"""Of a score: squares of larger ones are infinite."""
+"""Of a score and a contribution: squares of larger ones are infinite."""
 Scores = Annotated[
     tuple[float, ...],
     Rule("one or more scores below 1e150", lambda row: row and max(map(abs, row)) < _LARGEST),
@@ -58,10 +59,10 @@ class Score:
     """Why it was dropped, or what else there is to know."""
 
     def __post_init__(self) -> None:
-        _set_numbers(self, optional=("score", "contribution"))
+        _set_numbers(self, optional=("score", "contribution"), below=_LARGEST)
         _set_numbers(self, needed=("seconds",), counts=("steps",), least=0)
         check_choice("status of a run", self.status, get_args(Status), ReportError)
-        check_kind("note of a run", self.note, str, "text", ReportError)
+        check_text("note of a run", self.note, ReportError)
         try:
             curve = tuple((_step(step), _rows(scores, "curve")) for step, scores in self.curve)
         except (TypeError, ValueError) as error:  # of what is no pairs
@@ -82,7 +83,7 @@ def check_report(report: ContributionReport) -> None:
     """Refuse runs and settings that no report can be of."""
     layers, settings, ends = report.layers, report.settings, (report.base, report.full)
     for name in ("method", "source"):
-        check_kind(f"{name} of a report", getattr(report, name), str, "text", ReportError)
+        check_text(f"{name} of a report", getattr(report, name), ReportError)
     check_kind("layers of a report", layers, (tuple, list), "a tuple of Score", ReportError)
     for layer in layers:
         check_kind("an entry of layers", layer, Score, "a Score", ReportError)
@@ -122,6 +123,8 @@ def still_missing(runs: Mapping[str, Score], settings: Mapping[str, Any]) -> str
 def check_layer(layer: object, num_layers: int) -> int:
     """The number of a layer that a report is asked for."""
     number = whole_number(layer, least=0)
+    if not num_layers:
+        raise ReportError(f"layer is {shown(layer)}, and this report has no layers")
     if number is None or number >= num_layers:
         raise ReportError(f"layer is {shown(layer)}, expected an int from 0 to {num_layers - 1}")
     return number
@@ -139,7 +142,7 @@ def _rows(scores: Iterable[Iterable[float]], name: str) -> tuple[tuple[float, ..
     if len(sizes) != 1 or 0 in sizes or not all(abs(v) < _LARGEST for row in rows for v in row):
         raise ReportError(
             f"{name} of {sorted(sizes)} prompts: expected, for every seed, one finite number "
-            "for each of the same prompts"
+            f"for each of the same prompts, below {_LARGEST:g}"
         )
     return rows
 
@@ -165,12 +168,18 @@ def _set_numbers(
     optional: tuple[str, ...] = (),
     counts: tuple[str, ...] = (),
     least: float | None = None,
+    below: float | None = None,
 ) -> None:
     """Make fields Python's own numbers, which JSON takes; `optional` ones may be None."""
     for name in (*needed, *optional):
         value = getattr(entry, name)
         if value is not None or name in needed:
             number = check_number(f"{name} of a run", value, ReportError, least=least)
+            if below is not None and abs(number) >= below:
+                raise ReportError(
+                    f"{name} of a run is {number:g}, expected a number below {below:g}: what is "
+                    "computed of larger ones is infinite"
+                )
             object.__setattr__(entry, name, number)
     for name in counts:
         number = check_count(f"{name} of a run", getattr(entry, name), ReportError, least=0)

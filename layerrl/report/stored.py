@@ -17,8 +17,15 @@ VERSION = 1
 
 
 def as_json(report: ContributionReport) -> str:
-    """The text that `report_in` reads."""
-    return json.dumps({"version": VERSION, **asdict(report)}, separators=(",", ":"))
+    """The text that `report_in` reads; a `ReportError` of settings that it could not read."""
+    try:
+        text = json.dumps({"version": VERSION, **asdict(report)}, separators=(",", ":"))
+        json.dumps(report.settings, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ReportError(
+            f"the settings of a report are no JSON values, which a file could hold: {error!s:.200}"
+        ) from error
+    return text
 
 
 def report_in(kind: type[ContributionReport], text: str | bytes) -> ContributionReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from layerrl.checks import finite_number
 from layerrl.errors import ReportError
 from layerrl.report.entries import Score
 from layerrl.statistics import Interval
@@ -60,6 +61,12 @@ def remarks(report: ContributionReport, runs: Mapping[str, Score], missing: str)
     ]
     if len({*rates}) > 1:
         found.append(f"Learning rate {rates[0]:g} for a layer, {rates[1]:g} for all of it.")
+    times = finite_number(report.settings.get("error_times"))
+    if times is not None and times != 1:
+        found.append(
+            f"Prompts depend on each other: their scores are written {times:g} times as far from "
+            "their mean as measured, for the intervals to hold."
+        )
     if not counts:
         found.append("No intervals: only means are known.")
     if report.cost is not None and report.cost.seconds:

@@ -149,10 +149,11 @@ def check_seeds(seeds: Any) -> list[int]:
 
 def check_length(name: str, args: Any) -> None:
     """Refuse arguments of a run without steps; `name` is what the caller names them."""
-    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+    steps, epochs = args.max_steps, args.num_train_epochs
+    if steps == 0 or steps >= 2**63 or (steps < 0 and epochs <= 0):
         raise ProbeError(
-            f"{name} has max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs}, "
-            "expected max_steps above 0, or -1 and num_train_epochs above 0"
+            f"{name} has max_steps={shown(steps)} and num_train_epochs={epochs}, expected "
+            "max_steps above 0 (and below 2**63), or -1 and num_train_epochs above 0"
         )
 
 

@@ -38,6 +38,11 @@ _TOLD_FROM_NOISE = 2.0
 something: a probe at 0.4 has printed the order of noise."""
 
 
+_MOST_TIMES = 100.0
+"""Times as many standard errors as there are: a number of prompts for more of them, which grows
+with its square, is no advice."""
+
+
 class TooLittleSignalError(ProbeError):
     """Prompts that say too little of the layers; more of them may say enough."""
 
@@ -127,12 +132,7 @@ def gradient_report(
             Score(scores=(tuple(scores[layer]),)) if layer in scores else Score(status="missing")
             for layer in range(selection.num_layers)
         ),
-        settings={
-            **settings,
-            "budget": len(rollouts.with_signal),
-            "prompts_with_signal": sum(rollouts.with_signal),
-            "reward_noise": rollouts.reward_noise,
-        },
+        settings={**settings, **_measured(rollouts, gain)},
         cost=Cost(
             seconds=time.perf_counter() - started,
             tokens=rollouts.num_tokens,
@@ -142,6 +142,17 @@ def gradient_report(
             / run_units(args, trainer),
         ),
     )
+
+
+def _measured(rollouts: Rollouts, gain: Gain) -> dict[str, Any]:
+    """What a report keeps of the prompts, and of how they were scored, for its readers."""
+    times = {} if gain.error_times == 1 else {"error_times": gain.error_times}
+    return {
+        "budget": len(rollouts.with_signal),
+        "prompts_with_signal": sum(rollouts.with_signal),
+        "reward_noise": rollouts.reward_noise,
+        **times,
+    }
 
 
 def _against_average(gains_PL: Tensor, rollouts: Rollouts, gain: Gain) -> list[list[float]]:
@@ -178,11 +189,14 @@ def warn_of_noise(gains_PL: Tensor, rollouts: Rollouts, error_times: float = 1.0
     error = error_times * (gains_P.std() / len(gains_P) ** 0.5).item()
     found = gains_P.mean().item() / error if error else math.inf
     if found < _TOLD_FROM_NOISE:
-        enough = math.ceil(tried * (_TOLD_FROM_NOISE / found) ** 2)
+        times = _TOLD_FROM_NOISE / found if found > 0 else math.inf
+        advice = "No number of prompts that could be had would tell"
+        if times <= _MOST_TIMES:
+            advice = f"About {math.ceil(tried * times**2)} prompts would tell"
         warn(
             f"{_tried(rollouts)}: the average layer's gain is only {found:.1f} standard errors "
-            f"above zero, so that the order of layers may be noise. About {enough} prompts would "
-            "tell; method='train' measures."
+            f"above zero, so that the order of layers may be noise. {advice}; method='train' "
+            "measures."
         )
 
 

@@ -150,13 +150,15 @@ def _check(trainer: Any, args: Any) -> None:
             f"method='step' takes Adam's first step, which moves every weight by {LENGTH:g} times "
             f"the learning rate {args.learning_rate:g}; optim={optim!r} may step elsewhere"
         )
+    _prepared(trainer.model)
     config: Any = unwrap(trainer.model).config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     attention = str(getattr(text, "_attn_implementation", None))
     if "flash" in attention:
         raise ProbeError(
             f"method='step' measures in float32, which {attention} does not compute. Load the "
-            "model with attn_implementation='sdpa', or take method='gradient'."
+            "model with attn_implementation='sdpa' for the probe, train this one on the layers of "
+            "the report (selection=report.top(1)), or take method='gradient' (selection='auto')."
         )
 
 
@@ -266,14 +268,36 @@ def _in_float32(trainer: Any) -> Iterator[None]:
             # TRL enters it around each pass by itself, for mixed precision, and accelerate around
             # the forward of a model that an evaluation has prepared.
             plain.enter_context(replaced(trainer.accelerator, autocast=nullcontext))
-            for module in trainer.model.modules():
-                if "_original_forward" in vars(module):
-                    own: Any = module._original_forward
-                    plain.enter_context(replaced(module, forward=own))
+            for module in _prepared(trainer.model):
+                own: Any = module._original_forward
+                plain.enter_context(replaced(module, forward=own))
             yield
     finally:
         for tensor, data in half:
             tensor.data = data
+
+
+def _prepared(model: nn.Module) -> list[Any]:
+    """Find modules whose forward accelerate has put an autocast around, which can be taken off.
+
+    Returns:
+        The modules, each with its own forward in `_original_forward`.
+
+    Raises:
+        ProbeError: If another forward lies around that: nothing can be taken out of it.
+    """
+    found = [module for module in model.modules() if "_original_forward" in vars(module)]
+    for module in found:
+        function = getattr(module.forward, "__func__", module.forward)
+        if not str(getattr(function, "__globals__", {}).get("__name__")).startswith("accelerate."):
+            raise ProbeError(
+                f"the forward of {type(module).__name__} was replaced, by {function!r:.80}, after "
+                "accelerate had put mixed precision around it, as an evaluation does: "
+                "method='step' measures in float32, and cannot take that out of it. Replace the "
+                "forward before the trainer evaluates, or take method='gradient' "
+                "(selection='auto')."
+            )
+    return found
 
 
 GAIN = Gain(

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
-from layerrl.checks import listed, plain, shown, whole_number
+from layerrl.checks import half_character, listed, plain, shown, whole_number
 from layerrl.errors import SelectionError
 from layerrl.selection.towers import STACKS
 
@@ -150,7 +150,9 @@ def matches(name: str, glob: str) -> bool:
 def are_globs(globs: object) -> bool:
     """Whether something is a tuple of globs, at least one."""
     given = globs if isinstance(globs, tuple) else ()
-    return bool(given) and all(isinstance(glob, str) and glob for glob in given)
+    return bool(given) and all(
+        isinstance(glob, str) and glob and not half_character(glob) for glob in given
+    )
 
 
 def counted(num_layers: int, stack: str) -> str:

@@ -106,7 +106,7 @@ def _decay(word: str, layers: tuple[int, ...], parts: tuple[str, ...]) -> dict[A
 def _plain_key(
     key: Any, layers: tuple[int, ...], num_layers: int, described: str
 ) -> tuple[int | None, str | None]:
-    if isinstance(key, str) and key:
+    if isinstance(key, str) and are_globs((key,)):
         return None, key
     is_pair = isinstance(key, tuple) and len(key) == 2
     number, glob = key if is_pair else (key, None)

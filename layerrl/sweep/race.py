@@ -65,6 +65,11 @@ def _score(selection: LayerSelection, request: Request) -> ContributionReport:
 
 def _candidates(variant: str, num_layers: int) -> int:
     """How many layers race: what follows the colon, or three."""
+    if num_layers < 2:
+        raise ProbeError(
+            "method='race' with 1 layer to score: there is nothing to race. Expected 2 layers or "
+            "more, or method='train'."
+        )
     count = min(_CANDIDATES, num_layers)
     if variant:
         count = int(variant) if variant.isascii() and variant.isdecimal() else 0

@@ -294,13 +294,27 @@ class MaskedRun:
         """Measure the gradients, which have just been clipped.
 
         Raises:
-            SelectionError: If trained tensors were replaced since the training began.
+            SelectionError: If trained tensors were replaced since the training began, or all of
+                them are frozen.
         """
+        if not any(p.requires_grad for p in self.layers.parameters.values()):
+            self.refuse_frozen()
         if not launchers.uses_deepspeed(self._trainer.accelerator):  # it has none left by now
             trained = self.layers.parameters.values()
             if any(p.requires_grad and p.grad is None for p in trained):
                 self._refuse_replaced()
             self._clipped = metrics.clipped_norms(self.layers.by_part, trained)
+
+    def refuse_frozen(self) -> None:
+        """Raise an error if every trained tensor was frozen since the training began."""
+        trained = self.selection.parameters(self._trainer.model)
+        if trained and not any(p.requires_grad for p in trained.values()):
+            raise SelectionError(
+                f"none of the {len(trained)} tensors of {self.selection} requires a gradient any "
+                f"more, {next(iter(trained))!r} first: a callback, or other code, has frozen them "
+                "since the training began, so that there is nothing to train. Leave "
+                "requires_grad as the trainer sets it; a LayerSchedule lets layers take turns."
+            )
 
     def _refuse_replaced(self) -> None:
         """Raise an error if the loss has other tensors than the optimizer by now."""

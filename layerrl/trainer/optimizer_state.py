@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
-from layerrl.errors import DeltaError, LayerRLError
+from layerrl.errors import DeltaError, FrameworkError, LayerRLError
 from layerrl.optimizer import updates_in_backward
 from layerrl.precision import unwrap_optimizer
-from layerrl.replacing import replaced
-from layerrl.trainer.training_hooks import TrainingHooks
 
 _ADVICE = (
     "Resume with the optimizer that wrote it, or delete the file: the run then goes on from the "
@@ -21,16 +20,19 @@ _ADVICE = (
 )
 
 
-def check_optimizer_state(trainer: Any, file: Path, state: Mapping[str, Any]) -> None:
+def check_optimizer_state(
+    optimizer: Any, file: Path, state: Mapping[str, Any], *, loaded: str = "Nothing"
+) -> None:
     """Refuse the state of another optimizer, of which torch would miss an option in its first step.
 
     Both sides have to have options that the other lacks: those that a newer version of an optimizer
     has added are given to it by its class.
 
     Args:
-        trainer: Its optimizer is compared; where it has none yet, one is made and dropped.
+        optimizer: The one that will load it, not in accelerate's wrapper.
         file: Where the state is from.
         state: What the optimizer would load.
+        loaded: What of the checkpoint will be in the model when this has raised, for the error.
 
     Raises:
         DeltaError: If it is of another optimizer, or its groups have other sizes.
@@ -38,23 +40,23 @@ def check_optimizer_state(trainer: Any, file: Path, state: Mapping[str, Any]) ->
     groups = state.get("param_groups")
     if not isinstance(groups, Sequence) or not all(isinstance(g, dict) for g in groups):
         return  # of a form of its own, which the optimizer reads itself
-    optimizer = _optimizer_of(trainer)
-    if optimizer is None:
-        return
+    if updates_in_backward(optimizer):
+        return  # its groups stand for others
     sizes, expected = (_sizes(groups_of) for groups_of in (groups, optimizer.param_groups))
     if sizes != expected and type(optimizer).state_dict is Optimizer.state_dict:
         raise DeltaError(
             f"{file} has parameter groups of {sizes} tensors, and this run's "
-            f"{type(optimizer).__name__} of {expected}. Nothing was loaded. {_ADVICE}"
+            f"{type(optimizer).__name__} of {expected}. {loaded} was loaded. {_ADVICE}"
         )
     found = {name for group in _upgraded(optimizer, groups) for name in group}
     needed = {name for group in optimizer.param_groups for name in group}
-    missing, others = sorted(needed - found), sorted(found - needed - {"initial_lr"})
+    schedulers = {"initial_lr"}
+    missing, others = (sorted(names - schedulers) for names in (needed - found, found - needed))
     if missing and others:
         known, unknown = (", ".join(names[:3]) for names in (others, missing))
         raise DeltaError(
             f"{file} is of another optimizer than this run's {type(optimizer).__name__}: it has "
-            f"the options {known}, and not {unknown}. Nothing was loaded. "
+            f"the options {known}, and not {unknown}. {loaded} was loaded. "
             f"{_ADVICE}"
         )
 
@@ -65,6 +67,7 @@ def refused_state(trainer: Any, folder: str | None) -> Iterator[None]:
 
     Raises:
         DeltaError: If the optimizer, or the scheduler, cannot load it.
+        FrameworkError: If transformers does not let this version of torch read it.
         LayerRLError: As it is, if one was raised inside.
     """
     try:
@@ -72,6 +75,12 @@ def refused_state(trainer: Any, folder: str | None) -> Iterator[None]:
     except LayerRLError:
         raise
     except (LookupError, ValueError) as error:
+        if "torch.load" in str(error):  # transformers' check of torch's version
+            raise FrameworkError(
+                f"transformers does not read the optimizer's state in {folder} with torch "
+                f"{torch.__version__}: {error!s:.300} The file is not at fault: resume with a "
+                "torch that it asks for."
+            ) from error
         name = type(unwrap_optimizer(trainer.optimizer)).__name__
         raise DeltaError(
             f"the state of the optimizer in {folder} is not one that this run's {name} and its "
@@ -82,23 +91,6 @@ def refused_state(trainer: Any, folder: str | None) -> Iterator[None]:
 
 def _sizes(groups: Sequence[Any]) -> list[int]:
     return [len(group.get("params", ())) for group in groups]
-
-
-def _optimizer_of(trainer: Any) -> Any:
-    """The trainer's optimizer, or one like it will make; None if that cannot be told yet."""
-    # A caller's own may put another optimizer in the place of the one that was made before.
-    if getattr(trainer.create_scheduler, "__func__", None) is not TrainingHooks.create_scheduler:
-        return None
-    if trainer.optimizer is not None:
-        return unwrap_optimizer(trainer.optimizer)
-    given = trainer.optimizer_cls_and_kwargs
-    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    if given is None and updates_in_backward(optim):
-        return None  # it hangs hooks on the parameters
-    # Transformers takes entries out of the keywords when it makes an optimizer of them.
-    given = None if given is None else (given[0], {**given[1]})
-    with replaced(trainer, optimizer=None, optimizer_cls_and_kwargs=given):
-        return unwrap_optimizer(trainer.create_optimizer())
 
 
 def _upgraded(optimizer: Any, groups: Sequence[Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +20,7 @@ from layerrl.delta import put_tensors, tensors_of_run
 from layerrl.delta.description import Fingerprint
 from layerrl.errors import DeltaError, LayerRLError
 from layerrl.frozen import fingerprints
+from layerrl.precision import unwrap_optimizer
 from layerrl.reference import ReferenceModel
 from layerrl.schema import Count, Misfit, fitted
 from layerrl.shards import shape
@@ -35,7 +37,7 @@ from layerrl.trainer.checkpoints import (
     why_incomplete,
 )
 from layerrl.trainer.checksums import check_files
-from layerrl.trainer.optimizer_state import check_optimizer_state
+from layerrl.trainer.optimizer_state import check_optimizer_state, refused_state
 from layerrl.trainer.schedule import LayerSchedule
 from layerrl.trainer.whole_models import CheckpointError, trained_tensors
 from layerrl.warning import warn
@@ -48,6 +50,8 @@ class CheckpointReader:
         self._trainer = trainer
         self.folder: Path | None = None
         """The checkpoint that a training resumes from; None: it begins."""
+        self._has_optimizer = False
+        self._put_back: list[tuple[Tensor, Tensor]] = []
 
     def resumed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -67,6 +71,7 @@ class CheckpointReader:
             with launchers.raised_together("train()", accelerator):
                 found = self._last_whole()
             launchers.refuse_disagreement({name: Path(found).name}, accelerator, "train()")
+        self._has_optimizer = self._trainer.optimizer is not None
         begins = found is None or found is False
         self.folder = None if begins else check_path(name, found, DeltaError)
         if found is given:
@@ -123,10 +128,13 @@ class CheckpointReader:
             raise
         if resumes:
             self._check_files(folder)
-            self._check_optimizer_state(folder)
         if values is None:
             return not resumes and self._found_adapters(folder)
         tensors, reference = values
+        if resumes and not launchers.shards_model(self._trainer.accelerator):
+            changed = [*run.layers.parameters.values()]
+            changed += run.reference.tensors.values() if reference else []
+            self._put_back = [(each, each.detach().to("cpu", copy=True)) for each in changed]
         put_tensors(self._trainer.model, run.layers.parameters, tensors)
         if reference:
             run.reference.load_tensors(reference)
@@ -200,12 +208,43 @@ class CheckpointReader:
             if accelerator.is_local_main_process:
                 check_files(folder)
 
+    @contextmanager
+    def optimizer_state(self, checkpoint: str | None) -> Iterator[None]:
+        """Inside, the states of optimizer and scheduler are loaded, by those that will step.
+
+        The weights are loaded before them: if a state is refused, these get their values back, but
+        for a whole model or adapters, which transformers has loaded.
+
+        Raises:
+            DeltaError: If a state is of other ones.
+            FrameworkError: If transformers does not let this version of torch read them.
+            LayerRLError: As it is, if another one was raised inside.
+        """
+        trainer = self._trainer
+        try:
+            if checkpoint is not None:
+                self._check_optimizer_state(Path(checkpoint))
+            with refused_state(trainer, checkpoint):
+                yield
+        except LayerRLError:
+            with torch.no_grad():
+                for tensor, before in self._put_back:
+                    tensor.copy_(before)
+            if not self._has_optimizer:
+                trainer.optimizer = None  # the next try makes another
+            raise
+        finally:
+            self._put_back = []
+
     def _check_optimizer_state(self, folder: Path) -> None:
         """Compare the optimizer's options, where transformers will load them."""
-        file = folder / OPTIMIZER_NAME
-        in_parts = launchers.shards_model(self._trainer.accelerator)
-        if not in_parts and file.exists() and (folder / SCHEDULER_NAME).exists():
-            check_optimizer_state(self._trainer, file, _state(file))
+        file, accelerator = folder / OPTIMIZER_NAME, self._trainer.accelerator
+        if launchers.shards_model(accelerator) or launchers.uses_deepspeed(accelerator):
+            return
+        if file.exists() and (folder / SCHEDULER_NAME).exists():
+            optimizer = unwrap_optimizer(self._trainer.optimizer)
+            loaded = "Nothing" if self._put_back else "Only the model"  # by transformers
+            check_optimizer_state(optimizer, file, _state(file), loaded=loaded)
 
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""

@@ -10,7 +10,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from layerrl.delta.hub import hub_errors
 from layerrl.trainer import launchers
 from layerrl.trainer.checkpoints import refuse_readers
-from layerrl.trainer.optimizer_state import refused_state
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Wrapped
@@ -78,5 +77,5 @@ class SavingHooks(_Wrapped):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.masked_run.fit_optimizer()  # before it is loaded: float32 values are a part of it
-        with launchers.as_in_one_process(self), refused_state(self, checkpoint):
+        with launchers.as_in_one_process(self), self._reader.optimizer_state(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)

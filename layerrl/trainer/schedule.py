@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -88,11 +89,12 @@ class LayerSchedule(TrainerCallback, ExportableState):
         numbers = [[finite_number(weight) or 0.0 for weight in row] for row in rows]
         found = [sum(row) / len(row) for row in numbers]
         good = min(min(row) for row in numbers) > 0 if numbers else False
+        good = good and math.isfinite(sum(found))  # they are drawn by their share of it
         if order != "random" or not good or len(found) != len(self._sets):
             raise SelectionError(
                 f'weights is {shown(weights)}, expected, with order="random", a finite number '
                 f"above 0 for each of {len(self._sets)} sets or for each of the layers "
-                f"{sorted(self._layers)}: one that is never likely never trains"
+                f"{sorted(self._layers)}, with a finite sum: one that is never likely never trains"
             )
         return found
 

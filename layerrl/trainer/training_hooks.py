@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from layerrl.errors import TrainerError
+from layerrl.errors import SelectionError, TrainerError
 from layerrl.selection.masked import check_gradients_on
 from layerrl.trainer import callbacks, launchers
 from layerrl.trainer.masked_run import MaskedRun
+from layerrl.trainer.texts import refused_texts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from layerrl.trainer.resuming import CheckpointReader
 else:
     _Wrapped = object
+
+_WITHOUT_GRADIENT = "does not require grad"  # of torch's error in a backward
 
 
 class TrainingHooks(_Wrapped):
@@ -110,6 +113,21 @@ class TrainingHooks(_Wrapped):
         self.masked_run.fit_optimizer()
         return super().create_scheduler(*args, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step's forward and backward; a loss without gradient is a `SelectionError`."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if _WITHOUT_GRADIENT not in str(error):
+                raise
+            self.masked_run.refuse_frozen()
+            raise SelectionError(
+                f"the loss depends on no tensor that trains, although "
+                f"{self.masked_run.selection} does: "
+                "something on its way has no gradient, such as a forward or a compute_loss that "
+                "detaches its result or runs inside torch.no_grad()"
+            ) from error
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss, whose backward ends at the first trained layer."""
         with self.masked_run.loss():
@@ -121,7 +139,7 @@ class TrainingHooks(_Wrapped):
         return self._answered(inputs) if auto is None else auto.batch(self, inputs, self._answered)
 
     def _answered(self, inputs: Any) -> dict[str, Any]:
-        with self.masked_run.batch():
+        with refused_texts(inputs), self.masked_run.batch():
             return super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

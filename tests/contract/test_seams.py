@@ -476,6 +476,7 @@ MAY_BE_MISSING = {
         "_fields",
         "__dict__",
         "__func__",
+        "__globals__",
         "__qualname__",
         "__version__",
         "checkpoint_format",

@@ -183,8 +183,9 @@ COUNT = Kind(lambda value: is_int(value, 1), (-3, "3"))
 NATURAL = Kind(lambda value: is_int(value, 0))
 INTEGER = Kind(is_int)
 NUMBER = Kind(is_float)
+MEAN = Kind(lambda value: is_float(value, -1e149, 1e149), (1e150, -1e308))
 AMOUNT = Kind(lambda value: is_float(value, 0))
-TEXT = Kind(lambda value: isinstance(value, str))
+TEXT = Kind(lambda value: isinstance(value, str) and value != "\ud800")
 PATH = Kind(is_path, (5,))
 OPAQUE = Kind(lambda value: True)
 """What is handed on as it is: its owner says what is wrong with it."""
@@ -301,7 +302,7 @@ LAYERS = Kind(
     are_layers,
     ("auto", "middle:0", "40%:30%", "10", [0, 0], [9], 2.0),
 )
-GLOBS = Kind(lambda v: v is None, ("nothing.*", ["self_attn.*", 5], [""]))
+GLOBS = Kind(lambda v: v is None, ("nothing.*", ["self_attn.*", 5], [""], "a\ud83d"))
 BOOST = Kind(
     lambda v: v is None or (isinstance(v, dict) and not v),
     ({1: 0}, {1: -1}, {9: 2.0}, {1: "2"}, {1: True}, "decay:2", "decay:nan", {(1,): 2.0}),
@@ -488,10 +489,10 @@ DOORS |= {
         Score,
         lambda w: {"score": 1.0},
         {
-            "score": optional(NUMBER),
+            "score": optional(MEAN),
             "scores": SCORES_ROWS,
             "curve": Kind(lambda v: is_empty(v) or v == ""),
-            "contribution": optional(NUMBER),
+            "contribution": optional(MEAN),
             "seconds": AMOUNT,
             "steps": NATURAL,
             "status": Kind(),
@@ -655,7 +656,10 @@ DOORS |= {
                         and not getattr(v, "is_meta", False)
                     )
                 ),
-                ([1], [1, 0], [1, "2"], [1, True], {1: 1}, {1: 1, 2: 0}, (1, 10**400)),
+                (
+                    *([1], [1, 0], [1, "2"], [1, True], {1: 1}, {1: 1, 2: 0}),
+                    *((1, 10**400), [1e308, 1e308]),
+                ),
             ),
             "seed": INTEGER,
         },

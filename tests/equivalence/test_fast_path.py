@@ -1,5 +1,6 @@
 """The fast path changes no result: bit for bit what plain TRL does with layers frozen by hand."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -484,3 +485,43 @@ class TestFamilies:
             train(trainer)
         assert_same_run(masked, plain)
         assert len(warnings(caplog)) == 1
+
+
+class TestForwardsThatOthersWrap:
+    """As profilers and some libraries do, between an evaluation and the training, or in it."""
+
+    @staticmethod
+    def wrap(model: Any, where: str) -> None:
+        module = model.get_submodule(where)
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            return 1.5 * output if isinstance(output, torch.Tensor) else output
+
+        module.forward = run
+
+    @pytest.mark.parametrize("where", ["", "model", "model.layers.0", "model.layers.2"])
+    @pytest.mark.parametrize("when", ["evaluated", "on_step_begin"])
+    def test_compute_what_they_say(self, tmp_path, where, when):
+        changes = evaluation(beta=0.0, num_iterations=2, max_steps=2, eval_strategy="no")
+        plain, masked = pair(saved(tmp_path / "base"), bf16=True, **changes)
+        for trainer in (plain, masked):
+            if when == "evaluated":
+                torch.manual_seed(0)
+                trainer.evaluate()
+                self.wrap(trainer.model, where)
+            else:
+                trainer.add_callback(InSecondStep(functools.partial(self.wrap, where=where)))
+        train(plain, masked)
+        assert_same_run(masked, plain)
+
+
+class InSecondStep(TrainerCallback):
+    def __init__(self, do: Any) -> None:
+        self.do = do
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == 1:
+            self.do(given["model"])

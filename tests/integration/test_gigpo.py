@@ -1,5 +1,6 @@
 """GiGPO trainers: hand-worked advantages, agreement with TRL's GRPO, and life with a selection."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -368,6 +369,22 @@ class TestBadInput:
         trainer = gigpo(tmp_path, arguments={"rollout_func": rollout})
         with pytest.raises(EpisodeError, match="start from different observations, 'x' and 'y'"):
             trainer.train()
+
+    @pytest.mark.parametrize(
+        ("factor", "plus", "changes"),
+        [(0.0, 1e308, {}), (1e200, 0.0, {"scale_rewards": "none"}), (1.0, 0.0, {"omega": 1e308})],
+    )
+    def test_rewards_that_overflow(self, tmp_path, factor, plus, changes):
+        def rollout(prompts: list[Any], trainer: Any) -> Any:
+            output = scripted(prompts, trainer)
+            output["steps"] = [
+                [replace(step, reward=factor * step.reward + plus) for step in steps]
+                for steps in output["steps"]
+            ]
+            return output
+
+        with pytest.raises(EpisodeError, match=r"advantages of a batch of episodes are not finite"):
+            scripted_batch(tmp_path, rollout, **changes)
 
     def test_a_plain_config(self, tmp_path):
         with pytest.raises(EpisodeError, match="args is a GRPOConfig, expected a GiGPOConfig"):

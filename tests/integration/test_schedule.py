@@ -232,7 +232,10 @@ class TestBadInput:
             ("rotate", [1, 1]),
             *(
                 ("random", weights)
-                for weights in ([1], [1, 0], [1, float("nan")], [1, float("inf")], 3.0, {0: 1.0})
+                for weights in (
+                    *([1], [1, 0], [1, float("nan")], [1, float("inf")], 3.0, {0: 1.0}),
+                    *([1e308, 1e308], {0: 1e308, 1: 1e308}),  # whose sum is infinite
+                )
             ),
         ],
     )

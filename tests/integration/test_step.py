@@ -1,5 +1,6 @@
 """The gain of a step in each layer alone, against plain code."""
 
+import functools
 import itertools
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -201,6 +202,29 @@ def test_attention_that_is_for_half_precision(model, tmp_path):
         gains(model, tmp_path, 1e-3)
 
 
+@pytest.mark.parametrize("first", ["evaluate", "wrap"])
+def test_a_forward_that_was_replaced_after_an_evaluation(model, tmp_path, first):
+    """In it lies accelerate's, which computes in half precision."""
+
+    def wrap() -> None:
+        forward = model.forward
+        model.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+
+    arguments = {"reward_funcs": letters, "train_dataset": TRAIN, "eval_dataset": TRAIN}
+    trainer = make(model, tmp_path, selection="all", arguments=arguments, bf16=True, max_steps=1)
+    for do in (wrap, trainer.evaluate) if first == "wrap" else (trainer.evaluate, wrap):
+        do()
+    rollouts = Rollouts(trainer, PROMPTS, twice=False)
+    measure = partial(step._gains, rollouts, trainer.masked_run.selection, trainer.args)
+    if first == "wrap":
+        assert measure().gains_PL.any()
+        return
+    match = r"forward of .*CausalLM was replaced, by <function .* after accelerate had put mixed"
+    with pytest.raises(ProbeError, match=match):
+        measure()
+    assert rollouts.num_tokens == 0
+
+
 @pytest.mark.parametrize("stage", [1, 9, 10, 12])  # backward, at the base, after steps
 def test_an_interruption_leaves_no_step_behind(model, tmp_path, monkeypatch, stage):
     before, calls, training = bits(model), [], model.training
@@ -224,6 +248,7 @@ def test_an_interruption_leaves_no_step_behind(model, tmp_path, monkeypatch, sta
 def test_says_what_it_cost(model, tmp_path):
     report = gradient(model, tmp_path, method="step", budget=PROMPTS)
     found = report.settings["prompts_with_signal"]
+    assert report.settings["error_times"] == step.ERROR_TIMES
     layers = select_layers(model, "all").blocks(model).modules
     more = 2 + sum(shares_of_passes(model, layers)) + 3 / found  # the first of them whole, too
     assert report.cost.forwards == pytest.approx(found * 4 * (1 + more), abs=1)

@@ -31,6 +31,7 @@ from layerrl.blocks import (
     layers_described,
     meta_model,
     plain_name,
+    replaced_forwards,
     unwrap,
 )
 from layerrl.errors import ModelError, SelectionError
@@ -458,3 +459,58 @@ class TestConfigThatCountsOtherwiseThanItsModel:
         with pytest.raises(ModelError, match=r"num_hidden_layers \d+, beside {'num_layers': 2}"):
             select_layers(longcat(), 1)
         assert select_layers(tiny_config("llama", 4), 1).num_layers == 4
+
+
+class TestReplacedForwards:
+    """What others put in place of a forward meanwhile stays, and runs no stale code of ours."""
+
+    def run(self, others, log):
+        """A module whose forward is replaced around what others do to it; its forward then."""
+        module = nn.Identity()
+
+        def noting(_, forward):
+            def run(*args):
+                log.append("ours")
+                return forward(*args)
+
+            return run
+
+        with replaced_forwards([module], noting):
+            others(module)
+            module(torch.ones(1))
+        inside = log.copy()
+        log.clear()
+        module(torch.ones(1))
+        return module, inside
+
+    def test_own_is_back(self):
+        log: list[str] = []
+        module, inside = self.run(lambda module: None, log)
+        assert (inside, log) == (["ours"], [])
+        assert "forward" not in vars(module)
+
+    def test_a_wrapper_around_ours_stays(self):
+        log: list[str] = []
+
+        def wrap(module):
+            forward = module.forward
+
+            def run(*args):
+                log.append("theirs")
+                return forward(*args)
+
+            module.forward = run
+
+        module, inside = self.run(wrap, log)
+        assert (inside, log) == (["theirs", "ours"], ["theirs"])
+        assert "forward" in vars(module)
+
+    def test_one_that_was_taken_off_stays_off(self):
+        log: list[str] = []
+
+        def take_off(module):
+            del module.forward
+
+        module, inside = self.run(take_off, log)
+        assert (inside, log) == ([], [])
+        assert "forward" not in vars(module)

@@ -20,7 +20,7 @@ from trl.trainer.utils import RepeatSampler
 
 from layerrl import LayerMaskedGRPOTrainer, load_delta, select_layers
 from layerrl.delta import DeltaBase, save_delta
-from layerrl.errors import DeltaError, FrozenTensorError, SelectionError
+from layerrl.errors import DeltaError, FrameworkError, FrozenTensorError, SelectionError
 from layerrl.trainer.callbacks import EpochOrder
 from tests.devices import on_any_device, on_cpu
 from tests.grpo import PROMPTS, config, make, reward
@@ -524,6 +524,13 @@ class TestRefused:
             again.train(resume_from_checkpoint=str(checkpoint))
         assert again.state.global_step == 2
 
+    def test_the_state_of_another_optimizer_beside_a_whole_model(self, base, tmp_path):
+        full = {"selection": "full", "max_steps": 1}
+        trainer_on(base, tmp_path / "out", **full).train()
+        again = trainer_on(base, tmp_path / "again", optim="sgd", **full)
+        with pytest.raises(DeltaError, match=r"momentum\. Only the model was loaded\."):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
     def test_a_state_that_an_optimizer_with_the_same_options_cannot_read(self, base, tmp_path):
         class Sign(torch.optim.Optimizer):
             def __init__(self, params: Any, lr: float) -> None:
@@ -562,7 +569,7 @@ class TestRefused:
 
         trainer_on(base, tmp_path / "out", max_steps=1).train()
         again = trainer_on(base, tmp_path / "again", trainer=Late)
-        with pytest.raises(DeltaError, match="this run's AdamW and its scheduler can load: Value"):
+        with pytest.raises(DeltaError, match=r"groups of \[7, 2\] tensors, .* AdamW of \[9\]\."):
             again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
     def test_no_state_of_an_optimizer_whose_newer_version_has_more_options(self, base, tmp_path):
@@ -589,6 +596,45 @@ class TestRefused:
             train(trainer, **(resume if resumes else {}))
             runs.append(trainer)
         assert_same_but_summary(runs[1], runs[0])
+
+    @pytest.mark.parametrize("refused", [False, True])
+    def test_one_optimizer_is_made_and_the_weights_are_there_before_it(
+        self, base, tmp_path, refused
+    ):
+        class Counting(LayerMaskedGRPOTrainer):
+            made = 0
+
+            def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+                self.made += 1
+                self.seen = trained(self)
+                return super().create_optimizer(*args, **kwargs)
+
+        trainer_on(base, tmp_path / "out", max_steps=1).train()
+        checkpoint = tmp_path / "out" / "checkpoint-1"
+        optim = "sgd" if refused else "adamw_torch"
+        again = trainer_on(base, tmp_path / "again", trainer=Counting, optim=optim)
+        before = bits(again.model)
+        if refused:
+            with pytest.raises(DeltaError, match="is of another optimizer than this run's"):
+                again.train(resume_from_checkpoint=str(checkpoint))
+            assert_close(bits(again.model), before, rtol=0, atol=0)
+        else:
+            again.train(resume_from_checkpoint=str(checkpoint))
+        assert again.made == 1
+        assert_close(again.seen, delta_of(checkpoint), rtol=0, atol=0)
+
+    def test_a_torch_that_transformers_does_not_let_read_it(self, base, tmp_path, monkeypatch):
+        def check() -> None:
+            raise ValueError("Due to a vulnerability in `torch.load`, we require torch 2.6.")
+
+        trainer_on(base, tmp_path / "out", max_steps=1).train()
+        again = trainer_on(base, tmp_path / "again")
+        before = bits(again.model)
+        monkeypatch.setattr("transformers.trainer.check_torch_load_is_safe", check)
+        match = r"does not read .* with torch 2.* require torch 2\.6\. The file is not at fault"
+        with pytest.raises(FrameworkError, match=match):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+        assert_close(bits(again.model), before, rtol=0, atol=0)
 
     def test_a_damaged_delta(self, base, tmp_path, checkpoint):
         damage(checkpoint / "delta.safetensors")

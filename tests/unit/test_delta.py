@@ -26,6 +26,7 @@ from layerrl.delta import DeltaBase, checkpoint_form, placing, put_tensors, reco
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from tests.devices import on_any_device, on_cpu
+from tests.grpo import tokenizer
 from tests.models import tiny
 from tests.operations import during
 from tests.runs import bits, no_file_above
@@ -746,6 +747,21 @@ class TestOutput:
             return save_delta(model, path, selection=selection, base=DeltaBase.of(model, selection))
 
         return write
+
+    @pytest.mark.parametrize("of", ["base", "template"])
+    def test_of_a_text_that_no_file_can_hold(self, tmp_path, of):
+        model, base, own = tiny("llama"), tiny("llama"), tokenizer()
+        selection = select_layers(model, 1)
+        if of == "base":
+            base.config.name_or_path = "a\ud83d"
+        else:
+            own.chat_template = "a\ud83d"
+        match = r"^cannot write .*out: a text has '.ud83d', half of a character"
+        with pytest.raises(DeltaError, match=match):
+            save_delta(
+                model, tmp_path / "out", selection=selection, base=base, processing_class=own
+            )
+        assert [*tmp_path.iterdir()] == []
 
     @pytest.mark.parametrize("kind", ["folder", "full folder", "file", "dangling link"])
     def test_that_exists(self, write, tmp_path, kind):

@@ -240,6 +240,11 @@ class Broken(Count):
         ({"step": ("a", float("nan"), False, True)}, "gave the reward nan, expected a finite"),
         ({"step": (np.zeros(2), 0.0, False, True)}, "gave a ndarray to observe"),
         ({"step": ("a", 0.0, False)}, "expected 4, got 3"),
+        (
+            {"step": ("a\ud83d", 0.0, False, True)},
+            r"Broken.step.*gave a text to observe that has '.ud83d', half of a character",
+        ),
+        ({"reset": "\ud83d"}, r"Broken.reset.*half of a character, which no tokenizer takes"),
         ({"step": ("a", 10**400, False, True)}, "expected a finite number"),
         ({"step": ("a", 0.0, False, {})}, r"gave \{\} for valid, expected True or False"),
         ({"step": ("a", 0.0, "False", True)}, "gave 'False' for done, expected True or False"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -390,6 +391,11 @@ class TestOfOnesOwnLoop:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         assert moved(model, before) == {(64, 65)}
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(
+                SelectionError, match=r"copy of this SGD, .* would not keep the other"
+            ):
+                copied(optimizer)
 
 
 class TestOnDisk:

@@ -1,6 +1,7 @@
 """Half-precision weights are updated in float32, and bit for bit as a float32 run would."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -50,6 +51,54 @@ def in_float32(parameter: nn.Parameter, cls: Any = AdamW, **options: Any) -> Opt
     optimizer = cls([parameter], **{"lr": SMALL_STEP, **options})
     step_in_float32(optimizer)
     return optimizer
+
+
+def pickled(optimizer: Optimizer) -> Optimizer:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+class TestCopies:
+    @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    @pytest.mark.parametrize("cls", [AdamW, SGD, Adafactor])
+    @pytest.mark.parametrize("first", [0, 2])
+    def test_step_as_the_optimizer_would_have_and_leave_it_alone(self, copied, dtype, cls, first):
+        optimizer, expected = in_float32(weights(dtype), cls), in_float32(weights(dtype), cls)
+        steps(optimizer, first)
+        [own] = optimizer.param_groups[0]["params"]
+        before = own.detach().clone()
+        other = copied(optimizer)
+        steps(expected, first + 2)
+        steps(other, 2, first)
+        assert_close(master(other), master(expected), rtol=0, atol=0)
+        [theirs] = other.param_groups[0]["params"]
+        assert theirs is not own
+        assert_close(own.detach(), before, rtol=0, atol=0)
+        steps(copied(other), 1, first + 2)
+        steps(optimizer, 2, first)
+        assert_close(master(optimizer), master(expected), rtol=0, atol=0)
+
+    def test_beside_the_model_are_of_its_copy(self):
+        model = nn.ParameterList([weights(torch.bfloat16)])
+        optimizer = Accelerator(cpu=DEVICE.type == "cpu").prepare(in_float32(model[0]))
+        other, others = copy.deepcopy((model, optimizer))
+        steps(others, 1)
+        assert others.param_groups[0]["params"][0] is other[0]
+        assert torch.equal(other[0].data, master(others).to(torch.bfloat16))
+
+    def test_of_an_optimizer_that_gives_all_of_its_attributes(self):
+        half = weights(torch.bfloat16)
+        optimizer = in_float32(half, Everything)
+        steps(optimizer, 1)
+        before = half.detach().clone()
+        other = copy.deepcopy(optimizer)
+        steps(other, 1, 1)
+        assert_close(half.detach(), before, rtol=0, atol=0)
+
+
+class Everything(SGD):
+    def __getstate__(self) -> Any:
+        return {**self.__dict__}
 
 
 class TestStepInFloat32:

@@ -208,6 +208,14 @@ class TestTop:
     def test_takes_any_whole_number(self):
         assert report(0.1, 0.9, 0.2).top(np.int64(1)).layers == (1,)
 
+    def test_of_a_report_without_scores_is_refused(self):
+        empty = ContributionReport(method="train", layers=(Score(status="missing"),) * 3)
+        with pytest.raises(ReportError, match=r"top\(1\): none of 3 layers has a score yet"):
+            empty.top(1)
+        none = ContributionReport(method="train", layers=())
+        with pytest.raises(ReportError, match="layer is 0, and this report has no layers"):
+            none.interval(0)
+
     @pytest.mark.parametrize("k", [0, 4, -1, True, 1.0, "1"])
     def test_of_more_layers_than_there_are_is_refused(self, k):
         with pytest.raises(ReportError, match="expected a number from 1 to 3"):
@@ -309,6 +317,30 @@ class TestJson:
         with pytest.raises(ReportError, match="one finite number for each of the same prompts"):
             Score(scores=scores)
 
+    @pytest.mark.parametrize("name", ["score", "contribution"])
+    def test_a_mean_that_is_too_large_to_compute_with_is_refused(self, name):
+        with pytest.raises(ReportError, match=rf"{name} of a run is -1e\+200, .* below 1e\+150"):
+            Score(**{name: -1e200})
+
+
+class TestTextsThatNoFileHolds:
+    @pytest.mark.parametrize("field", ["method", "source"])
+    def test_of_a_report(self, field):
+        message = rf"{field} of a report is 'a.ud83d', expected text of whole characters"
+        with pytest.raises(ReportError, match=message):
+            report(0.1, **{field: "a\ud83d"})
+
+    def test_of_a_run(self):
+        with pytest.raises(ReportError, match=r"note of a run is .* is half of one"):
+            Score(note="\ud83d")
+
+    @pytest.mark.parametrize(
+        "settings", [{"a": [{"b": "\ud83d"}]}, {"\ud83d": 1}, {"a": object()}, {(1,): 2}]
+    )
+    def test_in_settings_are_refused_when_it_is_written(self, settings):
+        with pytest.raises(ReportError, match="settings of a report are no JSON values"):
+            report(0.1, settings=settings).to_json()
+
 
 class TestShown:
     def test_table_has_a_line_for_each_run(self):
@@ -324,6 +356,16 @@ class TestShown:
         assert "One seed: the intervals say nothing about another seed." in str(scored)
         known = tuple(Score(score=s) for s in (0.1, 0.2))  # no prompts, and so no seed
         assert "seed" not in str(ContributionReport(method="position", layers=known))
+
+    def test_scores_that_were_widened_say_so(self):
+        layers, settings = report(0.1, 0.2).layers, {"error_times": 1.5}
+        made = ContributionReport(method="step", layers=layers, settings=settings)
+        said = "Prompts depend on each other: their scores are written 1.5 times as far from"
+        assert said in str(made)
+        assert said in str(ContributionReport.from_json(made.to_json()))
+        odd = ContributionReport(method="step", layers=layers, settings={"error_times": "x"})
+        for other in (odd, ContributionReport(method="step", layers=layers)):
+            assert "times as far" not in str(other)
 
     def test_html_has_the_same_cells(self):
         shown = report(0.1, 0.35)._repr_html_()

@@ -174,6 +174,15 @@ def test_an_order_that_may_be_noise_is_said():
         warn_of_noise(clear[32:], rollouts, error_times=2.0)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e-200, 1e-3])
+def test_no_number_of_prompts_is_no_advice(mean):
+    gains_PL = torch.tensor([[1.0], [-1.0]] * 8, dtype=torch.double) + mean
+    trainer = SimpleNamespace(reward_func_names=["right"], num_generations=8)
+    rollouts: Any = SimpleNamespace(with_signal=[True] * 16, trainer=trainer)
+    with pytest.warns(UserWarning, match=r"noise\. No number of prompts that could be had"):
+        warn_of_noise(gains_PL, rollouts)
+
+
 def test_gains_that_count_twice_are_further_apart():
     gains_PL = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 9.0]], dtype=torch.double)
     assert widened(gains_PL, 1.0) is gains_PL

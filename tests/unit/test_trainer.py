@@ -8,7 +8,7 @@ from abc import ABC, ABCMeta
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -1157,6 +1157,86 @@ def test_a_selection_is_for_good(model, tmp_path, trained):
     with pytest.raises(SelectionError, match=r"selection=2 was set .* made for layer 1 of 3"):
         trainer.selection = 2
     assert trainer.selection == select_layers(model, 1)
+
+
+class Freezing(TrainerCallback):
+    """Freezes all that it is given the name of a part of, at some time."""
+
+    def __init__(self, event: str, part: str) -> None:
+        setattr(self, event, lambda *_, model, **others: self.freeze(model))
+        self.part = part
+
+    def freeze(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if self.part in name:
+                parameter.requires_grad_(False)
+
+
+class TestNothingWithAGradient:
+    @pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end"])
+    @pytest.mark.parametrize("reentrant", [None, False, True])
+    @pytest.mark.parametrize("part", ["", "layers.1."])
+    def test_names_what_a_callback_has_frozen(self, model, tmp_path, event, reentrant, part):
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        changes = {"gradient_checkpointing": reentrant is not None, **options}
+        trainer = make(model, tmp_path, selection=1, **changes)
+        trainer.add_callback(Freezing(event, part))
+        match = r"none of the 9 tensors of layer 1 of 3 .* 'model\.layers\.1\.self_attn\.q_proj"
+        with pytest.raises(SelectionError, match=match):
+            trainer.train()
+
+    def test_a_part_may_be_frozen(self, model, tmp_path):
+        trainer = make(model, tmp_path, selection=1, max_steps=1)
+        trainer.add_callback(Freezing("on_step_begin", "mlp"))
+        before = bits(model)
+        trainer.train()
+        assert {name.split(".")[3] for name in changed(model, before)} == {
+            *("self_attn", "input_layernorm", "post_attention_layernorm")
+        }
+
+    def test_says_that_a_loss_is_cut_off(self, model, tmp_path):
+        class Detaching(LayerMaskedGRPOTrainer):
+            def compute_loss(self, *args, **kwargs):
+                return super().compute_loss(*args, **kwargs).detach()
+
+        trainer = make(model, tmp_path, selection=1, trainer=Detaching)
+        with pytest.raises(
+            SelectionError, match=r"loss depends on no tensor that trains, .*detach"
+        ):
+            trainer.train()
+
+
+HALF = "a\ud83d"  # as in a JSON file that was cut
+
+
+class TestTextsThatNoTokenizerTakes:
+    @pytest.mark.parametrize("prompt", [HALF, [{"role": "user", "content": HALF}]])
+    def test_of_a_prompt(self, model, tmp_path, prompt):
+        rows = IterableDataset.from_generator(lambda: iter([{"prompt": prompt}] * 8))
+        own = tokenizer()
+        own.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        arguments = {"train_dataset": rows, "processing_class": own}
+        trainer = make(model, tmp_path, selection=1, arguments=arguments)
+        match = r"prompt of row 0 of a batch has '.ud83d', half of a character.*'a.ud83d'"
+        with pytest.raises(TrainerError, match=match):
+            trainer.train()
+
+    def test_of_something_else(self, model, tmp_path):
+        def rollout(prompts, trainer):
+            return trainer.processing_class(HALF)
+
+        arguments = {"rollout_func": rollout}
+        trainer = make(model, tmp_path, selection=1, arguments=arguments)
+        with pytest.raises(TrainerError, match=r"text that is none of the prompts: what a tool"):
+            trainer.train()
+
+    def test_other_errors_of_a_type_are_as_they_are(self, model, tmp_path):
+        def odd(**_):
+            raise TypeError("of the reward")
+
+        trainer = make(model, tmp_path, selection=1, arguments={"reward_funcs": odd})
+        with pytest.raises(TypeError, match=r"^of the reward$"):
+            trainer.train()
 
 
 class TestScoreHead:
