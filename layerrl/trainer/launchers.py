@@ -268,8 +268,8 @@ def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accel
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if not tensor.is_meta:
-                on_device = tensor.data.to(accelerator.device)
-                tensor.data.copy_(broadcast(on_device))
+                values: Any = broadcast(tensor.data.to(accelerator.device))
+                tensor.data.copy_(values)
     return True
 
 
