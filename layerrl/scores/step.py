@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import is_accelerates, unwrap
 from layerrl.errors import ProbeError
 from layerrl.quantisation import is_quantised
 from layerrl.replacing import replaced
@@ -288,8 +288,8 @@ def _prepared(model: nn.Module) -> list[Any]:
     """
     found = [module for module in model.modules() if "_original_forward" in vars(module)]
     for module in found:
-        function = getattr(module.forward, "__func__", module.forward)
-        if not str(getattr(function, "__globals__", {}).get("__name__")).startswith("accelerate."):
+        if not is_accelerates(module.forward):
+            function = getattr(module.forward, "__func__", module.forward)
             raise ProbeError(
                 f"the forward of {type(module).__name__} was replaced, by {function!r:.80}, after "
                 "accelerate had put mixed precision around it, as an evaluation does: "

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from layerrl.blocks import is_accelerates
 from layerrl.digests import json_digest
 from layerrl.errors import DeltaError, LauncherError, LayerRLError
 from layerrl.selection import LayerSelection
@@ -268,7 +269,7 @@ def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accel
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if not tensor.is_meta:
-                on_device = tensor.data.to(accelerator.device)
+                on_device = tensor.data.to(accelerator.device).contiguous()
                 tensor.data.copy_(broadcast(on_device))
     return True
 
@@ -346,8 +347,10 @@ def forget_evaluation(trainer: Any) -> None:
         return  # it has trained before
     if vars(model).pop("_is_accelerate_prepared", False):
         trainer.model_wrapped = model  # or compiled for the evaluation, it would train as it is
-        if "_original_forward" in vars(model):  # or autocast would be put around it twice
-            model.forward = vars(model).pop("_original_forward")
+        own = vars(model).get("_original_forward")
+        if own is not None and is_accelerates(model.forward):  # or autocast is put around it twice
+            model.forward = own
+            del model._original_forward
 
 
 @contextmanager
