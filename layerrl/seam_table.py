@@ -202,7 +202,7 @@ SEAMS: tuple[Seam, ...] = (
             "call_model_init(trial)": "mask the models that model_init makes",
             "create_optimizer(...)": "give the optimizer what trains, and nothing else",
             "create_scheduler(...)": "follow the tensors when the model has been sharded",
-            "training_step(model, inputs, ...)": "say what a loss without gradient is frozen by",
+            "training_step(model, inputs, ...)": "say why a loss has no gradient",
             "compute_loss(model, inputs, ...)": "end the backward at the first trained layer",
             "log(logs, ...)": "log the layers' metrics",
             "evaluate(...)": "check frozen tensors before an evaluation shards the model",

@@ -311,7 +311,7 @@ class MaskedRun:
         if trained and not any(p.requires_grad for p in trained.values()):
             raise SelectionError(
                 f"none of the {len(trained)} tensors of {self.selection} requires a gradient any "
-                f"more, {next(iter(trained))!r} first: a callback, or other code, has frozen them "
+                f"more, as {next(iter(trained))!r}: a callback, or other code, has frozen them "
                 "since the training began, so that there is nothing to train. Leave "
                 "requires_grad as the trainer sets it; a LayerSchedule lets layers take turns."
             )
