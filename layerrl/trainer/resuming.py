@@ -50,7 +50,7 @@ class CheckpointReader:
         self._trainer = trainer
         self.folder: Path | None = None
         """The checkpoint that a training resumes from; None: it begins."""
-        self._has_optimizer = False
+        self._has_optimizer = self._resumes = False
         self._put_back: list[tuple[Tensor, Tensor]] = []
 
     def resumed(
@@ -128,6 +128,7 @@ class CheckpointReader:
             raise
         if resumes:
             self._check_files(folder)
+            self._resumes = True
         if values is None:
             return not resumes and self._found_adapters(folder)
         tensors, reference = values
@@ -212,29 +213,29 @@ class CheckpointReader:
     def optimizer_state(self, checkpoint: str | None) -> Iterator[None]:
         """Inside, the states of optimizer and scheduler are loaded, by those that will step.
 
-        The weights are loaded before them: if a state is refused, these get their values back, but
-        for a whole model or adapters, which transformers has loaded.
-
         Raises:
             DeltaError: If a state is of other ones.
             FrameworkError: If transformers does not let this version of torch read them.
             LayerRLError: As it is, if another one was raised inside.
         """
-        trainer = self._trainer
-        try:
-            if checkpoint is not None:
-                self._check_optimizer_state(Path(checkpoint))
-            with refused_state(trainer, checkpoint):
-                yield
-        except LayerRLError:
-            with torch.no_grad():
-                for tensor, before in self._put_back:
-                    tensor.copy_(before)
-            if not self._has_optimizer:
-                trainer.optimizer = None  # the next try makes another
-            raise
-        finally:
-            self._put_back = []
+        if checkpoint is not None:
+            self._check_optimizer_state(Path(checkpoint))
+        with refused_state(self._trainer, checkpoint):
+            yield
+        self._put_back, self._resumes = [], False
+
+    def undo(self) -> None:
+        """After a training that failed between the loading of weights and of the optimizer's state.
+
+        The weights get their values back, but for a whole model or adapters, which transformers has
+        loaded.
+        """
+        with torch.no_grad():
+            for tensor, before in self._put_back:
+                tensor.copy_(before)
+        if self._resumes and not self._has_optimizer:
+            self._trainer.optimizer = None  # the next try makes another
+        self._put_back, self._resumes = [], False
 
     def _check_optimizer_state(self, folder: Path) -> None:
         """Compare the optimizer's options, where transformers will load them."""

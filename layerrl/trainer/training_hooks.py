@@ -58,6 +58,7 @@ class TrainingHooks(_Wrapped):
                     launchers.forget_evaluation(self)
                 return super().train(*args, **kwargs)
         except BaseException:
+            self._reader.undo()
             self.masked_run.sync_everything()  # what failed may have been a sync
             raise
         finally:
