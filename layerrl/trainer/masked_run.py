@@ -185,7 +185,8 @@ class MaskedRun:
         accelerator = self._trainer.accelerator
         with launchers.raised_together(at, accelerator):
             self.frozen.check(self._trainer.model)
-        if accelerator.num_processes > 1 and not launchers.shards_model(accelerator):
+        in_parts = launchers.shards_model(accelerator) or self.layers.in_parts  # by others: TP
+        if accelerator.num_processes > 1 and not in_parts:
             marks = fingerprints(self.layers.parameters, device=accelerator.device)
             launchers.warn_of_divergence(marks, at, accelerator)
 
