@@ -1205,7 +1205,6 @@ class TestNothingWithAGradient:
         ):
             trainer.train()
 
-
     def test_another_gradient_that_a_loss_asks_for_is_its_own_error(self, model, tmp_path):
         class Adversarial(LayerMaskedGRPOTrainer):
             def compute_loss(self, *args, **kwargs):
