@@ -117,6 +117,12 @@ def replaced_forwards(
                 module.forward = forward
 
 
+def is_accelerates(forward: Any) -> bool:
+    """Whether a module's forward is what accelerate has put around its own, and no other code."""
+    function = getattr(forward, "__func__", forward)
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("accelerate.")
+
+
 class _Forward:
     """Stands in for a module's `forward`, for which generation and accelerate ask its signature."""
 

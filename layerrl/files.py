@@ -82,7 +82,7 @@ def files_in(folder: Path) -> dict[str, Path]:
 def why_unwritten(error: BaseException | None) -> str:
     """Why Python, torch, safetensors or tokenizers could not write; empty of other errors."""
     text = str(error)
-    if isinstance(error, UnicodeEncodeError):
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         half = error.object[error.start : error.end]
         return f"a text has {half!r:.20}, half of a character, which no file can hold"
     if isinstance(error, RuntimeError) and _OF_TORCH.search(text):

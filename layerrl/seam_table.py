@@ -202,7 +202,7 @@ SEAMS: tuple[Seam, ...] = (
             "call_model_init(trial)": "mask the models that model_init makes",
             "create_optimizer(...)": "give the optimizer what trains, and nothing else",
             "create_scheduler(...)": "follow the tensors when the model has been sharded",
-            "training_step(model, inputs, ...)": "say what a loss without gradient is frozen by",
+            "training_step(model, inputs, ...)": "say why a loss has no gradient",
             "compute_loss(model, inputs, ...)": "end the backward at the first trained layer",
             "log(logs, ...)": "log the layers' metrics",
             "evaluate(...)": "check frozen tensors before an evaluation shards the model",
@@ -237,6 +237,7 @@ SEAMS: tuple[Seam, ...] = (
         {
             "is_fsdp_enabled": "save the optimizer of FSDP2 as any other beside a delta",
             "place_model_on_device": "move the models that model_init makes",
+            "model_wrapped": "have DDP wrap a model that was evaluated before its training",
             "optimizer": "give the optimizer what trains, and nothing else",
             "optimizer_cls_and_kwargs": "refuse optimizers that update in the backward",
             "model_init": "mask the models that it makes",

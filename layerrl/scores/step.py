@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import unwrap
+from layerrl.blocks import is_accelerates, unwrap
 from layerrl.errors import ProbeError
 from layerrl.quantisation import is_quantised
 from layerrl.replacing import replaced
@@ -82,18 +82,7 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Gains:
     trainer = rollouts.trainer
     _check(trainer, args)
     together = trainer.accelerator.num_processes > 1
-    prompts: list[list[_Part]] = []
-    problem: Exception | None = None
-    for micro_batches in rollouts:
-        try:
-            prompts.append([*_parts(trainer, micro_batches)])
-        except OwnLossError as of_rank:
-            if not together:
-                raise
-            prompts.append([])  # the others, which may have no rows, generate on
-            problem = of_rank
-    if together and (problem := first_problem(problem)):
-        raise problem
+    prompts = _parts_of_all(rollouts, together=together)
     layers = TrainedLayers(trainer.model, selection)
     gains_PL = torch.zeros(
         len(prompts), len(layers.by_layer), dtype=torch.double, device=trainer.accelerator.device
@@ -135,6 +124,30 @@ def _gains(rollouts: Rollouts, selection: LayerSelection, args: Any) -> Gains:
         )
     passed, rows = counted_2.tolist()
     return Gains(gains_PL.cpu(), more_passes=1 + passed / rows)  # one at the base, in `_parts`
+
+
+def _parts_of_all(rollouts: Rollouts, *, together: bool) -> list[list[_Part]]:
+    """Score the completions of every prompt at the base.
+
+    Returns:
+        For each prompt its parts; in several processes (`together`) those of this one.
+
+    Raises:
+        OwnLossError: If the trainer's loss is not one of log-probabilities; in all processes.
+    """
+    prompts: list[list[_Part]] = []
+    problem: Exception | None = None
+    for micro_batches in rollouts:
+        try:
+            prompts.append([*_parts(rollouts.trainer, micro_batches)])
+        except OwnLossError as of_rank:
+            if not together:
+                raise
+            prompts.append([])  # the others, which may have no rows, generate on
+            problem = of_rank
+    if together and (problem := first_problem(problem)):
+        raise problem
+    return prompts
 
 
 def _check(trainer: Any, args: Any) -> None:
@@ -288,8 +301,8 @@ def _prepared(model: nn.Module) -> list[Any]:
     """
     found = [module for module in model.modules() if "_original_forward" in vars(module)]
     for module in found:
-        function = getattr(module.forward, "__func__", module.forward)
-        if not str(getattr(function, "__globals__", {}).get("__name__")).startswith("accelerate."):
+        if not is_accelerates(module.forward):
+            function = getattr(module.forward, "__func__", module.forward)
             raise ProbeError(
                 f"the forward of {type(module).__name__} was replaced, by {function!r:.80}, after "
                 "accelerate had put mixed precision around it, as an evaluation does: "

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from layerrl.blocks import plain_name, unwrap, with_fused_siblings
 from layerrl.errors import TrainerError
 from layerrl.selection import LayerSelection
-from layerrl.trainer import arguments, launchers
+from layerrl.trainer import agreement, arguments
 from layerrl.trainer.sync import Part, PartialSync
 
 
@@ -89,10 +89,10 @@ class AnnouncedSync(PartialSync):
         by_flag, held = self._sends_by_flag(), self._announcement()
         made_here = trainer.weight_transfer is not None and not mask.own_transfer
         fits = not made_here or self._was_announced(by_flag, held)
-        if not launchers.agree(trainer.accelerator, fits):
+        if not agreement.agree(trainer.accelerator, fits):
             raise self._unknown("after announcing others")
         widens = held is not None or not trainer.accelerator.is_main_process
-        self._widens = launchers.agree(trainer.accelerator, widens)
+        self._widens = agreement.agree(trainer.accelerator, widens)
         trainer._streaming_iter = self.stream
 
     def _unknown(self, how: str) -> TrainerError:

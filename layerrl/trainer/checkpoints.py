@@ -24,7 +24,7 @@ from layerrl.replacing import replaced
 from layerrl.schema import Misfit, fitted
 from layerrl.shards import shape, whole
 from layerrl.stored import bytes_of, decoded
-from layerrl.trainer import launchers
+from layerrl.trainer import agreement, launchers
 from layerrl.trainer.adapters import ADAPTED, note_base
 from layerrl.trainer.auto import REPORT
 from layerrl.trainer.checksums import CHECKSUMS, missing_files, update_checksums, write_checksums
@@ -193,7 +193,7 @@ class Checkpoints:
         pushes = pushes and trainer.checkpoint_format == "delta"
         there = (folder / _DELTA[-1]).exists()
         if launchers.shards_model(trainer.accelerator):  # else one process may save alone
-            there = launchers.agree(trainer.accelerator, there)
+            there = agreement.agree(trainer.accelerator, there)
         if known and (pushes or there):
             self._put_delta(folder, card=False)
             self.describe(folder, beside="same")

@@ -22,7 +22,7 @@ from layerrl.replay import PrefixReplay
 from layerrl.selection import LayerSelection
 from layerrl.shards import parts, reshard, sharded_like
 from layerrl.trained import TrainedLayers
-from layerrl.trainer import adapters, arguments, launchers, metrics
+from layerrl.trainer import adapters, agreement, arguments, launchers, metrics
 from layerrl.trainer.announced import AnnouncedSync
 from layerrl.trainer.callbacks import SyncReference
 from layerrl.trainer.masked_optimizer import MaskedOptimizer
@@ -53,7 +53,7 @@ class MaskedRun:
             "checkpoint_format": call.checkpoint_format,
             "master_weights": call.master_weights,
         }
-        launchers.refuse_disagreement(given, accelerator)
+        agreement.refuse_disagreement(given, accelerator)
         casts = launchers.casts_model(accelerator)
         arguments.refuse_cast(trainer.args, None if full else model, casts)
         arguments.warn_of_frozen_head(model, selection)
@@ -67,7 +67,7 @@ class MaskedRun:
         if together and not quantised and not self.layers.in_parts:
             trained = fingerprints(self.layers.parameters, device=accelerator.device)
             marks = self.frozen.fingerprints | trained
-            if launchers.share_weights(unwrap(model), marks, accelerator):
+            if agreement.share_weights(unwrap(model), marks, accelerator):
                 self.frozen.take(model)
         self.base: DeltaBase | None = None
         """What a delta is relative to; None before `"auto"` has chosen, and of adapters."""
@@ -76,11 +76,11 @@ class MaskedRun:
         the device that packed them."""
         if call.decided and self.adapts and not quantised:
             digest = json_digest(self.frozen.fingerprints)
-            self.adapted = launchers.of_main_process(digest, accelerator)
+            self.adapted = agreement.of_main_process(digest, accelerator)
         if call.decided and not self.adapts:
             known = self.frozen.fingerprints
             base = DeltaBase.of(model, selection, frozen=known, device=accelerator.device)
-            self.base = launchers.of_main_process(base, accelerator)
+            self.base = agreement.of_main_process(base, accelerator)
         self.replay = self._replay_of(model)
         self.optimizer = MaskedOptimizer(self.layers, master_weights=call.master_weights)
         self._clipped: metrics.Norms | None = None
@@ -100,7 +100,7 @@ class MaskedRun:
             self.sync = AnnouncedSync(trainer, selection, call.early)
 
     def _replay_of(self, model: nn.Module) -> PrefixReplay:
-        agree = partial(launchers.agree, self._trainer.accelerator)
+        agree = partial(agreement.agree, self._trainer.accelerator)
         return PrefixReplay(model, self.selection, self._call.prefix_cache_bytes, agree=agree)
 
     def _set_reference(self) -> None:
@@ -183,11 +183,12 @@ class MaskedRun:
             self.frozen.check(self._trainer.model)
             return
         accelerator = self._trainer.accelerator
-        with launchers.raised_together(at, accelerator):
+        with agreement.raised_together(at, accelerator):
             self.frozen.check(self._trainer.model)
-        if accelerator.num_processes > 1 and not launchers.shards_model(accelerator):
+        in_parts = launchers.shards_model(accelerator) or self.layers.in_parts  # by others: TP
+        if accelerator.num_processes > 1 and not in_parts:
             marks = fingerprints(self.layers.parameters, device=accelerator.device)
-            launchers.warn_of_divergence(marks, at, accelerator)
+            agreement.warn_of_divergence(marks, at, accelerator)
 
     def check_whole(self, at: str) -> None:
         """The same, where a launcher is about to shard the model: the record is taken anew then."""
@@ -311,7 +312,7 @@ class MaskedRun:
         if trained and not any(p.requires_grad for p in trained.values()):
             raise SelectionError(
                 f"none of the {len(trained)} tensors of {self.selection} requires a gradient any "
-                f"more, {next(iter(trained))!r} first: a callback, or other code, has frozen them "
+                f"more, as {next(iter(trained))!r}: a callback, or other code, has frozen them "
                 "since the training began, so that there is nothing to train. Leave "
                 "requires_grad as the trainer sets it; a LayerSchedule lets layers take turns."
             )

@@ -11,7 +11,7 @@ from layerrl.errors import SelectionError
 from layerrl.seams import check_class, check_made
 from layerrl.selection import LayerSelection
 from layerrl.selection.masked import TrainingMask
-from layerrl.trainer import arguments, callbacks, launchers
+from layerrl.trainer import agreement, arguments, callbacks
 from layerrl.trainer.call import TrainerCall
 from layerrl.trainer.checkpoints import Checkpoints
 from layerrl.trainer.resuming import CheckpointReader
@@ -180,7 +180,7 @@ class LayerMaskedMixin(TrainingHooks, SavingHooks):
         """
         self.masked_run.check_frozen("save_delta()")
         writes = self.accelerator.is_main_process
-        with launchers.raised_together("the writing of save_delta()", self.accelerator):
+        with agreement.raised_together("the writing of save_delta()", self.accelerator):
             saved = self.masked_run.save_delta(path, writes=writes)
             self._checkpoints.describe(saved, beside="nothing")
         return saved if writes else None

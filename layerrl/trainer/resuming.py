@@ -25,7 +25,7 @@ from layerrl.reference import ReferenceModel
 from layerrl.schema import Count, Misfit, fitted
 from layerrl.shards import shape
 from layerrl.stored import bytes_of, decoded, parsed, refuse_unusual, refused_as, tensors_in
-from layerrl.trainer import launchers
+from layerrl.trainer import agreement, launchers
 from layerrl.trainer.adapters import active_in, check_checkpoint
 from layerrl.trainer.arguments import with_argument
 from layerrl.trainer.checkpoints import (
@@ -50,28 +50,26 @@ class CheckpointReader:
         self._trainer = trainer
         self.folder: Path | None = None
         """The checkpoint that a training resumes from; None: it begins."""
-        self._has_optimizer = False
+        self._has_optimizer = self._resumes = False
         self._put_back: list[tuple[Tensor, Tensor]] = []
 
     def resumed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of `train`, the last whole checkpoint in place of `True`; sets `folder`."""
-        name = "resume_from_checkpoint"
-        accelerator = self._trainer.accelerator
+        trainer, name = self._trainer, "resume_from_checkpoint"
         given = args[0] if args else kwargs.get(name)
         found = plain(given)  # numpy's True and False
         # By its last name, as each node may have a folder of its own.
         shown = Path(found).name if isinstance(found, str | Path) else found
-        callbacks = self._trainer.callback_handler.callbacks
-        taking_turns = [one for one in callbacks if isinstance(one, LayerSchedule)]
-        both = {name: shown or None, "callbacks": taking_turns}
-        launchers.refuse_disagreement(both, accelerator, "train()")
+        schedules = [c for c in trainer.callback_handler.callbacks if isinstance(c, LayerSchedule)]
+        both = {name: shown or None, "callbacks": schedules}
+        agreement.refuse_disagreement(both, trainer.accelerator, "train()")
         if found is True:
-            with launchers.raised_together("train()", accelerator):
+            with agreement.raised_together("train()", trainer.accelerator):
                 found = self._last_whole()
-            launchers.refuse_disagreement({name: Path(found).name}, accelerator, "train()")
-        self._has_optimizer = self._trainer.optimizer is not None
+            agreement.refuse_disagreement({name: Path(found).name}, trainer.accelerator, "train()")
+        self._has_optimizer = trainer.optimizer is not None
         begins = found is None or found is False
         self.folder = None if begins else check_path(name, found, DeltaError)
         if found is given:
@@ -128,6 +126,7 @@ class CheckpointReader:
             raise
         if resumes:
             self._check_files(folder)
+            self._resumes = True
         if values is None:
             return not resumes and self._found_adapters(folder)
         tensors, reference = values
@@ -204,7 +203,7 @@ class CheckpointReader:
     def _check_files(self, folder: Path) -> None:
         """Compare a checkpoint with its record: one process of each node reads all of it."""
         accelerator = self._trainer.accelerator
-        with launchers.raised_together("the files of a checkpoint", accelerator):
+        with agreement.raised_together("the files of a checkpoint", accelerator):
             if accelerator.is_local_main_process:
                 check_files(folder)
 
@@ -212,29 +211,28 @@ class CheckpointReader:
     def optimizer_state(self, checkpoint: str | None) -> Iterator[None]:
         """Inside, the states of optimizer and scheduler are loaded, by those that will step.
 
-        The weights are loaded before them: if a state is refused, these get their values back, but
-        for a whole model or adapters, which transformers has loaded.
-
         Raises:
             DeltaError: If a state is of other ones.
             FrameworkError: If transformers does not let this version of torch read them.
             LayerRLError: As it is, if another one was raised inside.
         """
-        trainer = self._trainer
-        try:
-            if checkpoint is not None:
-                self._check_optimizer_state(Path(checkpoint))
-            with refused_state(trainer, checkpoint):
-                yield
-        except LayerRLError:
-            with torch.no_grad():
-                for tensor, before in self._put_back:
-                    tensor.copy_(before)
-            if not self._has_optimizer:
-                trainer.optimizer = None  # the next try makes another
-            raise
-        finally:
-            self._put_back = []
+        if checkpoint is not None:
+            self._check_optimizer_state(Path(checkpoint))
+        with refused_state(self._trainer, checkpoint):
+            yield
+        self._put_back, self._resumes = [], False
+
+    def undo(self) -> None:
+        """After a training failed with weights loaded and no optimizer's state: put back what was.
+
+        But for a whole model or adapters, which transformers has loaded.
+        """
+        with torch.no_grad():
+            for tensor, before in self._put_back:
+                tensor.copy_(before)
+        if self._resumes and not self._has_optimizer:
+            self._trainer.optimizer = None  # the next try makes another
+        self._put_back, self._resumes = [], False
 
     def _check_optimizer_state(self, folder: Path) -> None:
         """Compare the optimizer's options, where transformers will load them."""

@@ -10,6 +10,7 @@ from layerrl.checks import half_character, shown
 from layerrl.errors import TrainerError
 
 _OF_TOKENIZERS = "TextEncodeInput must be"  # what the package says of any text that it cannot take
+_OF_PYTHON = "surrogates not allowed"  # not of an ASCII file that a reward function writes
 
 
 @contextmanager
@@ -19,12 +20,12 @@ def refused_texts(rows: Iterable[Any]) -> Iterator[None]:
     Raises:
         TrainerError: If a prompt, or what a tool or an environment answered, has one.
         TypeError: As it is, if it is of something else.
-        UnicodeEncodeError: Never: it is a `TrainerError`.
+        UnicodeEncodeError: As it is, if it is of another character.
     """
     try:
         yield
     except (TypeError, UnicodeEncodeError) as error:
-        if isinstance(error, TypeError) and _OF_TOKENIZERS not in str(error):
+        if not any(said in str(error) for said in (_OF_TOKENIZERS, _OF_PYTHON)):
             raise
         for number, row in enumerate(rows):
             prompt = row.get("prompt") if isinstance(row, dict) else None
@@ -35,9 +36,9 @@ def refused_texts(rows: Iterable[Any]) -> Iterator[None]:
                     "'utf-16', 'surrogatepass').decode('utf-16', 'replace')."
                 ) from error
         raise TrainerError(
-            "a tokenizer refused a text that is none of the prompts: what a tool, an environment "
-            "or a rollout function answered is no text, or has half of a character. Look at what "
-            f"they return ({error!s:.100})."
+            "a tokenizer or a file refused a text that is none of the prompts: what a tool, an "
+            "environment or a rollout function answered, or what a reward function encodes, is no "
+            f"text or has half of a character ({error!s:.100})."
         ) from error
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 else:
     _Wrapped = object
 
-_WITHOUT_GRADIENT = "does not require grad"  # of torch's error in a backward
+# Of torch's error in a backward; that of autograd.grad, of other tensors, begins otherwise.
+_WITHOUT_GRADIENT = "element 0 of tensors does not require grad"
 
 
 class TrainingHooks(_Wrapped):
@@ -57,6 +58,7 @@ class TrainingHooks(_Wrapped):
                     launchers.forget_evaluation(self)
                 return super().train(*args, **kwargs)
         except BaseException:
+            self._reader.undo()
             self.masked_run.sync_everything()  # what failed may have been a sync
             raise
         finally:
@@ -122,8 +124,7 @@ class TrainingHooks(_Wrapped):
                 raise
             self.masked_run.refuse_frozen()
             raise SelectionError(
-                f"the loss depends on no tensor that trains, although "
-                f"{self.masked_run.selection} does: "
+                f"the loss depends on no tensor that trains, of {self.masked_run.selection}: "
                 "something on its way has no gradient, such as a forward or a compute_loss that "
                 "detaches its result or runs inside torch.no_grad()"
             ) from error

@@ -402,6 +402,7 @@ MAY_BE_MISSING = {
         "_commit_hash",
         "_keep_in_fp32_modules",
     },
+    "only a model that torch has compiled has it": {"_orig_mod"},
     "a tokenizer, a processor or a reward has it": {
         "tokenizer",
         "get_vocab",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset
@@ -28,7 +29,7 @@ from layerrl.delta import unload_delta
 from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
 from layerrl.trainer.arguments import refuse_cast
-from layerrl.trainer.launchers import casts_model, refuse_launcher
+from layerrl.trainer.launchers import casts_model, forget_evaluation, refuse_launcher
 from tests import processes
 from tests.grpo import PROMPTS, config, make
 from tests.launchers.launch import launch
@@ -548,6 +549,24 @@ def test_an_evaluation_before_training_leaves_processes_together(runs):
     assert [process["wrapper"] for process in found] == [WRAPPERS["ddp"]] * 2
     for process in found:
         assert distance(process["weights"], runs.one["layer"][0]["weights"]) <= 1e-12
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_wrapper_that_was_put_around_an_evaluated_model_stays(wrapped):
+    """Of the autocast that accelerate puts around a forward, in a stand-in for two processes."""
+    model = tiny("llama", 2)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared: Any = accelerator.prepare_model(model, evaluation_mode=True)
+    prepared._is_accelerate_prepared = True
+    forward, own = model.forward, model._original_forward
+    if wrapped:
+        model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    now = model.forward
+    two: Any = SimpleNamespace(num_processes=2, state=SimpleNamespace())
+    trainer = SimpleNamespace(model=model, model_wrapped=model, accelerator=two)
+    forget_evaluation(trainer)
+    assert not hasattr(model, "_is_accelerate_prepared")
+    assert model.forward == (now if wrapped else own)
 
 
 @pytest.mark.parametrize("launched", ["apart", "apart_fsdp2"])

@@ -623,6 +623,19 @@ class TestRefused:
         assert again.made == 1
         assert_close(again.seen, delta_of(checkpoint), rtol=0, atol=0)
 
+    def test_nothing_stays_of_a_try_that_failed_before_the_state_was_loaded(self, base, tmp_path):
+        class Failing(LayerMaskedGRPOTrainer):
+            def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+                raise ValueError("of the scheduler")
+
+        trainer_on(base, tmp_path / "out", max_steps=1).train()
+        again = trainer_on(base, tmp_path / "again", trainer=Failing)
+        before = bits(again.model)
+        with pytest.raises(ValueError, match="of the scheduler"):
+            again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+        assert_close(bits(again.model), before, rtol=0, atol=0)
+        assert again.optimizer is None
+
     def test_a_torch_that_transformers_does_not_let_read_it(self, base, tmp_path, monkeypatch):
         def check() -> None:
             raise ValueError("Due to a vulnerability in `torch.load`, we require torch 2.6.")

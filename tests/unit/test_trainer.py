@@ -1205,6 +1205,17 @@ class TestNothingWithAGradient:
         ):
             trainer.train()
 
+    def test_another_gradient_that_a_loss_asks_for_is_its_own_error(self, model, tmp_path):
+        class Adversarial(LayerMaskedGRPOTrainer):
+            def compute_loss(self, *args, **kwargs):
+                loss = super().compute_loss(*args, **kwargs)
+                torch.autograd.grad(loss, [self.model.get_input_embeddings().weight])
+                return loss
+
+        trainer = make(model, tmp_path, selection=1, trainer=Adversarial)
+        with pytest.raises(RuntimeError, match=r"^One of the differentiated Tensors does not"):
+            trainer.train()
+
 
 HALF = "a\ud83d"  # as in a JSON file that was cut
 
@@ -1228,6 +1239,14 @@ class TestTextsThatNoTokenizerTakes:
         arguments = {"rollout_func": rollout}
         trainer = make(model, tmp_path, selection=1, arguments=arguments)
         with pytest.raises(TrainerError, match=r"text that is none of the prompts: what a tool"):
+            trainer.train()
+
+    def test_another_character_that_a_file_cannot_hold(self, model, tmp_path):
+        def noting(completions, **_):
+            (tmp_path / "log").write_text("caf\u00e9", encoding="ascii")
+
+        trainer = make(model, tmp_path, selection=1, arguments={"reward_funcs": noting})
+        with pytest.raises(UnicodeEncodeError, match="'ascii' codec"):
             trainer.train()
 
     def test_other_errors_of_a_type_are_as_they_are(self, model, tmp_path):
