@@ -555,7 +555,8 @@ def test_an_evaluation_before_training_leaves_processes_together(runs):
 def test_a_wrapper_that_was_put_around_an_evaluated_model_stays(wrapped):
     """Of the autocast that accelerate puts around a forward, in a stand-in for two processes."""
     model = tiny("llama", 2)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    accelerator = Accelerator()
+    accelerator.native_amp = True  # its state may be another test's, and cannot have it anew
     prepared: Any = accelerator.prepare_model(model, evaluation_mode=True)
     prepared._is_accelerate_prepared = True
     forward, own = model.forward, model._original_forward
