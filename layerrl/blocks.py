@@ -134,7 +134,7 @@ class _Forward:
         return self._run(*args, **kwargs)
 
     def end(self) -> None:
-        """Be the module's own forward, for whoever has kept this one."""
+        """Call the module's own forward from now on: other code may have kept this object."""
         self._run = self._forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:

@@ -145,7 +145,7 @@ def gradient_report(
 
 
 def _measured(rollouts: Rollouts, gain: Gain) -> dict[str, Any]:
-    """What a report keeps of the prompts, and of how they were scored, for its readers."""
+    """Settings for a report: numbers of prompts, noise of rewards, how far scores are widened."""
     times = {} if gain.error_times == 1 else {"error_times": gain.error_times}
     return {
         "budget": len(rollouts.with_signal),

@@ -1,4 +1,4 @@
-"""What processes that train together agree on, and what they say where they do not.
+"""Compare arguments and weights between processes, and raise an error of one in all.
 
 A collective is called on every rank or on none: a rank that leaves early keeps the others waiting.
 """
