@@ -30,7 +30,7 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
     return bool(values.all())
 
 
-def _of_all(value: _Record, at: str, accelerator: Any) -> list[_Record]:
+def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
     """Each rank's value, if all have come to the same place: a collective."""
     try:
         found = gather_object([(at, value)])
@@ -76,11 +76,9 @@ def raised_together(at: str, accelerator: Accelerator) -> Iterator[None]:
 
 
 def refuse_disagreement(
-    given: Mapping[str, object], accelerator: Any, at: str = "the making of the trainer"
+    given: Mapping[str, object], accelerator: Accelerator, at: str = "the making of the trainer"
 ) -> None:
     """Refuse processes that were given different arguments, by their `repr`. Collective.
-
-    `accelerator` may be the process's state, where there is no trainer.
 
     Raises:
         LauncherError: If one was given another.

@@ -7,7 +7,6 @@ import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -16,7 +15,7 @@ from layerrl.blocks import find_blocks
 from layerrl.checks import check_choice, check_count, finite_number, listed, shown, whole_number
 from layerrl.errors import SelectionError
 from layerrl.precision import MASTER, nested
-from layerrl.trainer import agreement, launchers
+from layerrl.trainer import launchers
 
 
 class LayerSchedule(TrainerCallback, ExportableState):
@@ -155,7 +154,6 @@ class LayerSchedule(TrainerCallback, ExportableState):
             )
         turns = {self.at(step) for step in range(0, state.max_steps, self._every)}
         idle = [chosen for chosen in self._sets if chosen not in turns]
-        agreement.refuse_disagreement({"callbacks": [self]}, PartialState(), "train()")
         if idle:
             seeds = "" if self._weights is None else ", another seed"
             raise SelectionError(
