@@ -218,7 +218,8 @@ class GiGPOTrainer(GRPOTrainer):
             step_BT = on_response_tokens(*self._of_steps, batch["completion_ids"].shape[1])
             steps_BT = self.args.omega * step_BT.to(episode_B.device)
             batch["advantages"] = episode_B[:, None] + steps_BT
-        if not batch["advantages"].isfinite().all():
+        finite: Any = self.accelerator.gather(batch["advantages"].isfinite().all()[None])
+        if not finite.all():  # in one process, an error in all
             raise EpisodeError(
                 "the advantages of a batch of episodes are not finite: rewards, omega="
                 f"{self.args.omega:g} or invalid_action_penalty="

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object
 from torch import nn
+from transformers import TrainerControl
+from transformers.trainer_utils import has_length
 
 from layerrl.digests import json_digest
 from layerrl.errors import LauncherError, LayerRLError
@@ -28,6 +31,20 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
         return value
     values: Any = gather(torch.tensor([value], device=accelerator.device))
     return bool(values.all())
+
+
+def share_control(control: TrainerControl, accelerator: Accelerator) -> None:
+    """Ask every process for what a callback of one has asked for: log, evaluate, save, stop.
+
+    Alone it would wait for the others in the first collective of that. Collective itself.
+    """
+    if accelerator.num_processes == 1:
+        return
+    names = [field.name for field in fields(control)]
+    asked = torch.tensor([[getattr(control, name) for name in names]], device=accelerator.device)
+    of_all: Any = gather(asked)
+    for name, by_one in zip(names, of_all.any(dim=0).tolist(), strict=True):
+        setattr(control, name, by_one)
 
 
 def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
@@ -96,6 +113,20 @@ def refuse_disagreement(
                 + f". Give the same {name}= to each, not one that depends on the rank, on chance "
                 "or on a file that only some can read."
             )
+
+
+def size_of_data(trainer: Any) -> str:
+    """The number of rows, where processes with fewer would leave the others waiting.
+
+    Returns:
+        The number for `refuse_disagreement`, if it has to be the same: not in a trainer that does
+        not generate and is given the number of steps.
+    """
+    data, args = trainer.train_dataset, trainer.args
+    same = hasattr(trainer, "num_generations") or args.max_steps <= 0
+    if not same or not has_length(data) or trainer.accelerator.dispatch_batches:
+        return "of any size"
+    return f"of {len(data)} rows"
 
 
 def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accelerator) -> bool:

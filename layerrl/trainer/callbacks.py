@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 from trl.trainer.callbacks import BEMACallback, SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler
 
@@ -14,6 +15,7 @@ from layerrl.errors import SelectionError
 from layerrl.reference import ReferenceModel
 from layerrl.selection import LayerSelection
 from layerrl.shards import parts, with_parameter
+from layerrl.trainer.agreement import share_control
 
 if TYPE_CHECKING:
     from layerrl.trainer.checkpoints import Checkpoints
@@ -72,6 +74,19 @@ class EpochOrder(TrainerCallback):
             per_epoch = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
             for _ in range(state.global_step // max(1, per_epoch)):  # as transformers counts them
                 next(iter(sampler), None)
+
+
+class SameControl(TrainerCallback):
+    """Lets every process do what a callback before it, in one of them, has asked for."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Transformers logs, evaluates, saves or stops next."""
+        share_control(control, self._accelerator)
+
+    on_epoch_end = on_step_end
 
 
 class GradNorms(TrainerCallback):

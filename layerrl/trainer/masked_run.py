@@ -47,11 +47,11 @@ class MaskedRun:
         quantised = getattr(unwrap(model), "is_quantized", False)
         launchers.refuse_launcher(selection, accelerator, quantised=quantised)
         launchers.refuse_threads(trainer.args)
-        auto = None if call.decided else call.auto
         given = {
-            "selection": selection if auto is None else str(auto),
+            "selection": selection if call.decided else str(call.auto),
             "checkpoint_format": call.checkpoint_format,
             "master_weights": call.master_weights,
+            "train_dataset": agreement.size_of_data(trainer),
         }
         agreement.refuse_disagreement(given, accelerator)
         casts = launchers.casts_model(accelerator)

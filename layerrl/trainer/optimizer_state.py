@@ -21,7 +21,7 @@ _ADVICE = (
 
 
 def check_optimizer_state(
-    optimizer: Any, file: Path, state: Mapping[str, Any], *, loaded: str = "Nothing"
+    optimizer: Any, file: Path, state: Mapping[str, Any], *, loaded: bool = False
 ) -> None:
     """Refuse the state of another optimizer, of which torch would miss an option in its first step.
 
@@ -32,11 +32,12 @@ def check_optimizer_state(
         optimizer: The one that will load it, not in accelerate's wrapper.
         file: Where the state is from.
         state: What the optimizer would load.
-        loaded: What of the checkpoint will be in the model when this has raised, for the error.
+        loaded: Whether the model keeps the checkpoint's weights when this has raised.
 
     Raises:
         DeltaError: If it is of another optimizer, or its groups have other sizes.
     """
+    what = "The model has the checkpoint's weights now." if loaded else "Nothing was loaded."
     groups = state.get("param_groups")
     if not isinstance(groups, Sequence) or not all(isinstance(g, dict) for g in groups):
         return  # of a form of its own, which the optimizer reads itself
@@ -46,7 +47,7 @@ def check_optimizer_state(
     if sizes != expected and type(optimizer).state_dict is Optimizer.state_dict:
         raise DeltaError(
             f"{file} has parameter groups of {sizes} tensors, and this run's "
-            f"{type(optimizer).__name__} of {expected}. {loaded} was loaded. {_ADVICE}"
+            f"{type(optimizer).__name__} of {expected}. {what} {_ADVICE}"
         )
     found = {name for group in _upgraded(optimizer, groups) for name in group}
     needed = {name for group in optimizer.param_groups for name in group}
@@ -56,8 +57,7 @@ def check_optimizer_state(
         known, unknown = (", ".join(names[:3]) for names in (others, missing))
         raise DeltaError(
             f"{file} is of another optimizer than this run's {type(optimizer).__name__}: it has "
-            f"the options {known}, and not {unknown}. {loaded} was loaded. "
-            f"{_ADVICE}"
+            f"the options {known}, and not {unknown}. {what} {_ADVICE}"
         )
 
 

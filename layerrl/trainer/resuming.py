@@ -241,8 +241,8 @@ class CheckpointReader:
             return
         if file.exists() and (folder / SCHEDULER_NAME).exists():
             optimizer = unwrap_optimizer(self._trainer.optimizer)
-            loaded = "Nothing" if self._put_back else "Only the model"  # by transformers
-            check_optimizer_state(optimizer, file, _state(file), loaded=loaded)
+            by_others = not self._put_back  # transformers has loaded a whole model, or adapters
+            check_optimizer_state(optimizer, file, _state(file), loaded=by_others)
 
     def _check_state(self, folder: Path, *, of_delta: bool) -> None:
         """What transformers would only find out after it has loaded the weights."""

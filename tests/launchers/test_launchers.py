@@ -128,6 +128,18 @@ class WritesAlone(TrainerCallback):
             unwrap(kwargs["model"]).get_parameter(TRAINED).data.view(-1)[0] += 1
 
 
+class Asks(TrainerCallback):
+    """Asks for something after a step, in the process that it is given to."""
+
+    def __init__(self, **steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, step in self.steps.items():
+            if state.global_step == step:
+                setattr(control, name, True)
+
+
 class OwnLoss(LayerMaskedGRPOTrainer):
     """A loss that asks for no log-probabilities."""
 
@@ -144,6 +156,11 @@ EVALUATES = {**EVALUATED, **SAVING, "eval_strategy": "steps", "eval_steps": 3}
 TURNS: Any = [
     {"selection": [1, 2], "arguments": {"callbacks": [LayerSchedule([1, 2], every=1, seed=seed)]}}
     for seed in (0, 1)
+]
+ASKS = [Asks(should_evaluate=1, should_training_stop=3), Asks(should_save=2)]
+ASKS = [{"arguments": {"callbacks": [asks], "eval_dataset": QUESTIONS}} for asks in ASKS]
+MORE_ROWS = [
+    {"arguments": {"train_dataset": Dataset.from_dict({"prompt": PROMPTS * n})}} for n in (4, 5)
 ]
 TURNS = [{**turns, "ddp_find_unused_parameters": True} for turns in TURNS]
 
@@ -207,13 +224,13 @@ class Runs:
             writes=[{}, {"arguments": {"callbacks": [WritesAlone()]}}],
             turns=TURNS, turns_in_one=[TURNS[0], {**TURNS[0], "arguments": {}}],
             resumed_in_one=[{"resume": self.checkpoint("one")}, {}],
-            taken={"calls": "save_delta"},
+            taken={"calls": "save_delta"}, asks=ASKS, more_rows=MORE_ROWS,
         )  # fmt: skip
 
     @cached_property
     def apart_fsdp2(self) -> dict[str, list[Any]]:
         return self._launch(
-            "apart-fsdp2", 2, FSDP2, evaluates=EVALUATES,
+            "apart-fsdp2", 2, FSDP2, evaluates=EVALUATES, asks=ASKS,
             other_weights=[{}, {"base": str(self.other_base)}],
         )  # fmt: skip
 
@@ -608,12 +625,27 @@ def test_processes_that_part_are_warned_of(runs):
     [
         ("turns", r"different callbacks=: .*'seed': 0}\], process 1 .*'seed': 1}\]"),
         ("turns_in_one", r"different callbacks=: .*'seed': 0}\], process 1 \[\]"),
+        ("more_rows", r"different train_dataset=: process 0 of 16 rows, process 1 of 20 rows"),
         ("resumed_in_one", r"different resume_from_checkpoint=: process 0 checkpoint-3, .* None"),
     ],
 )
 def test_processes_that_would_train_differently_are_told(runs, job, said):
     for error in runs.apart[job]:
         assert re.search("LauncherError: 2 processes were given " + said, error)
+
+
+@pytest.mark.parametrize("launched", ["apart", "apart_fsdp2"])
+def test_what_a_callback_of_one_process_asks_for_all_do(runs, launched):
+    assert runs.one
+    for process in getattr(runs, launched)["asks"]:
+        assert not isinstance(process, str), process
+        assert [row["step"] for row in process["log"] if "eval_loss" in row] == [1]
+        assert max(row["step"] for row in process["log"]) == 3
+    folder = runs.folder / launched.replace("_", "-") / "asks"
+    assert (folder / "checkpoint-2" / "delta.safetensors").exists()
+    ends = (folder / "delta", Path(runs.checkpoint("one")))
+    found, expected = (load_file(end / "delta.safetensors") for end in ends)
+    assert distance(found, expected) <= 1e-12
 
 
 def test_a_delta_that_cannot_be_written_is_an_error_in_all(runs):
