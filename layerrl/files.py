@@ -86,7 +86,7 @@ def why_unwritten(error: BaseException | None) -> str:
         half = error.object[error.start : error.end]
         return f"a text has {half!r:.20}, half of a character, which no file can hold"
     if isinstance(error, RuntimeError) and _OF_TORCH.search(text):
-        return "torch could not write one of its files. Is the disk full?"
+        return "torch could not write one of its files (is the disk full?)"
     if isinstance(error, OSError | SafetensorError) or _OF_RUST.search(text):
         return (error.strerror if isinstance(error, OSError) else None) or text
     return ""

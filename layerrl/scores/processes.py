@@ -52,11 +52,18 @@ def whole_model(trainer: Any) -> Iterator[None]:
         if accelerator.num_processes > 1:
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.is_floating_point():
-                    broadcast(tensor.data)
+                    give_first(tensor, tensor.device)
         yield
     finally:
         if launched:
             model.to(before)
+
+
+def give_first(tensor: Tensor, device: torch.device) -> None:
+    """Write the first rank's values into a tensor, by way of a device. Collective."""
+    # Bits, as few backends send float8 or unsigned integers of two bytes.
+    bits: Any = broadcast(tensor.detach().to(device).contiguous().view(-1).view(torch.uint8))
+    tensor.data.copy_(bits.view(tensor.dtype).view(tensor.shape))
 
 
 def loss_alone(trainer: Any, inputs: Any) -> Tensor:

@@ -12,17 +12,19 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object
+from accelerate.utils import broadcast_object_list, gather, gather_object
 from torch import nn
 from transformers import TrainerControl
 from transformers.trainer_utils import has_length
 
 from layerrl.digests import json_digest
 from layerrl.errors import LauncherError, LayerRLError
+from layerrl.scores.processes import give_first
 from layerrl.trainer.launchers import uses_fsdp, uses_zero3
 from layerrl.warning import warn
 
 _Record = TypeVar("_Record")
+_ANY_SIZE = "of any size"
 
 
 def agree(accelerator: Accelerator, value: bool) -> bool:
@@ -122,11 +124,33 @@ def size_of_data(trainer: Any) -> str:
         The number for `refuse_disagreement`, if it has to be the same: not in a trainer that does
         not generate and is given the number of steps.
     """
-    data, args = trainer.train_dataset, trainer.args
-    same = hasattr(trainer, "num_generations") or args.max_steps <= 0
-    if not same or not has_length(data) or trainer.accelerator.dispatch_batches:
-        return "of any size"
+    same = hasattr(trainer, "num_generations") or trainer.args.max_steps <= 0
+    return _size(trainer.train_dataset, trainer) if same else _ANY_SIZE
+
+
+def _size(data: Any, trainer: Any) -> str:
+    if not has_length(data) or trainer.accelerator.dispatch_batches:
+        return _ANY_SIZE
     return f"of {len(data)} rows"
+
+
+def refuse_other_rows(trainer: Any, data: Any, at: str) -> None:
+    """Refuse to evaluate on data of another size in one process: the others would wait for it.
+
+    Args:
+        trainer: The trainer, with its own `eval_dataset`.
+        data: What `evaluate` was given; None: the trainer's.
+        at: The method that was called. Collective.
+
+    Raises:
+        LauncherError: If there are other rows, or other names of data sets.
+    """
+    data = trainer.eval_dataset if data is None else data
+    if isinstance(data, str) and isinstance(trainer.eval_dataset, Mapping):
+        data = trainer.eval_dataset.get(data)
+    named = isinstance(data, Mapping)  # each of them is evaluated on by itself
+    size = f"of {', '.join(map(str, data))}" if named else _size(data, trainer)
+    refuse_disagreement({"eval_dataset": size}, trainer.accelerator, at)
 
 
 def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accelerator) -> bool:
@@ -150,13 +174,14 @@ def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accel
     in_one = uses_fsdp(accelerator) and state.fsdp_plugin.cpu_ram_efficient_loading
     if accelerator.num_processes == 1 or uses_zero3(accelerator) or in_one:
         return False
-    forms = {n: (str(p.dtype), tuple(p.shape), p.is_meta) for n, p in model.named_parameters()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    forms = {n: (str(t.dtype), tuple(t.shape), t.is_meta) for n, t in tensors.items()}
     at = "the making of the trainer"
     found = _of_all((json_digest(repr(forms)), json_digest(dict(marks))), at, accelerator)
     if odd := [rank for rank, (form, _) in enumerate(found) if form != found[0][0]]:
         raise LauncherError(
             f"process {odd[0]} was given another model than process 0: the names, shapes, dtypes "
-            "or devices of its parameters differ. Give the same model to each."
+            "or devices of its parameters or buffers differ. Give the same model to each."
         )
     odd = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
     if not odd:
@@ -169,10 +194,9 @@ def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accel
         "DDP. Load or make the model from the same seed in each."
     )
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in tensors.values():
             if not tensor.is_meta:
-                values: Any = broadcast(tensor.data.to(accelerator.device).contiguous())
-                tensor.data.copy_(values)
+                give_first(tensor, accelerator.device)
     return True
 
 

@@ -86,7 +86,19 @@ class SameControl(TrainerCallback):
         """Transformers logs, evaluates, saves or stops next."""
         share_control(control, self._accelerator)
 
-    on_epoch_end = on_step_end
+    on_substep_end = on_epoch_end = on_evaluate = on_save = on_step_end
+
+    def on_log(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Transformers may evaluate, save or stop next, where it has logged a step."""
+        if "loss" in kwargs.get("logs", ()):  # a user may log something else in one process alone
+            share_control(control, self._accelerator)
+
+
+def same_control_last(callbacks: list[TrainerCallback]) -> None:
+    """Put `SameControl` behind the callbacks that were added after it, as while training begins."""
+    for callback in [c for c in callbacks if isinstance(c, SameControl)]:
+        callbacks.remove(callback)
+        callbacks.append(callback)
 
 
 class GradNorms(TrainerCallback):

@@ -110,12 +110,18 @@ class Checkpoints:
             if trainer.args.should_save:
                 update_checksums(folder)
         except BaseException as error:
+            cause = error.__cause__ if isinstance(error, DeltaError) else error
+            reason = why_unwritten(cause)
+            if not trainer.args.should_save and reason:
+                raise CheckpointWriteError(
+                    f"process {trainer.accelerator.process_index} cannot write its files into "
+                    f"{folder}: {reason}. A run resumes from the last whole checkpoint."
+                ) from error
             if trainer.args.should_save and not is_complete(folder):
                 _remove(folder)
                 if _replaced(folder).exists():  # as a whole, whatever it held
                     _replaced(folder).rename(folder)
-                cause = error.__cause__ if isinstance(error, DeltaError) else error
-                if reason := why_unwritten(cause):
+                if reason:
                     last = last_complete(folder.parent)
                     goes_on = f"a run resumes from {last}" if last else "there is no earlier one"
                     raise CheckpointWriteError(

@@ -9,6 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from layerrl.delta.hub import hub_errors
 from layerrl.trainer import launchers
+from layerrl.trainer.callbacks import same_control_last
 from layerrl.trainer.checkpoints import refuse_readers
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class SavingHooks(_Wrapped):
         """Add a callback that does not take a delta for a whole model."""
         refuse_readers([callback], getattr(self, "checkpoint_format", "full"))
         super().add_callback(callback)
+        same_control_last(self.callback_handler.callbacks)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model, after checking that only the selection changed.

@@ -140,6 +140,18 @@ class Asks(TrainerCallback):
                 setattr(control, name, True)
 
 
+class AsksIn(TrainerCallback):
+    """Asks for something in another event."""
+
+    def __init__(self, event: str, name: str, step: int) -> None:
+        self.name, self.step = name, step
+        setattr(self, event, self.ask)
+
+    def ask(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            setattr(control, self.name, True)
+
+
 class OwnLoss(LayerMaskedGRPOTrainer):
     """A loss that asks for no log-probabilities."""
 
@@ -159,6 +171,21 @@ TURNS: Any = [
 ]
 ASKS = [Asks(should_evaluate=1, should_training_stop=3), Asks(should_save=2)]
 ASKS = [{"arguments": {"callbacks": [asks], "eval_dataset": QUESTIONS}} for asks in ASKS]
+ASKS_LATER = [
+    AsksIn("on_log", "should_evaluate", 1), AsksIn("on_evaluate", "should_save", 1),
+    AsksIn("on_log", "should_save", 3), AsksIn("on_save", "should_training_stop", 3),
+]  # fmt: skip
+ASKS_LATER = [
+    {"arguments": {"callbacks": asks, "eval_dataset": QUESTIONS}} for asks in (ASKS_LATER, [])
+]
+ASKS_BETWEEN = [
+    {"arguments": {"callbacks": asks}, "gradient_accumulation_steps": 2}
+    for asks in ([AsksIn("on_substep_end", "should_training_stop", 1)], [])
+]
+MORE_QUESTIONS = [
+    {"arguments": {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS * n})}, "evaluates": True}
+    for n in (1, 2)
+]
 MORE_ROWS = [
     {"arguments": {"train_dataset": Dataset.from_dict({"prompt": PROMPTS * n})}} for n in (4, 5)
 ]
@@ -220,17 +247,20 @@ class Runs:
             "apart", 2, evaluated={**EVALUATED, "evaluates": True}, evaluates=EVALUATES,
             other_weights=[{}, {"base": str(self.other_base)}],
             other_dtype=[{}, {"dtype": "float32"}],
+            other_buffers=[{"buffer": [1.0] * length} for length in (3, 4)],
             own_loss={**BY_STEP2, "trainer": OwnLoss, "beta": 0.0},
             writes=[{}, {"arguments": {"callbacks": [WritesAlone()]}}],
             turns=TURNS, turns_in_one=[TURNS[0], {**TURNS[0], "arguments": {}}],
             resumed_in_one=[{"resume": self.checkpoint("one")}, {}],
             taken={"calls": "save_delta"}, asks=ASKS, more_rows=MORE_ROWS,
+            asks_later=ASKS_LATER, asks_between=ASKS_BETWEEN, more_questions=MORE_QUESTIONS,
         )  # fmt: skip
 
     @cached_property
     def apart_fsdp2(self) -> dict[str, list[Any]]:
         return self._launch(
             "apart-fsdp2", 2, FSDP2, evaluates=EVALUATES, asks=ASKS,
+            other_float8=[{"buffer": [value]} for value in (1.0, 2.0)],
             other_weights=[{}, {"base": str(self.other_base)}],
         )  # fmt: skip
 
@@ -604,8 +634,16 @@ def test_processes_that_were_given_other_weights_train_the_first_ones(runs, laun
 
 
 def test_processes_that_were_given_another_model_are_told(runs):
-    for error in runs.apart["other_dtype"]:
+    for error in runs.apart["other_dtype"] + runs.apart["other_buffers"]:
         assert "LauncherError: process 1 was given another model than process 0" in error
+
+
+def test_processes_share_numbers_that_few_backends_send(runs):
+    for process in runs.apart_fsdp2["other_float8"]:
+        assert not isinstance(process, str), process
+        weights = process["weights"]
+        assert weights.pop("model.layers.0.scales").float().tolist() == [1]
+        assert distance(weights, runs.one["layer"][0]["weights"]) <= 1e-12
 
 
 def test_processes_fall_back_together_where_a_loss_cannot_be_scored(runs):
@@ -626,6 +664,7 @@ def test_processes_that_part_are_warned_of(runs):
         ("turns", r"different callbacks=: .*'seed': 0}\], process 1 .*'seed': 1}\]"),
         ("turns_in_one", r"different callbacks=: .*'seed': 0}\], process 1 \[\]"),
         ("more_rows", r"different train_dataset=: process 0 of 16 rows, process 1 of 20 rows"),
+        ("more_questions", r"different eval_dataset=: process 0 of 4 rows, process 1 of 8 rows"),
         ("resumed_in_one", r"different resume_from_checkpoint=: process 0 checkpoint-3, .* None"),
     ],
 )
@@ -646,6 +685,22 @@ def test_what_a_callback_of_one_process_asks_for_all_do(runs, launched):
     ends = (folder / "delta", Path(runs.checkpoint("one")))
     found, expected = (load_file(end / "delta.safetensors") for end in ends)
     assert distance(found, expected) <= 1e-12
+
+
+def test_processes_ask_together_whenever_one_asks(runs):
+    """While it logs, evaluates or saves, or between two parts of a step."""
+    for process in runs.apart["asks_later"]:
+        assert not isinstance(process, str), process
+        assert [row["step"] for row in process["log"] if "eval_loss" in row] == [1]
+        assert max(row["step"] for row in process["log"]) == 3
+    folder = runs.folder / "apart" / "asks_later"
+    assert sorted(path.name for path in folder.glob("check*")) == ["checkpoint-1", "checkpoint-3"]
+    ends = (folder / "checkpoint-3", Path(runs.checkpoint("one")))
+    found, expected = (load_file(end / "delta.safetensors") for end in ends)
+    assert distance(found, expected) <= 1e-12
+    for process in runs.apart["asks_between"]:
+        assert not isinstance(process, str), process
+        assert max(row["step"] for row in process["log"]) == 1
 
 
 def test_a_delta_that_cannot_be_written_is_an_error_in_all(runs):

@@ -118,6 +118,7 @@ def run(
     probes: int = 0,
     method: str = "gradient",
     rewards: Any = None,
+    buffer: list[float] | None = None,
     **changes: Any,
 ) -> Any:
     """One training, and all that the other processes are asked to agree with.
@@ -127,6 +128,7 @@ def run(
     `case`: one of `tests.trainers`, in place of GRPO.
     `probes`: prompts of `contribution_probe`, in place of training; `rewards`: its function;
     `method`: its method.
+    `buffer`: values of one more, in eight bits.
     `evaluates`: an evaluation comes before the training.
     `evaluates_changed`: a frozen tensor changes, and an evaluation comes before the training.
     """
@@ -144,6 +146,9 @@ def run(
         model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     else:
         model, settings["model_init_kwargs"] = base, {"dtype": dtype}
+    if buffer is not None:
+        values = torch.tensor(buffer).to(torch.float8_e4m3fn)
+        model.get_submodule("model.layers.0").register_buffer("scales", values)
     settings["accelerator_config"] = configured
     if probes:
         return contribution_probe(

@@ -1172,6 +1172,23 @@ class Freezing(TrainerCallback):
                 parameter.requires_grad_(False)
 
 
+def test_what_processes_share_stays_behind_callbacks_that_training_adds(model, tmp_path):
+    """Or one process would do alone what a callback behind asks for."""
+    seen = []
+
+    class Last(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append([type(callback).__name__ for callback in trainer.callback_handler.callbacks])
+
+    class Adds(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            trainer.add_callback(Last())
+
+    trainer = make(model, tmp_path, selection=1, max_steps=1, arguments={"callbacks": [Adds()]})
+    trainer.train()
+    assert [names[-2:] for names in seen] == [["Last", "SameControl"]]
+
+
 class TestNothingWithAGradient:
     @pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end"])
     @pytest.mark.parametrize("reentrant", [None, False, True])

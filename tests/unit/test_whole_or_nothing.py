@@ -179,6 +179,20 @@ class TestFullDisk:
         resumed.train(resume_from_checkpoint=True)
         assert_close(bits(resumed.model), bits(straight.model), rtol=0, atol=0)
 
+    def test_of_a_process_that_writes_beside_the_first_is_told(self, base, tmp_path, monkeypatch):
+        trainer = on(base, tmp_path / "out")
+        folder = tmp_path / "out" / "checkpoint-1"
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(type(trainer.args), "should_save", False)
+        match = r"process 0 cannot write its files into .*checkpoint-1: torch .*\(is the disk full\?\)"
+        with (
+            pytest.raises(CheckpointWriteError, match=match),
+            trainer._checkpoints.all_or_nothing(folder),
+            no_file_above(0),
+        ):
+            torch.save([1], folder / "rng_state_1.pth")
+        assert folder.exists()  # the first process's
+
     def test_leaves_what_an_earlier_run_wrote_under_the_name(self, base, tmp_path):
         earlier = on(base, tmp_path / "out", max_steps=1)
         earlier.train()
