@@ -1178,7 +1178,8 @@ def test_what_processes_share_stays_behind_callbacks_that_training_adds(model, t
 
     class Last(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            seen.append([type(callback).__name__ for callback in trainer.callback_handler.callbacks])
+            callbacks = trainer.callback_handler.callbacks
+            seen.append([type(callback).__name__ for callback in callbacks])
 
     class Adds(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):

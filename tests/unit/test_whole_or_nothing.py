@@ -184,7 +184,7 @@ class TestFullDisk:
         folder = tmp_path / "out" / "checkpoint-1"
         folder.mkdir(parents=True)
         monkeypatch.setattr(type(trainer.args), "should_save", False)
-        match = r"process 0 cannot write its files into .*checkpoint-1: torch .*\(is the disk full\?\)"
+        match = r"process 0 cannot write its files into .*checkpoint-1: torch .*the disk full\?\)"
         with (
             pytest.raises(CheckpointWriteError, match=match),
             trainer._checkpoints.all_or_nothing(folder),
