@@ -62,7 +62,7 @@ def whole_model(trainer: Any) -> Iterator[None]:
 def give_first(tensor: Tensor, device: torch.device) -> None:
     """Write the first rank's values into a tensor, by way of a device. Collective."""
     # Bits, as few backends send float8 or unsigned integers of two bytes.
-    bits: Any = broadcast(tensor.detach().to(device).contiguous().view(-1).view(torch.uint8))
+    bits: Any = broadcast(tensor.data.to(device).contiguous().view(-1).view(torch.uint8))
     tensor.data.copy_(bits.view(tensor.dtype).view(tensor.shape))
 
 

@@ -634,7 +634,7 @@ def test_processes_that_were_given_other_weights_train_the_first_ones(runs, laun
 
 
 def test_processes_that_were_given_another_model_are_told(runs):
-    for error in runs.apart["other_dtype"] + runs.apart["other_buffers"]:
+    for error in (*runs.apart["other_dtype"], *runs.apart["other_buffers"]):
         assert "LauncherError: process 1 was given another model than process 0" in error
 
 
