@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 # What no class tells: Rust's errors, which tokenizers raises as Exception; torch gives no reason.
 _OF_RUST = re.compile(r"\(os error \d+\)")
-_OF_TORCH = re.compile(r"PytorchStreamWriter|unexpected pos|write failed")
+_OF_TORCH = re.compile(r"PytorchStreamWriter|unexpected pos|write failed|iostream error")
 _HEX = "[0-9a-f]" * 32
 
 
