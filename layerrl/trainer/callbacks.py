@@ -90,7 +90,8 @@ class SameControl(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Transformers may evaluate, save or stop next, where it has logged a step."""
-        if "loss" in kwargs.get("logs", ()):  # a user may log something else in one process alone
+        # What a user logs in one process alone, a loss perhaps, has no learning rate.
+        if {"loss", "learning_rate"} <= {*kwargs.get("logs", ())}:
             share_control(control, self._accelerator)
 
 
