@@ -55,6 +55,21 @@ def test_a_sweep_is_judged_by_its_other_seeds(planted_scores: Any) -> None:
     # By seed 1, layer 2 gains 0.2 of 0.4; by seed 0, layer 0 gains 0.1 of 0.3.
     assert (one.regret, two.regret) == pytest.approx((0.5, 2 / 3))
     assert one.spearman == two.spearman == pytest.approx(-0.5)
+    # Not on layers that have one seed.
+    both = ContributionReport.from_json(truth((0.1, 0.4), (0.2, 0.1), (0.9,), (0.3, 0.2)))
+    assert planted_scores.sweeps(both) == [one, two]
+
+
+def test_suites_of_a_real_model_have_their_own_tables(
+    planted_scores: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planted_scores, "REAL", ["y"])
+    monkeypatch.setattr(
+        planted_scores, "tables", lambda rows: "".join(row["suite"] for row in rows)
+    )
+    found = planted_scores.in_parts([{"suite": name} for name in "xyx"])
+    assert found == {planted_scores.GAP: "xx", planted_scores.REAL_GAP: "y"}
+    assert planted_scores.in_parts([{"suite": "x"}]) == {planted_scores.GAP: "x"}
 
 
 def test_the_tables_by_hand(planted_scores: Any, tmp_path: Path) -> None:
