@@ -403,6 +403,27 @@ class TestUsers:
         assert [len(states) for states in seen.values()] == [3, 3]
         assert all(map(torch.equal, *seen.values()))
 
+    def test_hook_trained_tensors_and_see_each_gradient_once(self):
+        """The comparison asks for gradients of its own, which no optimizer will step along."""
+        pair, seen = Pair(llama()), {}
+
+        def hook(model: Any) -> None:
+            seen[model] = gradients = []
+            model.model.layers[FIRST].mlp.up_proj.weight.register_hook(
+                lambda gradient: gradients.append(gradient.clone()) or gradient * len(gradients)
+            )
+
+        def backward(model: Any) -> dict[str, Any]:
+            model.zero_grad()
+            call()(model).logits.pow(2).mean().backward()
+            return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+        pair.both(hook)
+        with pair.batch():
+            assert pair.replays(*[backward] * 3, grad=True) == [0, 1, 1]
+        assert [len(gradients) for gradients in seen.values()] == [3, 3]
+        assert all(map(torch.equal, *seen.values()))
+
     def test_copy_the_model_in_the_middle(self):
         """A teacher of one's own, made in the loss, must not be the policy ever after."""
         pair, teachers = Pair(llama()), {}
