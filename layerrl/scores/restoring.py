@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import Tensor, nn
 
 _TENSORS = {"_parameters", "_buffers"}
 
@@ -18,10 +17,18 @@ def as_found(*models: nn.Module) -> Iterator[None]:
     """Give models back with all that they had, but for their weights.
 
     That is flags, gradients, dtypes, devices, modes, hooks and settings. A trainer sets many of
-    these: checkpointing, `use_cache`, a cast.
+    these: checkpointing, `use_cache`, a cast. Buffers have their values again, which some modules
+    write into whenever they run (spectral norm, batch norm).
     """
     modules = [module for model in models for module in model.modules()]
     parameters = [parameter for model in models for parameter in model.parameters()]
+    buffers = [(module._buffers, module._buffers.copy()) for module in modules]
+    values = {
+        tensor: tensor.detach().clone()
+        for _, own in buffers
+        for tensor in own.values()
+        if tensor is not None and _may_move(tensor)
+    }
     kinds = [
         (of_module, name, tensor.dtype, tensor.device)
         for module in modules
@@ -50,10 +57,16 @@ def as_found(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for now, before in buffers:
+            now.clear()
+            now.update(before)
         for of_module, name, dtype, device in kinds:
             tensor = of_module.get(name)
             if tensor is not None and (tensor.dtype, tensor.device) != (dtype, device):
                 tensor.data = tensor.data.to(device, dtype)
+        for buffer, value in values.items():
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
         for parameter, flag, grad in flags:
             parameter.grad = None
             parameter.requires_grad_(flag)
@@ -67,3 +80,9 @@ def as_found(*models: nn.Module) -> Iterator[None]:
                     now[name].update(value)
                 else:
                     now[name] = value
+
+
+def _may_move(buffer: Tensor) -> bool:
+    """Whether a buffer may hold a state. Weights that GPTQ and others pack do not, and are large."""
+    dense = type(buffer) is Tensor and not (buffer.is_meta or buffer.is_sparse)
+    return dense and (buffer.is_floating_point() or buffer.dim() < 2)
