@@ -83,6 +83,6 @@ def as_found(*models: nn.Module) -> Iterator[None]:
 
 
 def _may_move(buffer: Tensor) -> bool:
-    """Whether a buffer may hold a state. Weights that GPTQ and others pack do not, and are large."""
+    """Whether a buffer may hold a state, and not weights that GPTQ and others pack: large ones."""
     dense = type(buffer) is Tensor and not (buffer.is_meta or buffer.is_sparse)
     return dense and (buffer.is_floating_point() or buffer.dim() < 2)
