@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 
@@ -22,13 +22,6 @@ def as_found(*models: nn.Module) -> Iterator[None]:
     """
     modules = [module for model in models for module in model.modules()]
     parameters = [parameter for model in models for parameter in model.parameters()]
-    buffers = [(module._buffers, module._buffers.copy()) for module in modules]
-    values = {
-        tensor: tensor.detach().clone()
-        for _, own in buffers
-        for tensor in own.values()
-        if tensor is not None and _may_move(tensor)
-    }
     kinds = [
         (of_module, name, tensor.dtype, tensor.device)
         for module in modules
@@ -55,18 +48,13 @@ def as_found(*models: nn.Module) -> Iterator[None]:
         for owner in owners.values()
     ]
     try:
-        yield
+        with _buffers_kept(modules):
+            yield
     finally:
-        for now, before in buffers:
-            now.clear()
-            now.update(before)
         for of_module, name, dtype, device in kinds:
             tensor = of_module.get(name)
             if tensor is not None and (tensor.dtype, tensor.device) != (dtype, device):
                 tensor.data = tensor.data.to(device, dtype)
-        for buffer, value in values.items():
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
         for parameter, flag, grad in flags:
             parameter.grad = None
             parameter.requires_grad_(flag)
@@ -80,6 +68,28 @@ def as_found(*models: nn.Module) -> Iterator[None]:
                     now[name].update(value)
                 else:
                     now[name] = value
+
+
+@contextmanager
+def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    buffers = [(module._buffers, module._buffers.copy()) for module in modules]
+    values = {
+        tensor: tensor.detach().clone()
+        for _, own in buffers
+        for tensor in own.values()
+        if tensor is not None and _may_move(tensor)
+    }
+    try:
+        yield
+    finally:
+        for now, before in buffers:
+            now.clear()
+            now.update(before)
+        for buffer, value in values.items():
+            if (buffer.dtype, buffer.device) != (value.dtype, value.device):
+                buffer.data = value
+            elif not torch.equal(buffer, value):
+                buffer.data.copy_(value)
 
 
 def _may_move(buffer: Tensor) -> bool:

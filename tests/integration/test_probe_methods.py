@@ -279,7 +279,7 @@ class TestBadInput:
             gradient(model, tmp_path, arguments=arguments)
 
     def test_fewer_prompts_than_a_batch(self, model, tmp_path):
-        with pytest.raises(ProbeError, match="fewer prompts than a generation batch, .* 2"):
+        with pytest.raises(ProbeError, match=r"fewer prompts than a generation batch, .* 2"):
             gradient(model, tmp_path, train_dataset=Dataset.from_dict({"prompt": ["ab"]}))
 
     def test_parts_outside_the_layers(self, model, tmp_path):

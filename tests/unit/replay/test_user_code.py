@@ -626,6 +626,38 @@ class TestUsers:
             assert pair.same(call()) in (True, False)
         assert_unpatched(pair.model)
 
+    @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [0], [1]])
+    def test_compile_layers_in_place(self, layers):
+        pair = Pair(llama())
+        pair.both(
+            lambda model: [
+                model.model.layers[k].compile(backend="eager", dynamic=True) for k in layers
+            ]
+        )
+        compiled = [module._compiled_call_impl for module in pair.model.modules()]
+        with pair.batch():
+            assert pair.replays(call(), call(), call()) == [0, 1, 1]
+            assert pair.replays(call(), call(), grad=True) == [1, 1]
+        assert_unpatched(pair.model)
+        assert [module._compiled_call_impl for module in pair.model.modules()] == compiled
+
+    @pytest.mark.parametrize("way", ["whole", "inner", "wrapped"])
+    def test_compile_around_the_layers(self, way, caplog):
+        def compile_it(model: Any) -> None:
+            if way == "wrapped":
+                model.model = torch.compile(model.model, backend="eager", dynamic=True)
+            else:
+                (model if way == "whole" else model.model).compile(backend="eager", dynamic=True)
+
+        pair = Pair(llama())
+        pair.both(compile_it)
+        with pair.batch():
+            assert not any(pair.replays(call(), call()))
+            pair.same(call(), grad=True)
+        assert_unpatched(pair.model)
+        if way != "wrapped":
+            assert "the model is compiled around its layers" in warnings(caplog)[0]
+
     def test_differentiate_forwards(self):
         def tangent(model: Any) -> Any:
             name = "model.layers.2.mlp.up_proj.weight"
