@@ -131,7 +131,7 @@ class PrefixReplay:
                     return forward(*args, **kwargs)
                 if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
                     return forward(*args, **kwargs)  # tensors have no values then
-                if any(module._compiled_call_impl is not None for module in self._around):
+                if any(map(_is_compiled, self._around)):
                     self.say("the model is compiled around its layers")
                     return forward(*args, **kwargs)
                 recordings.used = True
@@ -175,3 +175,7 @@ class PrefixReplay:
             len(self.prefix),
             problem,
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
