@@ -29,6 +29,8 @@ _WRAPPER_IN_NAME = re.compile(
 )
 
 
+_COMPILED = "_compiled_call_impl"
+
 # What else configs call a number of layers.
 _OTHER_COUNTS = ("num_layers", "n_layers", "n_layer", "num_decoder_layers", "num_blocks")
 
@@ -97,24 +99,28 @@ def replaced_forwards(
     """Let modules run something around their `forward`; afterwards each has its own again.
 
     `wrap(index, forward)` returns the new forward of a module, given the one that it has now. What
-    others put in its place inside stays there, and finds the module's own in it afterwards.
+    others put in its place inside stays there, and finds the module's own in it afterwards. Of a
+    module compiled in place (`module.compile()`) what is wrapped is the compiled call.
     """
-    own = [vars(module).get("forward") for module in modules]
+    # A compiled call traces the forward: what is put there would be compiled, anew each time.
+    names = ["forward" if m._compiled_call_impl is None else _COMPILED for m in modules]
+    own = [vars(module).get(name) for module, name in zip(modules, names, strict=True)]
     ours: list[_Forward] = []
     try:
-        for index, module in enumerate(modules):
-            ours.append(_Forward(module.forward, wrap(index, module.forward)))
-            module.forward = ours[-1]
+        for index, (module, name) in enumerate(zip(modules, names, strict=True)):
+            forward = getattr(module, name)
+            ours.append(_Forward(forward, wrap(index, forward)))
+            setattr(module, name, ours[-1])
         yield
     finally:
-        for module, forward, mine in zip(modules, own, ours, strict=False):
+        for module, name, forward, mine in zip(modules, names, own, ours, strict=False):
             mine.end()
-            if vars(module).get("forward") is not mine:
+            if vars(module).get(name) is not mine:
                 continue
             if forward is None:
-                del module.forward
+                delattr(module, name)
             else:
-                module.forward = forward
+                setattr(module, name, forward)
 
 
 def is_accelerates(forward: Any) -> bool:

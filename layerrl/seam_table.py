@@ -135,9 +135,12 @@ _OF_TORCH = {
         "_parameters": "compare what is frozen",
         "_buffers": "compare what is frozen",
         "_modules": "find the model in a launcher's wrapper",
-        "_compiled_call_impl": "start no pass in the middle of a compiled model",
+        "_compiled_call_impl": "run compiled layers, and replay them",
     },
-    "torch.Tensor": {"_version": "notice when a frozen tensor is written to"},
+    "torch.Tensor": {
+        "_version": "notice when a frozen tensor is written to",
+        "_backward_hooks": "show hooks of the user the gradients of the training alone",
+    },
     "torch._C": {
         "_swap_tensor_impl(...)": "update half-precision weights in float32",
         "_are_functorch_transforms_active(...)": "replay nothing where tensors have no values",

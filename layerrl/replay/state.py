@@ -177,8 +177,11 @@ def _unfit(module: nn.Module) -> str | None:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Let no hook of the user's see what is computed inside."""
+    """Let no hook of the user's, of a module or of a parameter, see what is computed inside."""
     found = [hooks for module in model.modules() for hooks in _foreign_hooks(module)]
+    # autograd.grad calls a parameter's hooks, too; launchers have theirs at the accumulation.
+    of_tensors = (p._backward_hooks for p in model.parameters())
+    found += [(hooks, hooks.copy()) for hooks in of_tensors if hooks]
     before = [hooks.copy() for hooks, _ in found]
     try:
         for hooks, foreign in found:

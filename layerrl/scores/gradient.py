@@ -240,6 +240,13 @@ def check_trainer(trainer: Any, asked: str) -> None:
 def check_signal(rollouts: Rollouts) -> None:
     """Refuse prompts of which too few have completions that were rewarded differently."""
     trainer = rollouts.trainer
+    if not rollouts.with_signal:
+        size, completions = trainer.args.generation_batch_size, trainer.num_generations
+        raise TooLittleSignalError(
+            f"train_dataset has fewer prompts than a generation batch, which takes "
+            f"{size // completions} (generation_batch_size={size}, {completions} completions "
+            "each): nothing can be generated. Take more prompts, or a smaller batch."
+        )
     if not rollouts.num_tokens:
         raise TooLittleSignalError(
             f"all {len(rollouts.with_signal) * trainer.num_generations} completions were cut off "

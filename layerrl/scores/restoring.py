@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import Tensor, nn
 
 _TENSORS = {"_parameters", "_buffers"}
 
@@ -18,7 +17,8 @@ def as_found(*models: nn.Module) -> Iterator[None]:
     """Give models back with all that they had, but for their weights.
 
     That is flags, gradients, dtypes, devices, modes, hooks and settings. A trainer sets many of
-    these: checkpointing, `use_cache`, a cast.
+    these: checkpointing, `use_cache`, a cast. Buffers have their values again, which some modules
+    write into whenever they run (spectral norm, batch norm).
     """
     modules = [module for model in models for module in model.modules()]
     parameters = [parameter for model in models for parameter in model.parameters()]
@@ -48,7 +48,8 @@ def as_found(*models: nn.Module) -> Iterator[None]:
         for owner in owners.values()
     ]
     try:
-        yield
+        with _buffers_kept(modules):
+            yield
     finally:
         for of_module, name, dtype, device in kinds:
             tensor = of_module.get(name)
@@ -67,3 +68,31 @@ def as_found(*models: nn.Module) -> Iterator[None]:
                     now[name].update(value)
                 else:
                     now[name] = value
+
+
+@contextmanager
+def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    buffers = [(module._buffers, module._buffers.copy()) for module in modules]
+    values = {
+        tensor: tensor.detach().clone()
+        for _, own in buffers
+        for tensor in own.values()
+        if tensor is not None and _may_move(tensor)
+    }
+    try:
+        yield
+    finally:
+        for now, before in buffers:
+            now.clear()
+            now.update(before)
+        for buffer, value in values.items():
+            if (buffer.dtype, buffer.device) != (value.dtype, value.device):
+                buffer.data = value
+            elif not torch.equal(buffer, value):
+                buffer.data.copy_(value)
+
+
+def _may_move(buffer: Tensor) -> bool:
+    """Whether a buffer may hold a state, and not weights that GPTQ and others pack: large ones."""
+    dense = type(buffer) is Tensor and not (buffer.is_meta or buffer.is_sparse)
+    return dense and (buffer.is_floating_point() or buffer.dim() < 2)

@@ -278,6 +278,10 @@ class TestBadInput:
         ):
             gradient(model, tmp_path, arguments=arguments)
 
+    def test_fewer_prompts_than_a_batch(self, model, tmp_path):
+        with pytest.raises(ProbeError, match=r"fewer prompts than a generation batch, .* 2"):
+            gradient(model, tmp_path, train_dataset=Dataset.from_dict({"prompt": ["ab"]}))
+
     def test_parts_outside_the_layers(self, model, tmp_path):
         selection = select_layers(model, 1, also="final_norm")
         with pytest.raises(ProbeError, match="layers alone are scored"):

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.testing import assert_close
 from transformers import Adafactor
 
@@ -440,6 +441,23 @@ class TestAsFound:
         after = model.state_dict()
         assert (after.pop("model.norm.weight") == 3).all()
         assert_close(after, {n: before[n] for n in after}, rtol=0, atol=0)
+
+    def test_gives_buffers_back_that_modules_write_or_replace(self):
+        model = nn.Sequential(
+            spectral_norm(nn.Linear(4, 4)), nn.BatchNorm1d(4), nn.Embedding(2, 2)
+        ).train()
+        model.register_buffer("scale", torch.ones(3), persistent=False)
+        found = dict(model.named_buffers())
+        before = {name: buffer.clone() for name, buffer in found.items()}
+        with as_found(model):
+            model[:2](torch.randn(3, 4))
+            model.scale = torch.zeros(5)
+            model.register_buffer("other", torch.ones(1))
+            assert len(before) == 6
+            now = dict(model.named_buffers())
+            assert not any(torch.equal(now[name], before[name]) for name in before)
+        assert all(now is found[name] for name, now in model.named_buffers())
+        assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
 
     def test_gives_gradients_back(self):
         model, given = tiny("llama"), torch.ones(16)

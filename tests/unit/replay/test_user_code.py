@@ -403,6 +403,27 @@ class TestUsers:
         assert [len(states) for states in seen.values()] == [3, 3]
         assert all(map(torch.equal, *seen.values()))
 
+    def test_hook_trained_tensors_and_see_each_gradient_once(self):
+        """The comparison asks for gradients of its own, which no optimizer will step along."""
+        pair, seen = Pair(llama()), {}
+
+        def hook(model: Any) -> None:
+            seen[model] = gradients = []
+            model.model.layers[FIRST].mlp.up_proj.weight.register_hook(
+                lambda gradient: gradients.append(gradient.clone()) or gradient * len(gradients)
+            )
+
+        def backward(model: Any) -> dict[str, Any]:
+            model.zero_grad()
+            call()(model).logits.pow(2).mean().backward()
+            return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+        pair.both(hook)
+        with pair.batch():
+            assert pair.replays(*[backward] * 3, grad=True) == [0, 1, 1]
+        assert [len(gradients) for gradients in seen.values()] == [3, 3]
+        assert all(map(torch.equal, *seen.values()))
+
     def test_copy_the_model_in_the_middle(self):
         """A teacher of one's own, made in the loss, must not be the policy ever after."""
         pair, teachers = Pair(llama()), {}
@@ -604,6 +625,41 @@ class TestUsers:
                 )
             assert pair.same(call()) in (True, False)
         assert_unpatched(pair.model)
+
+    @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [0], [1]])
+    def test_compile_layers_in_place(self, layers):
+        pair = Pair(llama())
+        pair.both(
+            lambda model: [
+                model.model.layers[k].compile(backend="eager", dynamic=True) for k in layers
+            ]
+        )
+        compiled = [module._compiled_call_impl for module in pair.model.modules()]
+        with pair.batch():
+            assert pair.replays(call(), call(), call()) == [0, 1, 1]
+            assert pair.replays(call(), call(), grad=True) == [1, 1]
+        assert_unpatched(pair.model)
+        assert [module._compiled_call_impl for module in pair.model.modules()] == compiled
+
+    @pytest.mark.parametrize("way", ["whole", "inner", "wrapped"])
+    def test_compile_around_the_layers(self, way, caplog):
+        def compile_it(model: Any) -> Any:
+            if way == "wrapped":
+                model.model = torch.compile(model.model, backend="eager", dynamic=True)
+            else:
+                (model if way == "whole" else model.model).compile(backend="eager", dynamic=True)
+            return model
+
+        pair = Pair(compile_it(llama()))
+        if way != "wrapped":  # a copy is not compiled
+            compile_it(pair.plain)
+        with pair.batch():
+            assert not any(pair.replays(call(), call()))
+            pair.same(call(), grad=True)
+        for layer in pair.model.get_decoder().layers:
+            assert_unpatched(layer)
+        [said] = warnings(caplog)
+        assert "the model is compiled around its layers" in said
 
     def test_differentiate_forwards(self):
         def tangent(model: Any) -> Any:
