@@ -95,6 +95,7 @@ class Case:
     def make(self, folder: Path, output_dir: Path, selection: Any = None, **changes: Any) -> Any:
         """A trainer on the model in the folder, layerrl's if there is a selection."""
         arguments = self.arguments() | changes.pop("arguments", {})
+        rows = changes.pop("rows", self.rows)
         values = {
             "output_dir": str(output_dir),
             "per_device_train_batch_size": 4,
@@ -112,7 +113,7 @@ class Case:
         return (self.plain if selection is None else self.masked)(
             model=model,
             args=self.config(**(values | self.settings | changes)),
-            train_dataset=Dataset.from_dict(self.rows),
+            train_dataset=Dataset.from_dict(rows),
             processing_class=processing_class,
             **arguments,
         )

@@ -224,7 +224,7 @@ class GiGPOTrainer(GRPOTrainer):
                 "the advantages of a batch of episodes are not finite: rewards, omega="
                 f"{self.args.omega:g} or invalid_action_penalty="
                 f"{self.args.invalid_action_penalty:g} are too large for their sums and squares "
-                "in float32. The largest reward of a step is "
+                "in float32. The largest reward of a step in this process is "
                 f"{self._largest:g}. Scale them down."
             )
         return batch

@@ -35,6 +35,12 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
     return bool(values.all())
 
 
+def alike(number: int, accelerator: Accelerator) -> bool:
+    """Whether a number is the same on every rank; a collective."""
+    numbers: Any = gather(torch.tensor([number], device=accelerator.device))
+    return bool((numbers == number).all())
+
+
 def share_control(control: TrainerControl, accelerator: Accelerator) -> None:
     """Ask every process for what a callback of one has asked for: log, evaluate, save, stop.
 
@@ -43,7 +49,9 @@ def share_control(control: TrainerControl, accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         return
     names = [field.name for field in fields(control)]
-    asked = torch.tensor([[getattr(control, name) for name in names]], device=accelerator.device)
+    asked = torch.tensor(
+        [[bool(getattr(control, name)) for name in names]], device=accelerator.device
+    )
     of_all: Any = gather(asked)
     for name, by_one in zip(names, of_all.any(dim=0).tolist(), strict=True):
         setattr(control, name, by_one)
@@ -117,40 +125,32 @@ def refuse_disagreement(
             )
 
 
-def size_of_data(trainer: Any) -> str:
-    """The number of rows, where processes with fewer would leave the others waiting.
+def sizes_of_data(trainer: Any) -> dict[str, str]:
+    """The numbers of rows that `refuse_disagreement` compares, of a trainer that generates.
+
+    A prompt's completions lie in several processes, which draw the same rows only from as many.
 
     Returns:
-        The number for `refuse_disagreement`, if it has to be the same: not in a trainer that does
-        not generate and is given the number of steps.
+        By the trainer's argument; no number where a loader of the user's own may ignore the data.
     """
-    same = hasattr(trainer, "num_generations") or trainer.args.max_steps <= 0
-    return _size(trainer.train_dataset, trainer) if same else _ANY_SIZE
+    data = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
+    drawn = hasattr(trainer, "num_generations") and not trainer.accelerator.dispatch_batches
+    return {
+        name: _rows(rows) if drawn and not _loads(trainer, name) else _ANY_SIZE
+        for name, rows in data.items()
+    }
 
 
-def _size(data: Any, trainer: Any) -> str:
-    if not has_length(data) or trainer.accelerator.dispatch_batches:
-        return _ANY_SIZE
-    return f"of {len(data)} rows"
+def _loads(trainer: Any, name: str) -> bool:
+    """Whether a class of the user's makes the loader of the data."""
+    loader = getattr(type(trainer), f"get_{name.replace('dataset', 'dataloader')}")
+    return loader.__module__.partition(".")[0] not in ("trl", "transformers")
 
 
-def refuse_other_rows(trainer: Any, data: Any, at: str) -> None:
-    """Refuse to evaluate on data of another size in one process: the others would wait for it.
-
-    Args:
-        trainer: The trainer, with its own `eval_dataset`.
-        data: What `evaluate` was given; None: the trainer's.
-        at: The method that was called. Collective.
-
-    Raises:
-        LauncherError: If there are other rows, or other names of data sets.
-    """
-    data = trainer.eval_dataset if data is None else data
-    if isinstance(data, str) and isinstance(trainer.eval_dataset, Mapping):
-        data = trainer.eval_dataset.get(data)
-    named = isinstance(data, Mapping)  # each of them is evaluated on by itself
-    size = f"of {', '.join(map(str, data))}" if named else _size(data, trainer)
-    refuse_disagreement({"eval_dataset": size}, trainer.accelerator, at)
+def _rows(data: Any) -> str:
+    if isinstance(data, Mapping):
+        return ", ".join(f"{name} {_rows(rows)}" for name, rows in data.items())
+    return f"of {len(data)} rows" if has_length(data) else _ANY_SIZE
 
 
 def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accelerator) -> bool:
@@ -175,15 +175,19 @@ def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accel
     if accelerator.num_processes == 1 or uses_zero3(accelerator) or in_one:
         return False
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    forms = {n: (str(t.dtype), tuple(t.shape), t.is_meta) for n, t in tensors.items()}
+    forms = {n: f"{t.dtype} {tuple(t.shape)} {t.is_meta}" for n, t in tensors.items()}
+    # Buffers that are not saved may have grown in one process, as tables of positions do.
+    saved = forms.keys() & model.state_dict().keys()
+    kept = json_digest({name: forms[name] for name in sorted(saved)})
+    passing = {name: form for name, form in forms.items() if name not in saved}
     at = "the making of the trainer"
-    found = _of_all((json_digest(repr(forms)), json_digest(dict(marks))), at, accelerator)
-    if odd := [rank for rank, (form, _) in enumerate(found) if form != found[0][0]]:
+    found = _of_all((kept, json_digest(dict(marks)), passing), at, accelerator)
+    if odd := [rank for rank, (form, *_) in enumerate(found) if form != found[0][0]]:
         raise LauncherError(
             f"process {odd[0]} was given another model than process 0: the names, shapes, dtypes "
-            "or devices of its parameters or buffers differ. Give the same model to each."
+            "or devices of its parameters or saved buffers differ. Give the same model to each."
         )
-    odd = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
+    odd = [rank for rank, (_, digest, _) in enumerate(found) if digest != found[0][1]]
     if not odd:
         return False
     of_ranks = _of_all(dict(marks), at, accelerator)
@@ -194,8 +198,9 @@ def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accel
         "DDP. Load or make the model from the same seed in each."
     )
     with torch.no_grad():
-        for tensor in tensors.values():
-            if not tensor.is_meta:
+        for name, tensor in tensors.items():
+            alike = all(of_rank.get(name) == passing.get(name) for *_, of_rank in found)
+            if alike and not tensor.is_meta:
                 give_first(tensor, accelerator.device)
     return True
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback, TrainerControl
+from transformers.trainer_utils import has_length
 from trl.trainer.callbacks import BEMACallback, SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler
 
@@ -15,7 +16,7 @@ from layerrl.errors import SelectionError
 from layerrl.reference import ReferenceModel
 from layerrl.selection import LayerSelection
 from layerrl.shards import parts, with_parameter
-from layerrl.trainer.agreement import share_control
+from layerrl.trainer.agreement import alike, refuse_disagreement, share_control
 
 if TYPE_CHECKING:
     from layerrl.trainer.checkpoints import Checkpoints
@@ -77,21 +78,32 @@ class EpochOrder(TrainerCallback):
 
 
 class SameControl(TrainerCallback):
-    """Lets every process do what a callback before it, in one of them, has asked for."""
+    """Lets every process do what a callback before it, in one of them, has asked for.
+
+    Not where one process may be alone: when it logs, or its epoch ends sooner than the others'.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self._same_epochs = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to take another number of steps than the other processes."""
+        steps = {"train_dataset": f"for {state.max_steps} steps"}
+        refuse_disagreement(steps, self._accelerator, "the beginning of train()")
+        loader = kwargs["train_dataloader"]
+        length = len(loader) if has_length(loader) else -1
+        self._same_epochs = length >= 0 and alike(length, self._accelerator)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Transformers logs, evaluates, saves or stops next."""
         share_control(control, self._accelerator)
 
-    on_substep_end = on_epoch_end = on_evaluate = on_save = on_step_end
+    on_evaluate = on_save = on_step_end
 
-    def on_log(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Transformers may evaluate, save or stop next, where it has logged a step."""
-        # What a user logs in one process alone, a loss perhaps, has no learning rate.
-        if {"loss", "learning_rate"} <= {*kwargs.get("logs", ())}:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """As after a step."""
+        if self._same_epochs:
             share_control(control, self._accelerator)
 
 

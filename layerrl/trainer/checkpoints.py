@@ -115,7 +115,8 @@ class Checkpoints:
             if not trainer.args.should_save and reason:
                 raise CheckpointWriteError(
                     f"process {trainer.accelerator.process_index} cannot write its files into "
-                    f"{folder}: {reason}. A run resumes from the last whole checkpoint."
+                    f"{folder}: {reason}. A run resumes from the last whole checkpoint, if there "
+                    "is one."
                 ) from error
             if trainer.args.should_save and not is_complete(folder):
                 _remove(folder)

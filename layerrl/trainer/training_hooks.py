@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerrl.errors import SelectionError, TrainerError
 from layerrl.selection.masked import check_gradients_on
-from layerrl.trainer import agreement, callbacks, launchers
+from layerrl.trainer import callbacks, launchers
 from layerrl.trainer.masked_run import MaskedRun
 from layerrl.trainer.texts import refused_texts
 
@@ -86,8 +86,6 @@ class TrainingHooks(_Wrapped):
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; before training, ZeRO-3 shards the model for it."""
         self.masked_run.check_whole("evaluate()")
-        data = args[0] if args else kwargs.get("eval_dataset")
-        agreement.refuse_other_rows(self, data, "evaluate()")
         return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:

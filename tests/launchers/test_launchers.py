@@ -160,6 +160,19 @@ class OwnLoss(LayerMaskedGRPOTrainer):
         return (logits[:, -1, 0] * inputs["advantages"]).mean()
 
 
+class LogsAlone(LayerMaskedGRPOTrainer):
+    """Logs in the main process, as many scripts do."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            super().log(*args, **kwargs)
+
+
+def texts(number: int, **changes: Any) -> dict[str, Any]:
+    rows = {"text": [f"{letter}A" * 3 for letter in "BCDEFGHIJKLMNOPQRSTU"[:number]]}
+    return {"case": "SFT", "rows": rows, "per_device_train_batch_size": 1, **changes}
+
+
 # Evaluations between the steps, before training, and in a run that saves after each.
 QUESTIONS: Any = Dataset.from_dict({"prompt": PROMPTS})
 EVALUATED = {"arguments": {"eval_dataset": QUESTIONS}}
@@ -172,19 +185,23 @@ TURNS: Any = [
 ASKS = [Asks(should_evaluate=1, should_training_stop=3), Asks(should_save=2)]
 ASKS = [{"arguments": {"callbacks": [asks], "eval_dataset": QUESTIONS}} for asks in ASKS]
 ASKS_LATER = [
-    AsksIn("on_log", "should_evaluate", 1), AsksIn("on_evaluate", "should_save", 1),
-    AsksIn("on_log", "should_save", 3), AsksIn("on_save", "should_training_stop", 3),
+    Asks(should_evaluate=1), AsksIn("on_evaluate", "should_save", 1),
+    Asks(should_save=3), AsksIn("on_save", "should_training_stop", 3),
 ]  # fmt: skip
 ASKS_LATER = [
     {"arguments": {"callbacks": asks, "eval_dataset": QUESTIONS}} for asks in (ASKS_LATER, [])
 ]
-ASKS_BETWEEN = [
-    {"arguments": {"callbacks": asks}, "gradient_accumulation_steps": 2}
-    for asks in ([AsksIn("on_substep_end", "should_training_stop", 1)], [])
-]
 MORE_QUESTIONS = [
-    {"arguments": {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS * n})}, "evaluates": True}
+    {"arguments": {"eval_dataset": {"sums": Dataset.from_dict({"prompt": PROMPTS * n})}}}
     for n in (1, 2)
+]
+# An epoch has ten steps in one process, eight in the other.
+OTHER_EPOCHS = [texts(number, max_steps=12) for number in (20, 16)]
+OTHER_STEPS = [texts(number, max_steps=-1, num_train_epochs=1) for number in (20, 16)]
+# As many batches of both.
+SHARDS = [
+    texts(number, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=4)
+    for number in (17, 18)
 ]
 MORE_ROWS = [
     {"arguments": {"train_dataset": Dataset.from_dict({"prompt": PROMPTS * n})}} for n in (4, 5)
@@ -253,7 +270,8 @@ class Runs:
             turns=TURNS, turns_in_one=[TURNS[0], {**TURNS[0], "arguments": {}}],
             resumed_in_one=[{"resume": self.checkpoint("one")}, {}],
             taken={"calls": "save_delta"}, asks=ASKS, more_rows=MORE_ROWS,
-            asks_later=ASKS_LATER, asks_between=ASKS_BETWEEN, more_questions=MORE_QUESTIONS,
+            other_epochs=OTHER_EPOCHS, other_steps=OTHER_STEPS, shards=SHARDS,
+            logs_alone={"trainer": LogsAlone}, asks_later=ASKS_LATER, more_questions=MORE_QUESTIONS,
         )  # fmt: skip
 
     @cached_property
@@ -664,7 +682,11 @@ def test_processes_that_part_are_warned_of(runs):
         ("turns", r"different callbacks=: .*'seed': 0}\], process 1 .*'seed': 1}\]"),
         ("turns_in_one", r"different callbacks=: .*'seed': 0}\], process 1 \[\]"),
         ("more_rows", r"different train_dataset=: process 0 of 16 rows, process 1 of 20 rows"),
-        ("more_questions", r"different eval_dataset=: process 0 of 4 rows, process 1 of 8 rows"),
+        (
+            "more_questions",
+            r"different eval_dataset=: process 0 sums of 4 rows, process 1 sums of 8",
+        ),
+        ("other_steps", r"different train_dataset=: process 0 for 10 steps, process 1 for 8 steps"),
         ("resumed_in_one", r"different resume_from_checkpoint=: process 0 checkpoint-3, .* None"),
     ],
 )
@@ -687,8 +709,15 @@ def test_what_a_callback_of_one_process_asks_for_all_do(runs, launched):
     assert distance(found, expected) <= 1e-12
 
 
+@pytest.mark.parametrize(("job", "steps"), [("other_epochs", 12), ("shards", 6), ("logs_alone", 5)])
+def test_processes_may_differ_in_what_no_other_waits_for(runs, job, steps):
+    for process in runs.apart[job]:
+        assert not isinstance(process, str), process
+    assert runs.apart[job][0]["log"][-1]["step"] == steps
+
+
 def test_processes_ask_together_whenever_one_asks(runs):
-    """While it logs, evaluates or saves, or between two parts of a step."""
+    """After what another callback has asked for."""
     for process in runs.apart["asks_later"]:
         assert not isinstance(process, str), process
         assert [row["step"] for row in process["log"] if "eval_loss" in row] == [1]
@@ -698,9 +727,6 @@ def test_processes_ask_together_whenever_one_asks(runs):
     ends = (folder / "checkpoint-3", Path(runs.checkpoint("one")))
     found, expected = (load_file(end / "delta.safetensors") for end in ends)
     assert distance(found, expected) <= 1e-12
-    for process in runs.apart["asks_between"]:
-        assert not isinstance(process, str), process
-        assert max(row["step"] for row in process["log"]) == 1
 
 
 def test_a_delta_that_cannot_be_written_is_an_error_in_all(runs):
