@@ -74,7 +74,7 @@ def without_trend(values: Tensor, layers: Sequence[int]) -> Tensor:
 
 
 def at_random(truth: ContributionReport) -> Fidelity:
-    """What a choice by lot may expect."""
+    """What a random choice may expect."""
     true_L = torch.tensor([*truth.scores.values()], dtype=torch.double)
     gain = truth.full.score - truth.base.score
     third = max(len(true_L) // 3, 1) / len(true_L)

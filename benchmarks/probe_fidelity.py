@@ -188,7 +188,7 @@ def compare(
             print(f'\n"gradient" and "published": {agreement(name, *truth.scores)}')
     if not counted:
         return {}
-    number, overall = len(counted["by lot"]), {}
+    number, overall = len(counted["random"]), {}
     print(f"\n### All {number} suites that separate their layers, {target}\n")
     print("| probe | median Spearman | regret | top 3 | worst third avoided | median cost |")
     print("|---|---|---|---|---|---|")
@@ -208,7 +208,7 @@ def compare(
     if len(ours := counted.get("gradient", ())) == number:
         print("\nMean Spearman of gradient, less that of")
         for probe, results in counted.items():
-            if probe not in ("gradient", "by lot") and len(results) == number:
+            if probe not in ("gradient", "random") and len(results) == number:
                 pairs = [(one, other) for (one, _), (other, _) in zip(ours, results, strict=True)]
                 mean = statistics.fmean(a.spearman - b.spearman for a, b in pairs)
                 print(f"- {probe}: {mean:+.2f}")
@@ -257,7 +257,7 @@ def fidelities(
 ) -> Iterator[tuple[str, Fidelity, float | None]]:
     """Each probe's agreement with one suite's truth, and its share of a full run's cost."""
     truth = truths[name]
-    yield "by lot", at_random(truth), 0.0
+    yield "random", at_random(truth), 0.0
     if len(truths) > 1:
         yield "position, fitted elsewhere", fidelity(truth, fitted_prior(name, truths)), 0.0
     for probe in probes:

@@ -35,26 +35,24 @@ def agree(accelerator: Accelerator, value: bool) -> bool:
     return bool(values.all())
 
 
-def alike(number: int, accelerator: Accelerator) -> bool:
+def same_on_ranks(number: int, accelerator: Accelerator) -> bool:
     """Whether a number is the same on every rank; a collective."""
     numbers: Any = gather(torch.tensor([number], device=accelerator.device))
     return bool((numbers == number).all())
 
 
 def share_control(control: TrainerControl, accelerator: Accelerator) -> None:
-    """Ask every process for what a callback of one has asked for: log, evaluate, save, stop.
+    """Set on every rank each flag of the control that one rank has set: a logical OR. Collective.
 
-    Alone it would wait for the others in the first collective of that. Collective itself.
+    A rank that logs, evaluates, saves or stops alone would wait for the others.
     """
     if accelerator.num_processes == 1:
         return
     names = [field.name for field in fields(control)]
-    asked = torch.tensor(
-        [[bool(getattr(control, name)) for name in names]], device=accelerator.device
-    )
-    of_all: Any = gather(asked)
-    for name, by_one in zip(names, of_all.any(dim=0).tolist(), strict=True):
-        setattr(control, name, by_one)
+    flags = [[bool(getattr(control, name)) for name in names]]
+    of_ranks: Any = gather(torch.tensor(flags, device=accelerator.device))
+    for name, flag in zip(names, of_ranks.any(dim=0).tolist(), strict=True):
+        setattr(control, name, flag)
 
 
 def _of_all(value: _Record, at: str, accelerator: Accelerator) -> list[_Record]:
@@ -125,32 +123,33 @@ def refuse_disagreement(
             )
 
 
-def sizes_of_data(trainer: Any) -> dict[str, str]:
-    """The numbers of rows that `refuse_disagreement` compares, of a trainer that generates.
+def dataset_sizes(trainer: Any) -> dict[str, str]:
+    """Describe the number of rows of a generating trainer's data, for `refuse_disagreement`.
 
-    A prompt's completions lie in several processes, which draw the same rows only from as many.
+    A prompt's completions lie on several ranks, which draw the same rows only from as many.
 
     Returns:
-        By the trainer's argument; no number where a loader of the user's own may ignore the data.
+        By the trainer's argument; without a number where the user's own data loader may ignore the
+        data.
     """
-    data = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
-    drawn = hasattr(trainer, "num_generations") and not trainer.accelerator.dispatch_batches
+    datasets = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
+    shared = hasattr(trainer, "num_generations") and not trainer.accelerator.dispatch_batches
     return {
-        name: _rows(rows) if drawn and not _loads(trainer, name) else _ANY_SIZE
-        for name, rows in data.items()
+        name: _num_rows(dataset) if shared and not _has_own_loader(trainer, name) else _ANY_SIZE
+        for name, dataset in datasets.items()
     }
 
 
-def _loads(trainer: Any, name: str) -> bool:
-    """Whether a class of the user's makes the loader of the data."""
+def _has_own_loader(trainer: Any, name: str) -> bool:
+    """Whether a class of the user's makes the data loader of a dataset."""
     loader = getattr(type(trainer), f"get_{name.replace('dataset', 'dataloader')}")
     return loader.__module__.partition(".")[0] not in ("trl", "transformers")
 
 
-def _rows(data: Any) -> str:
-    if isinstance(data, Mapping):
-        return ", ".join(f"{name} {_rows(rows)}" for name, rows in data.items())
-    return f"of {len(data)} rows" if has_length(data) else _ANY_SIZE
+def _num_rows(dataset: Any) -> str:
+    if isinstance(dataset, Mapping):
+        return ", ".join(f"{name} {_num_rows(rows)}" for name, rows in dataset.items())
+    return f"of {len(dataset)} rows" if has_length(dataset) else _ANY_SIZE
 
 
 def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accelerator) -> bool:
@@ -175,19 +174,16 @@ def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accel
     if accelerator.num_processes == 1 or uses_zero3(accelerator) or in_one:
         return False
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    forms = {n: f"{t.dtype} {tuple(t.shape)} {t.is_meta}" for n, t in tensors.items()}
-    # Buffers that are not saved may have grown in one process, as tables of positions do.
-    saved = forms.keys() & model.state_dict().keys()
-    kept = json_digest({name: forms[name] for name in sorted(saved)})
-    passing = {name: form for name, form in forms.items() if name not in saved}
+    forms = {n: (str(t.dtype), tuple(t.shape), t.is_meta) for n, t in tensors.items()}
     at = "the making of the trainer"
-    found = _of_all((kept, json_digest(dict(marks)), passing), at, accelerator)
-    if odd := [rank for rank, (form, *_) in enumerate(found) if form != found[0][0]]:
+    found = _of_all((json_digest(repr(forms)), json_digest(dict(marks))), at, accelerator)
+    # Also of buffers that are not saved: DDP sends all of them as one, one after the other.
+    if odd := [rank for rank, (form, _) in enumerate(found) if form != found[0][0]]:
         raise LauncherError(
             f"process {odd[0]} was given another model than process 0: the names, shapes, dtypes "
-            "or devices of its parameters or saved buffers differ. Give the same model to each."
+            "or devices of its parameters or buffers differ. Give the same model to each."
         )
-    odd = [rank for rank, (_, digest, _) in enumerate(found) if digest != found[0][1]]
+    odd = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
     if not odd:
         return False
     of_ranks = _of_all(dict(marks), at, accelerator)
@@ -198,9 +194,8 @@ def share_weights(model: nn.Module, marks: Mapping[str, str], accelerator: Accel
         "DDP. Load or make the model from the same seed in each."
     )
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            alike = all(of_rank.get(name) == passing.get(name) for *_, of_rank in found)
-            if alike and not tensor.is_meta:
+        for tensor in tensors.values():
+            if not tensor.is_meta:
                 give_first(tensor, accelerator.device)
     return True
 

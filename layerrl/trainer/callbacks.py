@@ -16,7 +16,7 @@ from layerrl.errors import SelectionError
 from layerrl.reference import ReferenceModel
 from layerrl.selection import LayerSelection
 from layerrl.shards import parts, with_parameter
-from layerrl.trainer.agreement import alike, refuse_disagreement, share_control
+from layerrl.trainer.agreement import refuse_disagreement, same_on_ranks, share_control
 
 if TYPE_CHECKING:
     from layerrl.trainer.checkpoints import Checkpoints
@@ -78,9 +78,9 @@ class EpochOrder(TrainerCallback):
 
 
 class SameControl(TrainerCallback):
-    """Lets every process do what a callback before it, in one of them, has asked for.
+    """Shares what a callback before it has set in the control of one rank.
 
-    Not where one process may be alone: when it logs, or its epoch ends sooner than the others'.
+    Not where a rank may be alone: in `on_log`, or where epochs end at other steps on other ranks.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -92,8 +92,8 @@ class SameControl(TrainerCallback):
         steps = {"train_dataset": f"for {state.max_steps} steps"}
         refuse_disagreement(steps, self._accelerator, "the beginning of train()")
         loader = kwargs["train_dataloader"]
-        length = len(loader) if has_length(loader) else -1
-        self._same_epochs = length >= 0 and alike(length, self._accelerator)
+        num_batches = len(loader) if has_length(loader) else -1
+        self._same_epochs = num_batches >= 0 and same_on_ranks(num_batches, self._accelerator)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Transformers logs, evaluates, saves or stops next."""
@@ -108,10 +108,8 @@ class SameControl(TrainerCallback):
 
 
 def same_control_last(callbacks: list[TrainerCallback]) -> None:
-    """Put `SameControl` behind the callbacks that were added after it, as while training begins."""
-    for callback in [c for c in callbacks if isinstance(c, SameControl)]:
-        callbacks.remove(callback)
-        callbacks.append(callback)
+    """Move `SameControl` behind callbacks that were added after it."""
+    callbacks.sort(key=lambda callback: isinstance(callback, SameControl))
 
 
 class GradNorms(TrainerCallback):

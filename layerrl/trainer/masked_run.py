@@ -51,7 +51,7 @@ class MaskedRun:
             "selection": selection if call.decided else str(call.auto),
             "checkpoint_format": call.checkpoint_format,
             "master_weights": call.master_weights,
-            **agreement.sizes_of_data(trainer),
+            **agreement.dataset_sizes(trainer),
         }
         agreement.refuse_disagreement(given, accelerator)
         casts = launchers.casts_model(accelerator)

@@ -128,7 +128,8 @@ class LayerMaskedMixin(TrainingHooks, SavingHooks):
         frozen = callbacks.FrozenCheck(lambda at: self.masked_run.check_frozen(at))
         fit = callbacks.OptimizerFit(lambda: self.masked_run.fit_optimizer())
         on_top = callbacks.DeltaOnTop(self._checkpoints)
-        for callback in (callbacks.EpochOrder(), fit, frozen, on_top):
+        control = callbacks.SameControl(self.accelerator)  # the last: `add_callback` keeps it there
+        for callback in (callbacks.EpochOrder(), fit, frozen, on_top, control):
             self.add_callback(callback)
         chosen = call.selection_for(self.model, self.processing_class)
         call.check_made(self, chosen)

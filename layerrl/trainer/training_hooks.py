@@ -46,8 +46,6 @@ class TrainingHooks(_Wrapped):
         args, kwargs = self._reader.resumed(args, kwargs)
         try:
             callbacks.refuse_callbacks(self.callback_handler.callbacks, self.masked_run.selection)
-            self.remove_callback(callbacks.SameControl)
-            self.add_callback(callbacks.SameControl(self.accelerator))  # behind the user's
             with self._mask.during_training():
                 check_gradients_on("train()", TrainerError)
                 if self.model_init is None:

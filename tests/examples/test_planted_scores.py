@@ -47,6 +47,8 @@ def test_a_verdict_by_hand(planted_scores: Any) -> None:
     assert found.spearman == pytest.approx(1 - 6 * (25 + 1 + 16) / (6 * 35))
     itself = planted_scores.verdict(true, 0.0, true)
     assert (itself.found, itself.regret, itself.avoided) == (1, 0, 1)
+    tied = planted_scores.verdict({0: 0.1, 1: 0.5, 2: 0.5}, 0.0, {0: 1.0, 1: 3.0, 2: 2.0})
+    assert (tied.found, tied.regret) == (1, 0)  # either of the two
 
 
 def test_a_sweep_is_judged_by_its_other_seeds(planted_scores: Any) -> None:

@@ -145,6 +145,6 @@ def test_every_probe_scores_every_layer(load: Any, tmp_path: Path, monkeypatch: 
 def test_a_picture_of_what_costs_and_what_does_not(load: Any, tmp_path: Path) -> None:
     module = load("probe_fidelity")
     some = module.Overall(0.5, 0.1)
-    overall = {"gradient": some, "by lot": replace(some, share=0.0), "?": replace(some, share=None)}
+    overall = {"gradient": some, "random": replace(some, share=0.0), "?": replace(some, share=None)}
     module.picture(overall, tmp_path / "probes.png")
     assert (tmp_path / "probes.png").stat().st_size > 10_000

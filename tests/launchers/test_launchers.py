@@ -28,6 +28,7 @@ from layerrl.blocks import unwrap
 from layerrl.delta import unload_delta
 from layerrl.errors import DeltaError, LauncherError, SelectionError
 from layerrl.trainer import LayerSchedule
+from layerrl.trainer.agreement import dataset_sizes
 from layerrl.trainer.arguments import refuse_cast
 from layerrl.trainer.launchers import casts_model, forget_evaluation, refuse_launcher
 from tests import processes
@@ -191,6 +192,10 @@ ASKS_LATER = [
 ASKS_LATER = [
     {"arguments": {"callbacks": asks, "eval_dataset": QUESTIONS}} for asks in (ASKS_LATER, [])
 ]
+ASKS_AT_THE_END = [
+    {"arguments": {"callbacks": callbacks}}
+    for callbacks in ([AsksIn("on_epoch_end", "should_save", 5)], [])
+]
 MORE_QUESTIONS = [
     {"arguments": {"eval_dataset": {"sums": Dataset.from_dict({"prompt": PROMPTS * n})}}}
     for n in (1, 2)
@@ -271,7 +276,8 @@ class Runs:
             resumed_in_one=[{"resume": self.checkpoint("one")}, {}],
             taken={"calls": "save_delta"}, asks=ASKS, more_rows=MORE_ROWS,
             other_epochs=OTHER_EPOCHS, other_steps=OTHER_STEPS, shards=SHARDS,
-            logs_alone={"trainer": LogsAlone}, asks_later=ASKS_LATER, more_questions=MORE_QUESTIONS,
+            logs_alone={"trainer": LogsAlone}, asks_later=ASKS_LATER,
+            asks_at_the_end=ASKS_AT_THE_END, more_questions=MORE_QUESTIONS,
         )  # fmt: skip
 
     @cached_property
@@ -727,6 +733,26 @@ def test_processes_ask_together_whenever_one_asks(runs):
     ends = (folder / "checkpoint-3", Path(runs.checkpoint("one")))
     found, expected = (load_file(end / "delta.safetensors") for end in ends)
     assert distance(found, expected) <= 1e-12
+
+
+def test_processes_save_together_at_the_end_of_an_epoch(runs):
+    for process in runs.apart["asks_at_the_end"]:
+        assert not isinstance(process, str), process
+    folder = runs.folder / "apart" / "asks_at_the_end"
+    assert [path.name for path in folder.glob("check*")] == ["checkpoint-5"]
+
+
+def test_rows_that_a_loader_of_the_user_may_ignore_are_not_compared(tmp_path):
+    class OwnLoader(LayerMaskedGRPOTrainer):
+        def get_train_dataloader(self) -> Any:
+            return super().get_train_dataloader()
+
+    trainer = make(tiny("llama", 3), tmp_path, selection=1, arguments={"eval_dataset": QUESTIONS})
+    assert dataset_sizes(trainer) == {
+        "train_dataset": "of 16 rows", "eval_dataset": "of 4 rows",
+    }  # fmt: skip
+    trainer = make(tiny("llama", 3), tmp_path, selection=1, trainer=OwnLoader)
+    assert dataset_sizes(trainer) == dict.fromkeys(("train_dataset", "eval_dataset"), "of any size")
 
 
 def test_a_delta_that_cannot_be_written_is_an_error_in_all(runs):
