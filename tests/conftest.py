@@ -1,12 +1,15 @@
 """For every test file: no model hub, one thread (tiny models gain nothing from more), the same
-hypothesis examples in each run, and a device."""
+random numbers and hypothesis examples in each run, and a device."""
 
 import os
+import random
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -74,9 +77,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker("cuda")
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures draw
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """No GPU, no test of one."""
+    """Each test has its own seed, the same in each run. No GPU, no test of one."""
     workers.begin(item.nodeid)
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch finds none")
 

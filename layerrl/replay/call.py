@@ -48,6 +48,8 @@ class Call:
             set_random_state(self._random_state)
         else:
             self._replay.num_replayed += prefix.replays
+            if not prefix.reached:
+                self._replay.say("the model does not call its layers, or is compiled around them")
             return output
         if prefix.compares:
             # What the user counts, or a checkpoint around the call keeps, is of the call alone.

@@ -64,6 +64,8 @@ class Prefix:
         """Whether layers that ran drew random numbers, where that is watched."""
         self.dtype = torch.float32
         """What the layers compute in, where that is watched."""
+        self.reached = False
+        """Whether the first layer was called, and not traced."""
         self._begin()
 
     def _begin(self) -> None:
@@ -108,7 +110,7 @@ class Prefix:
             raise RestartError
 
     def _decide(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        replay = self._replay
+        replay, self.reached = self._replay, True
         if self._watched:
             self.dtype = _computed_in(hidden_states(args, kwargs))
             self._run_observed()
