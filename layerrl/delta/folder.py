@@ -174,5 +174,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except Exception as error:
         if isinstance(error, DeltaError) or not why_unwritten(error):
             raise
+        if os.path.lexists(path):
+            raise DeltaError(
+                f"{path} exists already: another process has made it since. Let one write it "
+                "(save_delta has is_main_process for that), or give each a folder of its own"
+            ) from error
         why = why_unwritten(error) if isinstance(error, UnicodeError) else error
         raise DeltaError(f"cannot write {path}: {why}") from error

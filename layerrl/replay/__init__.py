@@ -131,7 +131,7 @@ class PrefixReplay:
                     return forward(*args, **kwargs)
                 if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
                     return forward(*args, **kwargs)  # tensors have no values then
-                if _compiled(forward) or any(map(_is_compiled, self._around)):
+                if any(map(_is_compiled, self._around)):
                     self.say("the model is compiled around its layers")
                     return forward(*args, **kwargs)
                 recordings.used = True
@@ -178,10 +178,4 @@ class PrefixReplay:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    wrapped = module._compiled_call_impl is not None or "_orig_mod" in module._modules
-    return wrapped or _compiled(module.forward)
-
-
-def _compiled(forward: Callable[..., Any]) -> bool:
-    """Whether `torch.compile` returned this function."""
-    return hasattr(forward, "_torchdynamo_orig_callable")
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

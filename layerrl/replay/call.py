@@ -48,8 +48,9 @@ class Call:
             set_random_state(self._random_state)
         else:
             self._replay.num_replayed += prefix.replays
-            if not prefix.reached:
-                self._replay.say("the model does not call its layers, or is compiled around them")
+            if not prefix.reached:  # what calls them would be compiled anew each time
+                problem = "the model does not call its layers, or is compiled around them"
+                self._replay.switch_off(problem)
             return output
         if prefix.compares:
             # What the user counts, or a checkpoint around the call keeps, is of the call alone.

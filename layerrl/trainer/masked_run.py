@@ -101,7 +101,10 @@ class MaskedRun:
 
     def _replay_of(self, model: nn.Module) -> PrefixReplay:
         agree = partial(agreement.agree, self._trainer.accelerator)
-        return PrefixReplay(model, self.selection, self._call.prefix_cache_bytes, agree=agree)
+        replay = PrefixReplay(model, self.selection, self._call.prefix_cache_bytes, agree=agree)
+        if replay.enabled and self._trainer.args.torch_compile:
+            replay.say("torch_compile=True compiles the model around its layers")
+        return replay
 
     def _set_reference(self) -> None:
         """Before anything trains, the model is its own reference."""

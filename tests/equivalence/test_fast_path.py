@@ -129,6 +129,16 @@ class TestEqualsFreezingByHand:
         assert masked.masked_run.replay.enabled
         assert warnings(caplog) == []
 
+    def test_compiled(self, base, caplog):
+        plain, masked = pair(
+            base, beta=0.04, num_iterations=2, torch_compile=True, torch_compile_backend="eager"
+        )
+        train(plain, masked)
+        assert_same_run(masked, plain)
+        assert masked.masked_run.replay.num_replayed  # in passes that TRL does not compile
+        [said] = warnings(caplog)
+        assert "torch_compile=True" in said
+
     @pytest.mark.parametrize(
         "changes",
         [

@@ -22,7 +22,7 @@ import layerrl
 from layerrl import LayerSelection, load_delta, merge_delta, save_delta, select_layers
 from layerrl import delta as delta_module
 from layerrl.blocks import find_blocks
-from layerrl.delta import DeltaBase, checkpoint_form, placing, put_tensors, record
+from layerrl.delta import DeltaBase, checkpoint_form, new_folder, placing, put_tensors, record
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints
 from tests.devices import on_any_device, on_cpu
@@ -776,6 +776,17 @@ class TestOutput:
                 (out / "mine").write_text("mine")
         with refused(f"{out} exists already", under=tmp_path):
             write(out)
+
+    def test_that_another_process_makes_meanwhile(self, tmp_path):
+        out = tmp_path / "out"
+        with (
+            pytest.raises(DeltaError, match="exists already: another process has made it since"),
+            new_folder(out),
+            new_folder(out) as others,
+        ):
+            (others / "file").write_text("theirs")
+        assert (out / "file").read_text() == "theirs"
+        assert [*tmp_path.iterdir()] == [out]
 
     @pytest.mark.parametrize("path", [".", "/"])
     def test_that_is_no_new_name(self, write, tmp_path, monkeypatch, path):

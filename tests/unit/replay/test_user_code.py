@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -661,13 +662,19 @@ class TestUsers:
         self.runs_layers(Pair(model), caplog)
 
     def test_compile_what_a_forward_calls(self, caplog):
+        times = CompileCounter()
+
         def compile_it(model: Any) -> None:
-            compiled = torch.compile(model.model.forward, backend="eager", dynamic=True)
+            compiled = torch.compile(model.model.forward, backend=times, dynamic=True)
             model.model.forward = lambda *args, **kwargs: compiled(*args, **kwargs)
 
         pair = Pair(llama())
-        pair.both(compile_it)
+        compile_it(pair.model)
         self.runs_layers(pair, caplog)
+        num_compiled = times.frame_count
+        with pair.batch():
+            assert not any(pair.replays(call(), call()))
+        assert times.frame_count == num_compiled
 
     @staticmethod
     def runs_layers(pair: Pair, caplog: Any) -> None:
