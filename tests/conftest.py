@@ -2,14 +2,12 @@
 random numbers and hypothesis examples in each run, and a device."""
 
 import os
-import random
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -81,10 +79,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Each test has its own seed, the same in each run. No GPU, no test of one."""
     workers.begin(item.nodeid)
-    seed = zlib.crc32(item.nodeid.encode())
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    from transformers import set_seed  # once HF_HUB_OFFLINE is set
+
+    set_seed(zlib.crc32(item.nodeid.encode()))
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch finds none")
 

@@ -63,11 +63,6 @@ class PrefixReplay:
         self.model = model
         self.selection = selection
         self.prefix = [blocks.modules[layer] for layer in selection.frozen_prefix]
-        layers = {*blocks.modules}
-        self._around = [
-            m for m in blocks.part.modules() if m not in layers and layers & {*m.modules()}
-        ]
-        """Modules that call the layers, or hold them."""
         self.trained_layers = [blocks.modules[layer] for layer in selection.layers]
         self.agree = agree
         self.verified: set[tuple[Any, ...]] = set()
@@ -131,9 +126,6 @@ class PrefixReplay:
                     return forward(*args, **kwargs)
                 if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
                     return forward(*args, **kwargs)  # tensors have no values then
-                if any(map(_is_compiled, self._around)):
-                    self.say("the model is compiled around its layers")
-                    return forward(*args, **kwargs)
                 recordings.used = True
                 return Call(self, recordings, forward, args, kwargs).run(records=records)
 
@@ -175,7 +167,3 @@ class PrefixReplay:
             len(self.prefix),
             problem,
         )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
