@@ -140,7 +140,7 @@ def test_half_precision_rounds_no_step_away(tmp_path, monkeypatch, amp):
     monkeypatch.setattr(step, "_in_float32", watched)
     _, _, found = gains(model, tmp_path, 1e-6, bf16=amp)
     assert {*computed} == {torch.float32}
-    assert (found.abs() > 0).all()
+    assert (found != 0).double().mean() > 0.9  # of the smallest ones float32 leaves nothing, too
     assert_close(bits(model), before, rtol=0, atol=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32 if amp else torch.bfloat16}
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from layerrl import LayerMaskedGRPOTrainer, LayerSelection, load_delta, select_layers
 from layerrl.blocks import unwrap
@@ -34,7 +35,7 @@ from layerrl.trainer.launchers import casts_model, forget_evaluation, refuse_lau
 from tests import processes
 from tests.grpo import PROMPTS, config, make
 from tests.launchers.launch import launch
-from tests.launchers.worker import FROZEN, held, letters, no_reward_for_k
+from tests.launchers.worker import FROZEN, held, letters, no_reward_for_k, norm
 from tests.models import tiny, tiny_config
 from tests.runs import bits, in_layers, load, saved
 
@@ -479,11 +480,12 @@ def test_a_probe_from_rollouts_is_that_of_one_process(runs, launched, job):
 
 def assert_same_report(found: list[Any], expected: Any) -> None:
     """The same in every process, and that of one but for the order of additions."""
-    assert expected.method in ("gradient", "step")
+    rounding = {"gradient": 1e-6, "step": 1e-4}[expected.method]  # a step is measured in float32
+    largest = max(abs(score) for layer in expected.layers for score in layer.scores[0])
     for report in found:
         assert not isinstance(report, str), report
         for now, before in zip(report.layers, expected.layers, strict=True):
-            assert now.scores[0] == pytest.approx(before.scores[0], rel=1e-6, abs=1e-9)
+            assert now.scores[0] == pytest.approx(before.scores[0], rel=0, abs=rounding * largest)
         of_batch: Any = {"args": None}  # a process's size of a batch and its rank
         assert {**report.settings, **of_batch} == {**expected.settings, **of_batch}
         assert report.layers == found[0].layers
@@ -562,7 +564,8 @@ def test_new_tokens_alone_move_in_two_processes(runs):
         assert "also new_tokens:8-15 under FSDP or DeepSpeed" in error
 
 
-def test_deltas_are_switched_in_a_model_that_fsdp2_shards(runs):
+def test_deltas_are_switched_in_a_model_that_fsdp2_shards(runs, monkeypatch):
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
     for found in runs.fsdp2["deltas"]:
         assert not isinstance(found, str), found
         model = load(runs.folder / "base", torch.float64)

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from layerrl import LayerMaskedGRPOTrainer, contribution_probe, load_delta
 from layerrl.blocks import is_peft, unwrap
@@ -285,6 +286,21 @@ def let_accelerate_shard_on_a_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """Llama's norm, in float64 where the model is.
+
+    Its own rounds to float32. A value that other rows in the batch change in its last bit may go
+    the other way there: on one machine, and not on the next.
+    """
+    if hidden_states.dtype != torch.float64:
+        return _norm_in_float32(self, hidden_states)
+    shape = hidden_states.shape[-1:]
+    return nn.functional.rms_norm(hidden_states, shape, self.weight, self.variance_epsilon)
+
+
+_norm_in_float32 = LlamaRMSNorm.forward
+
+
 def let_deepspeed_compile_nothing() -> None:
     """It would compile communication through shared memory, which gloo does without."""
     import deepspeed
@@ -304,6 +320,7 @@ def main(
     rank = environment.get("RANK", "0")
     with (folder / f"log-{rank}.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         faulthandler.dump_traceback_later(patience, file=log)
+        LlamaRMSNorm.forward = norm
         if "ACCELERATE_USE_FSDP" in environment:
             let_accelerate_shard_on_a_cpu()
         if "DS_ACCELERATOR" in environment:
