@@ -2,6 +2,7 @@
 random numbers and hypothesis examples in each run, and a device."""
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -77,11 +78,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures draw
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Each test has its own seed, the same in each run. No GPU, no test of one."""
+    """Each test has its own seed, the same in each run, and compiles anew.
+
+    One of a GPU is skipped where there is none.
+    """
     workers.begin(item.nodeid)
     from transformers import set_seed  # once HF_HUB_OFFLINE is set
 
     set_seed(zlib.crc32(item.nodeid.encode()))
+    if "torch._dynamo" in sys.modules:  # which compiles a function of a module eight times at most
+        torch.compiler.reset()
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch finds none")
 

@@ -49,6 +49,8 @@ class PrefixReplay:
             take more than what is left of it, as an evaluation's beside one to train on.
         agree: Whether something is so in all processes that train together. A pass that one of them
             replays and another does not would leave them waiting for each other.
+        compiled: Whether the model is known to be compiled around its layers, or will be. A call
+            that is traced cannot say so itself.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class PrefixReplay:
         max_bytes: int,
         *,
         agree: Callable[[bool], bool] = bool,
+        compiled: bool = False,
     ) -> None:
         blocks = selection.blocks(model)
         self.model = model
@@ -65,6 +68,7 @@ class PrefixReplay:
         self.prefix = [blocks.modules[layer] for layer in selection.frozen_prefix]
         self.trained_layers = [blocks.modules[layer] for layer in selection.layers]
         self.agree = agree
+        self._compiled = compiled
         self.verified: set[tuple[Any, ...]] = set()
         """Kinds of calls of which a replay has matched."""
         self.refused: dict[tuple[Any, ...], str] = {}
@@ -131,6 +135,8 @@ class PrefixReplay:
 
             return run
 
+        if self._compiled and (alone or self._is_new_batch):
+            self.say("the model is compiled around its layers")
         self._inside = True
         left = self.max_bytes - self.num_bytes
         self._alone = Recordings(left, partly=True) if alone else None

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-)
+from accelerate.utils import DistributedType, DynamoBackend, is_compiled_module
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -106,6 +105,13 @@ def refuse_threads(args: Any) -> None:
 def casts_model(accelerator: Accelerator) -> bool:
     """Whether the model itself goes over to the dtype of mixed precision when training starts."""
     return uses_deepspeed(accelerator) and accelerator.mixed_precision in ("bf16", "fp16")
+
+
+def compiles_around_layers(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Whether the whole model is compiled, or will be, and not layer by layer."""
+    plugin: Any = accelerator.state.dynamo_plugin
+    whole = plugin.backend != DynamoBackend.NO and not plugin.use_regional_compilation
+    return whole or is_compiled_module(model)
 
 
 def _refuse_parts_elsewhere(selection: LayerSelection, settings: Mapping[str, Any]) -> None:

@@ -100,11 +100,14 @@ class MaskedRun:
             self.sync = AnnouncedSync(trainer, selection, call.early)
 
     def _replay_of(self, model: nn.Module) -> PrefixReplay:
-        agree = partial(agreement.agree, self._trainer.accelerator)
-        replay = PrefixReplay(model, self.selection, self._call.prefix_cache_bytes, agree=agree)
-        if replay.enabled and self._trainer.args.torch_compile:
-            replay.say("torch_compile=True compiles the model around its layers")
-        return replay
+        accelerator = self._trainer.accelerator
+        return PrefixReplay(
+            model,
+            self.selection,
+            self._call.prefix_cache_bytes,
+            agree=partial(agreement.agree, accelerator),
+            compiled=launchers.compiles_around_layers(accelerator, self._trainer.model),
+        )
 
     def _set_reference(self) -> None:
         """Before anything trains, the model is its own reference."""

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
 from layerrl import LayerMaskedMixin
-from layerrl.blocks import find_blocks
+from layerrl.blocks import find_blocks, unwrap
 from layerrl.reference import ReferenceModel
 from tests.devices import on_any_device
 from tests.grpo import QUIETLY, make
@@ -129,15 +129,24 @@ class TestEqualsFreezingByHand:
         assert masked.masked_run.replay.enabled
         assert warnings(caplog) == []
 
-    def test_compiled(self, base, caplog):
-        plain, masked = pair(
-            base, beta=0.04, num_iterations=2, torch_compile=True, torch_compile_backend="eager"
-        )
+    @pytest.mark.parametrize("way", ["args", "launcher", "by hand"])
+    @pytest.mark.parametrize(("changes", "spares"), [({}, False), (REUSED, True)])
+    def test_compiled(self, base, caplog, monkeypatch, way, changes, spares):
+        """It is said where passes would have been spared."""
+        if way == "args":
+            changes = {**changes, "torch_compile": True, "torch_compile_backend": "eager"}
+        elif way == "launcher":
+            monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+        plain, masked = pair(base, **changes)
+        if way == "by hand":
+            compiled = torch.compile(load(base), backend="eager")
+            masked = make(compiled, base.parent / "masked", selection=2, max_steps=3, **changes)
         train(plain, masked)
+        masked.model = unwrap(masked.model)  # by the same names
         assert_same_run(masked, plain)
-        assert masked.masked_run.replay.num_replayed  # in passes that TRL does not compile
-        [said] = warnings(caplog)
-        assert "torch_compile=True" in said
+        said = warnings(caplog)
+        assert len(said) == spares
+        assert all("is compiled around its layers" in line for line in said)
 
     @pytest.mark.parametrize(
         "changes",

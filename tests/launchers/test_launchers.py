@@ -225,6 +225,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._failed: dict[str, AssertionError] = {}
         saved(folder / "base", tiny("llama", 4).double())
 
     @cached_property
@@ -383,8 +384,15 @@ class Runs:
             of: [job(of, c) for c in changes] if isinstance(changes, list) else job(of, changes)
             for of, changes in jobs.items()
         }
-        folder = self.folder / name
-        return launch(folder, whole, num_processes=num_processes, environment=variables)
+        if name in self._failed:  # not another one for each test, onto what the first left
+            raise self._failed[name]
+        try:
+            return launch(
+                self.folder / name, whole, num_processes=num_processes, environment=variables
+            )
+        except AssertionError as error:
+            self._failed[name] = error
+            raise
 
 
 @pytest.fixture(scope="module")
