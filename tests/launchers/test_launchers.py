@@ -560,7 +560,7 @@ def test_new_tokens_alone_move_in_two_processes(runs):
     assert_same(runs.ddp["rows"], runs.one["rows"], 1e-6)
     name, [one] = "model.embed_tokens.weight", runs.one["rows"]
     for process in runs.ddp["rows"]:
-        assert distance({name: process["weights"][name]}, {name: one["weights"][name]}) <= 1e-9
+        assert distance({name: process["weights"][name]}, {name: one["weights"][name]}) <= 1e-12
     base = AutoModelForCausalLM.from_pretrained(runs.folder / "base", dtype=torch.float64)
     before = base.get_input_embeddings().weight
     moved = {*range(8, 16)}
