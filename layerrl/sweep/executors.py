@@ -19,8 +19,6 @@ Measured = Generator[tuple[Run, dict[str, Any]]]
 EXECUTORS = ("serial", "ray")
 _RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
 _RETRIES = 3
-_loaded: dict[str, Harness] = {}
-"""In a worker: the harness that it was last asked to use, by the id of the shared object."""
 
 
 @contextmanager
@@ -41,18 +39,33 @@ def executor(
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
         _check_nodes(ray.nodes(), resources)
-        options: dict[str, Any] = {"max_retries": _RETRIES, **resources}
-        remote = ray.remote(**options)(_measure_in_worker)
+        takes: dict[str, Any] = {"num_cpus": 1, **resources}
+        worker = ray.remote(max_restarts=-1, max_task_retries=_RETRIES, **takes)(_Worker)
         # Inside a list Ray hands on the reference, and the worker loads the model only once.
         arguments = [ray.put(harness)], torch.get_num_threads()
 
         def measure_all(tasks: Iterable[Task]) -> Measured:
-            waiting = {remote.remote(*arguments, run, since): run for run, since in tasks}
+            # A worker for each run: those that start first do what the others wait for. No tasks,
+            # which would have to be cancelled: that of one that just ends can end this process.
+            queue = list(tasks)
+            workers = [worker.remote(*arguments) for _ in queue]
+            waiting: dict[Any, tuple[Any, Run | None]]
+            waiting = {one.load.remote(): (one, None) for one in workers}
             try:
                 while waiting:
                     [ready], _ = ray.wait(list(waiting), num_returns=1)
-                    yield waiting[ready], ray.get(ready)
-                    del waiting[ready]
+                    one, run = waiting.pop(ready)
+                    found = ray.get(ready)
+                    if queue:
+                        task = queue.pop(0)
+                        waiting[one.measure.remote(*task)] = one, task[0]
+                    else:  # what it holds is free for other work
+                        ray.kill(one)
+                    if not queue:
+                        for unused in [key for key, (_, does) in waiting.items() if does is None]:
+                            ray.kill(waiting.pop(unused)[0])
+                    if run is not None:
+                        yield run, found
             except RayTaskError:  # what the run itself raised
                 raise
             except RayError as error:
@@ -62,8 +75,8 @@ def executor(
                     f"kept; the same call continues. {error}"
                 ) from error
             finally:
-                for reference in waiting:
-                    ray.cancel(reference, force=True)
+                for one in workers:
+                    ray.kill(one)
 
         yield measure_all
     finally:
@@ -95,13 +108,22 @@ def _check_nodes(nodes: list[dict[str, Any]], resources: Mapping[str, float]) ->
         )
 
 
-def _measure_in_worker(shared: list[Any], num_threads: int, run: Run, since: int) -> dict[str, Any]:
-    import ray
+class _Worker:
+    """Measures one run after the other in a process of the cluster."""
 
-    torch.set_num_threads(num_threads)  # as in the process that asks: sums round the same way
-    [reference] = shared
-    key = reference.hex()
-    if key not in _loaded:
-        _loaded.clear()
-        _loaded[key] = ray.get(reference)
-    return _loaded[key].measure(run, since)
+    def __init__(self, shared: list[Any], num_threads: int) -> None:
+        torch.set_num_threads(num_threads)  # as in the process that asks: sums round the same way
+        [self._reference] = shared
+        self._harness: Harness | None = None
+
+    def load(self) -> None:
+        """Load the model. Not in `__init__`, whose errors Ray takes for those of a lost worker."""
+        import ray
+
+        self._harness = ray.get(self._reference)
+
+    def measure(self, run: Run, since: int) -> dict[str, Any]:
+        if self._harness is None:  # in a worker that stands in for a lost one
+            self.load()
+        assert self._harness is not None
+        return self._harness.measure(run, since)
