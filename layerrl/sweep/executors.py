@@ -40,7 +40,7 @@ def executor(
     try:
         _check_nodes(ray.nodes(), resources)
         takes: dict[str, Any] = {"num_cpus": 1, **resources}
-        worker = ray.remote(max_restarts=-1, max_task_retries=_RETRIES, **takes)(_Worker)
+        worker: Any = ray.remote(max_restarts=-1, max_task_retries=_RETRIES, **takes)(_Worker)
         # Inside a list Ray hands on the reference, and the worker loads the model only once.
         arguments = [ray.put(harness)], torch.get_num_threads()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -224,13 +225,54 @@ def with_argument(
 
 
 @contextmanager
-def without_reference_model(args: Any, reference: Reference) -> Iterator[None]:
-    """Let a trainer be made as if it had no reference, or none that follows the policy."""
-    changes: dict[str, Any] = {"sync_ref_model": False} if reference else {}
-    if reference == "beta":
-        changes["beta"] = 0.0
-    known = {name: value for name, value in changes.items() if hasattr(args, name)}
-    with replaced(args, **known):
+def without_reference_model(
+    trainer: Any, mixin: type, found: Callable[[Reference], None]
+) -> Iterator[None]:
+    """Inside, a trainer is made as if it had no reference, or none that follows the policy.
+
+    Only the class of TRL that would load one is told so, and `found` what it would have been asked
+    by: classes in front of it see, before and after, the arguments and the `beta` that are meant.
+    """
+    cls = type(trainer)
+    # Not the base class that TRL's trainers share, which has no loss.
+    owners = [
+        base
+        for base in behind(cls, mixin)
+        if issubclass(base, Trainer)
+        and base is not Trainer
+        and "__init__" in vars(base)
+        and {"compute_loss", "training_step"} & {*vars(base)}
+    ]
+    if not owners:
+        yield
+        return
+    owner = owners[-1]
+    init = owner.__init__
+    takes = inspect.signature(init).parameters.values()
+    known = [p.name for p in takes if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+
+    @wraps(init)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self is not trainer:
+            return init(self, *args, **kwargs)
+        given = {**dict(zip(known, args, strict=False)), **kwargs}
+        reference = second_model(given, known, generates=generates(cls, mixin))
+        found(reference)
+        config: Any = given.get("args")
+        stand_in = StandIn()
+        if reference == "ref_model":
+            args, kwargs = with_argument(known, args, kwargs, "ref_model", stand_in)
+        changes = {"sync_ref_model": False} if hasattr(config, "sync_ref_model") else {}
+        changes |= {"beta": 0.0} if reference == "beta" else {}
+        with replaced(config, **(changes if reference else {})):
+            init(self, *args, **kwargs)
+        if reference == "beta" and hasattr(self, "beta"):
+            self.beta, self.ref_model = config.beta, stand_in
+            if loss := getattr(self, "liger_loss", None):  # of TRL before 1.15, made with its beta
+                loss.beta, loss.use_ref_model = self.beta, True
+        return None
+
+    with replaced(owner, __init__=make):
         yield
 
 

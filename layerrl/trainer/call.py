@@ -92,15 +92,9 @@ class TrainerCall:
             callbacks = [*(given.get("callbacks") or ()), self.early]
             args, kwargs = arguments.with_argument(known, args, kwargs, "callbacks", callbacks)
         self._vocabulary = Vocabulary(model, described, given.get("processing_class"))
-        self.reference: arguments.Reference = arguments.second_model(
-            given, known, generates=arguments.generates(cls, mixin)
-        )
-        """What the reference is asked by."""
-        if self.adapts:
-            self.reference = None  # TRL's own: the adapters are switched off for it
-        if self.reference == "ref_model":
-            stand_in = arguments.StandIn()
-            args, kwargs = arguments.with_argument(known, args, kwargs, "ref_model", stand_in)
+        self.reference: arguments.Reference = None
+        """What the reference is asked by, known when the trainer has been made."""
+        self._mixin = mixin
         self.args, self.kwargs = args, kwargs
         """What the wrapped trainer is given."""
 
@@ -112,16 +106,22 @@ class TrainerCall:
         return chosen
 
     @contextmanager
-    def making(self) -> Iterator[None]:
+    def making(self, trainer: Any) -> Iterator[None]:
         """Inside, the wrapped trainer is made."""
         with (
-            arguments.without_reference_model(self._trainer_args, self.reference),
+            # That of adapters is TRL's own: they are switched off for it.
+            nullcontext()
+            if self.adapts
+            else arguments.without_reference_model(trainer, self._mixin, self._set_reference),
             nullcontext() if self._full or self.adapts else quantised_base(self._trainer_args),
             adapters.reference_of_default([*self.args, self.kwargs.get("model")][0]),
             self.early or nullcontext(),
         ):
             yield
         self.args, self.kwargs = (), {}  # or data and optimizers would live as long as the trainer
+
+    def _set_reference(self, reference: arguments.Reference) -> None:
+        self.reference = reference
 
     @property
     def decided(self) -> bool:

@@ -114,11 +114,9 @@ class LayerMaskedMixin(TrainingHooks, SavingHooks):
             master_weights=master_weights,
             checkpoint_format=checkpoint_format,
         )
-        with call.making():
+        with call.making(self):
             super().__init__(*call.args, **call.kwargs)
         check_made(self)
-        if call.reference == "beta":
-            self.beta = self.args.beta  # pyright: ignore[reportAttributeAccessIssue]
         self.checkpoint_format = call.checkpoint_format
         self._checkpoints, self._reader = Checkpoints(self), CheckpointReader(self)
         self._mask = TrainingMask()

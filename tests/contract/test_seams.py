@@ -449,6 +449,7 @@ MAY_BE_MISSING = {
     "only an older or a newer TRL has it": {
         "_push_param_to_vllm",
         "eos_token_ids",
+        "liger_loss",
         "DistillationTrainer",
         "LayerMaskedDistillationTrainer",
     },

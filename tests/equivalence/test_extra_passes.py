@@ -1,7 +1,11 @@
 """Losses of one's own that call the model in other ways: masked as in TRL by hand, bit for bit."""
 
+import copy
+import functools
+import inspect
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer import utils
 
 from layerrl import LayerMaskedMixin
+from layerrl.reference import ReferenceModel
 from tests.devices import on_any_device
 from tests.grpo import PROMPTS, QUIETLY, make, tokenizer
 from tests.models import tiny
@@ -49,7 +54,9 @@ def runs_of(base: type, folder: Path, **changes: Any) -> tuple[Any, Any]:
         if selection is None:
             freeze_by_hand(model, [LAYER])
         if issubclass(base, trl.DPOTrainer):
-            config = {"per_device_train_batch_size": 4, "max_steps": 3, **QUIETLY}
+            config = {"per_device_train_batch_size": 4, "max_steps": 3, **QUIETLY} | {
+                name: value for name, value in changes.items() if name != "arguments"
+            }
             changes["arguments"] = {
                 "args": trl.DPOConfig(output_dir=str(folder / "out"), **config),
                 "train_dataset": Dataset.from_dict(PREFERENCES),
@@ -64,7 +71,8 @@ def runs_of(base: type, folder: Path, **changes: Any) -> tuple[Any, Any]:
         trainers.append(trainer)
     plain, masked = trainers
     assert plain.noted == masked.noted
-    assert plain.noted or base.__name__ == "Taught"
+    notes = any("noted" in inspect.get_annotations(cls) for cls in base.__mro__)
+    assert bool(plain.noted) == notes
     assert_same_run(masked, plain)
     return plain, masked
 
@@ -162,6 +170,43 @@ class Taught(trl.GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
+class Copying(trl.GRPOTrainer):
+    """Leaves the caller's arguments as they are."""
+
+    def __init__(self, model: Any, reward_funcs: Any, args: Any, **kwargs: Any) -> None:
+        super().__init__(model, reward_funcs, copy.deepcopy(args), **kwargs)
+
+
+class CopyingDPO(trl.DPOTrainer):
+    """The same, of a trainer that is given its reference."""
+
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        self.given = ref_model
+        super().__init__(model, ref_model, copy.deepcopy(args), **kwargs)
+
+
+class Raised(trl.GRPOTrainer):
+    """Has a penalty of its own choice."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["args"].beta = 0.5
+        super().__init__(*args, **kwargs)
+
+
+class Adaptive(trl.GRPOTrainer):
+    """Follows the divergence with its penalty."""
+
+    args: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.first = self.beta, self.args.beta, self.ref_model is not None
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        self.beta *= 1.5
+        return super()._compute_loss(model, inputs)
+
+
 @pytest.mark.parametrize("base", [RestlessDPO, RestlessGRPO])
 def test_whatever_a_loss_asks_for(tmp_path, base):
     saved(tmp_path / "base", tiny("llama", 4, initializer_range=0.3))
@@ -169,6 +214,45 @@ def test_whatever_a_loss_asks_for(tmp_path, base):
     _, masked = runs_of(base, tmp_path, **changes)
     assert masked.masked_run.replay.enabled
     assert masked.masked_run.replay.num_replayed > 2
+
+
+@pytest.mark.parametrize(
+    ("base", "beta"), [(Copying, 0.5), (Raised, 0.0), (Raised, 0.1), (Adaptive, 0.2)]
+)
+def test_a_penalty_is_what_the_subclass_makes_of_it(tmp_path, base, beta):
+    saved(tmp_path / "base", tiny("llama", 4, initializer_range=0.3))
+    plain, masked = runs_of(base, tmp_path, beta=beta)
+    assert max(metric(plain, "kl")) > 0
+    assert isinstance(masked.ref_model, ReferenceModel)
+    assert masked.beta == plain.beta
+    assert masked.args.beta == plain.args.beta
+    if base is Adaptive:
+        assert masked.first == plain.first == (beta, beta, True)
+
+
+def test_a_reference_that_follows_does_so_by_a_copy_of_the_arguments(tmp_path):
+    saved(tmp_path / "base", tiny("llama", 4, initializer_range=0.3))
+    followed = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    _, masked = runs_of(CopyingDPO, tmp_path, **followed)
+    assert masked.given is None
+    assert isinstance(masked.ref_model, ReferenceModel)
+    _, alone = runs_of(CopyingDPO, tmp_path)
+    assert metric(masked, "loss") != metric(alone, "loss")
+
+
+def test_what_trl_makes_with_the_penalty_gets_it(tmp_path, monkeypatch):
+    init = trl.GRPOTrainer.__init__
+
+    @functools.wraps(init)
+    def with_liger(self, *args, **kwargs):  # as TRL before 1.15, which no test can run on a CPU
+        init(self, *args, **kwargs)
+        penalised = self.beta != 0.0
+        self.liger_loss = SimpleNamespace(beta=self.beta, use_ref_model=penalised)
+
+    monkeypatch.setattr(trl.GRPOTrainer, "__init__", with_liger)
+    loss = make(tiny("llama", 4), tmp_path, selection=LAYER, beta=0.5).liger_loss
+    assert (loss.beta, loss.use_ref_model) == (0.5, True)
+    assert trl.GRPOTrainer.__init__ is with_liger
 
 
 @pytest.mark.parametrize("base", [Invariant, Watched])
