@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from layerrl.copies import copied_by
 from layerrl.errors import SelectionError
 from layerrl.seams import imported
+from layerrl.swapping import swap, swapped
 
 HALF = (torch.bfloat16, torch.float16)
 """The dtypes too narrow to be updated in."""
 MASTER = "master"
 """Name of the master values in an optimizer's state, so that they are saved and resumed with it."""
 _MASTERS = "layerrl_masters"  # the same in a state dict of the optimizer's own making
-_DTENSOR_SLOTS = ("_local_tensor", "_spec")
 
 
 def step_in_float32(optimizer: Any) -> None:
@@ -155,14 +154,11 @@ class _Masters:
 
     def _loading_state(self, load: Callable[..., Any]) -> Callable[..., Any]:
         def load_masters(_: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-            own: dict[int, Tensor] = {}
-            if isinstance(state_dict, dict) and _MASTERS in state_dict:
-                state_dict = {**state_dict}
-                own = state_dict.pop(_MASTERS)
+            state_dict, own = _without_masters(state_dict)
             before, self.values = self.values, {}
             pairs = [(p, nn.Parameter(p.detach().float())) for p in self._halves()]
             try:
-                with _swapped(pairs):  # torch casts what it loads to the parameter's dtype
+                with swapped(pairs):  # torch casts what it loads to the parameter's dtype
                     loaded = load(state_dict, *args, **kwargs)
             except BaseException:
                 self.values = before
@@ -232,14 +228,14 @@ class _Masters:
             held.pop(MASTER, None)
             if not held:
                 state.pop(half, None)
-            _swap(half, master)
+            swap(half, master)
         self._pairs = pairs
 
     def _leave(self, done: bool) -> None:
         pairs, self._pairs = self._pairs or [], None
         state = getattr(self.optimizer, "state", {})
         for half, master, grad in pairs:
-            _swap(half, master)
+            swap(half, master)
             if master.grad is None:
                 half.grad = None
             elif half.grad is None:
@@ -266,12 +262,39 @@ class _Masters:
 
 def _copy_of(make: Callable[..., Any], args: tuple[Any, ...], state: Any) -> Any:
     """A copy of an optimizer that steps in float32, with masters of its own."""
-    optimizer = make(*args)
+    optimizer, held = make(*args), state.get("state", {})
+    values = {p: of.pop(MASTER) for p, of in held.items() if MASTER in of}
+    for parameter in values:
+        if not held[parameter]:
+            del held[parameter]
     optimizer.__setstate__(state)
     step_in_float32(optimizer)
     masters = vars(optimizer)[_MASTERS]
-    masters.values = {p: of[MASTER] for p, of in optimizer.state.items() if MASTER in of}
+    for parameter, value in values.items():
+        masters._publish(parameter, value)
     return optimizer
+
+
+def _without_masters(state_dict: Any) -> tuple[Any, dict[int, Tensor]]:
+    """A state dict as the optimizer alone would have given it, and the masters in it by place."""
+    # It looks for values of its own in every state that is not empty, and that of a layer whose
+    # turn is over may hold a master alone.
+    if not isinstance(state_dict, dict):
+        return state_dict, {}
+    state_dict = {**state_dict}
+    own, states = dict(state_dict.pop(_MASTERS, {})), state_dict.get("state")
+    if isinstance(states, dict):
+        groups = state_dict.get("param_groups", ())
+        places = {name: place for place, name in enumerate(n for g in groups for n in g["params"])}
+        state_dict["state"] = kept = {}
+        for name, values in states.items():
+            if isinstance(values, dict) and MASTER in values and name in places:
+                values = {**values}
+                own[places[name]] = values.pop(MASTER)
+                if not values:
+                    continue
+            kept[name] = values
+    return state_dict, own
 
 
 def other_methods(cls: type) -> set[str]:
@@ -312,32 +335,6 @@ def _count(values: Any, key: str) -> int:
     inner = values.values() if isinstance(values, dict) else values
     here = isinstance(values, dict) and key in values
     return here + sum(_count(value, key) for value in inner)
-
-
-@contextmanager
-def _swapped(pairs: list[tuple[Any, Any]]) -> Iterator[None]:
-    for half, master in pairs:
-        _swap(half, master)
-    try:
-        yield
-    finally:
-        for half, master in pairs:
-            _swap(half, master)
-
-
-def _swap(one: Any, other: Any) -> None:
-    """Exchange what two Python tensors stand for; twice is as if nothing had been.
-
-    References, attributes and hashes stay with the Python objects; values, gradients, and the hooks
-    on these (DDP's too) go with what they belong to. `torch.utils.swap_tensors` is the same for
-    good, and so forbids the next backward of a graph that is under way.
-    """
-    if isinstance(one, DTensor):
-        for slot in _DTENSOR_SLOTS:
-            kept = getattr(one, slot)
-            setattr(one, slot, getattr(other, slot))
-            setattr(other, slot, kept)
-    torch._C._swap_tensor_impl(one, other)
 
 
 def _master(half: Tensor, master: Tensor | None) -> Tensor:

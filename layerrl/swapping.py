@@ -1,14 +1,18 @@
-"""Other values in a model's tensors for a while: how the reference runs without a second model."""
+"""Other values in tensors for a while: how a reference runs, and an optimizer steps in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from layerrl.shards import is_sharded, parts, with_parameter, write
+
+_DTENSOR_SLOTS = ("_local_tensor", "_spec")
 
 
 @contextmanager
@@ -42,3 +46,30 @@ def _give(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> None:
     torch.clear_autocast_cache()
     for parameter in values.keys() - sharded.keys():
         parameter.data = with_parameter(values[parameter], parameter).data
+
+
+@contextmanager
+def swapped(pairs: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Inside, the tensors of each pair stand for each other."""
+    for half, master in pairs:
+        swap(half, master)
+    try:
+        yield
+    finally:
+        for half, master in pairs:
+            swap(half, master)
+
+
+def swap(one: Any, other: Any) -> None:
+    """Exchange what two Python tensors stand for; twice is as if nothing had been.
+
+    References, attributes and hashes stay with the Python objects; values, gradients, and the hooks
+    on these (DDP's too) go with what they belong to. `torch.utils.swap_tensors` is the same for
+    good, and so forbids the next backward of a graph that is under way.
+    """
+    if isinstance(one, DTensor):
+        for slot in _DTENSOR_SLOTS:
+            kept = getattr(one, slot)
+            setattr(one, slot, getattr(other, slot))
+            setattr(other, slot, kept)
+    torch._C._swap_tensor_impl(one, other)

@@ -48,12 +48,15 @@ class Watch(TrainerCallback):
         names = {name for name in now if not torch.equal(now[name], self.before[name])}
         self.moved.append({k for k in range(4) if any(in_layers(n, [k]) for n in names)})
         assert all(in_layers(name, range(4)) for name in names)
-        self.held.append(sum(v.nbytes for s in optimizer.state.values() for v in s.values()))
+        held = (value for state in optimizer.state.values() for value in state.values())
+        self.held.append(sum(value.nbytes for value in held if isinstance(value, torch.Tensor)))
         self.before = now
 
 
-def scheduled(folder: Any, schedule: LayerSchedule, **changes: Any) -> tuple[Any, Watch]:
-    model = tiny("llama", 4)
+def scheduled(
+    folder: Any, schedule: LayerSchedule, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[Any, Watch]:
+    model = tiny("llama", 4).to(dtype)
     watch = Watch(model)
     trainer = make(
         model,
@@ -197,11 +200,24 @@ class TestTraining:
         assert all(p.requires_grad for p in model.parameters())
 
     @pytest.mark.parametrize("stop", [2, 3])
-    def test_resumes_in_the_middle(self, tmp_path, stop):
+    @pytest.mark.parametrize(
+        ("dtype", "optim"),
+        [
+            (torch.float32, "adamw_torch"),
+            (torch.bfloat16, "adamw_torch"),
+            (torch.bfloat16, "adamw_torch_fused"),
+            (torch.bfloat16, "rmsprop"),
+            (torch.bfloat16, "adagrad"),
+            (torch.bfloat16, "adafactor"),
+            (torch.bfloat16, "sgd"),
+            (torch.float16, "adamw_torch"),
+        ],
+    )
+    def test_resumes_in_the_middle(self, tmp_path, stop, dtype, optim):
         def make_one(folder: Any) -> Any:
             schedule = LayerSchedule(LAYERS, every=2, order="random")
-            changes = {"save_strategy": "steps", "save_steps": stop}
-            return scheduled(folder, schedule, **changes)[0]
+            changes = {"save_strategy": "steps", "save_steps": stop, "optim": optim}
+            return scheduled(folder, schedule, dtype=dtype, **changes)[0]
 
         whole, resumed = make_one(tmp_path / "whole"), make_one(tmp_path / "resumed")
         train(whole)

@@ -1,6 +1,7 @@
 """Optimizers of every kind step what trains: as a float32 run would, or with an error."""
 
 import copy
+import pickle
 import warnings
 from functools import partial
 from typing import Any
@@ -177,6 +178,18 @@ def run(optimizer: Any, parameters: list[nn.Parameter], steps: range) -> None:
             set_mode(optimizer, "eval")
 
 
+def pickled(optimizer: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+def loaded(optimizer: Any) -> Any:
+    """Another one, that was given its state."""
+    other = copy.deepcopy(optimizer)
+    other.state.clear()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other
+
+
 def assert_rounds(optimizer: Any, halves: list[nn.Parameter], plain: list[nn.Parameter]) -> None:
     held = stepped(optimizer, halves)
     for i, (half, expected) in enumerate(zip(halves, plain, strict=True)):
@@ -304,20 +317,30 @@ class TestKinds:
         run(in_float32(halves, Tagged), halves, range(2))
         assert all(half.grad is not None and half.grad.dtype == half.dtype for half in halves)
 
-    def test_masters_are_loaded_to_the_device_of_the_weights(self):
-        """Some optimizers leave state where the checkpoint was read to."""
-
-        class Leaving(AdamW):
-            def load_state_dict(self, state_dict):
-                super().load_state_dict(state_dict)
-                for state in self.state.values():
-                    state["master"] = state["master"].double()  # as if it were another device
-
+    def test_masters_are_loaded_to_where_the_weights_are(self):
         halves = weights(torch.bfloat16)
-        optimizer = in_float32(halves, Leaving)
+        optimizer = in_float32(halves, AdamW)
         run(optimizer, halves, range(2))
-        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        saved = copy.deepcopy(optimizer.state_dict())
+        for state in saved["state"].values():
+            state["master"] = state["master"].double()  # as if it were another device
+        optimizer.load_state_dict(saved)
         assert {optimizer.state[p]["master"].dtype for p in halves} == {torch.float32}
+        assert all("master" in state for state in saved["state"].values())
+
+    @pytest.mark.parametrize("cls", [AdamW, RMSprop, Adagrad, SGD])
+    @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, loaded])
+    def test_a_master_may_be_all_that_is_kept_of_a_weight(self, copied, cls):
+        halves = weights(torch.bfloat16)
+        optimizer = in_float32(halves, cls)
+        run(optimizer, halves, range(2))
+        kept = optimizer.state[halves[0]]["master"]
+        optimizer.state[halves[0]] = {"master": kept}
+        other = copied(optimizer)
+        first, *others = other.param_groups[0]["params"]
+        assert other.state[first].keys() == {"master"}
+        assert_close(other.state[first]["master"], kept, rtol=0, atol=0)
+        assert all(other.state[p].keys() == optimizer.state[halves[1]].keys() for p in others)
 
     def test_bitsandbytes_finds_its_state_on_the_gpu_that_the_weights_are_on(self):
         """A checkpoint is read to the CPU, and it moves only what it knows itself."""
