@@ -17,7 +17,7 @@ from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport
 from layerrl.scores.method import Method, Request
 from layerrl.selection import select_layers
-from layerrl.selection.masked import check_gradients_on
+from layerrl.selection.masked import check_can_change, check_gradients_on
 from layerrl.trainer import LayerMaskedGRPOTrainer, LayerMaskedMixin
 from layerrl.trainer.arguments import check_args, names, refuse_removed
 
@@ -135,6 +135,7 @@ def contribution_probe(
         JournalError: If `output_dir` holds other runs, or cannot be written.
         ReportError: If the paper has no such model.
         SelectionError: If the layers do not fit the model.
+        ModelError: If torch can train none of it, as it was made inside `torch.inference_mode()`.
     """
     entry, variant = method_of(method)
     request = Request(
@@ -162,6 +163,8 @@ def contribution_probe(
         check_gradients_on(f"method={method!r}", ProbeError)
         _check_trainer_class(trainer_class, args, full_args)
     selection = select_layers(model, layers, modules=modules)
+    if "args" in entry.needs and isinstance(model, nn.Module):
+        check_can_change(model)
     if selection.stack != "text":
         raise ProbeError(f"{selection}: the layers of the text are scored. Leave out stack.")
     if selection.also:

@@ -45,7 +45,22 @@ def _give(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> None:
     # Inside a caller's autocast, casts of the values before would be used again.
     torch.clear_autocast_cache()
     for parameter in values.keys() - sharded.keys():
-        parameter.data = with_parameter(values[parameter], parameter).data
+        value = with_parameter(values[parameter], parameter).data
+        parameter.data = value.to(parameter.dtype)  # which may be cast for an evaluation
+
+
+@contextmanager
+def cast_undone(model: nn.Module) -> Iterator[None]:
+    """Inside, a model may be cast as a whole; afterwards it has its own tensors again."""
+    values = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module._buffers, module._buffers.copy()) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, value in values:
+            parameter.data = value
+        for now, before in buffers:
+            now.update(before)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ def name_of(model: nn.Module) -> str | None:
 
 def saved(name: str) -> tuple[int | None, frozenset[str]]:
     """Vocabulary size and tokens that a model was saved with, never asked for over the network."""
-    files = (file.stat() for file in sorted(Path(name).glob("*.json")))
-    return _read(name, tuple((stat.st_mtime_ns, stat.st_size) for stat in files))
+    written = []
+    for file in sorted(Path(name).glob("*.json")):
+        with suppress(OSError):  # as of a link to nothing, which an editor's lock is
+            stat = file.stat()
+            written.append((stat.st_mtime_ns, stat.st_size))
+    return _read(name, tuple(written))
 
 
 @lru_cache(maxsize=4)

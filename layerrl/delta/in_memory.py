@@ -34,6 +34,7 @@ from layerrl.delta.stacks import hint, refuse_overlap
 from layerrl.errors import DeltaError, SelectionError
 from layerrl.frozen import fingerprints_of_rows, saved_tensors
 from layerrl.selection import LayerSelection
+from layerrl.selection.masked import check_can_change
 from layerrl.selection.parts import rows_kept
 
 
@@ -58,6 +59,7 @@ def checked(
     Raises:
         DeltaError: As `load_delta`.
     """
+    check_can_change(model, DeltaError)
     trained: dict[str, nn.Parameter] = {}
     tensors: dict[str, Tensor] = {}
     source: dict[str, Delta] = {}

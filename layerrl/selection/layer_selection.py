@@ -162,7 +162,8 @@ class LayerSelection:
 
         Returns:
             A context manager that gives the tensors that train, by name. Entering it raises what
-            `parameters` raises, before anything is changed.
+            `parameters` raises, and `ModelError` for a model made inside `torch.inference_mode()`,
+            before anything is changed.
         """
         return Masked(self, model)
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from layerrl.blocks import plain_name, unwrap
-from layerrl.errors import LayerRLError
+from layerrl.errors import LayerRLError, ModelError
 from layerrl.selection.parts import rows_kept
 
 if TYPE_CHECKING:
@@ -33,6 +33,23 @@ def check_gradients_on(called: str, error: type[LayerRLError]) -> None:
         )
 
 
+def check_can_change(model: nn.Module, error: type[LayerRLError] = ModelError) -> None:
+    """Refuse a model whose tensors torch neither trains nor lets anyone write to.
+
+    Raises:
+        error: If it was made or loaded inside `torch.inference_mode()`, and this is outside of it.
+    """
+    made_inside = not torch.is_inference_mode_enabled() and [
+        name for name, parameter in model.named_parameters() if parameter.is_inference()
+    ]
+    if made_inside:
+        raise error(
+            f"this {type(model).__name__} was made or loaded inside torch.inference_mode(), and "
+            f"torch lets nobody train or change such tensors ({made_inside[0]} and "
+            f"{len(made_inside) - 1} more). Load it outside, or inside torch.no_grad()."
+        )
+
+
 class Masked(AbstractContextManager[dict[str, nn.Parameter]]):
     """Requires gradients of a selection alone inside, and restores all flags; can be re-entered.
 
@@ -46,6 +63,7 @@ class Masked(AbstractContextManager[dict[str, nn.Parameter]]):
         self._hooks: list[list[RemovableHandle]] = []
 
     def __enter__(self) -> dict[str, nn.Parameter]:
+        check_can_change(self._model)
         trained = self._selection.parameters(self._model)
         kept = rows_kept(self._selection, unwrap(self._model))
         before, waiting = _flags(self._model), _waiting.get(unwrap(self._model))
@@ -73,10 +91,10 @@ class TrainingMask:
     """
 
     def __init__(self) -> None:
-        self._model: nn.Module | None = None
+        self._models: _Models = ()
         self._before: dict[str, bool] = {}
         self._masked: dict[str, bool] = {}
-        self._paused: tuple[nn.Module, dict[str, bool], dict[str, bool]] | None = None
+        self._paused: tuple[_Models, dict[str, bool], dict[str, bool]] | None = None
         self._trains = False
         self._hooks: list[RemovableHandle] = []
 
@@ -92,12 +110,14 @@ class TrainingMask:
 
     def put_on(self, selection: LayerSelection, model: nn.Module) -> None:
         """Require gradients of a selection alone; of one that does not fit, nothing changes."""
+        check_can_change(model)
         trained, kept = selection.parameters(model), rows_kept(selection, unwrap(model))
         self._paused = None
         self.take_off()
         if waiting := _waiting.get(unwrap(model)):
             waiting.take_off()
-        self._model, self._before = model, _flags(model)
+        self._models = ref(model), ref(unwrap(model))
+        self._before = _flags(model)
         _mask(model, trained)
         self._masked = _flags(model)
         if self._trains:
@@ -107,7 +127,7 @@ class TrainingMask:
 
     def take_off(self) -> None:
         """Restore the flags: those from before, but for ones that the user set while it waited."""
-        model = self._model
+        model = _alive(self._models)
         if model is None:
             return
         before = self._before
@@ -124,10 +144,10 @@ class TrainingMask:
 
     def pause(self) -> dict[str, bool]:
         """Let another mask take this one's place while it waits, given the user's flags."""
-        model = self._model
+        model = _alive(self._models)
         assert model is not None
         users = self._users_flags(model)
-        paused = (model, self._before, self._masked)
+        paused = (self._models, self._before, self._masked)
         del _waiting[unwrap(model)]
         self.forget()
         self._paused = paused
@@ -138,16 +158,25 @@ class TrainingMask:
         paused, self._paused = self._paused, None
         if paused is None:
             return False
-        self._model, self._before, self._masked = paused
-        _waiting[unwrap(self._model)] = self
+        self._models, self._before, self._masked = paused
+        if (model := _alive(self._models)) is not None:
+            _waiting[unwrap(model)] = self
         return True
 
     def forget(self) -> None:
         """Leave the flags as they are: another mask has restored them."""
-        self._model, self._before, self._masked = None, {}, {}
+        self._models, self._before, self._masked = (), {}, {}
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+_Models = tuple["ref[nn.Module]", ...]
+"""A model and what is in its wrapper: a mask that waits keeps neither."""
+
+
+def _alive(models: _Models) -> nn.Module | None:
+    return next((model for reference in models if (model := reference()) is not None), None)
 
 
 # The masks of trainers that were made and have not trained since, by their models.

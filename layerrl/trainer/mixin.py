@@ -74,7 +74,8 @@ class LayerMaskedMixin(TrainingHooks, SavingHooks):
             `peft_config` that trains something else; if tokens were added whose embedding rows it
             does not train; if a callback takes checkpoints for models that hold a delta.
         TrainerError: If the class behind the mixin is no trainer, or is one that cannot be masked.
-        ModelError: If the model's decoder layers cannot be found.
+        ModelError: If the model's decoder layers cannot be found, or torch can train none of it, as
+            it was made inside `torch.inference_mode()`.
         LauncherError: Under a launcher that cannot train chosen layers, or in processes that do not
             choose the same.
         FrameworkError: If the versions of TRL, transformers, accelerate or torch are too old, or

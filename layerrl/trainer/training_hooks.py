@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from layerrl.errors import SelectionError, TrainerError
 from layerrl.selection.masked import check_gradients_on
+from layerrl.swapping import cast_undone
 from layerrl.trainer import callbacks, launchers
 from layerrl.trainer.masked_run import MaskedRun
 from layerrl.trainer.texts import refused_texts
@@ -43,29 +45,33 @@ class TrainingHooks(_Wrapped):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train the selected layers; a frozen tensor that changes is a `FrozenTensorError`."""
-        args, kwargs = self._reader.resumed(args, kwargs)
-        try:
-            callbacks.refuse_callbacks(self.callback_handler.callbacks, self.masked_run.selection)
-            with self._mask.during_training():
-                check_gradients_on("train()", TrainerError)
-                if self.model_init is None:
-                    self.masked_run.check_adapters()
-                    self._mask.put_on(self.masked_run.selection, self.model)
-                if not self._call.decided:
-                    self._choose()
-                if self.model_init is None:
-                    self._before_sharding()
-                    launchers.forget_evaluation(self)
+        with self._mask.during_training():
+            args, kwargs = self._reader.resumed(args, kwargs)
+            try:
+                self._prepare()
                 return super().train(*args, **kwargs)
-        except BaseException:
-            self._reader.undo()
-            self.masked_run.sync_everything()  # what failed may have been a sync
-            raise
-        finally:
-            self._reader.folder = None
-            self._checkpoints.warn_of_failed_pushes()
-            self.masked_run.replay.clear()
-            self._call.forget_batches()
+            except BaseException:
+                self._reader.undo()
+                self.masked_run.sync_everything()  # what failed may have been a sync
+                raise
+            finally:
+                self._reader.folder = None
+                self._checkpoints.warn_of_failed_pushes()
+                self.masked_run.replay.clear()
+                self._call.forget_batches()
+
+    def _prepare(self) -> None:
+        """What is refused, masked, chosen and sharded before the wrapped trainer begins."""
+        callbacks.refuse_callbacks(self.callback_handler.callbacks, self.masked_run.selection)
+        check_gradients_on("train()", TrainerError)
+        if self.model_init is None:
+            self.masked_run.check_adapters()
+            self._mask.put_on(self.masked_run.selection, self.model)
+        if not self._call.decided:
+            self._choose()
+        if self.model_init is None:
+            self._before_sharding()
+            launchers.forget_evaluation(self)
 
     def _choose(self) -> None:
         selection = self._call.decide(self, self._reader.folder)
@@ -84,12 +90,20 @@ class TrainingHooks(_Wrapped):
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; before training, ZeRO-3 shards the model for it."""
         self.masked_run.check_whole("evaluate()")
-        return super().evaluate(*args, **kwargs)
+        with self._cast_undone():
+            return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict; before training, ZeRO-3 shards the model for it."""
         self.masked_run.check_whole("predict()")
-        return super().predict(*args, **kwargs)
+        with self._cast_undone():
+            return super().predict(*args, **kwargs)
+
+    def _cast_undone(self) -> AbstractContextManager[None]:
+        """Outside of a training, transformers casts the model for `bf16_full_eval`, for good."""
+        cast = self.args.bf16_full_eval or self.args.fp16_full_eval
+        whole = not self.masked_run.layers.in_parts
+        return cast_undone(self.model) if cast and whole and not self.is_in_train else nullcontext()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from the trainer's `model_init`, which it is masked on from now on."""

@@ -18,7 +18,7 @@ from layerrl import (
     select_layers,
 )
 from layerrl.blocks import meta_model
-from layerrl.errors import ProbeError, ReportError, SelectionError
+from layerrl.errors import ModelError, ProbeError, ReportError, SelectionError
 from tests.grpo import PROMPTS, config, make, tokenizer
 from tests.models import tiny
 from tests.runs import bits
@@ -47,6 +47,15 @@ def gradient(model: Any, folder: Any, **changes: Any) -> ContributionReport:
 @pytest.fixture
 def model():
     return tiny("llama", 3)
+
+
+def test_a_model_made_in_inference_mode_is_refused_as_it_is(tmp_path):
+    with torch.inference_mode():
+        model = tiny("llama", 3)
+    before = {name: {**vars(module)} for name, module in model.named_modules()}
+    with pytest.raises(ModelError, match=r"made or loaded inside torch\.inference_mode"):
+        gradient(model, tmp_path)
+    assert {name: {**vars(module)} for name, module in model.named_modules()} == before
 
 
 @pytest.fixture(params=["gradient", "step"])

@@ -21,7 +21,7 @@ from layerrl.trainer.metrics import norm
 from tests.devices import on_any_device
 from tests.grpo import config, make, reward
 from tests.models import tiny
-from tests.runs import evaluation
+from tests.runs import bits, evaluation
 
 
 def on(device: str, *shape: int) -> torch.Tensor:
@@ -78,6 +78,33 @@ def test_a_full_evaluation_in_bfloat16(tmp_path, beta):
     trainer = make(tiny("llama", 2), tmp_path, selection=1, **settings)
     trainer.train()
     assert trainer.state.log_history[0]["layerrl/relative_update/layer_1"] > 0
+
+
+@on_any_device
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_outside_of_training_casts_for_itself_alone(tmp_path, beta, setting):
+    """transformers casts the model in place, for good."""
+    seen = []
+
+    def noted(completions: list[str], **_: Any) -> list[float]:
+        seen.append({parameter.dtype for parameter in trainer.model.parameters()})
+        return reward(completions)
+
+    settings = evaluation(beta=beta, max_steps=2, eval_strategy="no", **{setting: True})
+    settings["arguments"]["reward_funcs"] = noted
+    model = tiny("gemma3_text", 3)  # which has buffers
+    trainer = make(model, tmp_path, selection=1, **settings)
+    for train in (lambda: None, trainer.train):
+        train()
+        before = bits(model)
+        trainer.evaluate()
+        assert_close(bits(model), before, rtol=0, atol=0)
+    half = {"bf16_full_eval": torch.bfloat16, "fp16_full_eval": torch.float16}[setting]
+    assert seen[0] == seen[-1] == {half}
+    assert trainer.state.global_step == 2
+    trainer.save_delta(tmp_path / "delta")
+    trainer.save_model(str(tmp_path / "whole"))
 
 
 def test_float16_gradients_are_not_scored(tmp_path):

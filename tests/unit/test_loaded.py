@@ -181,6 +181,13 @@ class TestDisabled:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    def test_into_a_model_made_in_inference_mode(self, made):
+        with torch.inference_mode():
+            model = made.model()
+            load_delta(model, made["a"])
+        with pytest.raises(DeltaError, match=r"made or loaded inside torch\.inference_mode"):
+            load_delta(model, made["b"])
+
     def test_inside_autocast_and_inference_mode(self, made, model):
         base = made.model()
         device = model.device.type

@@ -1,9 +1,11 @@
 """The masked trainer trains the selection, says so, and lets nothing else move."""
 
 import copy
+import gc
 import inspect
 import json
 import math
+import weakref
 from abc import ABC, ABCMeta
 
 import pytest
@@ -14,7 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import Adafactor, LlamaForSequenceClassification, TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOTrainer, RewardConfig, SFTConfig, SFTTrainer
+from trl import (
+    BEMACallback,
+    DPOConfig,
+    DPOTrainer,
+    GRPOTrainer,
+    RewardConfig,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from layerrl import (
     LayerMaskedGRPOTrainer,
@@ -32,7 +42,7 @@ from layerrl.errors import (
 )
 from layerrl.trainer import LayerMaskedRewardTrainer, LayerMaskedSFTTrainer
 from layerrl.trainer.arguments import behind, generates
-from tests.grpo import QUIETLY, make, reward, tokenizer
+from tests.grpo import PROMPTS, QUIETLY, make, reward, tokenizer
 from tests.models import tiny, tiny_config
 from tests.runs import bits
 
@@ -293,6 +303,48 @@ class TestFlagsAreRestored:
             trainer.train()
         assert trainer.state.global_step == 2
         assert flags_of(model) == flags
+
+    @pytest.mark.parametrize("checkpoint", [True, "none-there"])
+    def test_after_a_checkpoint_that_is_not_there(self, model, flags, tmp_path, checkpoint):
+        trainer = make(model, tmp_path, selection=1)
+        with pytest.raises(DeltaError):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        assert flags_of(model) == flags
+
+    def test_after_a_callback_that_is_refused(self, model, flags, tmp_path):
+        trainer = make(model, tmp_path, selection=1)
+        trainer.add_callback(BEMACallback())
+        with pytest.raises(SelectionError):
+            trainer.train()
+        assert flags_of(model) == flags
+
+    def test_after_a_model_that_no_one_can_train(self, tmp_path):
+        with torch.inference_mode():
+            model = tiny("llama", 3)
+        flags = flags_of(model)
+        with pytest.raises(ModelError, match=r"inside torch\.inference_mode\(\), and torch lets"):
+            make(model, tmp_path, selection=1)
+        assert flags_of(model) == flags
+        with pytest.raises(ModelError, match="Load it outside"):
+            select_layers(model, 1).masked(model).__enter__()
+        assert flags_of(model) == flags
+
+    @pytest.mark.parametrize("used", ["made", "evaluated", "trained", "paused"])
+    def test_a_trainer_that_is_forgotten_keeps_no_model(self, tmp_path, used):
+        model = tiny("llama", 3)
+        rows = Dataset.from_dict({"prompt": PROMPTS})
+        trainer = make(model, tmp_path, selection=1, arguments={"eval_dataset": rows})
+        if used == "evaluated":
+            trainer.evaluate()
+        elif used == "trained":
+            trainer.train()
+        elif used == "paused":
+            with select_layers(model, 0).masked(model):
+                pass
+        gone = weakref.ref(model)
+        del trainer, model
+        gc.collect()
+        assert gone() is None
 
     def test_after_a_frozen_tensor_changed(self, model, flags, tmp_path):
         def move(model, **_):

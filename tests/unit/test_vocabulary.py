@@ -1,5 +1,6 @@
 """Tokens that came after the base was loaded are named when the trainer is made."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,11 @@ class TestNothingIsSaid:
         silently(make, load(tmp_path / "base"), tmp_path, selection=2)
         tiny("llama", 4, vocab_size=80).save_pretrained(tmp_path / "base")
         silently(make, load(tmp_path / "base"), tmp_path, selection=2)
+
+    def test_of_a_link_to_nothing_beside_it(self, base, tmp_path):
+        folder = shutil.copytree(base, tmp_path / "copy")
+        (folder / ".#config.json").symlink_to("user@host.1234:5678")  # Emacs' lock
+        silently(make, load(folder), tmp_path, selection=2)
 
     def test_of_a_model_that_was_never_saved(self, tmp_path):
         silently(make, tiny("llama", 4, vocab_size=80), tmp_path, selection=2)
