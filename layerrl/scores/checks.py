@@ -14,7 +14,8 @@ from torch import nn
 
 from layerrl.checks import check_path, is_finite, shown, whole_number
 from layerrl.errors import ProbeError
-from layerrl.scores.identity import name_of, stored_rows
+from layerrl.scores.canonical import stored_rows
+from layerrl.scores.identity import name_of
 
 
 def checked(function: Any) -> Any:

@@ -57,6 +57,17 @@ def scaled(completions: list[str], by: int, **_: Any) -> list[float]:
     return [by * value for value in reward(completions)]
 
 
+class Scaled:
+    """Counts its calls."""
+
+    def __init__(self, by: int) -> None:
+        self.by, self.calls = by, 0
+
+    def __call__(self, completions: list[str], **_: Any) -> list[float]:
+        self.calls += 1
+        return scaled(completions, self.by)
+
+
 def tiny_judge() -> Any:
     """A model that rewards."""
     settings = tiny_config("llama", 1, num_labels=1)
@@ -594,6 +605,23 @@ class TestBadInput:
             identity_of(f) for f in (lambda c: [len(t) for t in c], lambda c: [1.0 for _ in c])
         ]
         assert texts[0] != texts[1]
+
+    def test_another_reward_or_trainer_of_the_same_code_is_refused(self, model, tmp_path):
+        def factory(seen):
+            return lambda **arguments: seen.append(1) or LayerMaskedGRPOTrainer(**arguments)
+
+        changes = {"reward_funcs": Scaled(1), "trainer_class": factory([])}
+        report = probe(model, tmp_path, layers=[0], **changes)
+        lines = (tmp_path / "journal.jsonl").read_text()
+        other = {"reward_funcs": Scaled(2)}, {"trainer_class": factory([0])}
+        for name, change in zip(("rewards", "trainer"), other, strict=True):
+            with pytest.raises(JournalError, match=rf"other settings. {name}: .* there, "):
+                probe(model, tmp_path, layers=[0], **(changes | change))
+        # As in a process that starts again, and in this one after the calls were counted.
+        for again in ({"reward_funcs": Scaled(1), "trainer_class": factory([])}, changes):
+            assert numbers(probe(model, tmp_path, layers=[0], **again)) == numbers(report)
+        assert changes["reward_funcs"].calls
+        assert (tmp_path / "journal.jsonl").read_text() == lines
 
     @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
     def test_data_that_cannot_be_counted_is_refused(self, model, tmp_path, name):
