@@ -256,6 +256,26 @@ class TestSweep:
         rows["image"] = images[::-1]
         assert digest_of_rows(Dataset.from_dict(rows)) not in found
 
+    @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+    @pytest.mark.parametrize("columns", [None, ["prompt", "x"]])
+    def test_data_of_any_format_gives_the_same_scores(self, model, tmp_path, kind, columns):
+        held_out, train = (
+            data.add_column("x", [*range(len(data))]).add_column("y", [0] * len(data))
+            for data in (HELD_OUT, TRAIN)
+        )
+        expected = probe(model, tmp_path / "plain", eval_dataset=held_out, layers=[0])
+        data = {"eval_dataset": held_out, "train_dataset": train}
+        formatted = {name: each.with_format(kind, columns=columns) for name, each in data.items()}
+        report = probe(model, tmp_path / "formatted", layers=[0], **formatted)
+        assert report.base.scores == expected.base.scores
+        assert report.layers[0].scores == expected.layers[0].scores
+
+    @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+    def test_messages_of_any_format_are_taken_as_they_are(self, kind):
+        rows = [[{"role": "user", "content": text}] for text in "abc"]
+        held_out = Dataset.from_dict({"prompt": rows}).with_format(kind)
+        assert check_held_out(held_out, TRAIN)[0]["prompt"] == rows[0]
+
     def test_full_runs_may_have_their_own_settings(self, model, tmp_path):
         report = probe(model, tmp_path, full_args=config(tmp_path, max_steps=1))
         assert report.full.steps == 1
@@ -628,6 +648,22 @@ class TestBadInput:
         for data in (HELD_OUT.to_iterable_dataset(), [{"prompt": "a"}]):
             with pytest.raises(ProbeError, match=f"{name} is a .*, expected a datasets.Dataset"):
                 probe(model, tmp_path, **{name: data})
+
+    @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+    @pytest.mark.parametrize("columns", [None, ["prompt"]])
+    def test_data_that_is_transformed_as_it_is_read_is_refused(
+        self, model, tmp_path, name, columns
+    ):
+        for data in (TRAIN, HELD_OUT):
+            other = data.with_transform(lambda rows: rows, columns=columns)
+            with pytest.raises(ProbeError, match=rf"{name} has a transform .* give what map\(\)"):
+                probe(model, tmp_path, **{name: other.select(range(2))})
+        assert not [*tmp_path.iterdir()]
+
+    def test_hidden_prompts_are_refused(self, model, tmp_path):
+        data = HELD_OUT.add_column("x", [1] * 4).with_format(None, columns=["x"])
+        with pytest.raises(ProbeError, match=r"eval_dataset has the columns \['x'\], expected a"):
+            probe(model, tmp_path, eval_dataset=data)
 
     @pytest.mark.parametrize("seeds", [3, [], [1, 1], [True], ["a"]])
     def test_seeds_that_are_none(self, model, tmp_path, seeds):
