@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -146,7 +146,8 @@ def contribution_probe(
         processing_class=processing_class,
         args=args,
         budget=budget,
-        seeds=seeds,
+        # A generator gives them once, and some methods ask twice.
+        seeds=[*seeds] if isinstance(seeds, Iterator) else seeds,
         trainer_class=trainer_class,
         eval_dataset=eval_dataset,
         full_args=full_args,

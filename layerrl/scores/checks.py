@@ -17,6 +17,8 @@ from layerrl.errors import ProbeError
 from layerrl.scores.canonical import stored_rows
 from layerrl.scores.identity import name_of
 
+_NOT_IN_ORDER = str, bytes, Mapping, set, frozenset
+
 
 def checked(function: Any) -> Any:
     """A reward function whose faults name it and a prompt. Models and coroutines stay as given."""
@@ -35,7 +37,7 @@ def checked(function: Any) -> Any:
                 f"for the prompt {prompts[0]!r:.200}"
             )
             raise
-        if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping):
+        if not isinstance(returned, Iterable) or isinstance(returned, _NOT_IN_ORDER):
             raise ProbeError(
                 f"the reward {name} returned {shown(returned)}, expected a list with a finite "
                 "number for each completion, or None where it does not apply"
@@ -69,8 +71,8 @@ def check_prompts(name: str, dataset: Any) -> Dataset:
     form = dataset.format
     if form["type"] == "custom":
         raise ProbeError(
-            f"{name} has a transform (with_transform or set_transform), which makes other rows than "
-            "are stored, so that they could not be told apart: give what map() makes with it"
+            f"{name} has a transform (with_transform or set_transform), which makes other rows "
+            "than are stored, so that they could not be told apart: give what map() makes with it"
         )
     if "prompt" not in form["columns"]:
         raise ProbeError(f'{name} has the columns {form["columns"]}, expected a "prompt"')
@@ -147,7 +149,7 @@ def check_rewards(reward_funcs: Any) -> list[Any]:
 def check_seeds(seeds: Any) -> list[int]:
     """Different seeds of all random number generators, in order, as Python's own ints."""
     numbers: list[int | None] = []
-    if not isinstance(seeds, str | bytes | Mapping | set | frozenset):
+    if not isinstance(seeds, _NOT_IN_ORDER):
         with suppress(TypeError):  # one number, or none
             numbers = [whole_number(seed, least=0) for seed in seeds]
     found = [number for number in numbers if number is not None and number < 2**32]

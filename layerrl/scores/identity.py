@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from functools import lru_cache, partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from layerrl.checks import plain, shown
 from layerrl.digests import json_digest
+from layerrl.errors import ProbeError
 from layerrl.scores.canonical import beside_code, canonical, instructions, stored_rows
+from layerrl.stored import parsed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,10 +34,38 @@ _NOT_SETTINGS = (
 )
 
 
-def settings_of(args: Any) -> dict[str, Any]:
-    """The arguments of a trainer that change the result of a run."""
-    shown = args.to_dict()
-    return {name: value for name, value in shown.items() if name not in _NOT_SETTINGS}
+def settings_of(args: Any, name: str = "args") -> dict[str, Any]:
+    """Return the arguments of a trainer that change the result of a run, as JSON has them.
+
+    `name` is what the caller names them; a `ProbeError` for a value that JSON lacks.
+    """
+    given = args.to_dict()
+    return {n: _json_of(f"{name}.{n}", v) for n, v in given.items() if n not in _NOT_SETTINGS}
+
+
+def _json_of(name: str, value: Any) -> Any:
+    try:
+        text = json.dumps([[[[value]]]], default=_known)  # as deep as in a journal or a report
+        return parsed(text)[0][0][0][0]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProbeError(
+            f"{name} is {shown(value)}, expected numbers, text, lists and dicts of them, as JSON "
+            "has: they tell runs with these arguments from others"
+        ) from error
+
+
+def _known(value: Any) -> Any:
+    """What JSON takes for a value of another library; a TypeError for others."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    own = plain(value)
+    if own is value:
+        raise TypeError(value)
+    return own
 
 
 def digest(*values: Any) -> str:
