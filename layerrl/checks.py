@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeGuard, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -177,10 +177,25 @@ def check_kind(
 
 def listed(value: object) -> tuple[Any, ...]:
     """One thing or several as a tuple: what cannot be walked through, text and mappings are one."""
+    # Its own order may be another in each process.
+    if is_unordered(value):
+        return tuple(sorted(value, key=_place))
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | os.PathLike):
         with suppress(TypeError):  # arrays without dimensions say that they can be
             return tuple(value)
     return (value,)
+
+
+def is_unordered(value: object) -> TypeGuard[Set[Any]]:
+    """Whether a value is a set, which has no order to say something by."""
+    return isinstance(value, set | frozenset)
+
+
+def _place(value: Any) -> tuple[Any, ...]:
+    """What an element of a set is sorted by."""
+    if is_unordered(value):  # which compare by inclusion
+        return "", tuple(map(_place, listed(value)))
+    return str(type(value)), value if isinstance(value, int | float | str) else shown(value)
 
 
 def plain(value: Any) -> Any:

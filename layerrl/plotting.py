@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from layerrl.checks import check_kind
@@ -10,6 +12,39 @@ from layerrl.errors import ReportError
 
 if TYPE_CHECKING:
     from layerrl.statistics import Interval
+
+
+SIZE: dict[str, Any] = {"figsize": (6.5, 3.2), "layout": "constrained"}
+"""Of a figure."""
+
+
+def axes_of_a_file() -> Any:
+    """Axes of a figure that no window shows, which needs no backend for windows."""
+    # It is read when matplotlib is imported, which fails where there is no such backend.
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        with _matplotlib():
+            from matplotlib.figure import Figure
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    return Figure(**SIZE).subplots()
+
+
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    """Inside, what is missing for a plot is a `ReportError`."""
+    try:
+        yield
+    except Exception as error:  # of whatever windows are made with
+        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
+            text = 'plotting needs matplotlib: pip install "layerrl[plot]"'
+        else:
+            text = (
+                f"matplotlib makes no figure here: {error!s:.200}. Its backend is named by "
+                'MPLBACKEND or matplotlib.use(): "agg" works everywhere, or pass axes as ax='
+            )
+        raise ReportError(text) from error
 
 
 def plot_layers(
@@ -22,18 +57,18 @@ def plot_layers(
     ax: Any = None,  # matplotlib's Axes
 ) -> Any:
     """Draw a value per layer, filled where its interval excludes the first horizontal line."""
-    try:
-        import matplotlib.pyplot as plt
+    with _matplotlib():
         from matplotlib.axes import Axes
-    except ImportError as error:
-        raise ReportError('plotting needs matplotlib: pip install "layerrl[plot]"') from error
     if ax is not None:
         advice = (
             "matplotlib's Axes or None; ax.figure.savefig(...) of what this returns writes a file"
         )
         check_kind("ax", ax, Axes, advice, ReportError)
     else:
-        _, ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+        with _matplotlib():
+            import matplotlib.pyplot as plt
+
+            _, ax = plt.subplots(**SIZE)
     for style, (height, name) in zip(("-", "--", ":"), lines.items(), strict=False):
         ax.axhline(height, color="black", lw=0.8, linestyle=style, label=name)
     reference = next(iter(lines), None)

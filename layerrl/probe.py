@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from layerrl.checks import check_kind, shown
 from layerrl.errors import ProbeError
 from layerrl.report import ContributionReport
+from layerrl.scores.identity import known_afterwards
 from layerrl.scores.method import Method, Request
 from layerrl.selection import select_layers
 from layerrl.selection.masked import check_can_change, check_gradients_on
@@ -146,7 +147,8 @@ def contribution_probe(
         processing_class=processing_class,
         args=args,
         budget=budget,
-        seeds=seeds,
+        # A generator gives them once, and some methods ask twice.
+        seeds=[*seeds] if isinstance(seeds, Iterator) else seeds,
         trainer_class=trainer_class,
         eval_dataset=eval_dataset,
         full_args=full_args,
@@ -176,7 +178,9 @@ def contribution_probe(
             f"method={method!r} reads weights, and this {type(model).__name__} is on the meta "
             "device, without any: load it with from_pretrained"
         )
-    return entry.score(selection, request)
+    functions = reward_funcs if isinstance(reward_funcs, list | tuple) else (reward_funcs,)
+    with known_afterwards((*functions, trainer_class) if "reward_funcs" in entry.needs else ()):
+        return entry.score(selection, request)
 
 
 def _check_trainer_class(trainer_class: Any, args: Any, full_args: Any) -> None:

@@ -97,10 +97,11 @@ def _table(delta: Delta) -> str:
 def _draw(held: Any, file: Path) -> None:
     from layerrl import ContributionReport
     from layerrl.files import written_whole
+    from layerrl.plotting import axes_of_a_file
 
     if not isinstance(held, ContributionReport):
         raise ReportError(f"--plot {file}: only a report is drawn, and this is none")
-    axes = held.plot()
+    axes = held.plot(axes_of_a_file())
     # The format is the name's, which is not yet that of what is written.
     format_of = file.suffix.removeprefix(".") or None
     try:

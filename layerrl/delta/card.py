@@ -102,7 +102,9 @@ def _set_metadata(
     data: Any, meta: Mapping[str, Any], *, beside: Beside, run: RunSummary | None
 ) -> None:
     base = meta.get("base_model")
-    if base and _HUB_ID.fullmatch(base) and not os.path.isdir(base):
+    # A folder named from where training ran looks like a repository from anywhere else: what has a
+    # commit is known to be the hub's.
+    if base and meta.get("base_revision") and _HUB_ID.fullmatch(base) and not os.path.isdir(base):
         data.base_model = base
         # Of the hub's four relations. Like an adapter, a delta is nothing without its base, which
         # is loaded first; a finetune is a model that pages offer to load alone.

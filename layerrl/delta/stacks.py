@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from layerrl.checks import listed, shown
+from layerrl.checks import is_unordered, listed, shown
 from layerrl.delta.fitting import STAGES
 from layerrl.delta.folder import Delta
 from layerrl.delta.hub import delta_folder
@@ -20,17 +20,17 @@ def read_deltas(
 ) -> list[Delta]:
     """The descriptions of deltas, in the order given; a `DeltaError` if one cannot be read."""
     paths = listed(path)
-    if not all(isinstance(each, str | os.PathLike) for each in paths):
+    if is_unordered(path) or not all(isinstance(each, str | os.PathLike) for each in paths):
         raise DeltaError(
             f"path is {shown(path)}, expected a delta's folder or 'user/name' on the hub, or a "
-            "list of several"
+            "list of several, the lowest first"
         )
     if not paths:
         raise DeltaError("path is empty, no delta was given: expected a folder or several")
     if revision is None or isinstance(revision, str):
         revision = [revision] * len(paths)
     revisions: Sequence[str | None] = listed(revision)
-    if not all(each is None or isinstance(each, str) for each in revisions):
+    if is_unordered(revision) or not all(r is None or isinstance(r, str) for r in revisions):
         raise DeltaError(
             f"revision is {shown(revision)}, expected a branch, tag or commit, or a list of them"
         )

@@ -271,7 +271,8 @@ class ContributionReport:
             The text, JSON.
 
         Raises:
-            ReportError: If its settings are no JSON values.
+            ReportError: If its settings are no JSON values, or something in it (a NUL, a number of
+                more than 64 bits) could not be read again.
         """
         return as_json(self)
 

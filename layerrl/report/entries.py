@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -13,6 +15,7 @@ from layerrl.checks import (
     check_number,
     check_text,
     finite_number,
+    is_unordered,
     shown,
     whole_number,
 )
@@ -98,12 +101,26 @@ def check_report(report: ContributionReport) -> None:
         raise ReportError(
             f"the runs have scores of {sorted(sizes)} prompts, expected the same prompts for all"
         )
-    # What was made in memory has tuples where JSON has lists.
-    known = {n: [*v] if isinstance(v, tuple | range) else v for n, v in settings.items()}
+    with suppress(RecursionError):  # a cycle, which no file will take
+        settings = _as_in_json(settings)
+    object.__setattr__(report, "layers", tuple(layers))
+    object.__setattr__(report, "settings", settings)
     for name, kind in _READ.items():
-        if name in known:
+        if name in settings:
             with refused_as(ReportError, "settings of a report"):
-                fitted(kind, known[name], name)
+                fitted(kind, settings[name], name)
+
+
+def _as_in_json(value: Any) -> Any:
+    """Lists for tuples, and text for keys that are none: what a file will have for them."""
+    if isinstance(value, tuple | range | list):
+        return [_as_in_json(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    keys = [json.dumps(k) if isinstance(k, int | float | None) else k for k in value]
+    if len({*keys}) < len(keys):  # 1 and "1"
+        return value
+    return dict(zip(keys, map(_as_in_json, value.values()), strict=True))
 
 
 def still_missing(runs: Mapping[str, Score], settings: Mapping[str, Any]) -> str:
@@ -132,7 +149,9 @@ def check_layer(layer: object, num_layers: int) -> int:
 
 def _rows(scores: Iterable[Iterable[float]], name: str) -> tuple[tuple[float, ...], ...]:
     try:
-        rows = tuple(tuple(map(_number, row)) for row in scores)
+        if is_unordered(scores):
+            raise TypeError(scores)
+        rows = tuple(tuple(map(_number, _in_order(row))) for row in scores)
     except (TypeError, ValueError, OverflowError) as error:
         raise ReportError(
             f"{name} of a run is {shown(scores)}, expected a list for every seed, of a finite "
@@ -145,6 +164,12 @@ def _rows(scores: Iterable[Iterable[float]], name: str) -> tuple[tuple[float, ..
             f"for each of the same prompts, below {_LARGEST:g}"
         )
     return rows
+
+
+def _in_order(row: Iterable[float]) -> Iterable[float]:
+    if is_unordered(row):
+        raise TypeError(row)
+    return row
 
 
 def _number(value: Any) -> float:

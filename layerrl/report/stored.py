@@ -17,7 +17,7 @@ VERSION = 1
 
 
 def as_json(report: ContributionReport) -> str:
-    """The text that `report_in` reads; a `ReportError` of settings that it could not read."""
+    """The text that `report_in` reads; a `ReportError` of what it could not read."""
     try:
         text = json.dumps({"version": VERSION, **asdict(report)}, separators=(",", ":"))
         json.dumps(report.settings, ensure_ascii=False).encode()
@@ -25,6 +25,10 @@ def as_json(report: ContributionReport) -> str:
         raise ReportError(
             f"the settings of a report are no JSON values, which a file could hold: {error!s:.200}"
         ) from error
+    try:
+        report_in(type(report), text)
+    except ReportError as error:
+        raise ReportError(f"this report could not be read again: {error}") from error
     return text
 
 

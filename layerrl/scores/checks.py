@@ -14,7 +14,10 @@ from torch import nn
 
 from layerrl.checks import check_path, is_finite, shown, whole_number
 from layerrl.errors import ProbeError
-from layerrl.scores.identity import name_of, stored_rows
+from layerrl.scores.canonical import stored_rows
+from layerrl.scores.identity import name_of
+
+_NOT_IN_ORDER = str, bytes, Mapping, set, frozenset
 
 
 def checked(function: Any) -> Any:
@@ -34,7 +37,7 @@ def checked(function: Any) -> Any:
                 f"for the prompt {prompts[0]!r:.200}"
             )
             raise
-        if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping):
+        if not isinstance(returned, Iterable) or isinstance(returned, _NOT_IN_ORDER):
             raise ProbeError(
                 f"the reward {name} returned {shown(returned)}, expected a list with a finite "
                 "number for each completion, or None where it does not apply"
@@ -59,22 +62,32 @@ def checked(function: Any) -> Any:
 
 
 def check_prompts(name: str, dataset: Any) -> Dataset:
-    """A data set that has prompts and a length."""
+    """A data set that has prompts and a length, of rows that are stored as they are read."""
     if not isinstance(dataset, Dataset):
         raise ProbeError(
             f"{name} is a {type(dataset).__name__}, expected a datasets.Dataset, whose rows can be "
             "counted and told apart: Dataset.from_list(list(rows)) makes one"
         )
-    if "prompt" not in dataset.column_names:
-        raise ProbeError(f'{name} has the columns {dataset.column_names}, expected a "prompt"')
+    form = dataset.format
+    if form["type"] == "custom":
+        raise ProbeError(
+            f"{name} has a transform (with_transform or set_transform), which makes other rows "
+            "than are stored, so that they could not be told apart: give what map() makes with it"
+        )
+    if "prompt" not in form["columns"]:
+        raise ProbeError(f'{name} has the columns {form["columns"]}, expected a "prompt"')
     if len(dataset) == 0:
         raise ProbeError(f"{name} has no rows, expected prompts")
+    messages = not isinstance(dataset.with_format(None)[0]["prompt"], str)
+    # A row would be a table, or its messages an array.
+    if form["type"] in ("arrow", "pandas", "polars") or (form["type"] == "numpy" and messages):
+        return dataset.with_format(None, columns=form["columns"])
     return dataset
 
 
 def check_held_out(eval_dataset: Any, train_dataset: Dataset) -> Dataset:
     """An evaluation set that says something, and something new."""
-    check_prompts("eval_dataset", eval_dataset)
+    eval_dataset = check_prompts("eval_dataset", eval_dataset)
     evaluated, trained = _prompts(eval_dataset, train_dataset)
     num_different = len({*evaluated})
     if num_different < 2:
@@ -101,7 +114,7 @@ def check_held_out(eval_dataset: Any, train_dataset: Dataset) -> Dataset:
 def _prompts(*datasets: Dataset) -> list[list[str]]:
     """Each row's prompt as a text: with its images, and with all of it where prompts are alike."""
     shared = set.intersection(*({*dataset.column_names} for dataset in datasets))
-    texts = {str(prompt) for prompt in datasets[0]["prompt"]}
+    texts = {str(prompt) for prompt in datasets[0].with_format(None)["prompt"]}
     columns = sorted(shared if len(texts) == 1 else shared & {"prompt", "image", "images"})
     found = []
     for dataset in datasets:
@@ -136,7 +149,7 @@ def check_rewards(reward_funcs: Any) -> list[Any]:
 def check_seeds(seeds: Any) -> list[int]:
     """Different seeds of all random number generators, in order, as Python's own ints."""
     numbers: list[int | None] = []
-    if not isinstance(seeds, str | bytes | Mapping | set | frozenset):
+    if not isinstance(seeds, _NOT_IN_ORDER):
         with suppress(TypeError):  # one number, or none
             numbers = [whole_number(seed, least=0) for seed in seeds]
     found = [number for number in numbers if number is not None and number < 2**32]

@@ -34,7 +34,7 @@ def prompt_scores(trainer: Any, dataset: Dataset, *, greedy: bool) -> list[float
 
     def note(inputs: Any, rewards: list[float]) -> None:
         for example, reward in zip(inputs, rewards, strict=True):
-            found[example[_ROW]].append(reward)
+            found[int(example[_ROW])].append(reward)  # a tensor, if rows are formatted so
 
     rows = dataset.add_column(_ROW, list(range(len(dataset))))  # pyright: ignore[reportCallIssue]
     training = [module for module in trainer.model.modules() if module.training]

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from functools import partial
-from types import CodeType
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from functools import lru_cache, partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from layerrl.checks import plain, shown
 from layerrl.digests import json_digest
+from layerrl.errors import ProbeError
+from layerrl.scores.canonical import beside_code, canonical, instructions, stored_rows
+from layerrl.stored import parsed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,10 +34,38 @@ _NOT_SETTINGS = (
 )
 
 
-def settings_of(args: Any) -> dict[str, Any]:
-    """The arguments of a trainer that change the result of a run."""
-    shown = args.to_dict()
-    return {name: value for name, value in shown.items() if name not in _NOT_SETTINGS}
+def settings_of(args: Any, name: str = "args") -> dict[str, Any]:
+    """Return the arguments of a trainer that change the result of a run, as JSON has them.
+
+    `name` is what the caller names them; a `ProbeError` for a value that JSON lacks.
+    """
+    given = args.to_dict()
+    return {n: _json_of(f"{name}.{n}", v) for n, v in given.items() if n not in _NOT_SETTINGS}
+
+
+def _json_of(name: str, value: Any) -> Any:
+    try:
+        text = json.dumps([[[[value]]]], default=_known)  # as deep as in a journal or a report
+        return parsed(text)[0][0][0][0]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProbeError(
+            f"{name} is {shown(value)}, expected numbers, text, lists and dicts of them, as JSON "
+            "has: they tell runs with these arguments from others"
+        ) from error
+
+
+def _known(value: Any) -> Any:
+    """What JSON takes for a value of another library; a TypeError for others."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    own = plain(value)
+    if own is value:
+        raise TypeError(value)
+    return own
 
 
 def digest(*values: Any) -> str:
@@ -41,12 +78,6 @@ def digest_of_rows(dataset: Dataset) -> str:
     return f"{len(dataset)} rows {digest(*stored_rows(dataset))}"
 
 
-def stored_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows as they are stored: images and other files are not decoded."""
-    for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        yield from batch.to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def name_of(function: Any) -> str:
     """The name of a reward: a function's or a class's, or the id of a reward model."""
     while isinstance(function, partial):
@@ -57,27 +88,56 @@ def name_of(function: Any) -> str:
 
 
 def identity_of(function: Any) -> str:
-    """A name that changes with what a function does, as far as its own text says so."""
-    if isinstance(function, partial):
-        given = digest(function.args, function.keywords)
-        return f"{identity_of(function.func)} with {given}"
-    if isinstance(function, nn.Module):
-        return f"{name_of(function)} {getattr(function, 'name_or_path', '')}".strip()
-    if isinstance(function, type):
-        return name_of(function)
+    """Return a name that changes with what a function does: its code, its settings, what it holds.
+
+    What it reads elsewhere (globals, files, a server) is not seen. One that counts its calls, or
+    keeps answers, is known again: see `known_afterwards`.
+    """
+    now = _identity(function)
+    return _FOUND.get(now, now)
+
+
+_FUNCTIONS = FunctionType, type(lru_cache(name_of))
+_FOUND: dict[str, str] = {}
+"""Identities of functions as runs found them, by what they are as these runs left them."""
+
+
+@contextmanager
+def known_afterwards(functions: Iterable[Any]) -> Iterator[None]:
+    """Inside, functions may change what they hold; a later run in this process knows them again."""
+    functions = [*functions]
+    found = [identity_of(function) for function in functions]
     try:
+        yield
+    finally:
+        for function, identity in zip(functions, found, strict=True):
+            _FOUND.setdefault(identity, identity)
+            _FOUND.setdefault(_identity(function), identity)
+
+
+def _identity(function: Any) -> str:
+    if isinstance(function, partial):
+        given = digest(canonical(function.args), canonical(function.keywords))
+        return f"{_identity(function.func)} with {given}"
+    name = name_of(function)
+    if isinstance(function, str):
+        return name
+    if isinstance(function, nn.Module):
+        name = f"{name} {getattr(function, 'name_or_path', '')}".strip()
+        return f"{name} {digest(canonical(function))}"
+    if isinstance(function, type) and function.__module__.partition(".")[0] == "layerrl":
+        return name
+    try:
+        if not isinstance(function, _FUNCTIONS):
+            raise TypeError
         text = inspect.getsource(function)
     except (OSError, TypeError):
-        return name_of(function)
+        return f"{name} with {digest(canonical(function))}"
     code = getattr(function, "__code__", None)
     # Several lambdas on one line have one source.
-    own = _instructions(code) if code is not None and code.co_name == "<lambda>" else None
-    return f"{name_of(function)} {digest(text, own)}"
-
-
-def _instructions(code: CodeType) -> list[Any]:
-    constants = [_instructions(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), code.co_names, constants]
+    own = instructions(code) if code is not None and code.co_name == "<lambda>" else None
+    beside = beside_code(function)
+    return f"{name} {digest(text, own)}" + (f" with {digest(beside)}" if beside else "")
 
 
 def identity_of_tokens(processing_class: Any) -> str:

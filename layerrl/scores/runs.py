@@ -18,7 +18,6 @@ from layerrl.scores.identity import (
     digest_of_rows,
     identity_of,
     identity_of_tokens,
-    name_of,
     settings_of,
 )
 from layerrl.scores.method import Request
@@ -64,7 +63,7 @@ class Runs:
                 "train_dataset": digest_of_rows(train_dataset),
                 "rewards": [identity_of(function) for function in functions],
                 "processing_class": identity_of_tokens(request.processing_class),
-                "trainer": name_of(request.trainer_class),
+                "trainer": identity_of(request.trainer_class),
             },
         )
 

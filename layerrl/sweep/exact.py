@@ -46,7 +46,7 @@ def measured(
         check_arguments(args, full_args, greedy=greedy, halving=halving)
         settings = {
             **runs.settings,
-            "full_args": settings_of(full_args),
+            "full_args": settings_of(full_args, "full_args"),
             "greedy": greedy,
             "eval_dataset": digest_of_rows(eval_dataset),
         }

@@ -12,7 +12,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from layerrl.blocks import find_blocks
-from layerrl.checks import check_choice, check_count, finite_number, listed, shown, whole_number
+from layerrl.checks import (
+    check_choice,
+    check_count,
+    finite_number,
+    is_unordered,
+    listed,
+    shown,
+    whole_number,
+)
 from layerrl.errors import SelectionError
 from layerrl.precision import MASTER, nested
 from layerrl.trainer import launchers
@@ -89,6 +97,7 @@ class LayerSchedule(TrainerCallback, ExportableState):
         found = [sum(row) / len(row) for row in numbers]
         good = min(min(row) for row in numbers) > 0 if numbers else False
         good = good and math.isfinite(sum(found))  # they are drawn by their share of it
+        good = good and not is_unordered(weights)
         if order != "random" or not good or len(found) != len(self._sets):
             raise SelectionError(
                 f'weights is {shown(weights)}, expected, with order="random", a finite number '

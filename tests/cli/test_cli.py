@@ -668,6 +668,32 @@ class TestMergeAndShow:
         assert "<svg" in picture.read_text()
         assert same_file.read_text() == "before"  # not written into: a reader sees one or the other
 
+    @pytest.mark.parametrize("backend", ["nosuch", "module://nosuch.module"])
+    def test_show_draws_without_the_backend_of_the_environment(
+        self, tmp_path: Path, backend: str
+    ) -> None:
+        """In a new interpreter, which has not imported matplotlib."""
+        (tmp_path / "report.json").write_text(
+            layerrl.published_contributions("Qwen3-1.7B-Base").to_json()
+        )
+        code = (
+            "import layerrl, layerrl.cli\n"
+            "try:\n"
+            "    layerrl.published_contributions('Qwen3-1.7B-Base').plot()\n"
+            "except layerrl.errors.ReportError as error:\n"
+            "    print(error)\n"
+            "assert layerrl.cli.main(['show', 'report.json', '--plot', 'x.png']) == 0"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(processes.ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+        assert ended.stdout.startswith("matplotlib makes no figure here: ")
+
     def test_show_json(self, capsys: pytest.CaptureFixture[str], sft: object) -> None:
         assert main(["show", "out-sft/delta", "--json"]) == 0
         expected = json.loads(Path("out-sft/delta/delta.json").read_text())

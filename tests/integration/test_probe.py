@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -28,7 +30,7 @@ from layerrl import (
 )
 from layerrl.errors import JournalError, ProbeError, ReportError, SelectionError
 from layerrl.scores.checks import check_held_out
-from layerrl.scores.identity import digest_of_rows, identity_of
+from layerrl.scores.identity import digest_of_rows, identity_of, settings_of
 from tests import processes
 from tests.grpo import PROMPTS, config, reward, tokenizer
 from tests.models import tiny, tiny_config
@@ -55,6 +57,17 @@ def probe(model: Any, folder: Any, **changes: Any) -> Any:
 
 def scaled(completions: list[str], by: int, **_: Any) -> list[float]:
     return [by * value for value in reward(completions)]
+
+
+class Scaled:
+    """Counts its calls."""
+
+    def __init__(self, by: int) -> None:
+        self.by, self.calls = by, 0
+
+    def __call__(self, completions: list[str], **_: Any) -> list[float]:
+        self.calls += 1
+        return scaled(completions, self.by)
 
 
 def tiny_judge() -> Any:
@@ -245,6 +258,54 @@ class TestSweep:
         rows["image"] = images[::-1]
         assert digest_of_rows(Dataset.from_dict(rows)) not in found
 
+    @pytest.mark.parametrize(
+        ("value", "there"),
+        [
+            (np.int64(2), 2),
+            (torch.tensor(2), 2),
+            (np.array([2, 3]), [2, 3]),
+            ((2, 3), [2, 3]),
+            ({2: np.bool_(True)}, {"2": True}),
+            (torch.float16, "torch.float16"),
+            (Path("a"), "a"),
+        ],
+        ids=str,
+    )
+    def test_arguments_are_kept_as_json_has_them(self, tmp_path, value, there):
+        args = config(tmp_path, generation_kwargs={"x": value})
+        assert settings_of(args)["generation_kwargs"] == {"x": there}
+
+    @pytest.mark.parametrize("method", ["train", "gradient"])
+    def test_arguments_may_be_numpys(self, model, tmp_path, method):
+        kwargs = {"generation_kwargs": {"eos_token_id": np.int64(2)}}
+        args = config(tmp_path / "unused", max_steps=1, **kwargs)
+        values = {
+            "reward_funcs": letters,
+            "train_dataset": Dataset.from_dict({"prompt": PROMPTS * 32}),
+        }
+        report = probe(model, tmp_path, args=args, method=method, budget=32, **values)
+        assert ContributionReport.from_json(report.to_json()) == report
+
+    @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+    @pytest.mark.parametrize("columns", [None, ["prompt", "x"]])
+    def test_data_of_any_format_gives_the_same_scores(self, model, tmp_path, kind, columns):
+        held_out, train = (
+            data.add_column("x", [*range(len(data))]).add_column("y", [0] * len(data))
+            for data in (HELD_OUT, TRAIN)
+        )
+        expected = probe(model, tmp_path / "plain", eval_dataset=held_out, layers=[0])
+        data = {"eval_dataset": held_out, "train_dataset": train}
+        formatted = {name: each.with_format(kind, columns=columns) for name, each in data.items()}
+        report = probe(model, tmp_path / "formatted", layers=[0], **formatted)
+        assert report.base.scores == expected.base.scores
+        assert report.layers[0].scores == expected.layers[0].scores
+
+    @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+    def test_messages_of_any_format_are_taken_as_they_are(self, kind):
+        rows = [[{"role": "user", "content": text}] for text in "abc"]
+        held_out = Dataset.from_dict({"prompt": rows}).with_format(kind)
+        assert check_held_out(held_out, TRAIN)[0]["prompt"] == rows[0]
+
     def test_full_runs_may_have_their_own_settings(self, model, tmp_path):
         report = probe(model, tmp_path, full_args=config(tmp_path, max_steps=1))
         assert report.full.steps == 1
@@ -391,7 +452,7 @@ class TestRace:
         cheap = self.race(model, tmp_path / "cheap", "gradient")
         first, second, third = sorted(cheap.scores, key=cheap.scores.__getitem__, reverse=True)
         before = bits(model)
-        report = self.race(model, tmp_path)
+        report = self.race(model, tmp_path, seeds=(seed for seed in [0]))
         assert_close(bits(model), before, rtol=0, atol=0)
         assert set(report.scores) == {first, second}
         assert runs(tmp_path) == [("base", None), *((str(k), 0) for k in sorted(report.scores))]
@@ -595,11 +656,53 @@ class TestBadInput:
         ]
         assert texts[0] != texts[1]
 
+    def test_another_reward_or_trainer_of_the_same_code_is_refused(self, model, tmp_path):
+        def factory(seen):
+            return lambda **arguments: seen.append(1) or LayerMaskedGRPOTrainer(**arguments)
+
+        changes = {"reward_funcs": Scaled(1), "trainer_class": factory([])}
+        report = probe(model, tmp_path, layers=[0], **changes)
+        lines = (tmp_path / "journal.jsonl").read_text()
+        other = {"reward_funcs": Scaled(2)}, {"trainer_class": factory([0])}
+        for name, change in zip(("rewards", "trainer"), other, strict=True):
+            with pytest.raises(JournalError, match=rf"other settings. {name}: .* there, "):
+                probe(model, tmp_path, layers=[0], **(changes | change))
+        # As in a process that starts again, and in this one after the calls were counted.
+        for again in ({"reward_funcs": Scaled(1), "trainer_class": factory([])}, changes):
+            assert numbers(probe(model, tmp_path, layers=[0], **again)) == numbers(report)
+        assert changes["reward_funcs"].calls
+        assert (tmp_path / "journal.jsonl").read_text() == lines
+
     @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
     def test_data_that_cannot_be_counted_is_refused(self, model, tmp_path, name):
         for data in (HELD_OUT.to_iterable_dataset(), [{"prompt": "a"}]):
             with pytest.raises(ProbeError, match=f"{name} is a .*, expected a datasets.Dataset"):
                 probe(model, tmp_path, **{name: data})
+
+    @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+    @pytest.mark.parametrize("columns", [None, ["prompt"]])
+    def test_data_that_is_transformed_as_it_is_read_is_refused(
+        self, model, tmp_path, name, columns
+    ):
+        for data in (TRAIN, HELD_OUT):
+            other = data.with_transform(lambda rows: rows, columns=columns)
+            with pytest.raises(ProbeError, match=rf"{name} has a transform .* give what map\(\)"):
+                probe(model, tmp_path, **{name: other.select(range(2))})
+        assert not [*tmp_path.iterdir()]
+
+    def test_hidden_prompts_are_refused(self, model, tmp_path):
+        data = HELD_OUT.add_column("x", [1] * 4).with_format(None, columns=["x"])
+        with pytest.raises(ProbeError, match=r"eval_dataset has the columns \['x'\], expected a"):
+            probe(model, tmp_path, eval_dataset=data)
+
+    @pytest.mark.parametrize("name", ["args", "full_args"])
+    @pytest.mark.parametrize("value", [{1, 2}, object(), [Scaled], 10**50, {(1, 2): 3}, b"x"])
+    def test_arguments_that_a_journal_cannot_hold_are_refused(self, model, tmp_path, name, value):
+        changed = config(tmp_path / "unused", max_steps=2, lr_scheduler_kwargs={"x": [value]})
+        for method in ["train", "gradient"] if name == "args" else ["train"]:
+            with pytest.raises(ProbeError, match=rf"{name}.lr_scheduler_kwargs is .*, expected n"):
+                probe(model, tmp_path, method=method, **{name: changed})
+        assert not [*tmp_path.iterdir()]
 
     @pytest.mark.parametrize("seeds", [3, [], [1, 1], [True], ["a"]])
     def test_seeds_that_are_none(self, model, tmp_path, seeds):
@@ -679,7 +782,7 @@ class TestBadInput:
         with pytest.raises(ProbeError, match=message):
             probe(model, tmp_path, reward_funcs=rarely, method=method)
 
-    @pytest.mark.parametrize("value", [None, 1.0, "no"])
+    @pytest.mark.parametrize("value", [None, 1.0, "no", {1.0}])
     def test_a_reward_that_returns_no_list_is_named(self, model, tmp_path, value):
         def forgetful(completions, **_):
             return value

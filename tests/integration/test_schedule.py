@@ -93,6 +93,14 @@ class TestTurns:
         schedule = LayerSchedule([[4, 0], 7], every=1, order="random", weights=weights)
         assert 2800 < sum(schedule.at(step) == (0, 4) for step in range(4000)) < 3200
 
+    def test_of_a_set_are_in_ascending_order(self):
+        for layers in ({9, 10, 8}, {frozenset({10}), frozenset({9, 8})}):
+            schedule = LayerSchedule(layers, every=1)
+            turns = [schedule.at(step) for step in range(len(layers))]
+            assert turns == sorted(turns)
+        with pytest.raises(SelectionError, match=r"weights is \{.*\}, expected"):
+            LayerSchedule([8, 9], every=1, order="random", weights={1.0, 2.0})
+
     def test_by_the_scores_of_a_report(self):
         report = ContributionReport(
             method="train", layers=tuple(Score(score=s) for s in (0.2, 0.1, 0.1))

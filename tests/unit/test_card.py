@@ -40,6 +40,13 @@ def test_a_base_that_is_no_hub_model_is_no_metadata(tmp_path, base):
     assert "base_model" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
 
 
+def test_a_base_without_a_commit_may_be_a_folder_elsewhere(tmp_path):
+    meta = META | {"base_model": "models/sft", "base_revision": None}
+    for hub_id in (None, "me/delta"):
+        write_card(tmp_path, meta, hub_id=hub_id)
+        assert "base_model" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
+
+
 def test_is_written_once_and_beside_other_text(tmp_path):
     file = tmp_path / "README.md"
     file.write_text("---\nlibrary_name: transformers\ntags:\n- trl\n---\n\n# Theirs\n")

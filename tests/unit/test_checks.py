@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from layerrl.checks import finite_number, whole_number
+from layerrl.checks import finite_number, listed, whole_number
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)])
@@ -48,3 +48,18 @@ def test_any_other_quantity_is_none(value):
 def test_nor_is_a_quantity_that_is_too_small():
     assert finite_number(-0.1, least=0) is None
     assert finite_number(-0.1) == -0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"b", "a", "c"}, ("a", "b", "c")),
+        (frozenset({10, 9, 8}), (8, 9, 10)),
+        ({frozenset({10, 1}), frozenset({1, 9})}, (frozenset({1, 9}), frozenset({1, 10}))),
+        ({2, (1, 2), "a", None}, (None, 2, "a", (1, 2))),
+        (["b", "a"], ("b", "a")),
+        ({"b": 1, "a": 2}.keys(), ("b", "a")),
+    ],
+)
+def test_a_set_is_listed_in_an_order_that_does_not_change_with_the_process(given, expected):
+    assert listed(given) == expected

@@ -540,7 +540,9 @@ class TestSeveral:
         with refused(*messages):
             merge_delta(made["base"], paths, tmp_path / "merged", union=union)
 
-    @pytest.mark.parametrize("path", [None, 3, {"a": "out/a"}, [None]], ids=str)
+    @pytest.mark.parametrize(
+        "path", [None, 3, {"a": "out/a"}, [None], {"out/a"}, frozenset({"out/a", "out/b"})], ids=str
+    )
     def test_no_path(self, made, path, tmp_path):
         for act in (
             lambda: load_delta(made.model(), path),

@@ -1,5 +1,6 @@
 """Reports keep what is known apart from what is not."""
 
+import functools
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 from layerrl import select_layers
 from layerrl.errors import ReportError
-from layerrl.report import ContributionReport, Score
+from layerrl.report import ContributionReport, Cost, Score
 from layerrl.scores.published import published_contributions
 from layerrl.statistics import spearman
 from tests.models import tiny_config
@@ -295,6 +296,42 @@ class TestJson:
         curve = ((2, right(0.2)), (4, right(0.3)))
         made = replace(made, layers=(*made.layers, Score(scores=right(0.4), curve=curve)))
         assert ContributionReport.from_json(made.to_json()) == made
+
+    @pytest.mark.parametrize("layers", [list, tuple])
+    @pytest.mark.parametrize(
+        "settings", [{"a": (1, (2,))}, {3: 4, None: True}, {"a": [{5: range(2)}]}, {"layers": (0,)}]
+    )
+    def test_round_trip_of_what_json_has_otherwise(self, settings, layers):
+        made = ContributionReport(
+            method="x", layers=layers([Score(score=1.0)] * 2), settings=settings
+        )
+        assert ContributionReport.from_json(made.to_json()) == made
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"method": "a\0b"},
+            {"source": "a\0b"},
+            {"layers": (Score(score=1.0, note="a\0b"),)},
+            {"layers": (Score(score=1.0, steps=2**63),)},
+            {"full": Score(scores=((1.0,),), curve=((2**63, ((1.0,),)),))},
+            {"cost": Cost(tokens=2**63)},
+            {"settings": {"a": functools.reduce(lambda inner, _: [inner], range(70), 1)}},
+            {"settings": {"a": 10**50}},
+            {"settings": {1: 1, "1": 2}},
+            {"settings": {"a": {None: 1, "null": 2}}},
+        ],
+        ids=str,
+    )
+    def test_what_could_not_be_read_is_not_written(self, change):
+        made = ContributionReport(**({"method": "x", "layers": (Score(score=1.0),)} | change))
+        with pytest.raises(ReportError, match=r"this report could not be read again: not the JSON"):
+            made.to_json()
+
+    @pytest.mark.parametrize("scores", [{(1.0,), (2.0,)}, [{1.0, 2.0}], frozenset({(1.0,)})])
+    def test_scores_without_an_order_are_refused(self, scores):
+        with pytest.raises(ReportError, match="expected a list for every seed"):
+            Score(scores=scores)
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -491,6 +491,9 @@ def test_modules_are_kept_as_given_without_repeats():
     selection = select_layers(tiny("llama"), 1, modules=["mlp.*", "self_attn.q_proj", "mlp.*"])
     assert selection.modules == ("mlp.*", "self_attn.q_proj")
     assert select_layers(tiny("llama"), 1, modules="mlp.*").modules == ("mlp.*",)
+    given = {"self_attn.q_proj", "mlp.*", "self_attn.k_proj"}  # in the order of this process
+    assert select_layers(tiny("llama"), 1, modules=given).modules == tuple(sorted(given))
+    assert select_layers(tiny("llama"), also={"head", "final_norm"}).also == ("final_norm", "head")
 
 
 @pytest.mark.parametrize("model", [tiny("llama"), tiny_config("llama")], ids=["model", "config"])

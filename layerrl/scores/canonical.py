@@ -1,0 +1,272 @@
+"""Any value as JSON that is the same in another process, and another for another value."""
+
+from __future__ import annotations
+
+import copyreg
+import hashlib
+import inspect
+import sys
+import sysconfig
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor, nn
+
+from layerrl.digests import json_digest
+from layerrl.frozen import fingerprints
+
+_DEEPEST = 100
+_MOST = 200_000
+"""Objects that are looked into: a client may hold a whole framework."""
+_VIEWS = type({}.keys()), type({}.items())
+_HOLDERS = {staticmethod: "__func__", classmethod: "__func__", property: "fget"}
+# What a process has open is another thing in each process: the numbers of threads and files.
+_OPEN = (
+    *("threading", "_thread", "subprocess", "socket", "_socket", "ssl", "_ssl", "multiprocessing"),
+    *("concurrent", "asyncio", "_asyncio", "selectors", "select", "tempfile", "sqlite3", "weakref"),
+    *("_weakref", "ray", "zmq"),
+)
+_STDLIB = Path(sysconfig.get_path("stdlib"))
+
+
+def stored_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Rows as they are stored: images and other files are not decoded."""
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        yield from batch.to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def canonical(value: Any) -> Any:
+    """Return JSON of a value, free of addresses and of an order that changes with the process.
+
+    JSON values are themselves. Functions count by their code, defaults and closure; methods by that
+    and their object; other objects by their type and by what pickle would keep of them, a
+    `__getstate__` included; the code of types where it is not installed. Arrays, tensors, modules
+    and data sets count by their content. Nothing is raised: what says nothing of itself (a lock, a
+    file, a socket) counts by its type.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of types that will not be taken apart one day
+        return _Walk().of(value)
+
+
+def instructions(code: types.CodeType) -> list[Any]:
+    """What the code of a function does, where its source does not say it."""
+    return [code.co_code.hex(), code.co_names, [_constant(each) for each in code.co_consts]]
+
+
+def beside_code(function: Any) -> dict[str, Any]:
+    """What a function has beside its source, as JSON: nothing where that says all of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _Walk().beside_code(function)
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, types.CodeType):
+        return instructions(value)
+    if isinstance(value, frozenset):  # of `in {...}`
+        return sorted(map(repr, value))
+    return repr(value)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, Any]] = {}  # with the value: its id is its own that long
+        self._above: list[int] = []
+        self._count = 0
+
+    def of(self, value: Any) -> Any:
+        """The JSON of a value."""
+        kind = type(value)
+        if value is None or kind in (bool, float, str):
+            return value
+        if kind is int:
+            return value if value.bit_length() <= 64 else hex(value)
+        if id(value) in self._known:
+            return self._known[id(value)][1]
+        if id(value) in self._above:
+            return {"again": len(self._above) - self._above.index(id(value))}
+        if len(self._above) >= _DEEPEST:
+            return {"type": kind.__qualname__}
+        self._above.append(id(value))
+        try:
+            if kind in (list, tuple):
+                return [self.of(each) for each in value]
+            if kind is dict and all(type(key) is str for key in value):
+                return {key: self.of(each) for key, each in value.items()}
+            self._count += 1
+            try:
+                found = self._taken_apart(value) if self._count <= _MOST else {}
+            except Exception:  # code of the value's own
+                found = {}
+            made = {"type": _name(kind)} | ({"digest": json_digest(found)} if found else {})
+        finally:
+            self._above.pop()
+        self._known[id(value)] = value, made
+        return made
+
+    def _taken_apart(self, value: Any) -> dict[str, Any]:
+        """What an object is made of; nothing where it counts by its type."""
+        if isinstance(value, bytes | bytearray | memoryview):
+            return {"bytes": hashlib.sha256(value).hexdigest()}
+        if isinstance(value, np.ndarray | np.generic):
+            return self._array(np.asarray(value))
+        if isinstance(value, Tensor):
+            return _tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, Dataset):
+            return {"rows": json_digest(*stored_rows(value)), "format": self.of(value.format)}
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, types.CodeType):
+            return {"code": instructions(value)}
+        if isinstance(value, types.FunctionType):
+            return {"code": _source(value)} | self.beside_code(value)
+        if isinstance(value, types.MethodType):
+            return {"of": self.of(value.__self__), "code": self.of(value.__func__)}
+        if isinstance(value, types.ModuleType):
+            return {"name": value.__name__}
+        if isinstance(value, types.BuiltinFunctionType):
+            owner = value.__self__
+            owned = None if isinstance(owner, types.ModuleType) else self.of(owner)
+            return {"name": f"{value.__module__}.{value.__qualname__}", "of": owned}
+        if type(value) in _HOLDERS:
+            return {"code": self.of(getattr(value, _HOLDERS[type(value)]))}
+        if isinstance(value, (set, frozenset, *_VIEWS)):
+            return {"set": self._sorted(value), "of": self._class(type(value)), **self._own(value)}
+        if type(value) is dict or isinstance(value, types.MappingProxyType):
+            return {"pairs": self._sorted(value.items())}
+        return self._object(value)
+
+    def _object(self, value: Any) -> dict[str, Any]:
+        if type(value).__module__.partition(".")[0] in _OPEN:
+            return {}
+        found: dict[str, Any] = {"of": self._class(type(value))}
+        try:
+            made = copyreg.dispatch_table.get(type(value))
+            reduced = made(value) if made else value.__reduce_ex__(4)
+        except Exception:  # of what cannot be pickled, or code of the value's own
+            return found | self._own(value)
+        if isinstance(reduced, str):  # its name, which says it all but of a function that caches
+            return found | {"name": reduced} | self._own(value)
+        parts: tuple[Any, ...] = (*reduced, None, None, None)
+        function, arguments, state, items, pairs = parts[:5]
+        found |= {"made": self.of(function), "with": self.of(arguments), "state": self.of(state)}
+        if items is not None:
+            found["items"] = [self.of(each) for each in items]
+        if pairs is not None:
+            found["pairs"] = self._sorted(pairs)
+        return found
+
+    def _own(self, value: Any) -> dict[str, Any]:
+        """The attributes of what pickle does not take apart."""
+        attributes = getattr(value, "__dict__", None)
+        return {"state": self.of(dict(attributes))} if attributes else {}
+
+    def _sorted(self, values: Iterable[Any]) -> list[str]:
+        return sorted(json_digest(self.of(each)) for each in values)
+
+    def _array(self, array: np.ndarray[Any, Any]) -> dict[str, Any]:
+        content: Any = self.of(array.tolist())
+        if not array.dtype.hasobject:
+            content = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        return {"dtype": str(array.dtype), "shape": list(array.shape), "content": content}
+
+    def _module(self, module: nn.Module) -> dict[str, Any]:
+        # What starts with "_" is torch's, and a pass may change it.
+        attributes = {
+            name: {
+                each: self.of(value)
+                for each, value in sorted(vars(part).items())
+                if not each.startswith("_") and each != "training"
+            }
+            for name, part in module.named_modules()
+        }
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {
+            "of": {name: self.of(type(part)) for name, part in module.named_modules()},
+            "attributes": attributes,
+            "tensors": {name: _tensor(tensor) for name, tensor in tensors.items()},
+        }
+
+    def _class(self, kind: type) -> dict[str, Any]:
+        """A class by its name; with its code and attributes where it was not installed."""
+        own = [each for each in kind.__mro__ if not _is_installed(each)]
+        return {
+            "name": _name(kind),
+            "code": [_source(each) for each in own],
+            "attributes": [
+                {
+                    name: self.of(value)
+                    for name, value in sorted(vars(each).items())
+                    # Others are Python's and frameworks' notes on the class.
+                    if not name.startswith("__") or isinstance(value, types.FunctionType)
+                }
+                for each in own
+            ],
+        }
+
+    def beside_code(self, function: Any) -> dict[str, Any]:
+        """As the function of this name does."""
+        if not isinstance(function, types.FunctionType):  # of a cache in C, say
+            wrapped = getattr(function, "__wrapped__", None)
+            return {} if wrapped is None else self.beside_code(wrapped)
+        attributes = {n: each for n, each in vars(function).items() if n != "__wrapped__"}
+        found = {
+            "defaults": self.of(function.__defaults__),
+            "kwdefaults": self.of(function.__kwdefaults__),
+            "closure": [self.of(_held(cell)) for cell in function.__closure__ or ()],
+            "attributes": self.of(attributes),
+            # The source is that of what it wraps.
+            "wrapper": instructions(function.__code__) if "__wrapped__" in vars(function) else None,
+        }
+        return {name: each for name, each in found.items() if each}
+
+
+def _held(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet
+        return ...
+
+
+def _tensor(tensor: Tensor) -> dict[str, Any]:
+    found: dict[str, Any] = {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}
+    try:
+        return found | fingerprints({"content": tensor})
+    except Exception:  # of one without plain memory
+        return found
+
+
+def _name(kind: type) -> str:
+    """Scripts have another module where they are imported: its name is left out."""
+    return f"{kind.__module__}.{kind.__qualname__}" if _is_installed(kind) else kind.__qualname__
+
+
+def _source(value: type | Callable[..., Any]) -> Any:
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError, IndexError, SyntaxError):
+        code = getattr(value, "__code__", None)
+        return None if code is None else instructions(code)
+
+
+@lru_cache(maxsize=1024)
+def _is_installed(kind: type) -> bool:
+    """Whether a class is Python's, layerrl's or a package's, not of a script or a project."""
+    if kind.__module__.partition(".")[0] in ("builtins", "layerrl"):
+        return True
+    try:
+        file = Path(inspect.getfile(kind))
+    except (OSError, TypeError):  # in C, or of a prompt
+        return kind.__module__.partition(".")[0] in sys.stdlib_module_names
+    return file.is_relative_to(_STDLIB) or not {"site-packages", "dist-packages"}.isdisjoint(
+        file.parts
+    )
