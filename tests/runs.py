@@ -1,7 +1,7 @@
 """Pairs of short GRPO runs that must agree: TRL with layers frozen by hand, and layerrl."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from layerrl.delta import DeltaBase, put_tensors, tensors_of_run
 from tests.devices import on_cpu
 from tests.grpo import PROMPTS, make
 from tests.models import tiny
+from tests.replays import noting_hook
 
 REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
@@ -202,15 +203,14 @@ def assert_trained(trainer: Any, before: dict[str, Tensor], layers: Iterable[int
 class Passes:
     """How often anything inside a layer ran, for each pass that scored completions.
 
-    A replayed layer's own `forward` does not run, so nothing inside it does. No hooks: a layer that
-    carries one is never replayed.
+    A replayed layer's own `forward` does not run, so nothing inside it does.
     """
 
     def __init__(self, trainer: Any, layer: nn.Module) -> None:
         self.calls: list[int] = []
         self._total = 0
         for module in list(layer.modules())[1:]:
-            module.forward = self._counting(module.forward)
+            noting_hook(module, self._count)
         score = trainer._get_per_token_logps_and_entropies
 
         def counting(*args: Any, **kwargs: Any) -> Any:
@@ -221,12 +221,8 @@ class Passes:
 
         trainer._get_per_token_logps_and_entropies = counting
 
-    def _counting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self._total += 1
-            return forward(*args, **kwargs)
-
-        return run
+    def _count(self) -> None:
+        self._total += 1
 
     @property
     def ran(self) -> list[bool]:

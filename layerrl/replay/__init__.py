@@ -67,6 +67,7 @@ class PrefixReplay:
         self.selection = selection
         self.prefix = [blocks.modules[layer] for layer in selection.frozen_prefix]
         self.trained_layers = [blocks.modules[layer] for layer in selection.layers]
+        self.layers = blocks.modules
         self.agree = agree
         self._compiled = compiled
         self.verified: set[tuple[Any, ...]] = set()

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from layerrl.blocks import unwrap
 from layerrl.randomness import devices_of
 from layerrl.replay.arguments import Arguments, RowKeys, hidden_states, leaves, row_keys, version
-from layerrl.replay.state import modules_of, sampled, state_of, tensors_of
+from layerrl.replay.state import OUTPUTS, modules_of, sampled, state_of, tensors_of
 from layerrl.shards import is_sharded
-
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class Request:
@@ -56,7 +54,7 @@ def _asked_of_prefix(config: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
     asked = {
         name: value
         for settings in configs
-        for name in _OUTPUTS
+        for name in OUTPUTS
         if (value := getattr(settings, name, None))
     }
     asked |= {n: v for n, v in given.items() if n.startswith("output_") and v is not None}

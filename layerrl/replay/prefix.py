@@ -230,7 +230,10 @@ class Prefix:
         elif last and self.random:
             self._give_up("the layers draw random numbers")
         elif last and state_of(self._replay.prefix) != self._entry.state:
-            self._give_up("a layer changes its own tensors or settings when it runs")
+            self._give_up(
+                "a layer changes its own tensors or settings when it runs, or has some that "
+                "cannot be compared"
+            )
         elif last:
             self._keep(left)
 

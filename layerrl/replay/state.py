@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerrl.blocks import own_forward
-from layerrl.replay.arguments import as_integers, row_keys, version
+from layerrl.replay.arguments import as_integers, row_keys
+from layerrl.replay.reach import INTERNAL, LAUNCHERS, Kept, is_known, told, told_tensor
 from layerrl.seams import imported
-from layerrl.shards import is_sharded
 
 with imported():
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,8 +28,7 @@ Hooks = dict[int, Callable[..., Any]]
 
 # Hooks of these move weights and activations about, or have collected what a call asked for, which
 # is looked at apart. Those that torch.nn.utils puts on (spectral norm) do change results.
-_LAUNCHERS = ("torch.distributed.", "deepspeed.", "accelerate.")
-_HARMLESS_HOOKS = (*_LAUNCHERS, "transformers.", "layerrl.")
+_HARMLESS_HOOKS = (*LAUNCHERS, "transformers.", "layerrl.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
     _global_forward_hooks,
@@ -38,23 +36,24 @@ _GLOBAL_HOOKS = [
     _global_backward_hooks,
     _global_backward_pre_hooks,
 ]
-# What changes in a run, beside settings that layers read: DeepSpeed counts, the rest is seen apart.
-_COUNTERS = ("ds_", "applied_", "output_")
 _NUM_SAMPLED = 8
 _NUMBERS = {bool, int, float, str}
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
-_SEEN_APART = {"training", "gradient_checkpointing", "use_cache"}
+OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What a config has a model return beside its output."""
+_SEEN_APART = {"gradient_checkpointing", "use_cache", *OUTPUTS}
 
 
 # Each call of the model looks at hundreds of modules, so that what is done with each has to be
 # quick: torch's own walks (`modules`, `parameters`) take several times as long.
 
 
-def modules_of(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """All modules in some layers, the layers included, in a fixed order."""
-    found, queue = [], list(layers)
+def modules_of(layers: Iterable[nn.Module], but: Iterable[nn.Module] = ()) -> list[nn.Module]:
+    """All modules in some layers, the layers included, in a fixed order, `but` some and theirs."""
+    found, queue, left_out = [], list(layers), {id(module) for module in but}
     while queue:
         module = queue.pop()
+        if id(module) in left_out:
+            continue
         found.append(module)
         queue.extend(child for child in module._modules.values() if child is not None)
     return found
@@ -80,47 +79,37 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
     """
     modules = modules_of(prefix)
     configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}
-    owners = [m for m in modules if not type(m).__module__.startswith(_LAUNCHERS)]
     # FSDP2 gathers a layer's tensors anew for each pass, while the layer runs.
-    tensors = tensors_of(modules) if len(owners) == len(modules) else []
+    gathered = any(type(module).__module__.startswith(LAUNCHERS) for module in modules)
     return (
         *modules,
-        *map(_value, tensors),
-        *(setting for owner in (*owners, *configs.values()) for setting in _settings(owner)),
+        *(cls.forward for cls in dict.fromkeys(map(type, modules))),
+        *map(told_tensor, [] if gathered else tensors_of(modules)),
+        *(setting for owner in (*modules, *configs.values()) for setting in _settings(owner)),
     )
 
 
 def _settings(owner: object) -> Iterator[tuple[str, Any]]:
+    own = [c for c in type(owner).__mro__ if not c.__module__.startswith(LAUNCHERS)]
+    if own[0] is nn.Module:  # a launcher's wrapper of what is looked at for itself
+        return
+    for cls in own:  # a user's class may have settings of its own
+        if not is_known(cls.__module__):
+            yield from ((n, told(v)) for n, v in [*vars(cls).items()] if not n.startswith("__"))
+    theirs = is_known(own[0].__module__) or own[0] is not type(owner)
     for name, value in getattr(owner, "__dict__", {}).items():
         kind = type(value)
         if kind in _NUMBERS:
-            if name not in _SEEN_APART and not name.startswith(_COUNTERS):
+            if name not in INTERNAL and not (name in _SEEN_APART and kind is bool):
                 yield name, value
-        elif issubclass(kind, Tensor):
-            yield name, _value(value)
-        # Others with an underscore, such as how to checkpoint, are set anew without a change.
-        elif _is_setting(name):
-            yield name, _comparable(value)
-
-
-def _is_setting(name: str) -> bool:
-    if name == "_active_adapter":  # of PEFT: which one runs
-        return True
-    return name[0] != "_" and name != "config" and not name.startswith(_COUNTERS)
-
-
-def _comparable(value: object) -> Any:
-    """What tells a setting that is no number from another: a patched forward, a list, a dict."""
-    if isinstance(value, dict):
-        return tuple((key, _comparable(part)) for key, part in value.items())
-    if isinstance(value, list | tuple | set | frozenset):
-        return tuple(map(_comparable, value))
-    if isinstance(value, Tensor):
-        return _value(value)
-    if callable(value):
-        function = own_forward(value)
-        return function if type(function).__hash__ else id(function)
-    return value if isinstance(value, _PLAIN) else None
+        # Those of a framework with an underscore, as how to checkpoint, are set anew without a
+        # change, but for the adapter of PEFT that runs.
+        elif (
+            name not in INTERNAL
+            and name != "config"
+            and (name[0] != "_" or not theirs or name == "_active_adapter")
+        ):
+            yield name, told(value)
 
 
 def sampled(tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -142,12 +131,6 @@ def sampled(tensors: Iterable[Tensor]) -> tuple[int, ...]:
             samples.setdefault((tensor.dtype, tensor.device), []).append(as_integers(few))
     together = [torch.cat(p)[None] for (_, device), p in samples.items() if device.type != "meta"]
     return tuple(int(row_keys(few)) for few in together)
-
-
-def _value(tensor: Tensor) -> tuple[int, int] | None:
-    if is_sharded(tensor):  # gathered anew for each pass
-        return None
-    return tensor.data_ptr(), version(tensor)
 
 
 def unfit(prefix: Sequence[nn.Module]) -> str | None:
@@ -196,29 +179,12 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unmoved(model: nn.Module) -> Iterator[None]:
-    """Put back what modules count or collect in buffers and plain attributes while they run."""
-    modules = [*model.modules()]
-    numbers = [
-        {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
-        for module in modules
-    ]
-    buffers = [(module._buffers, module._buffers.copy()) for module in modules]
-    dense = [
-        (buffer, buffer.clone())
-        for _, own in buffers
-        for buffer in own.values()
-        if type(buffer) is Tensor and not buffer.is_meta and not buffer.is_sparse
-    ]
+    """Put back what modules count or collect in buffers and attributes while they run."""
+    kept = Kept(model.modules())
     try:
         yield
     finally:
-        for module, settings in zip(modules, numbers, strict=True):
-            vars(module).update(settings)
-        for now, before in buffers:
-            now.update(before)
-        for buffer, value in dense:
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
+        kept.put_back()
 
 
 def _foreign_hooks(module: nn.Module) -> Iterator[tuple[Hooks, Hooks]]:

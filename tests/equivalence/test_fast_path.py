@@ -1,8 +1,11 @@
 """The fast path changes no result: bit for bit what plain TRL does with layers frozen by hand."""
 
 import functools
-from typing import Any
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -537,6 +540,111 @@ class TestForwardsThatOthersWrap:
             else:
                 trainer.add_callback(InSecondStep(functools.partial(self.wrap, where=where)))
         train(plain, masked)
+        assert_same_run(masked, plain)
+
+
+@dataclass
+class Setting:
+    scale: Any
+
+
+class Counting(torch.nn.Module):
+    """Multiplies with what it has counted in its own way, in passes of the loss."""
+
+    WAYS: ClassVar[dict[str, Any]] = {
+        "int": lambda: 0,
+        "tensor": lambda: torch.zeros(()),
+        "buffer": lambda: torch.zeros(()),
+        "list": list,
+        "deque": deque,
+        "set": set,
+        "dict": dict,
+        "nested": lambda: {"all": [[]]},
+        "dataclass": lambda: Setting(0),
+    }
+
+    def __init__(self, inside: Any, way: str) -> None:
+        super().__init__()
+        self.inside, held = inside, self.WAYS[way]()
+        if way == "buffer":
+            self.register_buffer("held", held, persistent=False)
+        else:
+            self.held = held
+
+    def forward(self, x: Any) -> Any:
+        y, held = self.inside(x), self.held
+        if not (self.training and torch.is_grad_enabled()):
+            return y
+        if isinstance(held, int | torch.Tensor):
+            self.held = held + 1
+            return y * self.held
+        if isinstance(held, Setting):
+            held.scale += 1
+            return y * held.scale
+        held = held["all"][0] if isinstance(held, dict) and held.get("all") else held
+        if isinstance(held, list | deque):
+            held.append(y.detach().mean())
+        elif isinstance(held, set):
+            held.add(len(held))
+        else:
+            held[len(held)] = True
+        return y * len(held)
+
+
+class Steered(torch.nn.Module):
+    """A frozen layer's module with a setting that a callback anneals."""
+
+    WAYS: ClassVar[dict[str, Any]] = {
+        "float": (float, float),
+        "object": (Setting, lambda value: value.scale),
+        "array": (np.array, float),
+        "number of numpy's": (np.float32, float),
+        "function": (lambda value: lambda: value, lambda value: value()),
+    }
+
+    def __init__(self, inside: Any, way: str) -> None:
+        super().__init__()
+        self.inside = inside
+        self.make, self.read = self.WAYS[way]
+        self.anneal(1.0)
+
+    def anneal(self, value: float) -> None:
+        self.applied_scale = self.make(value)
+
+    def forward(self, x: Any) -> Any:
+        return self.inside(x) * self.read(self.applied_scale)
+
+
+class InEachStep(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        given["model"].model.layers[0].mlp.anneal(0.3**state.global_step)
+
+
+class TestModulesOfTheUsers:
+    def pair(self, folder: Any, layer: int, wrap: Any, callbacks: Any = ()) -> tuple[Any, Any]:
+        """Trained: one by hand, and one with a selection."""
+        made, base = [], saved(folder / "base")
+        for selection in (None, 2):
+            model = load(base)
+            block = model.model.layers[layer]
+            block.mlp = wrap(block.mlp)
+            if selection is None:
+                freeze_by_hand(model, [2])
+            changes = {"num_iterations": 2, "beta": 0.0, "max_steps": 4, **NO_CHECKPOINTING}
+            arguments = {"callbacks": [*callbacks]}
+            made.append(make(model, folder, selection=selection, arguments=arguments, **changes))
+        train(*made)
+        return made[0], made[1]
+
+    @pytest.mark.parametrize("way", Counting.WAYS)
+    def test_count_in_a_trained_layer(self, tmp_path, way):
+        plain, masked = self.pair(tmp_path, 2, lambda mlp: Counting(mlp, way))
+        assert_same_run(masked, plain)
+        assert masked.masked_run.replay.num_replayed
+
+    @pytest.mark.parametrize("way", Steered.WAYS)
+    def test_have_settings_in_a_frozen_layer(self, tmp_path, way):
+        plain, masked = self.pair(tmp_path, 0, lambda mlp: Steered(mlp, way), [InEachStep()])
         assert_same_run(masked, plain)
 
 

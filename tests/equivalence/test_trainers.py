@@ -20,6 +20,7 @@ from layerrl.reference import ReferenceModel
 from tests.devices import DEVICE, on_any_device
 from tests.grpo import make
 from tests.models import tiny
+from tests.replays import noting_hook
 from tests.runs import (
     NO_CHECKPOINTING,
     REENTRANT,
@@ -118,15 +119,9 @@ def same(runs: Runs, **changes: Any) -> Any:
 
 
 def ran(trainer: Any, module: nn.Module) -> list[None]:
-    """An entry for each time the module has run. No hook: layers that carry one always run."""
+    """An entry for each time the module has run."""
     calls: list[None] = []
-    forward = module.forward
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        return forward(*args, **kwargs)
-
-    module.forward = counted
+    noting_hook(module, lambda: calls.append(None))
     return calls
 
 
