@@ -216,8 +216,8 @@ class _Walk:
     def beside_code(self, function: Any) -> dict[str, Any]:
         """As the function of this name does."""
         if not isinstance(function, types.FunctionType):  # of a cache in C, say
-            wrapped = getattr(function, "__wrapped__", None)
-            return {} if wrapped is None else self.beside_code(wrapped)
+            inner = inspect.unwrap(function, stop=lambda each: isinstance(each, types.FunctionType))
+            return {} if inner is function else self.beside_code(inner)
         attributes = {n: each for n, each in vars(function).items() if n != "__wrapped__"}
         found = {
             "defaults": self.of(function.__defaults__),

@@ -676,23 +676,21 @@ class TestMergeAndShow:
         (tmp_path / "report.json").write_text(
             layerrl.published_contributions("Qwen3-1.7B-Base").to_json()
         )
-        code = (
-            "import layerrl, layerrl.cli\n"
-            "try:\n"
-            "    layerrl.published_contributions('Qwen3-1.7B-Base').plot()\n"
-            "except layerrl.errors.ReportError as error:\n"
-            "    print(error)\n"
-            "assert layerrl.cli.main(['show', 'report.json', '--plot', 'x.png']) == 0"
+        plot = "import layerrl; layerrl.published_contributions('Qwen3-1.7B-Base').plot()"
+        drawn, plotted = (
+            subprocess.run(
+                [sys.executable, *words],
+                cwd=tmp_path,
+                env={**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(processes.ROOT)},
+                capture_output=True,
+                text=True,
+            )
+            for words in (["-m", "layerrl", "show", "report.json", "--plot", "x.png"], ["-c", plot])
         )
-        ended = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(processes.ROOT)},
-            capture_output=True,
-            text=True,
-        )
+        assert drawn.returncode == 0, drawn.stderr
         assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-        assert ended.stdout.startswith("matplotlib makes no figure here: ")
+        last = plotted.stderr.splitlines()[-1]
+        assert last.startswith("layerrl.errors.ReportError: matplotlib makes no figure here: ")
 
     def test_show_json(self, capsys: pytest.CaptureFixture[str], sft: object) -> None:
         assert main(["show", "out-sft/delta", "--json"]) == 0
