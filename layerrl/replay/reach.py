@@ -231,7 +231,7 @@ def _put_items(now: Any, before: list[Any]) -> None:
     # By the kind's own methods: a Counter would count what it is updated with.
     kind: Any = next(k for k in _KINDS if isinstance(now, k))
     kind.clear(now)
-    (kind.extend if hasattr(kind, "extend") else kind.update)(now, before)
+    (kind.extend if kind in (list, deque, bytearray) else kind.update)(now, before)
 
 
 def _put_tensor(tensor: Tensor, data: Tensor, value: Tensor, requires_grad: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -90,26 +91,31 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 
 def _settings(owner: object) -> Iterator[tuple[str, Any]]:
-    own = [c for c in type(owner).__mro__ if not c.__module__.startswith(LAUNCHERS)]
-    if own[0] is nn.Module:  # a launcher's wrapper of what is looked at for itself
+    theirs, own = _classes(type(owner))
+    for cls in own:
+        yield from ((n, told(v)) for n, v in [*vars(cls).items()] if not n.startswith("__"))
+    if theirs is None:
         return
-    for cls in own:  # a user's class may have settings of its own
-        if not is_known(cls.__module__):
-            yield from ((n, told(v)) for n, v in [*vars(cls).items()] if not n.startswith("__"))
-    theirs = is_known(own[0].__module__) or own[0] is not type(owner)
     for name, value in getattr(owner, "__dict__", {}).items():
+        if name in INTERNAL or name == "config":
+            continue
         kind = type(value)
         if kind in _NUMBERS:
-            if name not in INTERNAL and not (name in _SEEN_APART and kind is bool):
+            if kind is not bool or name not in _SEEN_APART:
                 yield name, value
         # Those of a framework with an underscore, as how to checkpoint, are set anew without a
         # change, but for the adapter of PEFT that runs.
-        elif (
-            name not in INTERNAL
-            and name != "config"
-            and (name[0] != "_" or not theirs or name == "_active_adapter")
-        ):
+        elif not theirs or name[0] != "_" or name == "_active_adapter":
             yield name, told(value)
+
+
+@lru_cache(maxsize=1 << 10)
+def _classes(kind: type) -> tuple[bool | None, list[type]]:
+    """Whether attributes may be a framework's, None of a launcher's wrapper; and the user's bases."""
+    bases = [cls for cls in kind.__mro__ if not cls.__module__.startswith(LAUNCHERS)]
+    own = [cls for cls in bases if cls is not object and not is_known(cls.__module__)]
+    theirs = is_known(bases[0].__module__) or bases[0] is not kind
+    return (None if bases[0] is nn.Module else theirs), own
 
 
 def sampled(tensors: Iterable[Tensor]) -> tuple[int, ...]:
