@@ -111,7 +111,7 @@ def _settings(owner: object) -> Iterator[tuple[str, Any]]:
 
 @lru_cache(maxsize=1 << 10)
 def _classes(kind: type) -> tuple[bool | None, list[type]]:
-    """Whether attributes may be a framework's, None of a launcher's wrapper; and the user's bases."""
+    """Whether attributes may be a framework's (None: a launcher's wrapper), and the user's bases."""
     bases = [cls for cls in kind.__mro__ if not cls.__module__.startswith(LAUNCHERS)]
     own = [cls for cls in bases if cls is not object and not is_known(cls.__module__)]
     theirs = is_known(bases[0].__module__) or bases[0] is not kind
