@@ -11,7 +11,6 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
-from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,9 @@ INTERNAL = {*vars(nn.Module())} | {
     "ds_inflight_param_registry", "post_bwd_fn", "pre_bwd_fn",
 }  # fmt: skip
 _KNOWN = {"torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl"}
-_KNOWN |= {"layerrl", "logging", "threading", "_thread", "_io", "weakref"}
-_BY_IDENTITY = (nn.Module, type, types.ModuleType, types.BuiltinFunctionType)
+_KNOWN |= {"layerrl", "logging", "threading", "_thread", "_io", "weakref", "typing"}
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.MethodWrapperType)
+_BY_IDENTITY = (nn.Module, type, types.ModuleType, types.BuiltinFunctionType, *_DESCRIPTORS)
 _SEQUENCES = (list, tuple, set, frozenset, deque, bytearray)
 _FUNCTIONS = (types.FunctionType, types.MethodType, partial)
 _KINDS = (OrderedDict, dict, list, set, deque, bytearray)
@@ -64,7 +64,11 @@ def told(value: Any, seen: dict[int, Any] | None = None) -> Any:
     value = own_forward(value)
     if isinstance(value, PLAIN):
         return type(value), value
-    seen = {} if seen is None else seen
+    if seen is None:
+        try:
+            return told(value, {})
+        except RecursionError:
+            return object()
     if id(value) in seen:
         return "again", seen[id(value)][0]
     seen[id(value)] = len(seen), value
@@ -78,8 +82,8 @@ def told(value: Any, seen: dict[int, Any] | None = None) -> Any:
     if generator := _generator(value):
         return told(generator[0], seen)
     held = _held(value)
-    if held is None and isinstance(value, Number):
-        return type(value), repr(value)
+    if held is None and type(value).__hash__ not in (None, object.__hash__):
+        return type(value), value  # of a kind that says itself what is equal, as patterns and dates
     if held is None:
         same = type(value) is object or isinstance(value, _BY_IDENTITY) or _is_of_known(value)
         return _Same(value) if same else object()
@@ -104,10 +108,11 @@ def _is_of_known(value: Any) -> bool:
 
 def _held(value: Any) -> list[Any] | None:
     """What a container, function or object holds; None of what is not looked into."""
+    own = [*getattr(value, "__dict__", {}).items()]
     if isinstance(value, dict | types.MappingProxyType):
-        return [part for pair in value.items() for part in pair]
+        return [*(part for pair in value.items() for part in pair), *own]
     if isinstance(value, _SEQUENCES):
-        return [*value]
+        return [*value, *own]
     if isinstance(value, types.MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, partial):
@@ -116,13 +121,18 @@ def _held(value: Any) -> list[Any] | None:
         closed = [content for _, content in _cells(value)]
         if is_known(value.__globals__.get("__name__")):  # as a decorator around anybody's
             return [content for content in closed if isinstance(content, _FUNCTIONS)]
-        return [*closed, value.__defaults__, value.__kwdefaults__, *vars(value).items()]
+        return [*closed, value.__defaults__, value.__kwdefaults__, *own]
+    if isinstance(value, property):
+        return [value.fget, value.fset, value.fdel]
+    if isinstance(value, staticmethod | classmethod):
+        return [value.__func__]
     if isinstance(value, np.ndarray):  # of objects
         return [*value.flat]
     if isinstance(value, (*_BY_IDENTITY, Iterator)) or _is_of_known(value):
         return None
-    attributes = [*getattr(value, "__dict__", {}).items(), *_in_slots(value).items()]
-    return attributes or ([] if hasattr(value, "__dict__") else None)
+    attributes = [*own, *_in_slots(value).items()]
+    empty = hasattr(value, "__dict__") or _slotted(value)
+    return attributes or ([] if empty else None)
 
 
 def _generator(value: Any) -> tuple[Any, Callable[[Any], object]] | None:
@@ -138,10 +148,15 @@ def _generator(value: Any) -> tuple[Any, Callable[[Any], object]] | None:
     return None
 
 
+def _slotted(value: Any) -> list[type]:
+    """The classes of an object that are written in Python and say where its attributes lie."""
+    return [cls for cls in type(value).__mro__ if "__slots__" in vars(cls)]
+
+
 def _in_slots(value: Any) -> dict[str, Any]:
     names = [
         name
-        for cls in type(value).__mro__
+        for cls in _slotted(value)
         for name, member in vars(cls).items()
         if isinstance(member, types.MemberDescriptorType) and not name.startswith("__")
     ]
@@ -171,9 +186,12 @@ class Kept:
             }
             self._restores.append(partial(_put_attributes, vars(module), held, known))
             self._restores.append(partial(module._buffers.update, module._buffers.copy()))
-            few = [] if known else [p for p in module.parameters(False) if p.numel() <= _FEW]
-            for value in (*held.values(), *module._buffers.values(), *few):
-                self._keep(value)
+            own = () if known else module._parameters.values()
+            try:
+                for value in (*held.values(), *module._buffers.values(), *own):
+                    self._keep(value)
+            except RecursionError:  # what is so deep stays as passes leave it
+                continue
 
     def put_back(self) -> None:
         """Give everything its values again; objects stay the same."""
@@ -185,7 +203,8 @@ class Kept:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            if type(value) in (Tensor, nn.Parameter) and not (value.is_meta or value.is_sparse):
+            dense = type(value) is Tensor or (type(value) is nn.Parameter and value.numel() <= _FEW)
+            if dense and not (value.is_meta or value.is_sparse or is_sharded(value)):
                 kept = value.data, value.detach().clone(), value.requires_grad
                 self._restores.append(partial(_put_tensor, value, *kept))
             return
@@ -205,11 +224,10 @@ class Kept:
             for cell, content in cells:
                 self._restores.append(partial(setattr, cell, "cell_contents", content))
         held = _held(value)
-        if held is not None and not isinstance(value, (*_SEQUENCES, *_FUNCTIONS, dict)):
-            attributes, in_slots = getattr(value, "__dict__", None), _in_slots(value)
-            if attributes is not None:
-                self._restores.append(partial(_put_attributes, attributes, {**attributes}, False))
-            for name, part in in_slots.items():
+        if held is not None and not _is_of_known(value):
+            if own := getattr(value, "__dict__", None):
+                self._restores.append(partial(_put_attributes, own, {**own}, False))
+            for name, part in _in_slots(value).items():
                 self._restores.append(partial(object.__setattr__, value, name, part))
         for part in held or ():
             self._keep(part)
@@ -229,9 +247,10 @@ def _put_attributes(now: dict[str, Any], before: dict[str, Any], known: bool) ->
 
 def _put_items(now: Any, before: list[Any]) -> None:
     # By the kind's own methods: a Counter would count what it is updated with.
-    kind: Any = next(k for k in _KINDS if isinstance(now, k))
+    kind: Any = next(kind for kind in _KINDS if isinstance(now, kind))
     kind.clear(now)
-    (kind.extend if kind in (list, deque, bytearray) else kind.update)(now, before)
+    put: Any = kind.extend if isinstance(now, list | deque | bytearray) else kind.update
+    put(now, before)
 
 
 def _put_tensor(tensor: Tensor, data: Tensor, value: Tensor, requires_grad: bool) -> None:

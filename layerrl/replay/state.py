@@ -41,6 +41,7 @@ _NUM_SAMPLED = 8
 _NUMBERS = {bool, int, float, str}
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What a config has a model return beside its output."""
+_CLASSES = "__", "_abc_"  # how names begin that Python gives to classes
 _SEEN_APART = {"gradient_checkpointing", "use_cache", *OUTPUTS}
 
 
@@ -93,7 +94,7 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
 def _settings(owner: object) -> Iterator[tuple[str, Any]]:
     theirs, own = _classes(type(owner))
     for cls in own:
-        yield from ((n, told(v)) for n, v in [*vars(cls).items()] if not n.startswith("__"))
+        yield from ((n, told(v)) for n, v in [*vars(cls).items()] if not n.startswith(_CLASSES))
     if theirs is None:
         return
     for name, value in getattr(owner, "__dict__", {}).items():
@@ -111,7 +112,7 @@ def _settings(owner: object) -> Iterator[tuple[str, Any]]:
 
 @lru_cache(maxsize=1 << 10)
 def _classes(kind: type) -> tuple[bool | None, list[type]]:
-    """Whether attributes may be a framework's (None: a launcher's wrapper), and the user's bases."""
+    """Whether attributes may be a framework's (None: a launcher's wrapper); the user's bases."""
     bases = [cls for cls in kind.__mro__ if not cls.__module__.startswith(LAUNCHERS)]
     own = [cls for cls in bases if cls is not object and not is_known(cls.__module__)]
     theirs = is_known(bases[0].__module__) or bases[0] is not kind

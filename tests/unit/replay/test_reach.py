@@ -3,12 +3,16 @@
 import functools
 import itertools
 import random
+import re
 import threading
+from abc import ABC
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
+from datetime import date
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import pytest
@@ -24,6 +28,9 @@ pytestmark = [on_any_device, pytest.mark.usefixtures("made_on_device")]
 GLOBAL = {"scale": 1.0}
 
 
+T = TypeVar("T")
+
+
 @dataclass
 class Params:
     scale: float = 1.0
@@ -33,6 +40,18 @@ class Params:
 @dataclass(slots=True)
 class Slots:
     scale: float = 1.0
+
+
+class Typed(ABC, Generic[T]):
+    """With what Python notes on a class."""
+
+    __slots__ = ("empty",)
+    pattern = re.compile("a")
+
+
+class Listed(list):
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
 
 
 class Cyclic:
@@ -81,6 +100,7 @@ SETTINGS = {
     "namespace": (lambda s: SimpleNamespace(scale=s), scale),
     "cycle": (Cyclic, scale),
     "list": (lambda s: [s], first),
+    "attribute of a list": (lambda s: Listed(s), scale),
     "deque": (lambda s: deque([s]), first),
     "set": (lambda s: {s}, first),
     "dict of objects": (lambda s: {"a": [Slots(s)]}, lambda v: v["a"][0].scale),
@@ -237,13 +257,41 @@ class TestFunctions:
                     set_scale(value)
                 assert pair.replays(call(), call()) == [0, 1]
 
+    def test_that_lie_too_deep_keep_layers_from_being_replayed(self):
+        class Deep:
+            def __init__(self, next_: Any) -> None:
+                self.next = next_
+
+        model = tiny("llama", 4, initializer_range=0.3).eval()
+        model.model.layers[0].mlp = Scaled("other", lambda _: 1.0)
+        pair = Pair(model)
+        for size in (3000, 30000):
+            deep: Any = None
+            for _ in range(size):
+                deep = Deep(deep)
+            pair.both(lambda model, deep=deep: put(model, "other", deep))
+            with pair.batch():
+                assert not any(pair.replays(*[call()] * 3))
+
     @pytest.mark.parametrize("of", ["attribute", "forward", "known class"])
     def test_and_classes_have(self, of, monkeypatch):
         class Own(nn.Module):
             scale: ClassVar[float] = 1.0
 
+            @property
+            def other(self) -> float:
+                return self.scale
+
+            @staticmethod
+            def times(x: Any, by: float) -> Any:
+                return x * by
+
+            @classmethod
+            def name(cls) -> str:
+                return cls.__name__
+
             def forward(self, x: Any) -> Any:
-                return x * self.scale
+                return self.times(x, self.other)
 
         model = tiny("llama", 4, initializer_range=0.3).eval()
         if of != "known class":
@@ -288,7 +336,8 @@ class TestWhatCannotBeSeenInto:
     @pytest.mark.parametrize(
         "value",
         [threading.Lock(), object(), print, np.random.default_rng(0), random.Random(0), int,
-         torch.float32, range(3), itertools],
+         torch.float32, range(3), itertools, re.compile("a"), Path("a"), date(2020, 1, 1),
+         Typed(), functools.reduce(lambda inner, _: [inner], range(300), 0)],
     )  # fmt: skip
     def test_is_not_what_stays_as_it_is(self, value):
         model = tiny("llama", 4, initializer_range=0.3).eval()
@@ -307,7 +356,7 @@ class Stateful(nn.Module):
         self.kind = kind
         self.held: Any = {
             "int": 0, "list": [], "deque": deque(maxlen=9), "set": set(), "dict": {"n": 0},
-            "counter": Counter(), "nested": {"a": [{"n": 0}]}, "dataclass": Params(0),
+            "counter": Counter(), "nested": {"a": [{"n": 0}]}, "listed": Listed(0), "dataclass": Params(0),
             "slots": Slots(0), "array": np.zeros(2), "bytes": bytearray(),
             "tensor": torch.zeros(2), "tensor in place": torch.zeros(2),
             "tensor through data": torch.zeros(2), "tensor in a list": [torch.zeros(2)],
@@ -350,7 +399,7 @@ class Stateful(nn.Module):
                 held["a"].append({"n": len(held["a"])})
                 held["a"][0]["n"] += 1
                 return held["a"][0]["n"] + len(held["a"])
-            case "dataclass" | "slots":
+            case "dataclass" | "slots" | "listed":
                 held.scale += 1
                 return held.scale
             case "tensor":
@@ -380,7 +429,7 @@ class Stateful(nn.Module):
         return x * (1 + self.count())
 
 
-STATES = ["int", "list", "deque", "set", "dict", "counter", "nested", "dataclass", "slots", "array",
+STATES = ["int", "list", "deque", "set", "dict", "counter", "nested", "listed", "dataclass", "slots", "array",
           "bytes", "tensor", "tensor in place", "tensor through data", "tensor in a list", "buffer",
           "parameter", "Random", "numpy", "torch", "new attribute", "closure"]  # fmt: skip
 
