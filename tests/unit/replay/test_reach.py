@@ -356,8 +356,8 @@ class Stateful(nn.Module):
         self.kind = kind
         self.held: Any = {
             "int": 0, "list": [], "deque": deque(maxlen=9), "set": set(), "dict": {"n": 0},
-            "counter": Counter(), "nested": {"a": [{"n": 0}]}, "listed": Listed(0), "dataclass": Params(0),
-            "slots": Slots(0), "array": np.zeros(2), "bytes": bytearray(),
+            "counter": Counter(), "nested": {"a": [{"n": 0}]}, "listed": Listed(0),
+            "dataclass": Params(0), "slots": Slots(0), "array": np.zeros(2), "bytes": bytearray(),
             "tensor": torch.zeros(2), "tensor in place": torch.zeros(2),
             "tensor through data": torch.zeros(2), "tensor in a list": [torch.zeros(2)],
             "Random": random.Random(0),
@@ -429,8 +429,8 @@ class Stateful(nn.Module):
         return x * (1 + self.count())
 
 
-STATES = ["int", "list", "deque", "set", "dict", "counter", "nested", "listed", "dataclass", "slots", "array",
-          "bytes", "tensor", "tensor in place", "tensor through data", "tensor in a list", "buffer",
+STATES = ["int", "list", "deque", "set", "dict", "counter", "nested", "listed", "dataclass", "slots",
+          "array", "bytes", "tensor", "tensor in place", "tensor through data", "tensor in a list", "buffer",
           "parameter", "Random", "numpy", "torch", "new attribute", "closure"]  # fmt: skip
 
 
