@@ -429,9 +429,10 @@ class Stateful(nn.Module):
         return x * (1 + self.count())
 
 
-STATES = ["int", "list", "deque", "set", "dict", "counter", "nested", "listed", "dataclass", "slots",
-          "array", "bytes", "tensor", "tensor in place", "tensor through data", "tensor in a list", "buffer",
-          "parameter", "Random", "numpy", "torch", "new attribute", "closure"]  # fmt: skip
+STATES = ["int", "list", "deque", "set", "dict", "counter", "nested", "listed", "dataclass",
+          "slots", "array", "bytes", "tensor", "tensor in place", "tensor through data",
+          "tensor in a list", "buffer", "parameter", "Random", "numpy", "torch", "new attribute",
+          "closure"]  # fmt: skip
 
 
 class TestState:
