@@ -10,6 +10,7 @@ import random
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,7 +24,8 @@ from layerrl.shards import is_sharded
 
 LAUNCHERS = ("torch.distributed.", "deepspeed.", "accelerate.")
 """How the names of modules begin that move weights and activations about."""
-PLAIN = (bool, int, float, complex, str, bytes, range, type(None), torch.dtype, torch.device)
+PLAIN = (bool, int, float, complex, str, bytes, range, slice, type(None), type(...))
+PLAIN = (*PLAIN, torch.dtype, torch.device)
 # Of all modules: what torch keeps there, and what DeepSpeed counts, whatever they compute.
 INTERNAL = {*vars(nn.Module())} | {
     "applied_pre_backward_ref_cnt", "ds_external_parameters", "ds_grads_remaining",
@@ -32,6 +34,7 @@ INTERNAL = {*vars(nn.Module())} | {
 _KNOWN = {"torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl"}
 _KNOWN |= {"layerrl", "logging", "threading", "_thread", "_io", "weakref", "typing"}
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.MethodWrapperType)
+_DESCRIPTORS = (*_DESCRIPTORS, types.MethodDescriptorType, types.WrapperDescriptorType)
 _BY_IDENTITY = (nn.Module, type, types.ModuleType, types.BuiltinFunctionType, *_DESCRIPTORS)
 _SEQUENCES = (list, tuple, set, frozenset, deque, bytearray)
 _FUNCTIONS = (types.FunctionType, types.MethodType, partial)
@@ -67,7 +70,7 @@ def told(value: Any, seen: dict[int, Any] | None = None) -> Any:
     if seen is None:
         try:
             return told(value, {})
-        except RecursionError:
+        except Exception:  # code of the value's own, or too much inside each other
             return object()
     if id(value) in seen:
         return "again", seen[id(value)][0]
@@ -140,7 +143,7 @@ def _generator(value: Any) -> tuple[Any, Callable[[Any], object]] | None:
     if isinstance(value, torch.Generator):
         state = value.get_state().numpy()
         return state, lambda state: value.set_state(torch.from_numpy(state))
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return value.getstate(), value.setstate
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator
@@ -185,13 +188,13 @@ class Kept:
                 if name not in INTERNAL and not (known and name[0] == "_" and not _plain(value))
             }
             self._restores.append(partial(_put_attributes, vars(module), held, known))
-            self._restores.append(partial(module._buffers.update, module._buffers.copy()))
+            if isinstance(module._buffers, dict):  # not of a scripted module
+                self._restores.append(partial(module._buffers.update, module._buffers.copy()))
             own = () if known else module._parameters.values()
-            try:
-                for value in (*held.values(), *module._buffers.values(), *own):
+            for value in (*held.values(), *module._buffers.values(), *own):
+                # Code of the value's own, or too much inside each other: it stays as it is left.
+                with suppress(Exception):
                     self._keep(value)
-            except RecursionError:  # what is so deep stays as passes leave it
-                continue
 
     def put_back(self) -> None:
         """Give everything its values again; objects stay the same."""
@@ -260,4 +263,5 @@ def _put_tensor(tensor: Tensor, data: Tensor, value: Tensor, requires_grad: bool
         if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
             tensor.data = data
         if not torch.equal(data, value):
-            data.copy_(value)
+            with suppress(RuntimeError):  # an expanded one, which nothing can have written to
+                data.copy_(value)

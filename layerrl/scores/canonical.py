@@ -171,11 +171,18 @@ class _Walk:
         return {"state": self.of(dict(attributes))} if attributes else {}
 
     def _sorted(self, values: Iterable[Any]) -> list[str]:
-        return sorted(json_digest(self.of(each)) for each in values)
+        # Each from the same start: what is known depends on what was walked before.
+        known, found = self._known, []
+        for each in values:
+            self._known = {**known}
+            found.append(json_digest(self.of(each)))
+        self._known = known
+        return sorted(found)
 
     def _array(self, array: np.ndarray[Any, Any]) -> dict[str, Any]:
-        content: Any = self.of(array.tolist())
-        if not array.dtype.hasobject:
+        if array.dtype.hasobject:
+            content: Any = self.of(array.tolist())
+        else:
             content = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         return {"dtype": str(array.dtype), "shape": list(array.shape), "content": content}
 
@@ -250,6 +257,7 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}" if _is_installed(kind) else kind.__qualname__
 
 
+@lru_cache(maxsize=1024)
 def _source(value: type | Callable[..., Any]) -> Any:
     try:
         return inspect.getsource(value)
