@@ -24,8 +24,10 @@ from layerrl.shards import is_sharded
 
 LAUNCHERS = ("torch.distributed.", "deepspeed.", "accelerate.")
 """How the names of modules begin that move weights and activations about."""
-PLAIN = (bool, int, float, complex, str, bytes, range, slice, type(None), type(...))
-PLAIN = (*PLAIN, torch.dtype, torch.device)
+PLAIN = (
+    *(bool, int, float, complex, str, bytes, range, slice, type(None), type(...)),
+    *(torch.dtype, torch.device),
+)
 # Of all modules: what torch keeps there, and what DeepSpeed counts, whatever they compute.
 INTERNAL = {*vars(nn.Module())} | {
     "applied_pre_backward_ref_cnt", "ds_external_parameters", "ds_grads_remaining",
@@ -33,8 +35,10 @@ INTERNAL = {*vars(nn.Module())} | {
 }  # fmt: skip
 _KNOWN = {"torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl"}
 _KNOWN |= {"layerrl", "logging", "threading", "_thread", "_io", "weakref", "typing"}
-_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.MethodWrapperType)
-_DESCRIPTORS = (*_DESCRIPTORS, types.MethodDescriptorType, types.WrapperDescriptorType)
+_DESCRIPTORS = (
+    *(types.MemberDescriptorType, types.GetSetDescriptorType, types.MethodWrapperType),
+    *(types.MethodDescriptorType, types.WrapperDescriptorType),
+)
 _BY_IDENTITY = (nn.Module, type, types.ModuleType, types.BuiltinFunctionType, *_DESCRIPTORS)
 _SEQUENCES = (list, tuple, set, frozenset, deque, bytearray)
 _FUNCTIONS = (types.FunctionType, types.MethodType, partial)
