@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -97,6 +97,15 @@ class TrainingMask:
         self._paused: tuple[_Models, dict[str, bool], dict[str, bool]] | None = None
         self._trains = False
         self._hooks: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the model itself, and not waiting: a copy in another process masks anew."""
+        return {**vars(self), "_models": _alive(self._models), "_paused": None, "_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_models"]
+        models = () if model is None else (ref(model), ref(unwrap(model)))
+        vars(self).update(state | {"_models": models})
 
     @contextmanager
     def during_training(self) -> Iterator[None]:
