@@ -12,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from layerrl.activations import checkpoints_reentrantly
 from layerrl.blocks import replaced_forwards
 from layerrl.randomness import random_state, set_random_state
+from layerrl.replay.attributes import Snapshot
 from layerrl.replay.comparing import Observed, difference, flat, gradients
 from layerrl.replay.entering import Request
 from layerrl.replay.prefix import Forward, Prefix, RestartError
-from layerrl.replay.reach import Kept
 from layerrl.replay.recordings import Recordings
 from layerrl.replay.state import modules_of, unmoved, without_hooks
 from layerrl.shards import is_sharded
@@ -43,11 +43,11 @@ class Call:
     def run(self, *, records: bool) -> Any:
         """Compute the call's output."""
         prefix = self._prefix(records=records)
-        before = Kept(modules_of([self._replay.model], but=self._replay.layers))
+        before = Snapshot(modules_of([self._replay.model], but=self._replay.layers))
         try:
             output = self._through(prefix)
         except RestartError:
-            before.put_back()
+            before.restore()
             set_random_state(self._random_state)
         else:
             self._replay.num_replayed += prefix.replays

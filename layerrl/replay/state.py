@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from layerrl.replay.arguments import as_integers, row_keys
-from layerrl.replay.reach import INTERNAL, LAUNCHERS, Kept, is_known, told, told_tensor
+from layerrl.replay.attributes import (
+    INTERNAL,
+    LAUNCHERS,
+    Snapshot,
+    comparable,
+    comparable_tensor,
+    is_known,
+)
 from layerrl.seams import imported
 
 with imported():
@@ -40,8 +47,8 @@ _GLOBAL_HOOKS = [
 _NUM_SAMPLED = 8
 _NUMBERS = {bool, int, float, str}
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""What a config has a model return beside its output."""
-_CLASSES = "__", "_abc_"  # how names begin that Python gives to classes
+"""Options of a config that make a model return more than its output."""
+_CLASSES = "__", "_abc_"  # prefixes of the attributes that Python gives to classes
 _SEEN_APART = {"gradient_checkpointing", "use_cache", *OUTPUTS}
 
 
@@ -85,8 +92,8 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
     gathered = any(type(module).__module__.startswith(LAUNCHERS) for module in modules)
     return (
         *modules,
-        *(cls.forward for cls in dict.fromkeys(map(type, modules))),
-        *map(told_tensor, [] if gathered else tensors_of(modules)),
+        *(getattr(cls, "forward", None) for cls in dict.fromkeys(map(type, modules))),
+        *map(comparable_tensor, [] if gathered else tensors_of(modules)),
         *(setting for owner in (*modules, *configs.values()) for setting in _settings(owner)),
     )
 
@@ -94,7 +101,9 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
 def _settings(owner: object) -> Iterator[tuple[str, Any]]:
     theirs, own = _classes(type(owner))
     for cls in own:
-        yield from ((n, told(v)) for n, v in [*vars(cls).items()] if not n.startswith(_CLASSES))
+        yield from (
+            (n, comparable(v)) for n, v in [*vars(cls).items()] if not n.startswith(_CLASSES)
+        )
     if theirs is None:
         return
     for name, value in getattr(owner, "__dict__", {}).items():
@@ -107,12 +116,12 @@ def _settings(owner: object) -> Iterator[tuple[str, Any]]:
         # Those of a framework with an underscore, as how to checkpoint, are set anew without a
         # change, but for the adapter of PEFT that runs.
         elif not theirs or name[0] != "_" or name == "_active_adapter":
-            yield name, told(value)
+            yield name, comparable(value)
 
 
 @lru_cache(maxsize=1 << 10)
 def _classes(kind: type) -> tuple[bool | None, list[type]]:
-    """Whether attributes may be a framework's (None: a launcher's wrapper); the user's bases."""
+    """Whether attributes may be a framework's (None: a launcher's wrapper), and user classes."""
     bases = [cls for cls in kind.__mro__ if not cls.__module__.startswith(LAUNCHERS)]
     own = [cls for cls in bases if cls is not object and not is_known(cls.__module__)]
     theirs = is_known(bases[0].__module__) or bases[0] is not kind
@@ -187,11 +196,11 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unmoved(model: nn.Module) -> Iterator[None]:
     """Put back what modules count or collect in buffers and attributes while they run."""
-    kept = Kept(model.modules())
+    before = Snapshot(model.modules())
     try:
         yield
     finally:
-        kept.put_back()
+        before.restore()
 
 
 def _foreign_hooks(module: nn.Module) -> Iterator[tuple[Hooks, Hooks]]:

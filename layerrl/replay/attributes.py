@@ -1,7 +1,8 @@
-"""What lies in a module's attributes: told from other values, and put back after a pass.
+"""Compare the attributes of modules between passes, and restore them after one.
 
-Numbers, arrays and tensors, and what containers, objects and functions hold of them. Objects of the
-packages that run the layers are told by identity: what they count decides no result.
+Both look into containers, objects and functions, for the numbers, arrays and tensors in them.
+Objects of torch, transformers and the like are compared by identity: their counters decide no
+result.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from layerrl.replay.arguments import version
 from layerrl.shards import is_sharded
 
 LAUNCHERS = ("torch.distributed.", "deepspeed.", "accelerate.")
-"""How the names of modules begin that move weights and activations about."""
-PLAIN = (
-    *(bool, int, float, complex, str, bytes, range, slice, type(None), type(...)),
-    *(torch.dtype, torch.device),
+"""Prefixes of the Python modules whose code moves weights and activations about."""
+# Compared by their own `==`.
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, range, type(None), type(...)),
+    *(torch.dtype, torch.device, types.GenericAlias, types.UnionType),
 )
-# Of all modules: what torch keeps there, and what DeepSpeed counts, whatever they compute.
+_NOT_ADDED = (*_PLAIN, nn.Module)
+# Attributes of every module that decide no result: torch's own, and DeepSpeed's counters.
 INTERNAL = {*vars(nn.Module())} | {
     "applied_pre_backward_ref_cnt", "ds_external_parameters", "ds_grads_remaining",
     "ds_inflight_param_registry", "post_bwd_fn", "pre_bwd_fn",
@@ -47,14 +50,14 @@ _FEW = 1 << 16  # elements of a parameter that may be a statistic, and no matrix
 _MOST = 1 << 12  # objects: what holds more may reach the whole program
 
 
-class _Same:
-    """Is equal to nothing but the same object, which it keeps alive."""
+class _Identity:
+    """Equal only to another one of the same object, which it keeps alive."""
 
     def __init__(self, value: object) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
+        return isinstance(other, _Identity) and other.value is self.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -62,20 +65,29 @@ class _Same:
 
 @lru_cache(maxsize=1 << 12)
 def is_known(origin: object) -> bool:
-    """Whether what has this `__module__` is of a package that runs the layers."""
+    """Whether a `__module__` is of a package that runs the layers, and not the user's."""
     return str(origin).partition(".")[0] in _KNOWN
 
 
-def told(value: Any, seen: dict[int, Any] | None = None) -> Any:
-    """What tells a value from others; of one that cannot be compared, something equal to none."""
+def comparable(value: Any) -> Any:
+    """Return something that compares equal as long as `value`, and all that it holds, is the same.
+
+    Values that cannot be compared (an iterator, one whose own code raises) give something that
+    equals nothing.
+    """
+    try:
+        found = _comparable(value, {})
+        hash(found)  # as recordings are found by it
+    except Exception:
+        return object()
+    return found
+
+
+def _comparable(value: Any, seen: dict[int, Any]) -> Any:
+    """As `comparable`; `seen` has the objects on the way to `value`, for cycles."""
     value = own_forward(value)
-    if isinstance(value, PLAIN):
+    if isinstance(value, _PLAIN):
         return type(value), value
-    if seen is None:
-        try:
-            return told(value, {})
-        except Exception:  # code of the value's own, or too much inside each other
-            return object()
     if id(value) in seen:
         return "again", seen[id(value)][0]
     seen[id(value)] = len(seen), value
@@ -83,38 +95,42 @@ def told(value: Any, seen: dict[int, Any] | None = None) -> Any:
         return object()
     if isinstance(value, Tensor):
         # Kept alive, as another one may come to lie at its address.
-        return None if is_sharded(value) else (_Same(value), version(value))
+        return None if is_sharded(value) else (_Identity(value), version(value))
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         return value.dtype.str, value.shape, value.tobytes()
     if generator := _generator(value):
-        return told(generator[0], seen)
-    held = _held(value)
-    if held is None and type(value).__hash__ not in (None, object.__hash__):
-        return type(value), value  # of a kind that says itself what is equal, as patterns and dates
-    if held is None:
+        return _comparable(generator[0], seen)
+    inside = _contents(value)
+    if inside is None:
+        if type(value).__hash__ not in (None, object.__hash__):  # it has an `==`, as dates have
+            return type(value), value
         same = type(value) is object or isinstance(value, _BY_IDENTITY) or _is_of_known(value)
-        return _Same(value) if same else object()
-    own: Any = type(value)  # may be made anew with equal contents
+        return _Identity(value) if same else object()
+    own: Any = type(value)  # not the object: one that is made anew may hold the same
     if isinstance(value, types.FunctionType):
-        own, named = _Same(value), value.__globals__
-        if not is_known(named.get("__name__")):
-            held += [named.get(name) for name in value.__code__.co_names]
-    return own, tuple([told(part, seen) for part in held])
+        own = _Identity(value)
+        if not is_known(_origin(value)):
+            inside += [value.__globals__.get(name) for name in value.__code__.co_names]
+    return own, tuple([_comparable(part, seen) for part in inside])
 
 
-def told_tensor(tensor: Tensor) -> tuple[int, int] | None:
-    """Where a tensor's values lie, and how often they were written; None of sharded ones."""
+def comparable_tensor(tensor: Tensor) -> tuple[int, int] | None:
+    """A tensor's address and version, which a write changes; None of sharded ones."""
     if is_sharded(tensor):  # gathered anew for each pass
         return None
     return tensor.data_ptr(), version(tensor)
+
+
+def _origin(function: types.FunctionType) -> Any:
+    return function.__globals__.get("__name__")
 
 
 def _is_of_known(value: Any) -> bool:
     return is_known(type(value).__module__)
 
 
-def _held(value: Any) -> list[Any] | None:
-    """What a container, function or object holds; None of what is not looked into."""
+def _contents(value: Any) -> list[Any] | None:
+    """The values inside a container, function or object; None of kinds that are not opened."""
     own = [*getattr(value, "__dict__", {}).items()]
     if isinstance(value, dict | types.MappingProxyType):
         return [*(part for pair in value.items() for part in pair), *own]
@@ -126,9 +142,11 @@ def _held(value: Any) -> list[Any] | None:
         return [value.func, *value.args, *value.keywords.items()]
     if isinstance(value, types.FunctionType):
         closed = [content for _, content in _cells(value)]
-        if is_known(value.__globals__.get("__name__")):  # as a decorator around anybody's
+        if is_known(_origin(value)):  # a decorator, around anybody's
             return [content for content in closed if isinstance(content, _FUNCTIONS)]
         return [*closed, value.__defaults__, value.__kwdefaults__, *own]
+    if isinstance(value, slice):
+        return [value.start, value.stop, value.step]
     if isinstance(value, property):
         return [value.fget, value.fset, value.fdel]
     if isinstance(value, staticmethod | classmethod):
@@ -178,70 +196,67 @@ def _cells(function: types.FunctionType) -> Iterator[tuple[types.CellType, Any]]
             continue
 
 
-class Kept:
-    """What modules hold in buffers and attributes, with the values that it has now."""
+class Snapshot:
+    """The present values of modules' buffers, attributes and small parameters, for `restore`."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._restores: list[Callable[[], object]] = []
         self._seen: dict[int, Any] = {}
         for module in modules:
-            known = is_known(type(module).__module__)
-            held = {
+            known, self._num_left = is_known(type(module).__module__), _MOST
+            attributes = {
                 name: value
                 for name, value in vars(module).items()
-                if name not in INTERNAL and not (known and name[0] == "_" and not _plain(value))
+                if name not in INTERNAL
+                and (name[0] != "_" or not known or issubclass(type(value), _PLAIN))
             }
-            self._restores.append(partial(_put_attributes, vars(module), held, known))
+            self._restores.append(partial(_put_attributes, vars(module), attributes, known))
             if isinstance(module._buffers, dict):  # not of a scripted module
                 self._restores.append(partial(module._buffers.update, module._buffers.copy()))
-            own = () if known else module._parameters.values()
-            for value in (*held.values(), *module._buffers.values(), *own):
-                # Code of the value's own, or too much inside each other: it stays as it is left.
-                with suppress(Exception):
-                    self._keep(value)
+            parameters = () if known else module._parameters.values()
+            for value in (*attributes.values(), *module._buffers.values(), *parameters):
+                with suppress(Exception):  # raised by the value's own code
+                    self._add(value)
 
-    def put_back(self) -> None:
-        """Give everything its values again; objects stay the same."""
+    def restore(self) -> None:
+        """Write the values back, in place: lists, objects and tensors stay the same ones."""
         for restore in self._restores:
             restore()
 
-    def _keep(self, value: Any) -> None:
-        if isinstance(value, PLAIN) or id(value) in self._seen or len(self._seen) > _MOST:
+    def _add(self, value: Any) -> None:
+        if isinstance(value, _NOT_ADDED) or id(value) in self._seen:
+            return
+        self._num_left -= 1
+        if self._num_left < 0:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             dense = type(value) is Tensor or (type(value) is nn.Parameter and value.numel() <= _FEW)
             if dense and not (value.is_meta or value.is_sparse or is_sharded(value)):
-                kept = value.data, value.detach().clone(), value.requires_grad
-                self._restores.append(partial(_put_tensor, value, *kept))
-            return
-        if isinstance(value, nn.Module):
+                before = value.data, value.detach().clone(), value.requires_grad
+                self._restores.append(partial(_put_tensor, value, *before))
             return
         if generator := _generator(value):
             self._restores.append(partial(generator[1], generator[0]))
             return
         if isinstance(value, np.ndarray) and value.flags.writeable:
             self._restores.append(partial(np.copyto, value, value.copy()))
-        elif isinstance(value, dict):
-            self._restores.append(partial(_put_items, value, [*value.items()]))
-        elif isinstance(value, list | set | deque | bytearray):
-            self._restores.append(partial(_put_items, value, [*value]))
-        elif isinstance(value, types.FunctionType):
-            cells = [*_cells(value)] if not is_known(value.__globals__.get("__name__")) else []
-            for cell, content in cells:
+        elif isinstance(value, _KINDS):
+            items = value.items() if isinstance(value, dict) else value
+            self._restores.append(partial(_put_items, value, [*items]))
+        elif isinstance(value, types.FunctionType) and not is_known(_origin(value)):
+            for cell, content in _cells(value):
                 self._restores.append(partial(setattr, cell, "cell_contents", content))
-        held = _held(value)
-        if held is not None and not _is_of_known(value):
+        inside = _contents(value)
+        if inside is None:
+            return
+        if not _is_of_known(value):
             if own := getattr(value, "__dict__", None):
                 self._restores.append(partial(_put_attributes, own, {**own}, False))
             for name, part in _in_slots(value).items():
                 self._restores.append(partial(object.__setattr__, value, name, part))
-        for part in held or ():
-            self._keep(part)
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, PLAIN)
+        for part in inside:
+            self._add(part)
 
 
 def _put_attributes(now: dict[str, Any], before: dict[str, Any], known: bool) -> None:

@@ -5,6 +5,7 @@ import itertools
 import random
 import re
 import threading
+import weakref
 from abc import ABC
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ class Number(float):
 
 
 class Scaled(nn.Module):
-    """What it multiplies with is read by `read` from an attribute of some name."""
+    """Multiplies with what `read` makes of the attribute `name`."""
 
     def __init__(self, name: str, read: Any) -> None:
         super().__init__()
@@ -337,7 +338,8 @@ class TestWhatCannotBeSeenInto:
         "value",
         [threading.Lock(), object(), print, np.random.default_rng(0), random.Random(0), int,
          torch.float32, range(3), itertools, re.compile("a"), Path("a"), date(2020, 1, 1),
-         Typed(), functools.reduce(lambda inner, _: [inner], range(300), 0)],
+         Typed(), functools.reduce(lambda inner, _: [inner], range(300), 0), slice(0, 2), ...,
+         torch.Tensor.mul, tuple[int, int], int | None],
     )  # fmt: skip
     def test_is_not_what_stays_as_it_is(self, value):
         model = tiny("llama", 4, initializer_range=0.3).eval()
@@ -346,6 +348,59 @@ class TestWhatCannotBeSeenInto:
         pair.both(lambda model: put(model, "other", value))
         with pair.batch():
             assert pair.replays(call(), call()) == [0, 1]
+
+
+class Dotted(dict):
+    """As users make dicts with attributes."""
+
+    __slots__ = ()
+    __getattr__ = dict.__getitem__
+
+
+class Forwarding:
+    __slots__ = ("inner",)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Raising:
+    @property
+    def __dict__(self) -> Any:
+        raise RuntimeError("none")
+
+
+class Gone:
+    pass
+
+
+RAISING = {
+    "dotted": Dotted,
+    "forwarding": Forwarding,
+    "raising": Raising,
+    "entropy": random.SystemRandom,
+    "gone": lambda: weakref.proxy(Gone()),
+    "expanded": lambda: torch.full((1,), float("nan")).expand(3),
+}
+
+
+class TestValuesWhoseOwnCodeRaises:
+    @pytest.mark.parametrize("where", ["model", "model.layers.0", "model.layers.3"])
+    def test_of_scripted_modules(self, where):
+        pair = Pair(tiny("llama", 4, initializer_range=0.3).eval())
+        module = torch.jit.script(nn.Linear(2, 2))
+        pair.both(lambda m: m.get_submodule(where).add_module("other", module))
+        with pair.batch():
+            pair.replays(*[call()] * 3)
+
+    @pytest.mark.parametrize("where", ["model", "model.layers.0", "model.layers.3"])
+    @pytest.mark.parametrize("kind", RAISING)
+    def test_change_no_result(self, kind, where):
+        pair = Pair(tiny("llama", 4, initializer_range=0.3).eval())
+        pair.both(lambda m: vars(m.get_submodule(where)).update(other=RAISING[kind]()))
+        with pair.batch():
+            pair.replays(*[call()] * 3)
+            pair.replays(*[call()] * 3, grad=True)
 
 
 class Stateful(nn.Module):
@@ -453,6 +508,20 @@ class TestState:
             found.append(logits)
         assert all(map(torch.equal, *found))
         assert not torch.equal(found[0][0], found[0][1])
+
+    def test_of_the_last_of_very_many_modules(self):
+        pair = Pair(tiny("llama", 4, initializer_range=0.3).eval())
+
+        def add(model: Any) -> None:
+            layer = model.model.layers[FIRST]
+            for index in range(5000):
+                layer.register_module(f"m{index}", nn.Identity())
+                layer.get_submodule(f"m{index}").held = [index]
+            layer.mlp = Stateful("list")
+
+        pair.both(add)
+        with pair.batch():
+            assert pair.replays(*[call()] * 3) == [0, 1, 1]
 
     def test_stays_the_same_object(self):
         model = tiny("llama", 4, initializer_range=0.3).eval()
