@@ -177,7 +177,6 @@ def check_kind(
 
 def listed(value: object) -> tuple[Any, ...]:
     """One thing or several as a tuple: what cannot be walked through, text and mappings are one."""
-    # Its own order may be another in each process.
     if is_unordered(value):
         return tuple(sorted(value, key=_place))
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | os.PathLike):
@@ -187,12 +186,12 @@ def listed(value: object) -> tuple[Any, ...]:
 
 
 def is_unordered(value: object) -> TypeGuard[Set[Any]]:
-    """Whether a value is a set, which has no order to say something by."""
+    """Whether a value is a set, whose order differs between processes."""
     return isinstance(value, set | frozenset)
 
 
 def _place(value: Any) -> tuple[Any, ...]:
-    """What an element of a set is sorted by."""
+    """The sort key of a set's element: its type, then its value or its text."""
     if is_unordered(value):  # which compare by inclusion
         return "", tuple(map(_place, listed(value)))
     return str(type(value)), value if isinstance(value, int | float | str) else shown(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,26 +13,19 @@ if TYPE_CHECKING:
     from layerrl.statistics import Interval
 
 
-SIZE: dict[str, Any] = {"figsize": (6.5, 3.2), "layout": "constrained"}
-"""Of a figure."""
+_SIZE: dict[str, Any] = {"figsize": (6.5, 3.2), "layout": "constrained"}
 
 
 def axes_of_a_file() -> Any:
-    """Axes of a figure that no window shows, which needs no backend for windows."""
-    # It is read when matplotlib is imported, which fails where there is no such backend.
-    named = os.environ.pop("MPLBACKEND", None)
-    try:
-        with _matplotlib():
-            from matplotlib.figure import Figure
-    finally:
-        if named is not None:
-            os.environ["MPLBACKEND"] = named
-    return Figure(**SIZE).subplots()
+    """Axes of a figure that no window shows, whatever backend is chosen for windows."""
+    with _matplotlib():
+        from matplotlib.figure import Figure
+    return Figure(**_SIZE).subplots()
 
 
 @contextmanager
 def _matplotlib() -> Iterator[None]:
-    """Inside, what is missing for a plot is a `ReportError`."""
+    """Inside, an error of matplotlib or of its absence is a `ReportError`."""
     try:
         yield
     except Exception as error:  # of whatever windows are made with
@@ -68,7 +60,7 @@ def plot_layers(
         with _matplotlib():
             import matplotlib.pyplot as plt
 
-            _, ax = plt.subplots(**SIZE)
+            _, ax = plt.subplots(**_SIZE)
     for style, (height, name) in zip(("-", "--", ":"), lines.items(), strict=False):
         ax.axhline(height, color="black", lw=0.8, linestyle=style, label=name)
     reference = next(iter(lines), None)

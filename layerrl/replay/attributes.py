@@ -211,8 +211,7 @@ class Snapshot:
                 and (name[0] != "_" or not known or issubclass(type(value), _PLAIN))
             }
             self._restores.append(partial(_put_attributes, vars(module), attributes, known))
-            if isinstance(module._buffers, dict):  # not of a scripted module
-                self._restores.append(partial(module._buffers.update, module._buffers.copy()))
+            self._restores.append(partial(module._buffers.update, module._buffers.copy()))
             parameters = () if known else module._parameters.values()
             for value in (*attributes.values(), *module._buffers.values(), *parameters):
                 with suppress(Exception):  # raised by the value's own code

@@ -92,7 +92,7 @@ def state_of(prefix: Sequence[nn.Module]) -> tuple[Any, ...]:
     gathered = any(type(module).__module__.startswith(LAUNCHERS) for module in modules)
     return (
         *modules,
-        *(getattr(cls, "forward", None) for cls in dict.fromkeys(map(type, modules))),
+        *(cls.forward for cls in dict.fromkeys(map(type, modules))),
         *map(comparable_tensor, [] if gathered else tensors_of(modules)),
         *(setting for owner in (*modules, *configs.values()) for setting in _settings(owner)),
     )

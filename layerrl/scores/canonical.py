@@ -1,4 +1,4 @@
-"""Any value as JSON that is the same in another process, and another for another value."""
+"""Turn any value into JSON that depends on its content, and on no address or hash seed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ from layerrl.digests import json_digest
 from layerrl.frozen import fingerprints
 
 _DEEPEST = 100
-_MOST = 200_000
-"""Objects that are looked into: a client may hold a whole framework."""
+_MOST = 200_000  # objects: a client may hold a whole framework
 _VIEWS = type({}.keys()), type({}.items())
-_HOLDERS = {staticmethod: "__func__", classmethod: "__func__", property: "fget"}
-# What a process has open is another thing in each process: the numbers of threads and files.
+# Packages whose objects differ in each process: threads, files and sockets by their numbers.
 _OPEN = (
     *("threading", "_thread", "subprocess", "socket", "_socket", "ssl", "_ssl", "multiprocessing"),
     *("concurrent", "asyncio", "_asyncio", "selectors", "select", "tempfile", "sqlite3", "weakref"),
@@ -42,13 +40,12 @@ def stored_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def canonical(value: Any) -> Any:
-    """Return JSON of a value, free of addresses and of an order that changes with the process.
+    """Return JSON that is equal in every process for equal values, and differs for others.
 
-    JSON values are themselves. Functions count by their code, defaults and closure; methods by that
-    and their object; other objects by their type and by what pickle would keep of them, a
-    `__getstate__` included; the code of types where it is not installed. Arrays, tensors, modules
-    and data sets count by their content. Nothing is raised: what says nothing of itself (a lock, a
-    file, a socket) counts by its type.
+    JSON values are themselves. Functions count by code, defaults and closure, methods by these and
+    their object, arrays, tensors, modules and data sets by content, other objects by type and by
+    what pickle would keep, a `__getstate__` included. Classes of the user's count by their code.
+    Objects that pickle refuses (a lock, a file, a socket) count by type.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of types that will not be taken apart one day
@@ -56,12 +53,12 @@ def canonical(value: Any) -> Any:
 
 
 def instructions(code: types.CodeType) -> list[Any]:
-    """What the code of a function does, where its source does not say it."""
+    """Bytecode, names and constants of a function, as JSON: for functions without a source."""
     return [code.co_code.hex(), code.co_names, [_constant(each) for each in code.co_consts]]
 
 
 def beside_code(function: Any) -> dict[str, Any]:
-    """What a function has beside its source, as JSON: nothing where that says all of it."""
+    """Defaults, closure and attributes of a function, as JSON; empty if it has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _Walk().beside_code(function)
@@ -79,6 +76,7 @@ class _Walk:
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, Any]] = {}  # with the value: its id is its own that long
         self._above: list[int] = []
+        self._sources: dict[int, Any] = {}  # finding one takes long
         self._count = 0
 
     def of(self, value: Any) -> Any:
@@ -96,23 +94,27 @@ class _Walk:
             return {"type": kind.__qualname__}
         self._above.append(id(value))
         try:
-            if kind in (list, tuple):
-                return [self.of(each) for each in value]
-            if kind is dict and all(type(key) is str for key in value):
-                return {key: self.of(each) for key, each in value.items()}
-            self._count += 1
-            try:
-                found = self._taken_apart(value) if self._count <= _MOST else {}
-            except Exception:  # code of the value's own
-                found = {}
-            made = {"type": _name(kind)} | ({"digest": json_digest(found)} if found else {})
+            made = self._made(value)
         finally:
             self._above.pop()
         self._known[id(value)] = value, made
         return made
 
+    def _made(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in (list, tuple):
+            return [self.of(each) for each in value]
+        if kind is dict and all(type(key) is str for key in value):
+            return {key: self.of(each) for key, each in value.items()}
+        self._count += 1
+        try:
+            found = self._taken_apart(value) if self._count <= _MOST else {}
+            return {"type": _name(kind)} | ({"digest": json_digest(found)} if found else {})
+        except Exception:  # code of the value's own
+            return {"type": kind.__qualname__}
+
     def _taken_apart(self, value: Any) -> dict[str, Any]:
-        """What an object is made of; nothing where it counts by its type."""
+        """The parts of an object, by name; empty if it counts by type alone."""
         if isinstance(value, bytes | bytearray | memoryview):
             return {"bytes": hashlib.sha256(value).hexdigest()}
         if isinstance(value, np.ndarray | np.generic):
@@ -137,18 +139,18 @@ class _Walk:
             owner = value.__self__
             owned = None if isinstance(owner, types.ModuleType) else self.of(owner)
             return {"name": f"{value.__module__}.{value.__qualname__}", "of": owned}
-        if type(value) in _HOLDERS:
-            return {"code": self.of(getattr(value, _HOLDERS[type(value)]))}
+        if isinstance(value, staticmethod | classmethod | property):
+            return {"code": self.of(value.fget if isinstance(value, property) else value.__func__)}
         if isinstance(value, (set, frozenset, *_VIEWS)):
-            return {"set": self._sorted(value), "of": self._class(type(value)), **self._own(value)}
+            return {"set": self._sorted(value), "of": self.of(type(value)), **self._own(value)}
         if type(value) is dict or isinstance(value, types.MappingProxyType):
             return {"pairs": self._sorted(value.items())}
         return self._object(value)
 
     def _object(self, value: Any) -> dict[str, Any]:
-        if type(value).__module__.partition(".")[0] in _OPEN:
+        if str(type(value).__module__).partition(".")[0] in _OPEN:
             return {}
-        found: dict[str, Any] = {"of": self._class(type(value))}
+        found: dict[str, Any] = {"of": self.of(type(value))}
         try:
             made = copyreg.dispatch_table.get(type(value))
             reduced = made(value) if made else value.__reduce_ex__(4)
@@ -166,15 +168,14 @@ class _Walk:
         return found
 
     def _own(self, value: Any) -> dict[str, Any]:
-        """The attributes of what pickle does not take apart."""
+        """The attributes of an object that pickle does not take apart."""
         attributes = getattr(value, "__dict__", None)
         return {"state": self.of(dict(attributes))} if attributes else {}
 
     def _sorted(self, values: Iterable[Any]) -> list[str]:
-        # Each from the same start: what is known depends on what was walked before.
         known, found = self._known, []
         for each in values:
-            self._known = {**known}
+            self._known = {}  # of a cycle, it depends on the elements before, and so on their order
             found.append(json_digest(self.of(each)))
         self._known = known
         return sorted(found)
@@ -203,12 +204,17 @@ class _Walk:
             "tensors": {name: _tensor(tensor) for name, tensor in tensors.items()},
         }
 
+    def _source(self, kind: type) -> Any:
+        if id(kind) not in self._sources:
+            self._sources[id(kind)] = _source(kind)
+        return self._sources[id(kind)]
+
     def _class(self, kind: type) -> dict[str, Any]:
         """A class by its name; with its code and attributes where it was not installed."""
-        own = [each for each in kind.__mro__ if not _is_installed(each)]
+        own = [each for each in kind.__mro__ if not _is_installed(str(each.__module__))]
         return {
             "name": _name(kind),
-            "code": [_source(each) for each in own],
+            "code": [self._source(each) for each in own],
             "attributes": [
                 {
                     name: self.of(value)
@@ -221,7 +227,7 @@ class _Walk:
         }
 
     def beside_code(self, function: Any) -> dict[str, Any]:
-        """As the function of this name does."""
+        """Defaults, closure and attributes of a function; empty if it has none."""
         if not isinstance(function, types.FunctionType):  # of a cache in C, say
             inner = inspect.unwrap(function, stop=lambda each: isinstance(each, types.FunctionType))
             return {} if inner is function else self.beside_code(inner)
@@ -253,11 +259,11 @@ def _tensor(tensor: Tensor) -> dict[str, Any]:
 
 
 def _name(kind: type) -> str:
-    """Scripts have another module where they are imported: its name is left out."""
-    return f"{kind.__module__}.{kind.__qualname__}" if _is_installed(kind) else kind.__qualname__
+    """A class's name; without its module if it is a script's, which has two names for it."""
+    module = str(kind.__module__)
+    return f"{module}.{kind.__qualname__}" if _is_installed(module) else kind.__qualname__
 
 
-@lru_cache(maxsize=1024)
 def _source(value: type | Callable[..., Any]) -> Any:
     try:
         return inspect.getsource(value)
@@ -267,14 +273,14 @@ def _source(value: type | Callable[..., Any]) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _is_installed(kind: type) -> bool:
-    """Whether a class is Python's, layerrl's or a package's, not of a script or a project."""
-    if kind.__module__.partition(".")[0] in ("builtins", "layerrl"):
-        return True
-    try:
-        file = Path(inspect.getfile(kind))
-    except (OSError, TypeError):  # in C, or of a prompt
-        return kind.__module__.partition(".")[0] in sys.stdlib_module_names
-    return file.is_relative_to(_STDLIB) or not {"site-packages", "dist-packages"}.isdisjoint(
-        file.parts
+def _is_installed(module: str) -> bool:
+    """Whether a module is Python's, layerrl's or a package's, and not of a script or a project."""
+    package = module.partition(".")[0]
+    loaded = sys.modules.get(module)
+    file = None if loaded is None else vars(loaded).get("__file__")  # none if built in, or a prompt
+    if file is None or package == "layerrl":
+        return package in ("layerrl", *sys.stdlib_module_names) and package != "__main__"
+    path = Path(file)
+    return path.is_relative_to(_STDLIB) or not {"site-packages", "dist-packages"}.isdisjoint(
+        path.parts
     )

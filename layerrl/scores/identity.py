@@ -55,7 +55,7 @@ def _json_of(name: str, value: Any) -> Any:
 
 
 def _known(value: Any) -> Any:
-    """What JSON takes for a value of another library; a TypeError for others."""
+    """The JSON value for an enum, a path, or a number of torch or numpy; a TypeError for others."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, os.PathLike):
@@ -88,31 +88,41 @@ def name_of(function: Any) -> str:
 
 
 def identity_of(function: Any) -> str:
-    """Return a name that changes with what a function does: its code, its settings, what it holds.
+    """Return a reward's name with a digest of its code, settings and attributes.
 
-    What it reads elsewhere (globals, files, a server) is not seen. One that counts its calls, or
-    keeps answers, is known again: see `known_afterwards`.
+    Globals, files and servers that it reads do not count. For rewards that change when they are
+    called, see `known_afterwards`.
     """
+    if id(function) in _IN_RUN:
+        return _IN_RUN[id(function)]
     now = _identity(function)
     return _FOUND.get(now, now)
 
 
 _FUNCTIONS = FunctionType, type(lru_cache(name_of))
+_IN_RUN: dict[int, str] = {}
+"""Identities of the functions of a run, by their ids, while it lasts."""
 _FOUND: dict[str, str] = {}
-"""Identities of functions as runs found them, by what they are as these runs left them."""
+"""Identities that functions had before a run, by those that it left them with."""
 
 
 @contextmanager
 def known_afterwards(functions: Iterable[Any]) -> Iterator[None]:
-    """Inside, functions may change what they hold; a later run in this process knows them again."""
-    functions = [*functions]
-    found = [identity_of(function) for function in functions]
+    """Inside, functions keep their identity; a later run in this process knows them by it, too.
+
+    So a reward may count its calls or keep answers. A model has the identity of its weights, which
+    take long to read and do not change.
+    """
+    before = {id(function): (function, identity_of(function)) for function in functions}
+    _IN_RUN.update({key: identity for key, (_, identity) in before.items()})
     try:
         yield
     finally:
-        for function, identity in zip(functions, found, strict=True):
+        for key, (function, identity) in before.items():
+            del _IN_RUN[key]
             _FOUND.setdefault(identity, identity)
-            _FOUND.setdefault(_identity(function), identity)
+            if not isinstance(function, nn.Module):
+                _FOUND.setdefault(_identity(function), identity)
 
 
 def _identity(function: Any) -> str:

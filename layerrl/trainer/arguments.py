@@ -228,10 +228,10 @@ def with_argument(
 def without_reference_model(
     trainer: Any, mixin: type, found: Callable[[Reference], None]
 ) -> Iterator[None]:
-    """Inside, a trainer is made as if it had no reference, or none that follows the policy.
+    """Inside, TRL's own `__init__` makes `trainer` without loading a reference model.
 
-    Only the class of TRL that would load one is told so, and `found` what it would have been asked
-    by: classes in front of it see, before and after, the arguments and the `beta` that are meant.
+    Its arguments are changed only while that runs: subclasses around it see the user's `args` and
+    `beta`, before and after. `found` is called with how the trainer asks for its reference.
     """
     cls = type(trainer)
     # Not the base class that TRL's trainers share, which has no loss.
@@ -268,7 +268,7 @@ def without_reference_model(
             init(self, *args, **kwargs)
         if reference == "beta" and hasattr(self, "beta"):
             self.beta, self.ref_model = config.beta, stand_in
-            if loss := getattr(self, "liger_loss", None):  # of TRL before 1.15, made with its beta
+            if loss := getattr(self, "liger_loss", None):  # of TRL before 1.14, made with its beta
                 loss.beta, loss.use_ref_model = self.beta, True
         return None
 

@@ -93,7 +93,7 @@ class TrainerCall:
             args, kwargs = arguments.with_argument(known, args, kwargs, "callbacks", callbacks)
         self._vocabulary = Vocabulary(model, described, given.get("processing_class"))
         self.reference: arguments.Reference = None
-        """What the reference is asked by, known when the trainer has been made."""
+        """How the trainer asks for a reference model; known when the trainer has been made."""
         self._mixin = mixin
         self.args, self.kwargs = args, kwargs
         """What the wrapped trainer is given."""

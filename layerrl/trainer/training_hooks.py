@@ -61,7 +61,7 @@ class TrainingHooks(_Wrapped):
                 self._call.forget_batches()
 
     def _prepare(self) -> None:
-        """What is refused, masked, chosen and sharded before the wrapped trainer begins."""
+        """Check, mask, choose layers and shard, before the wrapped trainer begins."""
         callbacks.refuse_callbacks(self.callback_handler.callbacks, self.masked_run.selection)
         check_gradients_on("train()", TrainerError)
         if self.model_init is None:

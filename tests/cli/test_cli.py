@@ -669,10 +669,10 @@ class TestMergeAndShow:
         assert same_file.read_text() == "before"  # not written into: a reader sees one or the other
 
     @pytest.mark.parametrize("backend", ["nosuch", "module://nosuch.module"])
-    def test_show_draws_without_the_backend_of_the_environment(
+    def test_show_and_a_missing_backend_of_the_environment(
         self, tmp_path: Path, backend: str
     ) -> None:
-        """In a new interpreter, which has not imported matplotlib."""
+        """In a new interpreter: matplotlib refuses the first name itself, when it is imported."""
         (tmp_path / "report.json").write_text(
             layerrl.published_contributions("Qwen3-1.7B-Base").to_json()
         )
@@ -687,8 +687,13 @@ class TestMergeAndShow:
             )
             for words in (["-m", "layerrl", "show", "report.json", "--plot", "x.png"], ["-c", plot])
         )
-        assert drawn.returncode == 0, drawn.stderr
-        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+        if backend == "nosuch":
+            assert drawn.stderr.splitlines()[-1].endswith("or pass axes as ax=")
+            assert "Traceback" not in drawn.stderr
+            assert not (tmp_path / "x.png").exists()
+        else:
+            assert drawn.returncode == 0, drawn.stderr
+            assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
         last = plotted.stderr.splitlines()[-1]
         assert last.startswith("layerrl.errors.ReportError: matplotlib makes no figure here: ")
 

@@ -244,7 +244,7 @@ def test_what_trl_makes_with_the_penalty_gets_it(tmp_path, monkeypatch):
     init = trl.GRPOTrainer.__init__
 
     @functools.wraps(init)
-    def with_liger(self, *args, **kwargs):  # as TRL before 1.15, which no test can run on a CPU
+    def with_liger(self, *args, **kwargs):  # as TRL before 1.14, which no test can run on a CPU
         init(self, *args, **kwargs)
         penalised = self.beta != 0.0
         self.liger_loss = SimpleNamespace(beta=self.beta, use_ref_model=penalised)

@@ -50,7 +50,12 @@ class TestRay:
         on_ray = probe(tiny("llama", 3), tmp_path / "ray", executor="ray", **changes)
         assert numbers(on_ray) == numbers(serial)
 
-    def test_an_error_in_a_run_reaches_the_caller(self, tmp_path):
+    def test_an_error_in_a_run_reaches_the_caller(self, tmp_path, monkeypatch):
+        def cancel(*_, **__):
+            raise AssertionError("a task that ends while it is cancelled ends the whole process")
+
+        monkeypatch.setattr(ray, "cancel", cancel)
+
         def same(completions, **_):
             return [1.0] * len(completions)
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from layerrl.delta import DeltaBase
 from layerrl.digests import json_digest
+from layerrl.scores import canonical
 from layerrl.scores.identity import digest as digest_of_run
 from layerrl.scores.identity import identity_of, known_afterwards
 from layerrl.sweep.harness import weights_digest
@@ -121,6 +122,10 @@ class Judge(nn.Module):
 class Kind(enum.Enum):
     ONE = 1
     TWO = 2
+    THREE = 3
+    FOUR = 4
+    FIVE = 5
+    SIX = 6
 
 
 def closure(held):
@@ -196,6 +201,27 @@ def words(held):
     return {f"word{number}" for number in range(20 + held)}
 
 
+class Sibling:
+    def __init__(self, number, all_of_them):
+        self.number, self.all_of_them = number, all_of_them
+
+
+def siblings(held):
+    found = set()
+    found |= {Sibling(number, found) for number in range(3 + held)}
+    return found
+
+
+class UnhashableType(type):
+    def __eq__(cls, other):
+        return cls is other
+
+
+class OfThatType(metaclass=UnhashableType):
+    def __init__(self, held):
+        self.held = held
+
+
 def array(held):
     numbers = np.arange(5000)
     numbers[2500] = held
@@ -219,6 +245,7 @@ OBJECTS = {
     "local class": local_class,
     "made class": lambda held: type("Made", (Reward,), {"by": held})(0),
     "without source": without_source,
+    "type without a hash": lambda held: Reward(0, other=OfThatType(held)),
     "cycle": in_a_cycle,
     "busy": busy,
     "module": Judge,
@@ -239,6 +266,8 @@ HELD = {
     "dtype": lambda held: (torch.float32, torch.float16)[held - 1],
     "bytes": lambda held: bytes([held]),
     "enum": Kind,
+    "set of enums": lambda held: {*Kind} - {Kind(held)},
+    "set of objects that hold it": siblings,
     "pattern": lambda held: re.compile(f"a{held}"),
     "path": lambda held: Path(f"a{held}"),
     "counter": lambda held: collections.Counter("a" * held),
@@ -263,19 +292,47 @@ def test_of_a_reward_with_other_settings(name):
     assert identities[0] != identities[1]
 
 
-def test_of_rewards_in_another_process():
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_of_rewards_in_another_process(seed):
     """With other addresses, and sets in another order."""
     code = (
         "import json; from tests.unit.test_digests import REWARDS, identity_of;"
         "print(json.dumps({name: identity_of(made(1)) for name, made in REWARDS.items()}))"
     )
-    seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"
     environment = {**os.environ, "PYTHONHASHSEED": seed}
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
     )
     there = json.loads(ended.stdout.splitlines()[-1])
     assert there == {name: identity_of(made(1)) for name, made in REWARDS.items()}
+
+
+@pytest.mark.parametrize("holder", [list, set])
+def test_of_many_objects_looks_for_their_source_once(monkeypatch, holder):
+    sought, source = [], canonical._source
+    monkeypatch.setattr(canonical, "_source", lambda value: sought.append(value) or source(value))
+    identity_of(Reward(holder(Kept(number) for number in range(50))))
+    assert sought.count(Kept) == 1
+
+
+def test_of_a_complex_array_leaves_room_for_the_rest():
+    numbers = np.zeros(250_000, dtype=complex)
+    first, second = (identity_of(Reward([numbers, Slots(held)])) for held in (1, 2))
+    assert first != second
+
+
+def test_of_a_model_is_read_once_for_a_run(monkeypatch):
+    model, read = judge(1), []
+    fingerprints = canonical.fingerprints
+    monkeypatch.setattr(canonical, "fingerprints", lambda t: read.append(1) or fingerprints(t))
+    with known_afterwards([model]):
+        first = identity_of(model)
+        once = len(read)
+    assert len(read) == once
+    assert identity_of(model) == first
+    with torch.no_grad():
+        model.bias += 1
+    assert identity_of(model) != first
 
 
 def test_of_rewards_that_have_it_in_journals():

@@ -5,6 +5,7 @@ import gc
 import inspect
 import json
 import math
+import pickle
 import weakref
 from abc import ABC, ABCMeta
 
@@ -327,6 +328,16 @@ class TestFlagsAreRestored:
         assert flags_of(model) == flags
         with pytest.raises(ModelError, match="Load it outside"):
             select_layers(model, 1).masked(model).__enter__()
+        assert flags_of(model) == flags
+
+    @pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+    def test_of_a_trainer_that_was_copied_with_its_model(self, model, flags, tmp_path, copied):
+        trainer = make(model, tmp_path, selection=1)
+        other, its_model = copied((trainer._mask, model))
+        other.take_off()
+        assert flags_of(its_model) == flags
+        assert flags_of(model) != flags
+        trainer._mask.take_off()
         assert flags_of(model) == flags
 
     @pytest.mark.parametrize("used", ["made", "evaluated", "trained", "paused"])

@@ -386,14 +386,6 @@ RAISING = {
 
 class TestValuesWhoseOwnCodeRaises:
     @pytest.mark.parametrize("where", ["model", "model.layers.0", "model.layers.3"])
-    def test_of_scripted_modules(self, where):
-        pair = Pair(tiny("llama", 4, initializer_range=0.3).eval())
-        module = torch.jit.script(nn.Linear(2, 2))
-        pair.both(lambda m: m.get_submodule(where).add_module("other", module))
-        with pair.batch():
-            pair.replays(*[call()] * 3)
-
-    @pytest.mark.parametrize("where", ["model", "model.layers.0", "model.layers.3"])
     @pytest.mark.parametrize("kind", RAISING)
     def test_change_no_result(self, kind, where):
         pair = Pair(tiny("llama", 4, initializer_range=0.3).eval())
