@@ -119,7 +119,7 @@ def known_afterwards(functions: Iterable[Any]) -> Iterator[None]:
         yield
     finally:
         for key, (function, identity) in before.items():
-            del _IN_RUN[key]
+            _IN_RUN.pop(key, None)  # of two runs at once, the first to end
             _FOUND.setdefault(identity, identity)
             if not isinstance(function, nn.Module):
                 _FOUND.setdefault(_identity(function), identity)
