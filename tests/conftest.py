@@ -2,6 +2,7 @@
 random numbers and hypothesis examples in each run, and a device."""
 
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -43,6 +44,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     fit = workers.as_many_as_fit()
     cores = (os.cpu_count() or 1) if config.option.numprocesses == "logical" else None
     return None if fit is None or cores is None else min(fit, cores)
+
+
+_SET = re.compile(r"\{[^{}:]+, [^{}:]+\}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names with a set in them: workers whose hash seeds differ would not agree on them."""
+    if found := [item.nodeid for item in items if _SET.search(item.nodeid)]:
+        raise pytest.UsageError(f"give these parameters an id without a set: {found}")
 
 
 @pytest.hookimpl(optionalhook=True)
