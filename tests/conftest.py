@@ -49,9 +49,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 _SET = re.compile(r"\{[^{}:]+, [^{}:]+\}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse names with a set in them: workers whose hash seeds differ would not agree on them."""
-    if found := [item.nodeid for item in items if _SET.search(item.nodeid)]:
+    if found := [item.nodeid for item in session.items if _SET.search(item.nodeid)]:
         raise pytest.UsageError(f"give these parameters an id without a set: {found}")
 
 
